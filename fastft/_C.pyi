@@ -1,0 +1,89 @@
+"""Signatures of the native module. It knows no torch: every array is a raw address (int), 0 meaning "absent".
+
+Common arguments
+----------------
+device       -1 for the CPU, otherwise a CUDA device ordinal. ValueError when this build has no CUDA.
+stream       cudaStream_t as an integer; ignored on the CPU.
+num_threads  OpenMP threads to use on the CPU, 0 for OpenMP's own default; ignored on CUDA.
+dtype tags   F32, BF16 below; anything else raises ValueError.
+"""
+
+F32: int
+BF16: int
+
+def build_info() -> dict[str, object]:
+    """version (str), cuda (bool), cuda_archs (list[str]), compiler (str), openmp (bool), cpu_paths (list[str] compiled in)."""
+
+def cpu_features() -> dict[str, bool]:
+    """What this CPU has: avx2, fma, f16c, avx512f, avx512bw, avx512vl, avx512dq, avx512_bf16."""
+
+def cpu_path() -> str:
+    """"scalar", "avx2" or "avx512": the path in use. FASTFT_CPU forces one; ValueError when this CPU cannot run it."""
+
+def adamw(
+    *,
+    device: int,
+    stream: int,
+    params: list[int],
+    grads: list[int],
+    exp_avgs: list[int],
+    exp_avg_sqs: list[int],
+    max_exp_avg_sqs: list[int],  # empty unless amsgrad
+    copies: list[int],  # empty, or one bf16 address per tensor (0: none): the updated parameter rounded to bf16
+    steps: list[int],  # one float32 scalar per tensor (host memory for the CPU, device memory for CUDA): steps done so far
+    numels: list[int],
+    param_dtype: int,
+    grad_dtype: int,
+    lr: float,
+    lr_ptr: int,  # float32 scalar that replaces lr when not 0 (so that a captured CUDA graph sees a new lr)
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,  # True: AdamW (p -= lr*wd*p); False: L2 (g += wd*p)
+    maximize: bool,
+    grad_scale: int,  # float32 scalar, g *= *grad_scale, or 0
+    found_inf: int,  # float32 scalar; when != 0 nothing at all is written (parameters, state, step), or 0
+    num_threads: int,
+) -> None:
+    """One AdamW step over a list of contiguous tensors, state in float32, arithmetic in float32 (bias corrections and
+    1 - beta in float64). Increments each *steps[i] by 1 unless found_inf. Rules as torch.optim.AdamW:
+    denom = sqrt(v) / sqrt(1 - beta2^t) + eps;  p -= lr / (1 - beta1^t) * m / denom."""
+
+def cross_entropy(
+    *,
+    device: int,
+    stream: int,
+    logits: int,
+    dtype: int,
+    rows: int,
+    vocab: int,
+    logits_stride: int,  # elements between rows; elements of a row are contiguous
+    target: int,  # int64[rows]
+    class_weight: int,  # float32[vocab] or 0
+    token_weight: int,  # float32, or 0
+    token_weight_stride: int,  # 1: one weight per row; 0: one scalar for all rows
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,  # 0: none
+    logit_scale: float,
+    loss: int,  # float32[rows] out: token_weight * row loss; exactly 0 for ignored rows. 0: not wanted
+    lse: int,  # float32[rows] out: logsumexp of the scaled and capped logits. 0: not wanted
+    grad: int,  # same dtype as logits, may be equal to logits (in place). 0: forward only
+    grad_stride: int,
+    grad_scale: int,  # float32: multiplies the gradient before it is rounded, or 0
+    grad_scale_stride: int,  # 1: one factor per row; 0: one scalar
+    bad_row: int,  # int64 scalar out (host for the CPU, device for CUDA): index of a row whose target is out of range, else -1
+    num_threads: int,
+) -> None:
+    """Softmax cross-entropy, forward and gradient in one go. Per row i with target y, x = cap(logit_scale * logits),
+    cap(a) = softcap * tanh(a / softcap), s = label_smoothing, w = class_weight (1 when absent):
+
+        lse  = log sum_c exp(x_c)
+        nll  = (1 - s) * w_y * (lse - x_y) + s / V * sum_c w_c * (lse - x_c)
+        loss = token_weight_i * (nll + z_loss * lse^2)
+        grad = d loss / d logits * grad_scale_i          (grad rows of ignored targets are 0)
+
+    An out-of-range target (not ignore_index) yields loss NaN, grad 0 and bad_row. A row of all -inf, or one with a NaN, yields NaN
+    loss and NaN grad, as torch does. rows * vocab may exceed 2^31."""
