@@ -1,0 +1,42 @@
+"""CSV and TSV, through the standard library's csv module."""
+
+import csv
+
+from fastft.data.formats.base import open_text, reader
+from fastft.errors import UserError
+
+# A cell may hold a whole document; csv's own limit is 128 KiB.
+csv.field_size_limit(1 << 30)
+
+
+@reader("csv", ".csv")
+def read_csv(path, source):
+    return _read(path, source, ",")
+
+
+@reader("tsv", ".tsv", ".tab")
+def read_tsv(path, source):
+    return _read(path, source, "\t")
+
+
+def _read(path, source, delimiter):
+    quoting = csv.QUOTE_NONE if source.quoting == "none" else csv.QUOTE_MINIMAL
+    with open_text(path, newline="") as f:
+        rows = csv.reader(f, delimiter=delimiter, quoting=quoting, strict=True)
+        try:
+            header = source.header or next(rows, None)
+            if header is None:
+                raise UserError(f"{path}: the file is empty.", "The first line must name the columns, or set header in the source.")
+            if len(set(header)) != len(header):
+                raise UserError(f"{path}:1: a column name stands twice: {header}.", "Rename one, or set header in the source.")
+            for row in rows:
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise UserError(
+                        f"{path}:{rows.line_num}: {len(row)} cells, but the header has {len(header)} columns ({', '.join(header)}).",
+                        "Quote cells that hold the delimiter; if quote characters are plain text here, set quoting: none.")
+                yield f"{path}:{rows.line_num}", dict(zip(header, row, strict=True))
+        except csv.Error as e:
+            raise UserError(f"{path}:{rows.line_num}: broken {path.suffix or 'csv'}: {e}",
+                            "If quote characters are plain text here, set quoting: none in the source.") from None

@@ -1,0 +1,23 @@
+"""JSON lines: one object a line."""
+
+import json
+
+from fastft.data.formats.base import open_text, reader
+from fastft.errors import UserError
+
+
+@reader("jsonl", ".jsonl", ".ndjson")
+def read(path, source):
+    with open_text(path) as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise UserError(f"{path}:{number}: broken JSON: {e.msg} at column {e.colno}: {line[max(0, e.pos - 30):e.pos + 30].strip()!r}",
+                                "Each line must be one JSON object; mend or remove this line.") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}.",
+                                'Each line must be an object such as {"text": "..."}.')
+            yield f"{path}:{number}", record

@@ -1,0 +1,26 @@
+"""Parquet, row group by row group, through pyarrow. ``.parquet.gz`` is decompressed to memory first."""
+
+import gzip
+import io
+
+from fastft.data.formats.base import reader
+from fastft.errors import UserError
+
+
+@reader("parquet", ".parquet", ".pq")
+def read(path, source):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open(path, "rb") as f:
+        zipped = f.read(2) == b"\x1f\x8b"
+    opened = io.BytesIO(gzip.decompress(path.read_bytes())) if zipped else path
+    try:
+        file = pq.ParquetFile(opened)
+        row = 0
+        for batch in file.iter_batches():
+            for record in batch.to_pylist():
+                row += 1
+                yield f"{path}:row {row}", record
+    except pa.ArrowException as e:
+        raise UserError(f"{path}: not a valid Parquet file: {e}") from None
