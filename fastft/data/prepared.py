@@ -1,0 +1,164 @@
+"""Prepared data on disk: named numpy columns behind a manifest that hashes them and says what they were made from.
+
+A folder holds ``<column>.npy`` (one value per row), or ``<column>.values.bin`` and ``<column>.offsets.npy`` (a sequence per row), and
+``MANIFEST.json``, written last: a folder without a valid one is not there. Columns are memory-mapped.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from fastft.errors import UserError
+
+FORMAT = 1
+RAGGED_DTYPE = np.dtype("<i4")  # token ids and piece indices
+
+
+class Ragged:
+    """A sequence per row, over one flat memory-mapped array."""
+
+    def __init__(self, values: np.ndarray, offsets: np.ndarray):
+        self.values, self.offsets = values, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+class RaggedWriter:
+    """Appends sequences to a column without holding them in memory."""
+
+    def __init__(self, folder: Path, name: str):
+        self.path = folder / f"{name}.values.bin"
+        self.offsets_path = folder / f"{name}.offsets.npy"
+        self.file = open(self.path, "wb")
+        self.offsets = [0]
+
+    def append(self, values: Iterable[int]) -> None:
+        array = np.asarray(values, dtype=RAGGED_DTYPE)
+        self.file.write(array.tobytes())
+        self.offsets.append(self.offsets[-1] + len(array))
+
+    def close(self) -> Ragged:
+        self.file.close()
+        np.save(self.offsets_path, np.asarray(self.offsets, dtype=np.int64))
+        return _ragged(self.path, self.offsets_path)
+
+
+class Prepared:
+    """Columns and meta of a prepared split.
+
+    Attributes
+    ----------
+    columns : dict[str, np.ndarray | Ragged]
+    meta : dict
+        What the task recorded (labels, counts).
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        self.key, self.meta = manifest["key"], manifest["meta"]
+        self.columns: dict[str, np.ndarray | Ragged] = {}
+        for name in manifest["files"]:
+            stem, _, kind = name.partition(".")
+            if kind == "npy":
+                self.columns[stem] = np.load(folder / name, mmap_mode="r")
+            elif kind == "values.bin":
+                self.columns[stem] = _ragged(folder / name, folder / f"{stem}.offsets.npy")
+
+    def __getitem__(self, name: str) -> np.ndarray | Ragged:
+        return self.columns[name]
+
+
+def prepare(folder: Path, key: str, sources: list[str], build: Callable[[Path], dict]) -> Prepared:
+    """Open the folder when its manifest carries this key and its files are whole; otherwise build it.
+
+    ``build(folder)`` writes the columns and returns the meta. Ranks that ask at the same time wait for one of them: the
+    build happens under a file lock, in a scratch folder that is renamed when it is complete.
+
+    Parameters
+    ----------
+    key : str
+        Digest of everything that the result depends on: input bytes, tokenizer, settings, code version.
+    sources : list of str
+        Input paths, for the record.
+    """
+    import fcntl
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (problem := check(folder, key)) is not None:
+            scratch = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            meta = build(scratch)
+            _write_manifest(scratch, key, sources, meta, why=problem)
+            shutil.rmtree(folder, ignore_errors=True)
+            scratch.rename(folder)
+        return Prepared(folder)
+
+
+def check(folder: Path, key: str) -> str | None:
+    """Why a prepared folder cannot be used for this key; None when it can. Sizes are checked here, hashes by ``verify``."""
+    path = folder / "MANIFEST.json"
+    if not path.is_file():
+        return "not there"
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return "manifest is broken"
+    if manifest.get("format") != FORMAT or manifest.get("key") != key:
+        return "inputs, tokenizer or settings changed"
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            return f"{name} is missing or cut short"
+    return None
+
+
+def verify(folder: Path) -> None:
+    """Re-hash every file against the manifest. UserError names the first that differs."""
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    for name, entry in manifest["files"].items():
+        if sha256_file(folder / name) != entry["sha256"]:
+            raise UserError(f"{folder / name}: does not match its hash in MANIFEST.json.", f"Delete {folder}; it will be made anew.")
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest(value: object) -> str:
+    """A short stable digest of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _ragged(values: Path, offsets: Path) -> Ragged:
+    empty = values.stat().st_size == 0  # an empty file cannot be mapped
+    return Ragged(np.zeros(0, RAGGED_DTYPE) if empty else np.memmap(values, dtype=RAGGED_DTYPE, mode="r"), np.load(offsets))
+
+
+def _write_manifest(folder: Path, key: str, sources: list[str], meta: dict, why: str) -> None:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    manifest = {"format": FORMAT, "key": key, "sources": sources, "made_because": why, "meta": meta, "files": files}
+    scratch = folder / "MANIFEST.json.tmp"
+    with open(scratch, "w") as f:
+        json.dump(manifest, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    scratch.rename(folder / "MANIFEST.json")

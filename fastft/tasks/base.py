@@ -1,0 +1,225 @@
+"""What a task is, and what all tasks share: reading and counting rows, the overlength policy, preparing splits."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastft import __version__
+from fastft.config import Config, Source
+from fastft.data import formats
+from fastft.data.prepared import Prepared, digest, prepare, sha256_file
+from fastft.errors import UserError, did_you_mean
+from fastft.models import load
+from fastft.registry import Registry
+
+TOKENIZE_ROWS = 1000  # rows handed to the tokenizer at a time: enough for its threads, small enough for memory
+
+
+@dataclass
+class Counts:
+    """What became of the input; nothing is dropped or cut without standing here."""
+
+    rows: int = 0
+    empty: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    split: int = 0
+    overlong: list[str] = field(default_factory=list)  # where the first few stand
+    overlong_total: int = 0
+    longest: int = 0
+
+    def overlength(self, where: str, length: int) -> None:
+        self.overlong_total += 1
+        self.longest = max(self.longest, length)
+        if len(self.overlong) < 3:
+            self.overlong.append(f"{where} ({length} tokens)")
+
+
+@dataclass
+class Split:
+    """A prepared set: what the loop needs to know of every sequence, without touching its tokens.
+
+    Attributes
+    ----------
+    lengths : (n,) int64
+        Tokens of each sequence before padding.
+    targets : (n,) float64
+        What each sequence contributes to the loss's denominator (target tokens, or 1 per classified text).
+    """
+
+    name: str
+    data: Prepared
+    lengths: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass
+class Batch:
+    """One rank's part of one micro-step."""
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    tokens: int  # real tokens
+    padded: int  # tokens computed
+
+    def to(self, device: torch.device) -> "Batch":
+        if device.type == "cpu":
+            return self
+        inputs = {k: v.pin_memory().to(device, non_blocking=True) for k, v in self.inputs.items()}
+        return Batch(inputs, self.labels.pin_memory().to(device, non_blocking=True), self.tokens, self.padded)
+
+
+class Task(ABC):
+    """One fine-tuning task, bound to a configuration.
+
+    Class attributes: ``auto_class`` (transformers Auto class), ``new_parameters`` (name parts of weights that may be drawn anew),
+    ``code_version`` (raise it when prepared data changes shape), ``best_metric`` (what "better" means, None: loss).
+    """
+
+    auto_class: str
+    new_parameters: tuple[str, ...] = ()
+    code_version = 1
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.tokenizer = load.tokenizer(config.model)
+        self.model_config = load.config(config.model)
+        self.max_length = self._max_length()
+
+    # -- what each task says ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build(self, folder: Path, sources: list[Source], training: bool) -> dict:
+        """Write the columns of a split into folder; return its meta, with ``counts``. Raises UserError on bad rows."""
+
+    @abstractmethod
+    def describe(self, data: Prepared) -> tuple[np.ndarray, np.ndarray]:
+        """(lengths, targets) of every sequence; see Split."""
+
+    @abstractmethod
+    def collate(self, split: Split, ids: np.ndarray) -> Batch:
+        """The sequences as padded tensors; no ids at all gives a dummy batch whose labels are all ignored."""
+
+    @abstractmethod
+    def loss(self, outputs, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        """Sum of the batch's losses times scale (0-dim float32 on the outputs' device): a scalar to call backward on."""
+
+    @abstractmethod
+    def new_metrics(self) -> "Metrics":
+        """An empty accumulator."""
+
+    def model_overrides(self) -> dict:
+        """Config attributes for the model to be built (num_labels ...)."""
+        return {}
+
+    def check_model(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Refuse a model that would compute something else than the task says. Raises UserError."""
+
+    def train_split(self) -> Split:
+        if not self.config.data.train:
+            raise UserError("data.train: no training data given.", "For example: data: {train: corpus.jsonl}")
+        return self.split("train", self.config.data.train, training=True)
+
+    def eval_splits(self) -> dict[str, Split]:
+        return {name: self.split(f"eval-{name}", sources, training=False) for name, sources in self.config.data.eval.items()}
+
+    # -- shared -------------------------------------------------------------------------------------------------------------
+
+    def split(self, name: str, sources: list[Source], training: bool) -> Split:
+        """Prepare (or reopen) a split; empty ones are errors."""
+        cache = Path(self.config.data.cache or Path(self.config.run.dir) / "prepared")
+        files = [str(f) for source in sources for f in formats.files_of(source)]
+        key = digest([self.preparation_key(training), [s.model_dump(exclude={"path"}) for s in sources], [_file_key(f) for f in files]])
+        data = prepare(cache / name, key, files, lambda folder: self.build(folder, sources, training))
+        lengths, targets = self.describe(data)
+        if len(lengths) == 0 or targets.sum() == 0:
+            raise UserError(f"data set {name!r} is empty: {data.meta['counts']['rows']} rows read from {', '.join(files[:3])}, nothing left to learn from.",
+                            f"Counts: {data.meta['counts']}.")
+        return Split(name, data, lengths, targets)
+
+    def preparation_key(self, training: bool) -> dict:
+        """What prepared data depends on beside the files."""
+        tok = self.tokenizer
+        vocabulary = tok.backend_tokenizer.to_str() if tok.is_fast else repr(sorted(tok.get_vocab().items()))
+        data = self.config.data.model_dump(exclude={"train", "eval", "cache", "seed", "max_length"})
+        return {"task": self.config.task, "code": [self.code_version, __version__], "data": data, "max_length": self.max_length,
+                "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(), "special": {k: str(v) for k, v in tok.special_tokens_map.items()}}
+
+    def read(self, sources: list[Source], columns: list[str], counts: Counts) -> Iterator[tuple[str, dict]]:
+        """Rows with their columns checked; rows without any text are counted and passed over."""
+        for source in sources:
+            for where, record in formats.read(source):
+                counts.rows += 1
+                for column in columns:
+                    if column not in record:
+                        raise UserError(f"{where}: no column {column!r}.",
+                                        f"{did_you_mean(column, record)} Set data.text / data.label to the columns of your data.")
+                if not isinstance(record[columns[0]], str):
+                    raise UserError(f"{where}: column {columns[0]!r} holds {type(record[columns[0]]).__name__}, not text: {record[columns[0]]!r}.")
+                if not record[columns[0]].strip():
+                    counts.empty += 1
+                    continue
+                yield where, record
+
+    def chunks(self, rows: Iterator) -> Iterator[list]:
+        """Rows in lists of TOKENIZE_ROWS."""
+        while chunk := list(islice(rows, TOKENIZE_ROWS)):
+            yield chunk
+
+    def settle_overlength(self, counts: Counts) -> None:
+        """With policy 'error': raise once everything is read, so that the message can count."""
+        if self.config.data.overlength == "error" and counts.overlong_total:
+            raise UserError(
+                f"{counts.overlong_total} of {counts.rows} texts are longer than max_length = {self.max_length} tokens "
+                f"(longest: {counts.longest}), first: {'; '.join(counts.overlong)}.",
+                f"Choose data.overlength: {', '.join(self.overlength_choices())}, or raise data.max_length"
+                f" (the model's limit is {load.length_limit(self.model_config) or 'not set'}).")
+
+    def overlength_choices(self) -> list[str]:
+        return ["truncate", "drop"]
+
+    def _max_length(self) -> int:
+        limit, wanted = load.length_limit(self.model_config), self.config.data.max_length
+        if wanted is None:
+            return min(limit or 1024, 1024)
+        if limit is not None and wanted > limit:
+            raise UserError(f"data.max_length = {wanted} is beyond the model's limit of {limit} positions.", f"Set data.max_length to at most {limit}.")
+        return wanted
+
+
+class Metrics(ABC):
+    """Sums over batches on one rank; ``finish`` turns every rank's state into numbers."""
+
+    @abstractmethod
+    def update(self, outputs, batch: Batch) -> None: ...
+
+    @abstractmethod
+    def state(self) -> object:
+        """Anything that pickles."""
+
+    @staticmethod
+    @abstractmethod
+    def finish(states: list) -> dict[str, float]: ...
+
+
+def counts_dict(counts: Counts) -> dict:
+    return asdict(counts)
+
+
+def _file_key(path: str) -> str:
+    p = Path(path)
+    if p.is_dir():  # a saved data set: its arrow files
+        return digest([[f.name, sha256_file(f)] for f in sorted(p.rglob("*")) if f.is_file()])
+    return sha256_file(p)
+
+
+TASKS: Registry[type[Task]] = Registry("task")

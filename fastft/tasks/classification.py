@@ -1,0 +1,220 @@
+"""Text classification, single- or multi-label, one text or a pair, with encoder or decoder models."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fastft.config import Source
+from fastft.data.formats.base import open_text
+from fastft.data.prepared import Prepared, RaggedWriter
+from fastft.errors import UserError, did_you_mean
+from fastft.ops import cross_entropy
+from fastft.tasks.base import TASKS, Batch, Counts, Metrics, Split, Task, counts_dict
+
+IGNORE = -100
+
+
+@TASKS.register("classification")
+class Classification(Task):
+    """Prepared columns: ``tokens``, ``segments`` (token types, pairs only), and ``labels``: (n,) int64 class indices, or
+    (n, classes) float32 of 0 and 1 when multi_label. meta["labels"] holds the names, in index order."""
+
+    auto_class = "AutoModelForSequenceClassification"
+    new_parameters = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "dense", "out_proj")
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.data.overlength == "split":
+            raise UserError("data.overlength: split makes no sense for classification (a label belongs to the whole text).",
+                            "Choose truncate, drop or error.")
+        self.labels: list[str] | None = self._labels_file()
+
+    def _labels_file(self) -> list[str] | None:
+        if self.config.data.labels is None:
+            return None
+        path = Path(self.config.data.labels)
+        if not path.is_file():
+            raise UserError(f"data.labels: no such file: {path}.", "One label name per line.")
+        with open_text(path) as f:
+            names = [line.strip() for line in f if line.strip()]
+        if not names:
+            raise UserError(f"data.labels: {path} is empty.", "One label name per line.")
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise UserError(f"data.labels: {path} names {', '.join(sorted(twice))} twice.")
+        return names
+
+    def use_labels(self, names: list[str]) -> None:
+        """Take the label set of a trained model (to evaluate it or predict with it)."""
+        self.labels = names
+
+    def preparation_key(self, training: bool) -> dict:
+        return {**super().preparation_key(training), "labels": None if training and self.config.data.labels is None else self.labels}
+
+    def build(self, folder: Path, sources: list[Source], training: bool) -> dict:
+        data, counts = self.config.data, Counts()
+        columns = [data.text, data.label] + ([data.text_pair] if data.text_pair else [])
+        tokens = RaggedWriter(folder, "tokens")
+        segments = RaggedWriter(folder, "segments") if data.text_pair else None
+        found: list[tuple[str, list[str]]] = []
+        for chunk in self.chunks(self.read(sources, columns, counts)):
+            encoded = self._encode([r for _, r in chunk])
+            for i, (where, record) in enumerate(chunk):
+                if not self._fits(where, encoded, i, counts):
+                    continue
+                tokens.append(encoded["input_ids"][i])
+                if segments:
+                    segments.append(encoded.get("token_type_ids", [[0] * len(t) for t in encoded["input_ids"]])[i])
+                found.append((where, self._labels_of(where, record[data.label])))
+        tokens.close()
+        if segments:
+            segments.close()
+        self.settle_overlength(counts)
+        names = self.labels if self.labels is not None else (_label_names(found) if training else None)
+        assert names is not None, "an evaluation set is prepared before its training set"
+        np.save(folder / "labels.npy", self._indices(found, names))
+        return {"counts": counts_dict(counts), "labels": names}
+
+    def _encode(self, records: list[dict]):
+        texts = [r[self.config.data.text] for r in records]
+        if self.config.data.text_pair is None:
+            return self.tokenizer(texts, verbose=False)
+        return self.tokenizer(texts, [r[self.config.data.text_pair] or "" for r in records], verbose=False, return_token_type_ids=True)
+
+    def _fits(self, where: str, encoded, i: int, counts: Counts) -> bool:
+        """Apply the overlength policy to row i; False: the row is not used."""
+        ids = encoded["input_ids"][i]
+        if len(ids) <= self.max_length:
+            return True
+        counts.overlength(where, len(ids))
+        if self.config.data.overlength == "truncate":
+            counts.truncated += 1
+            # cut in the middle of the special tokens: keep the last one ([SEP], </s>) where the tokenizer puts one
+            last_special = ids[-1:] if ids[-1] in self.tokenizer.all_special_ids else []
+            for column in encoded:
+                values = encoded[column][i]
+                encoded[column][i] = values[: self.max_length - len(last_special)] + (values[-1:] if last_special else [])
+            return True
+        counts.dropped += self.config.data.overlength == "drop"
+        return False
+
+    def _labels_of(self, where: str, value: object) -> list[str]:
+        """The label names of a cell: one, or any number when multi_label."""
+        if value is None or (value == "" and not self.config.data.multi_label):
+            raise UserError(f"{where}: the label is empty.", "Every row needs a label; remove the row or mend it.")
+        if not self.config.data.multi_label:
+            if isinstance(value, (list, dict)):
+                raise UserError(f"{where}: the label is a {type(value).__name__}.", "Set data.multi_label: true for several labels per row.")
+            return [_name(value)]
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(self.config.data.label_separator) if part.strip()]
+        return [_name(v) for v in (value if isinstance(value, list) else [value])]
+
+    def _indices(self, found: list[tuple[str, list[str]]], names: list[str]) -> np.ndarray:
+        index = {name: i for i, name in enumerate(names)}
+        if self.config.data.labels is not None:  # a file of names: rows may hold 0-based indices into it
+            index = {**{str(i): i for i in range(len(names))}, **index}
+        out = np.zeros((len(found), len(names)), dtype=np.float32) if self.config.data.multi_label else np.zeros(len(found), dtype=np.int64)
+        for row, (where, labels) in enumerate(found):
+            for label in labels:
+                if label not in index:
+                    origin = "the labels file" if self.config.data.labels else "the training data"
+                    raise UserError(f"{where}: label {label!r} does not occur in {origin} ({len(names)} labels).", did_you_mean(label, names))
+                if self.config.data.multi_label:
+                    out[row, index[label]] = 1
+                else:
+                    out[row] = index[label]
+        return out
+
+    def train_split(self) -> Split:
+        split = super().train_split()
+        self.labels = split.data.meta["labels"]
+        if len(self.labels) < 2 and not self.config.data.multi_label:
+            raise UserError(f"data.train: all {len(split)} rows have the same label {self.labels[0]!r}.", "Classification needs at least two.")
+        return split
+
+    def model_overrides(self) -> dict:
+        kind = "multi_label_classification" if self.config.data.multi_label else "single_label_classification"
+        return {"num_labels": len(self.labels), "id2label": dict(enumerate(self.labels)), "label2id": {n: i for i, n in enumerate(self.labels)},
+                "problem_type": kind, "pad_token_id": self.tokenizer.pad_token_id}
+
+    def describe(self, data: Prepared) -> tuple[np.ndarray, np.ndarray]:
+        return data["tokens"].lengths(), np.ones(len(data["tokens"]))
+
+    def collate(self, split: Split, ids: np.ndarray) -> Batch:
+        data = split.data
+        rows = [data["tokens"][int(i)] for i in ids] or [np.full(1, self.tokenizer.pad_token_id, dtype=np.int32)]
+        width = max(len(row) for row in rows)
+        tokens = np.full((len(rows), width), self.tokenizer.pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
+        for r, row in enumerate(rows):
+            tokens[r, : len(row)] = row
+            mask[r, : len(row)] = 1
+        inputs = {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask)}
+        if "segments" in data.columns:
+            segments = np.zeros((len(rows), width), dtype=np.int64)
+            for r, i in enumerate(ids):
+                segments[r, : len(data["segments"][int(i)])] = data["segments"][int(i)]
+            inputs["token_type_ids"] = torch.from_numpy(segments)
+        labels = torch.from_numpy(np.asarray(data["labels"][np.asarray(ids, dtype=np.int64)]))
+        if len(ids) == 0:  # a dummy row: ignored class, or NaN-free zeros that the loss weighs with 0
+            labels = torch.full((1,), IGNORE) if labels.dim() == 1 else torch.full((1, labels.shape[1]), float("nan"))
+        return Batch(inputs, labels, int(mask.sum()) if len(ids) else 0, tokens.size)
+
+    def loss(self, outputs, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        logits = outputs.logits
+        if batch.labels.dim() == 1:
+            return cross_entropy(logits, batch.labels, ignore_index=IGNORE, reduction="sum", token_weight=scale,
+                                 label_smoothing=self.config.loss.label_smoothing, z_loss=self.config.loss.z_loss)
+        used = ~batch.labels.isnan()
+        losses = F.binary_cross_entropy_with_logits(logits.float(), batch.labels.nan_to_num(), reduction="none")
+        return (losses * used).sum() * scale / batch.labels.shape[1]
+
+    def new_metrics(self) -> "ClassificationMetrics":
+        return ClassificationMetrics(self)
+
+
+class ClassificationMetrics(Metrics):
+    """Accuracy and macro F1; for multi-label: micro and macro F1, and the share of rows with every label right."""
+
+    def __init__(self, task: Classification):
+        self.task, self.loss, self.logits, self.labels = task, 0.0, [], []
+
+    def update(self, outputs, batch: Batch) -> None:
+        if batch.tokens == 0:
+            return
+        one = torch.ones((), dtype=torch.float32, device=outputs.logits.device)
+        self.loss += float(self.task.loss(outputs, batch, one))
+        self.logits.append(outputs.logits.float().cpu().numpy())
+        self.labels.append(batch.labels.cpu().numpy())
+
+    def state(self) -> tuple:
+        return self.loss, self.logits, self.labels
+
+    @staticmethod
+    def finish(states: list) -> dict[str, float]:
+        from sklearn.metrics import accuracy_score, f1_score
+
+        logits = np.concatenate([x for s in states for x in s[1]])
+        labels = np.concatenate([x for s in states for x in s[2]])
+        result = {"loss": sum(s[0] for s in states) / len(labels), "examples": len(labels)}
+        if labels.ndim == 1:
+            predicted = logits.argmax(-1)
+            return {**result, "accuracy": float(accuracy_score(labels, predicted)),
+                    "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0))}
+        predicted = logits > 0  # probability above one half
+        return {**result, "accuracy": float((predicted == (labels > 0.5)).all(-1).mean()),
+                "f1_micro": float(f1_score(labels, predicted, average="micro", zero_division=0)),
+                "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0))}
+
+
+def _name(value: object) -> str:
+    """Labels are strings; whole numbers lose a trailing .0 (Parquet and JSON write 3.0 for 3)."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _label_names(found: list[tuple[str, list[str]]]) -> list[str]:
+    """All labels, sorted; numerically when all are whole numbers, so that index and name agree."""
+    names = {label for _, labels in found for label in labels}
+    return sorted(names, key=int) if all(n.lstrip("-").isdigit() for n in names) else sorted(names)
