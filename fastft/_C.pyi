@@ -87,3 +87,7 @@ def cross_entropy(
 
     An out-of-range target (not ignore_index) yields loss NaN, grad 0 and bad_row. A row of all -inf, or one with a NaN, yields NaN
     loss and NaN grad, as torch does. rows * vocab may exceed 2^31."""
+
+def stream_4r3w(*, p: int, g: int, m: int, v: int, n: int, num_threads: int) -> None:
+    """p += g, m += g, v += g over float32[n] on the CPU: the memory traffic of one fp32 AdamW step (4 reads, 3 writes) and
+    next to no arithmetic. The limit that benchmarks/adamw.py compares with."""

@@ -1,0 +1,184 @@
+// The only file that sees Python. Checks what a caller may get wrong, turns integers into pointers and calls the
+// kernels without the GIL. Signatures and their meaning: fastft/_C.pyi.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fastft/adamw.h"
+#include "fastft/cross_entropy.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+using fastft::DType;
+using Address = std::uintptr_t;
+using Addresses = std::vector<Address>;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+DType dtype(int tag, const char* name) {
+  if (tag != static_cast<int>(DType::f32) && tag != static_cast<int>(DType::bf16)) {
+    fail(std::string(name) + "=" + std::to_string(tag) + " is not a known dtype tag; use F32 or BF16");
+  }
+  return static_cast<DType>(tag);
+}
+
+void check_device(int device) {
+  if (device < -1) fail("device=" + std::to_string(device) + "; use -1 for the CPU or a CUDA device ordinal");
+#ifndef FASTFT_CUDA
+  if (device >= 0) {
+    fail("device=" + std::to_string(device) +
+         ", but fastft was built without CUDA; reinstall it with FASTFT_BUILD=cuda and a CUDA toolkit");
+  }
+#endif
+}
+
+void check_not_negative(std::int64_t value, const char* name) {
+  if (value < 0) fail(std::string(name) + "=" + std::to_string(value) + " is negative");
+}
+
+void check_length(const Addresses& list, const char* name, std::size_t want, bool may_be_empty) {
+  if (list.size() == want || (may_be_empty && list.empty())) return;
+  fail(std::string(name) + " has " + std::to_string(list.size()) + " entries, params has " + std::to_string(want));
+}
+
+void adamw(int device, Address stream, const Addresses& params, const Addresses& grads, const Addresses& exp_avgs,
+           const Addresses& exp_avg_sqs, const Addresses& max_exp_avg_sqs, const Addresses& copies,
+           const Addresses& steps, const std::vector<std::int64_t>& numels, int param_dtype, int grad_dtype, double lr,
+           Address lr_ptr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
+           Address grad_scale, Address found_inf, int num_threads) {
+  check_device(device);
+  const std::size_t count = params.size();
+  check_length(grads, "grads", count, false);
+  check_length(exp_avgs, "exp_avgs", count, false);
+  check_length(exp_avg_sqs, "exp_avg_sqs", count, false);
+  check_length(max_exp_avg_sqs, "max_exp_avg_sqs", count, true);
+  check_length(copies, "copies", count, true);
+  check_length(steps, "steps", count, false);
+  if (numels.size() != count) check_length(Addresses(numels.size()), "numels", count, false);
+  const fastft::AdamWOptions options{dtype(param_dtype, "param_dtype"), dtype(grad_dtype, "grad_dtype"), lr,
+                                     at<float>(lr_ptr), beta1, beta2, eps, weight_decay, decoupled, maximize,
+                                     at<float>(grad_scale), at<float>(found_inf)};
+  std::vector<fastft::AdamWTensor> tensors(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    check_not_negative(numels[i], "numels[i]");
+    if (steps[i] == 0) fail("steps[" + std::to_string(i) + "] is 0; a step counter is always needed");
+    tensors[i] = {at<void>(params[i]), at<void>(grads[i]), at<float>(exp_avgs[i]), at<float>(exp_avg_sqs[i]),
+                  max_exp_avg_sqs.empty() ? nullptr : at<float>(max_exp_avg_sqs[i]),
+                  copies.empty() ? nullptr : at<fastft::bf16>(copies[i]), at<float>(steps[i]), numels[i]};
+  }
+  py::gil_scoped_release release;
+  if (device < 0) return fastft::adamw_cpu(tensors.data(), count, options, num_threads);
+#ifdef FASTFT_CUDA
+  fastft::adamw_cuda(tensors.data(), count, options, device, at<void>(stream));
+#else
+  (void)stream;
+#endif
+}
+
+void cross_entropy(int device, Address stream, Address logits, int tag, std::int64_t rows, std::int64_t vocab,
+                   std::int64_t logits_stride, Address target, Address class_weight, Address token_weight,
+                   std::int64_t token_weight_stride, std::int64_t ignore_index, double label_smoothing, double z_loss,
+                   double softcap, double logit_scale, Address loss, Address lse, Address grad,
+                   std::int64_t grad_stride, Address grad_scale, std::int64_t grad_scale_stride, Address bad_row,
+                   int num_threads) {
+  check_device(device);
+  check_not_negative(rows, "rows");
+  check_not_negative(vocab, "vocab");
+  check_not_negative(logits_stride, "logits_stride");
+  check_not_negative(token_weight_stride, "token_weight_stride");
+  check_not_negative(grad_scale_stride, "grad_scale_stride");
+  if (grad) check_not_negative(grad_stride, "grad_stride");
+  if (rows > 0 && vocab == 0) fail("vocab=0 with rows=" + std::to_string(rows) + ": a softmax needs a class");
+  if (!(softcap >= 0.0)) fail("softcap=" + std::to_string(softcap) + " must be positive, or 0 for none");
+  const fastft::CrossEntropyArgs args{at<void>(logits), dtype(tag, "dtype"), rows, vocab, logits_stride,
+                                      at<std::int64_t>(target), at<float>(class_weight), at<float>(token_weight),
+                                      token_weight_stride, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+                                      at<float>(loss), at<float>(lse), at<void>(grad), grad_stride,
+                                      at<float>(grad_scale), grad_scale_stride, at<std::int64_t>(bad_row)};
+  py::gil_scoped_release release;
+  if (device < 0) return fastft::cross_entropy_cpu(args, num_threads);
+#ifdef FASTFT_CUDA
+  fastft::cross_entropy_cuda(args, device, at<void>(stream));
+#else
+  (void)stream;
+#endif
+}
+
+void stream_4r3w(Address p, Address g, Address m, Address v, std::int64_t n, int num_threads) {
+  check_not_negative(n, "n");
+  py::gil_scoped_release release;
+  fastft::cpu::stream_4r3w(at<float>(p), at<float>(g), at<float>(m), at<float>(v), n, num_threads);
+}
+
+py::dict build_info() {
+  std::vector<std::string> archs, paths{"scalar"};
+  bool cuda = false;
+#ifdef FASTFT_CUDA
+  cuda = true;
+  std::istringstream list(FASTFT_CUDA_ARCHS);
+  for (std::string arch; std::getline(list, arch, ',');) archs.push_back(arch);
+#endif
+#ifdef FASTFT_X86
+  paths = {"scalar", "avx2", "avx512"};
+#endif
+  py::dict d;
+  d["version"] = FASTFT_VERSION;
+  d["cuda"] = cuda;
+  d["cuda_archs"] = archs;
+#ifdef __clang__
+  d["compiler"] = "clang " __clang_version__;
+#else
+  d["compiler"] = "gcc " __VERSION__;
+#endif
+  d["openmp"] = true;  // CMake requires it
+  d["cpu_paths"] = paths;
+  return d;
+}
+
+py::dict cpu_features() {
+  const fastft::cpu::Features f = fastft::cpu::features();
+  py::dict d;
+  d["avx2"] = f.avx2;
+  d["fma"] = f.fma;
+  d["f16c"] = f.f16c;
+  d["avx512f"] = f.avx512f;
+  d["avx512bw"] = f.avx512bw;
+  d["avx512vl"] = f.avx512vl;
+  d["avx512dq"] = f.avx512dq;
+  d["avx512_bf16"] = f.avx512_bf16;
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using py::arg;
+  m.attr("F32") = static_cast<int>(DType::f32);
+  m.attr("BF16") = static_cast<int>(DType::bf16);
+  m.def("build_info", &build_info);
+  m.def("cpu_features", &cpu_features);
+  m.def("cpu_path", [] { return std::string(fastft::cpu::kernels().name); });
+  m.def("adamw", &adamw, py::kw_only(), arg("device"), arg("stream"), arg("params"), arg("grads"), arg("exp_avgs"),
+        arg("exp_avg_sqs"), arg("max_exp_avg_sqs"), arg("copies"), arg("steps"), arg("numels"), arg("param_dtype"),
+        arg("grad_dtype"), arg("lr"), arg("lr_ptr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"),
+        arg("decoupled"), arg("maximize"), arg("grad_scale"), arg("found_inf"), arg("num_threads"));
+  m.def("cross_entropy", &cross_entropy, py::kw_only(), arg("device"), arg("stream"), arg("logits"), arg("dtype"),
+        arg("rows"), arg("vocab"), arg("logits_stride"), arg("target"), arg("class_weight"), arg("token_weight"),
+        arg("token_weight_stride"), arg("ignore_index"), arg("label_smoothing"), arg("z_loss"), arg("softcap"),
+        arg("logit_scale"), arg("loss"), arg("lse"), arg("grad"), arg("grad_stride"), arg("grad_scale"),
+        arg("grad_scale_stride"), arg("bad_row"), arg("num_threads"));
+  m.def("stream_4r3w", &stream_4r3w, py::kw_only(), arg("p"), arg("g"), arg("m"), arg("v"), arg("n"),
+        arg("num_threads"));
+}

@@ -1,0 +1,94 @@
+// What each instruction set provides: loops over one chunk or one row, no OpenMP and no allocation. Everything else
+// (validation, threads, float64 per-row scalars) is compiled once, for the baseline CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "fastft/dtype.h"
+
+namespace fastft::cpu {
+
+struct AdamWChunk {
+  void* param;
+  const void* grad;
+  float* m;
+  float* v;
+  float* vmax;  // or null
+  bf16* copy;   // or null
+  std::int64_t n;
+};
+
+struct AdamWScalars {
+  float grad_factor;  // grad_scale, negated to maximize
+  float decay;        // param is multiplied by this: 1 - lr * weight_decay, or 1
+  float l2;           // grad += l2 * param, or 0
+  float one_minus_beta1;
+  float beta1;
+  float beta2;
+  float one_minus_beta2;
+  float inv_sqrt_bc2;  // 1 / sqrt(1 - beta2^t)
+  float eps;
+  float step_size;  // lr / (1 - beta1^t)
+};
+
+using AdamWFn = void (*)(const AdamWChunk&, const AdamWScalars&);
+
+struct CeLogits {
+  const void* row;
+  std::int64_t n;
+  float scale;          // logit_scale
+  float softcap;        // 0: none
+  bool smooth;          // also sum the logits, for label smoothing
+  const float* weight;  // class weights of that sum, or null
+  std::int64_t target;  // class whose logit is wanted, or -1
+};
+
+struct CeStats {
+  float max;           // of the scaled and capped logits; 0 where they are all -inf
+  double sum;           // of exp(x - max)
+  double weighted_sum;  // of weight * x, when smooth
+  float target;         // x of the target, rounded exactly as in the sums: one class alone then has a loss of exactly 0
+  float target_tanh;    // tanh(logit / softcap) there, 0 without a cap
+};
+
+struct CeGrad {
+  void* row;
+  float max;
+  float factor;  // of exp(x - max)
+  float smooth;  // subtracted, times weight
+  bool nontemporal;
+};
+
+using CeStatsFn = CeStats (*)(const CeLogits&);
+using CeGradFn = void (*)(const CeLogits&, const CeGrad&);
+using StreamFn = void (*)(float* p, const float* g, float* m, float* v, std::int64_t n);
+
+struct Kernels {
+  const char* name;
+  AdamWFn adamw[2][2];  // [param dtype][grad dtype]
+  CeStatsFn ce_stats[2];
+  CeGradFn ce_grad[2];
+  StreamFn stream;
+};
+
+extern const Kernels kernels_scalar;
+#ifdef FASTFT_X86
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+// The table in use. Throws std::invalid_argument when FASTFT_CPU names something this CPU cannot run.
+const Kernels& kernels();
+
+struct Features {
+  bool avx2, fma, f16c, avx512f, avx512bw, avx512vl, avx512dq, avx512_bf16;
+};
+Features features();
+
+int thread_count(int requested);
+
+// The memory traffic of one fp32 AdamW step (4 reads, 3 writes of n floats) with almost no arithmetic: the limit that
+// benchmarks/adamw.py compares with.
+void stream_4r3w(float* p, const float* g, float* m, float* v, std::int64_t n, int num_threads);
+
+}  // namespace fastft::cpu

@@ -1,0 +1,25 @@
+// The kernels for one instruction set. All names but the table are local to this file or in its own namespace, so that
+// the linker cannot merge code for one CPU into the path of another.
+#include "simd_avx2.h"
+
+#include "kernels.h"
+
+namespace fastft::cpu {
+namespace avx2 {
+namespace {
+#include "vector_math.h"
+#include "adamw_kernel.h"
+#include "cross_entropy_kernel.h"
+}  // namespace
+}  // namespace avx2
+
+extern const Kernels kernels_avx2 = {
+    "avx2",
+    {{avx2::adamw_chunk<float, float>, avx2::adamw_chunk<float, bf16>},
+     {avx2::adamw_chunk<bf16, float>, avx2::adamw_chunk<bf16, bf16>}},
+    {avx2::ce_stats<float>, avx2::ce_stats<bf16>},
+    {avx2::ce_grad<float>, avx2::ce_grad<bf16>},
+    avx2::stream_chunk,
+};
+
+}  // namespace fastft::cpu

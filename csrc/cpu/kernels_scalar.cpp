@@ -1,0 +1,25 @@
+// The kernels for one instruction set. All names but the table are local to this file or in its own namespace, so that
+// the linker cannot merge code for one CPU into the path of another.
+#include "simd_scalar.h"
+
+#include "kernels.h"
+
+namespace fastft::cpu {
+namespace scalar {
+namespace {
+#include "vector_math.h"
+#include "adamw_kernel.h"
+#include "cross_entropy_kernel.h"
+}  // namespace
+}  // namespace scalar
+
+extern const Kernels kernels_scalar = {
+    "scalar",
+    {{scalar::adamw_chunk<float, float>, scalar::adamw_chunk<float, bf16>},
+     {scalar::adamw_chunk<bf16, float>, scalar::adamw_chunk<bf16, bf16>}},
+    {scalar::ce_stats<float>, scalar::ce_stats<bf16>},
+    {scalar::ce_grad<float>, scalar::ce_grad<bf16>},
+    scalar::stream_chunk,
+};
+
+}  // namespace fastft::cpu

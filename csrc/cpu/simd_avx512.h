@@ -1,0 +1,65 @@
+// Sixteen lanes: AVX-512 F, BW, VL, DQ. Compiled only in kernels_avx512.cpp.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "fastft/dtype.h"
+
+namespace fastft::cpu::avx512 {
+
+#define FASTFT_INLINE static inline __attribute__((always_inline))
+
+using V = __m512;
+constexpr std::int64_t kWidth = 16;
+
+FASTFT_INLINE __mmask16 mask_n(std::int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+FASTFT_INLINE V set1(float x) { return _mm512_set1_ps(x); }
+FASTFT_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
+FASTFT_INLINE V widen(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
+FASTFT_INLINE V load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+FASTFT_INLINE V load_n(const float* p, std::int64_t n) { return _mm512_maskz_loadu_ps(mask_n(n), p); }
+FASTFT_INLINE V load_n(const bf16* p, std::int64_t n) { return widen(_mm256_maskz_loadu_epi16(mask_n(n), p)); }
+// To nearest, ties to even; NaN stays NaN. Integer code, because vcvtneps2bf16 treats denormals as zero, wants its own
+// run-time check, and the loops that use this wait for memory anyway.
+FASTFT_INLINE __m256i narrow(V x) {
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i r = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+FASTFT_INLINE void store(float* p, V x) { _mm512_storeu_ps(p, x); }
+FASTFT_INLINE void store(bf16* p, V x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
+FASTFT_INLINE void store_n(float* p, V x, std::int64_t n) { _mm512_mask_storeu_ps(p, mask_n(n), x); }
+FASTFT_INLINE void store_n(bf16* p, V x, std::int64_t n) { _mm256_mask_storeu_epi16(p, mask_n(n), narrow(x)); }
+FASTFT_INLINE void stream(float* p, V x) { _mm512_stream_ps(p, x); }
+FASTFT_INLINE void stream(bf16* p, V x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
+FASTFT_INLINE void stream_fence() { _mm_sfence(); }
+
+FASTFT_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+FASTFT_INLINE V fnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }
+FASTFT_INLINE V max(V x, V otherwise) { return _mm512_max_ps(x, otherwise); }  // the second where one is NaN
+FASTFT_INLINE V sqrt(V x) { return _mm512_sqrt_ps(x); }
+FASTFT_INLINE V abs(V x) { return _mm512_abs_ps(x); }
+FASTFT_INLINE V copysign(V x, V sign) {
+  const V bit = set1(-0.0f);
+  return _mm512_or_ps(_mm512_andnot_ps(bit, x), _mm512_and_ps(bit, sign));
+}
+FASTFT_INLINE V select_less(V a, V b, V yes, V no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+FASTFT_INLINE V keep_n(V x, std::int64_t n, float fill) { return _mm512_mask_blend_ps(mask_n(n), set1(fill), x); }
+FASTFT_INLINE V round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// x * 2^n, and 0 where at < low (there n may be anything); NaN passes
+FASTFT_INLINE V ldexp_above(V x, V n, V at, float low) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(at, set1(low), _CMP_NLT_UQ), x, n);
+}
+FASTFT_INLINE float first_lane(V x) { return _mm512_cvtss_f32(x); }
+FASTFT_INLINE float reduce_max(V x) { return _mm512_reduce_max_ps(x); }
+FASTFT_INLINE float reduce_add(V x) { return _mm512_reduce_add_ps(x); }
+
+}  // namespace fastft::cpu::avx512
