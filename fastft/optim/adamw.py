@@ -60,6 +60,7 @@ class FusedAdamW(torch.optim.Optimizer):
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         self.backend = backend
         self._suspended = False
+        self._scaling: tuple[Tensor | None, Tensor | None] = (None, None)
         defaults = {
             "lr": lr,
             "betas": tuple(float(beta) for beta in betas),
@@ -92,9 +93,19 @@ class FusedAdamW(torch.optim.Optimizer):
                 loss = closure()
         if self._suspended:
             return loss
+        outer_scale, outer_inf = self._scaling
         for group in self.param_groups:
-            self._step_group(group, grad_scale, found_inf)
+            self._step_group(group, outer_scale if grad_scale is None else grad_scale, outer_inf if found_inf is None else found_inf)
         return loss
+
+    @contextmanager
+    def scaled(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Iterator[None]:
+        """While inside, step() uses these unless it is given its own: for wrappers (DeepSpeed's engine) that call it without arguments."""
+        before, self._scaling = self._scaling, (grad_scale, found_inf)
+        try:
+            yield
+        finally:
+            self._scaling = before
 
     @contextmanager
     def steps_suspended(self) -> Iterator[None]:
@@ -161,7 +172,7 @@ class FusedAdamW(torch.optim.Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend, "_suspended": self._suspended}
+        return {**super().__getstate__(), "backend": self.backend, "_suspended": self._suspended, "_scaling": self._scaling}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

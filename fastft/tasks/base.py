@@ -66,16 +66,17 @@ class Split:
 class Batch:
     """One rank's part of one micro-step."""
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor | bool]
     labels: torch.Tensor
+    samples: int
     tokens: int  # real tokens
     padded: int  # tokens computed
 
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
-        inputs = {k: v.pin_memory().to(device, non_blocking=True) for k, v in self.inputs.items()}
-        return Batch(inputs, self.labels.pin_memory().to(device, non_blocking=True), self.tokens, self.padded)
+        inputs = {k: v.pin_memory().to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in self.inputs.items()}
+        return Batch(inputs, self.labels.pin_memory().to(device, non_blocking=True), self.samples, self.tokens, self.padded)
 
 
 class Task(ABC):

@@ -101,7 +101,7 @@ class CausalLM(Task):
             tokens, labels, positions = (a.reshape(1, -1) for a in (tokens, labels, positions))
         inputs = {"input_ids": torch.from_numpy(tokens), "position_ids": torch.from_numpy(positions)}
         # use_cache: with a cache, transformers takes restarting positions for a continued sequence and masks nothing
-        return Batch({**inputs, "use_cache": False}, torch.from_numpy(labels), real, tokens.size)
+        return Batch({**inputs, "use_cache": False}, torch.from_numpy(labels), len(ids), real, tokens.size)
 
     def _pack(self, data: Prepared, pack: int) -> list[np.ndarray]:
         doc, start, length = data["piece_doc"], data["piece_start"], data["piece_length"]

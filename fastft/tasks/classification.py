@@ -61,11 +61,12 @@ class Classification(Task):
         for chunk in self.chunks(self.read(sources, columns, counts)):
             encoded = self._encode([r for _, r in chunk])
             for i, (where, record) in enumerate(chunk):
-                if not self._fits(where, encoded, i, counts):
+                row = self._fit(where, record, {column: values[i] for column, values in encoded.items()}, counts)
+                if row is None:
                     continue
-                tokens.append(encoded["input_ids"][i])
+                tokens.append(row["input_ids"])
                 if segments:
-                    segments.append(encoded.get("token_type_ids", [[0] * len(t) for t in encoded["input_ids"]])[i])
+                    segments.append(row["token_type_ids"])
                 found.append((where, self._labels_of(where, record[data.label])))
         tokens.close()
         if segments:
@@ -76,28 +77,24 @@ class Classification(Task):
         np.save(folder / "labels.npy", self._indices(found, names))
         return {"counts": counts_dict(counts), "labels": names}
 
-    def _encode(self, records: list[dict]):
+    def _encode(self, records: list[dict], **truncation) -> dict[str, list[list[int]]]:
         texts = [r[self.config.data.text] for r in records]
         if self.config.data.text_pair is None:
-            return self.tokenizer(texts, verbose=False)
-        return self.tokenizer(texts, [r[self.config.data.text_pair] or "" for r in records], verbose=False, return_token_type_ids=True)
+            return self.tokenizer(texts, verbose=False, **truncation)
+        pairs = [r[self.config.data.text_pair] or "" for r in records]
+        return self.tokenizer(texts, pairs, verbose=False, return_token_type_ids=True, **truncation)
 
-    def _fits(self, where: str, encoded, i: int, counts: Counts) -> bool:
-        """Apply the overlength policy to row i; False: the row is not used."""
-        ids = encoded["input_ids"][i]
-        if len(ids) <= self.max_length:
-            return True
-        counts.overlength(where, len(ids))
-        if self.config.data.overlength == "truncate":
+    def _fit(self, where: str, record: dict, row: dict[str, list[int]], counts: Counts) -> dict[str, list[int]] | None:
+        """The row, or what the overlength policy makes of it; None: not used."""
+        length = len(row["input_ids"])
+        if length <= self.max_length:
+            return row
+        counts.overlength(where, length)
+        if self.config.data.overlength == "truncate":  # the tokenizer knows which special tokens must stay
             counts.truncated += 1
-            # cut in the middle of the special tokens: keep the last one ([SEP], </s>) where the tokenizer puts one
-            last_special = ids[-1:] if ids[-1] in self.tokenizer.all_special_ids else []
-            for column in encoded:
-                values = encoded[column][i]
-                encoded[column][i] = values[: self.max_length - len(last_special)] + (values[-1:] if last_special else [])
-            return True
+            return {k: v[0] for k, v in self._encode([record], truncation=True, max_length=self.max_length).items()}
         counts.dropped += self.config.data.overlength == "drop"
-        return False
+        return None
 
     def _labels_of(self, where: str, value: object) -> list[str]:
         """The label names of a cell: one, or any number when multi_label."""
@@ -160,7 +157,7 @@ class Classification(Task):
         labels = torch.from_numpy(np.asarray(data["labels"][np.asarray(ids, dtype=np.int64)]))
         if len(ids) == 0:  # a dummy row: ignored class, or NaN-free zeros that the loss weighs with 0
             labels = torch.full((1,), IGNORE) if labels.dim() == 1 else torch.full((1, labels.shape[1]), float("nan"))
-        return Batch(inputs, labels, int(mask.sum()) if len(ids) else 0, tokens.size)
+        return Batch(inputs, labels, len(ids), int(mask.sum()) if len(ids) else 0, tokens.size)
 
     def loss(self, outputs, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
         logits = outputs.logits

@@ -1,0 +1,1 @@
+"""The loop, the engine it drives, checkpoints and telemetry."""

@@ -1,0 +1,163 @@
+"""Process group and DeepSpeed engine: all that the loop needs to know of DeepSpeed is here."""
+
+import json
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastft.config import Config
+from fastft.errors import UserError
+from fastft.optim import FusedAdamW
+
+# DeepSpeed settings that follow from the YAML; a second source for them would be a contradiction waiting to happen.
+OWNED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler", "fp16", "bf16",
+         "gradient_clipping", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "gradient_predivide_factor", "prescale_gradients"}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def environment(config: Config) -> Ranks:
+    """Read (or, without a launcher, set) the torch.distributed environment, and settle threads and device. Starts nothing."""
+    env = os.environ
+    if "RANK" not in env:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = int(env["WORLD_SIZE"])
+    local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or (world if env["MASTER_ADDR"] in ("127.0.0.1", "localhost") else 1))
+    env.setdefault("LOCAL_SIZE", str(local_world))  # DeepSpeed's CPU accelerator counts devices by it
+    cuda = torch.cuda.is_available()
+    if config.run.device == "cuda" and not cuda:
+        raise UserError("run.device: cuda, but torch sees no CUDA device.", "`fastft doctor` shows what is there; or set run.device: auto.")
+    device = torch.device("cuda", int(env["LOCAL_RANK"])) if cuda and config.run.device != "cpu" else torch.device("cpu")
+    if device.type == "cpu":
+        env["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(config.run.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    else:
+        torch.cuda.set_device(device)
+    return Ranks(int(env["RANK"]), world, int(env["LOCAL_RANK"]), local_world, device)
+
+
+def start_process_group() -> None:
+    """Join the process group through DeepSpeed (gloo on CPUs, NCCL on GPUs), quietly."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.distributed.is_initialized():
+        backend = "gloo" if os.environ.get("DS_ACCELERATOR") == "cpu" else "nccl"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def deepspeed_config(config: Config, ranks: Ranks) -> dict:
+    """DeepSpeed's settings for this run: those that follow from the YAML, plus parallel.deepspeed.
+
+    Raises
+    ------
+    UserError
+        parallel.deepspeed names a missing or broken file, or a key that fastft sets itself.
+    """
+    zero = config.parallel.zero
+    # Stage 0 keeps gradients whole: the loop fuses clipping into the optimizer's pass instead.
+    clip = (config.optim.grad_clip or 0.0) if zero or config.model.dtype == "bf16" else 0.0
+    settings = {
+        # The loop sets the accumulation boundary itself and normalises the loss itself, so these only have to be consistent.
+        "train_batch_size": ranks.world,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": zero},
+        "steps_per_print": 10**9,
+    }
+    if config.model.dtype == "bf16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    extra = config.parallel.deepspeed
+    if isinstance(extra, str):
+        try:
+            extra = json.loads(Path(extra).read_text())
+        except (OSError, json.JSONDecodeError) as e:
+            raise UserError(f"parallel.deepspeed: {extra}: {e}", "Give a JSON file of DeepSpeed settings, or write them as a mapping.") from None
+    for key, value in (extra or {}).items():
+        if key in OWNED:
+            raise UserError(f"parallel.deepspeed: {key!r} follows from the rest of the configuration.", "Remove it there; set batch, optim or model instead.")
+        if key == "zero_optimization":
+            if value.get("stage", zero) != zero:
+                raise UserError(f"parallel.deepspeed: zero_optimization.stage = {value['stage']} contradicts parallel.zero = {zero}.", "Set parallel.zero.")
+            settings[key] = {**value, "stage": zero}
+        else:
+            settings[key] = value
+    return settings
+
+
+def build_engine(model: torch.nn.Module, optimizer: FusedAdamW, settings: dict):
+    """A DeepSpeed engine over the model with our optimizer as its client optimizer."""
+    import deepspeed
+
+    # Stage 0 in bf16 calls step() once on zero gradients while it sets itself up: weights would decay before training.
+    # The sharded stages need that call for nothing either: FusedAdamW makes its state at the first real step.
+    with optimizer.steps_suspended():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+class Stepper:
+    """Runs the engine's micro-steps, and its optimizer step with clipping and the NaN check fused in where DeepSpeed leaves it to us.
+
+    Attributes
+    ----------
+    grad_norm : float or 0-dim tensor
+        Global gradient norm of the last step, before clipping.
+    """
+
+    def __init__(self, engine, optimizer: FusedAdamW, clip: float | None):
+        self.engine, self.optimizer, self.clip = engine, optimizer, clip
+        # Stage 0 in fp32 hands gradients straight to our optimizer, and checks nothing.
+        self.fused_clip = engine.optimizer is optimizer
+        self.grad_norm: torch.Tensor | float = 0.0
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Accumulate; the last micro-step of an optimizer step also reduces gradients over the ranks."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if last:
+            self._step()
+
+    def boundary(self, last: bool) -> None:
+        """To be called before the forward of every micro-step: ZeRO's hooks read it."""
+        self.engine.set_gradient_accumulation_boundary(last)
+
+    def _step(self) -> None:
+        if not self.fused_clip:
+            self.engine.step()
+            self.grad_norm = self.engine.get_global_grad_norm()
+            return
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        scale = (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else None
+        with self.optimizer.scaled(grad_scale=scale, found_inf=(~norm.isfinite()).float()):
+            self.engine.step()
+        self.grad_norm = norm
+
+    def skipped(self) -> bool:
+        """Whether the last step changed nothing because of NaN or Inf gradients (synchronises with the device)."""
+        if self.fused_clip:
+            return not bool(torch.as_tensor(self.grad_norm).isfinite())
+        return bool(getattr(self.engine.optimizer, "overflow", False))

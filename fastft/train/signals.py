@@ -1,0 +1,39 @@
+"""SIGINT and SIGTERM ask the loop to save and leave; a second SIGINT leaves at once."""
+
+import signal
+
+import torch
+import torch.distributed as dist
+
+CAUGHT = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Remembers a signal until every rank has agreed on it at the end of a step.
+
+    Used as a context manager: the handlers that were there before come back afterwards.
+    """
+
+    def __init__(self):
+        self.signum = 0
+
+    def __enter__(self) -> "StopRequest":
+        self.before = {s: signal.signal(s, self._catch) for s in CAUGHT}
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def _catch(self, signum: int, frame) -> None:
+        if self.signum == signal.SIGINT == signum:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def agreed(self, device: torch.device, world: int) -> int:
+        """The signal that any rank has seen (0: none), the same on all ranks."""
+        if world == 1:
+            return self.signum
+        seen = torch.tensor([self.signum], dtype=torch.int32, device=device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return int(seen.item())
