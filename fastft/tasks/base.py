@@ -122,6 +122,13 @@ class Task(ABC):
         """Config attributes for the model to be built (num_labels ...)."""
         return {}
 
+    def state(self) -> dict:
+        """What the task learnt from the training data, as JSON; stands in every checkpoint."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """Take over ``state`` of a run, instead of its training data."""
+
     def check_model(self, model: torch.nn.Module, device: torch.device) -> None:
         """Refuse a model that would compute something else than the task says. Raises UserError."""
 

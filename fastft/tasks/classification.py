@@ -45,9 +45,11 @@ class Classification(Task):
             raise UserError(f"data.labels: {path} names {', '.join(sorted(twice))} twice.")
         return names
 
-    def use_labels(self, names: list[str]) -> None:
-        """Take the label set of a trained model (to evaluate it or predict with it)."""
-        self.labels = names
+    def state(self) -> dict:
+        return {"labels": self.labels}
+
+    def load_state(self, state: dict) -> None:
+        self.labels = state["labels"]
 
     def preparation_key(self, training: bool) -> dict:
         return {**super().preparation_key(training), "labels": None if training and self.config.data.labels is None else self.labels}

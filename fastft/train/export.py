@@ -35,7 +35,6 @@ def save(model: torch.nn.Module, state: dict[str, torch.Tensor], task: Task, fol
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     state = {name: tensor.detach().to("cpu", DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype).contiguous() for name, tensor in state.items()}
-    model.config.use_cache = True
     model.save_pretrained(scratch, state_dict=state)
     task.tokenizer.save_pretrained(scratch)
     _compare(scratch, state, model)

@@ -214,7 +214,7 @@ class _Run:
     def _save(self) -> None:
         with self.throughput.paused():
             state = {"step": self.step, "skipped_in_a_row": self.skipped_in_a_row, "skipped_total": self.skipped_total,
-                     "data": self.split.data.key, "config": configuration.dump(self.config)}
+                     "data": self.split.data.key, "task": self.task.state(), "config": configuration.dump(self.config)}
             path = checkpoint.save(self.engine, self.folder, self.step, state, self.ranks, self.config.checkpoint.keep)
             self.log.record("checkpoint", step=self.step, path=str(path))
 

@@ -1,0 +1,176 @@
+"""The command line: a table of verbs."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastft import __version__, config as configuration
+from fastft.errors import UserError
+
+ConfigArg = Annotated[Path, typer.Argument(help="Configuration file (YAML).")]
+OverridesArg = Annotated[Optional[list[str]], typer.Argument(help="Overrides, such as optim.lr=2e-5.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def train(config: ConfigArg, overrides: OverridesArg = None,
+          overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over when run.dir already holds a run.")] = False) -> None:
+    """Train a model as a configuration says."""
+    _run(configuration.load(config, overrides or []), overwrite=overwrite)
+
+
+def resume(run_dir: Annotated[Path, typer.Argument(help="run.dir of the run.")], overrides: OverridesArg = None) -> None:
+    """Go on from the newest usable checkpoint, exactly where the run stopped."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: not a run folder (no config.yaml).", "Give the run.dir of a run that `fastft train` began.")
+    loaded = configuration.load(run_dir / "config.yaml", overrides or [])
+    _run(loaded.model_copy(update={"run": loaded.run.model_copy(update={"dir": str(run_dir)})}), resume=True)
+
+
+def evaluate(target: Annotated[str, typer.Argument(help="Run folder (its exported model) or configuration file (its model.path).")],
+             overrides: OverridesArg = None, as_json: JsonOpt = False) -> None:
+    """Metrics of a model on the evaluation sets."""
+    from fastft.evaluate.metrics import evaluate_model, run_config_path
+
+    path, is_run = run_config_path(target)
+    extra = [f"model.path={target}/model", "model.init=pretrained", "model.tokenizer=null"] if is_run else []
+    results = evaluate_model(configuration.load(path, extra + (overrides or [])))
+    if as_json:
+        print(json.dumps(results))
+    for name, metrics in {} if as_json else results.items():
+        print(f"{name}: " + "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+
+
+def predict(model: Annotated[str, typer.Argument(help="Run folder, exported model folder, or hub id.")],
+            source: Annotated[Optional[str], typer.Argument(help="Data file; - reads lines from standard input.")] = None,
+            text: Annotated[Optional[str], typer.Option(help="One text, instead of a file.")] = None,
+            column: Annotated[str, typer.Option(help="Column of the text in a data file.")] = "text",
+            out: Annotated[Optional[Path], typer.Option(help="Write JSON lines here instead of standard output.")] = None,
+            batch_size: int = 32, max_new_tokens: int = 64, temperature: float = 0.0) -> None:
+    """Labels (classifiers) or generated text (causal models), a JSON object a line."""
+    from fastft.evaluate.predict import predict as run
+
+    results = run(model, _texts(source, text, column), batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature)
+    stream = open(out, "w", encoding="utf-8") if out else sys.stdout
+    for record in results:
+        print(json.dumps(record, ensure_ascii=False), file=stream)
+    if out:
+        stream.close()
+
+
+def export(run_dir: Annotated[Path, typer.Argument(help="run.dir of the run.")], to: Annotated[Path, typer.Argument(help="New folder.")],
+           step: Annotated[Optional[int], typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
+           dtype: Annotated[Optional[str], typer.Option(help="fp32 or bf16; default: the run's.")] = None) -> None:
+    """A Hugging Face folder from a training checkpoint."""
+    from fastft.evaluate.export import export_checkpoint
+
+    if dtype not in (None, "fp32", "bf16"):
+        raise UserError(f"--dtype {dtype}: unknown.", "Known: fp32, bf16.")
+    print(export_checkpoint(run_dir, to, step, dtype))
+
+
+def validate(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt = False) -> None:
+    """Check configuration, data and model without training."""
+    from fastft.evaluate.validate import validate_run
+
+    report = validate_run(configuration.load(config, overrides or []))
+    if as_json:
+        print(json.dumps(report))
+        return
+    table = Table("set", "rows", "empty", "truncated", "split", "dropped", "sequences", "longest", "tokens", "targets")
+    for name, s in report["splits"].items():
+        c = s["counts"]
+        table.add_row(name, *(f"{v:,}" for v in (c["rows"], c["empty"], c["truncated"], c["split"], c["dropped"], s["sequences"], s["longest"],
+                                                 s["tokens"], s["targets"])))
+    console = Console()
+    console.print(table)
+    console.print(f"{report['steps']:,} steps of {report['sequences_per_step']:,} sequences, at most {report['max_length']:,} tokens each; "
+                  f"{report['parameters']:,} parameters, {report['trained']:,} trained."
+                  + (f" Drawn anew: {', '.join(report['drawn_anew'])}." if report["drawn_anew"] else ""), highlight=False)
+
+
+def doctor(as_json: JsonOpt = False) -> None:
+    """What is built, what is picked, versions, and a numeric self-check of every op."""
+    from fastft.doctor import main as run
+
+    raise typer.Exit(run(json=as_json))
+
+
+def schema() -> None:
+    """The configuration's JSON Schema: every key, its type, default and meaning."""
+    print(json.dumps(configuration.Config.model_json_schema(), indent=2))
+
+
+VERBS = {"train": train, "resume": resume, "eval": evaluate, "predict": predict, "export": export, "validate": validate, "doctor": doctor}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a verb; a UserError becomes one screen and exit code 1, a signal 128 + its number."""
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fine-tune language models at the hardware's limit.")
+    for name, function in VERBS.items():
+        app.command(name)(function)
+    config_app = typer.Typer(help="About the configuration file.", no_args_is_help=True)
+    config_app.command("schema")(schema)
+    app.add_typer(config_app, name="config")
+    app.callback()(_common)
+    try:
+        app(arguments)
+    except UserError as e:
+        _explain(e)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _common(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+            local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1) -> None:
+    # --local_rank: the deepspeed launcher passes it to every module; the environment says the same
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+def _explain(error: UserError) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    rank = os.environ.get("RANK", "0")
+    console.print(f"error{'' if rank == '0' else f' (rank {rank})'}: ", style="bold red", end="")
+    console.print(error.message, highlight=False, markup=False)
+    if error.hint:
+        console.print(error.hint, style="yellow", highlight=False, markup=False)
+
+
+def _run(config: configuration.Config, **how) -> None:
+    from fastft.train.loop import Interrupted, train as run
+
+    try:
+        result = run(config, **how)
+    except Interrupted as e:
+        print(e, file=sys.stderr)
+        raise typer.Exit(e.exit_code) from None
+    if os.environ["RANK"] != "0":
+        return
+    for name, metrics in result["eval"].items():
+        print(f"{name}: " + "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+    print(f"{result['step']} steps, {result['tokens_per_second']:,.0f} tokens/s. Model: {result['model']}")
+
+
+def _texts(source: str | None, text: str | None, column: str):
+    from fastft.config import Source
+    from fastft.data import formats
+
+    if (source is None) == (text is None):
+        raise UserError("Give either a data file or --text.", "For example: fastft predict runs/x --text 'My card was stolen'")
+    if text is not None:
+        yield "--text", text
+    elif source == "-":
+        yield from ((f"stdin:{n}", line.rstrip("\n")) for n, line in enumerate(sys.stdin, 1) if line.strip())
+    else:
+        for where, record in formats.read(Source(path=source)):
+            if not isinstance(record.get(column), str):
+                raise UserError(f"{where}: no text in column {column!r}.", f"Columns: {', '.join(record)}. Set --column.")
+            yield where, record[column]

@@ -1,0 +1,1 @@
+"""Looking at data and models without training: validate, eval, predict, export."""

@@ -1,0 +1,34 @@
+"""`fastft validate`: everything that can be wrong before the first step, found without training."""
+
+from fastft.config import Config
+from fastft.models import load
+from fastft.tasks import TASKS
+from fastft.train import engine
+from fastft.train.loop import Schedule
+
+
+def validate_run(config: Config) -> dict:
+    """Prepare every split, build the model and check it against the task.
+
+    Returns
+    -------
+    dict
+        ``splits`` (by name: sequences, tokens, fill, counts), ``steps``, ``sequences_per_step``, ``max_length``, ``parameters``,
+        ``drawn_anew``.
+    """
+    ranks = engine.environment(config)
+    if config.run.offline:
+        load.go_offline()
+    task = TASKS.get(config.task)(config)
+    train = task.train_split()
+    splits = {"train": train, **task.eval_splits()}
+    schedule = Schedule.of(config, len(train), task.max_length)
+    model, drawn = load.build(config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides())
+    task.check_model(model, ranks.device)
+    load.freeze(model, config.model.freeze)
+    engine.deepspeed_config(config, ranks)
+    report = {name: {"sequences": len(s), "tokens": int(s.lengths.sum()), "targets": int(s.targets.sum()), "longest": int(s.lengths.max()),
+                     "counts": s.data.meta["counts"]} for name, s in splits.items()}
+    return {"splits": report, "steps": schedule.total, "sequences_per_step": schedule.size, "max_length": task.max_length,
+            "parameters": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "drawn_anew": drawn}
