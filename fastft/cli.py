@@ -101,12 +101,21 @@ def doctor(as_json: JsonOpt = False) -> None:
     raise typer.Exit(run(json=as_json))
 
 
+def quickstart(run_dir: Annotated[Path, typer.Option(help="Folder for corpus, runs and report.")] = Path("runs/quickstart"),
+               configs: Annotated[Path, typer.Option(help="Folder of general.yaml and domain.yaml.")] = Path("configs/quickstart")) -> None:
+    """Train and adapt a small model on text that is on every machine; no network needed."""
+    from fastft.quickstart import quickstart as run
+
+    run(run_dir, configs)
+
+
 def schema() -> None:
     """The configuration's JSON Schema: every key, its type, default and meaning."""
     print(json.dumps(configuration.Config.model_json_schema(), indent=2))
 
 
-VERBS = {"train": train, "resume": resume, "eval": evaluate, "predict": predict, "export": export, "validate": validate, "doctor": doctor}
+VERBS = {"train": train, "resume": resume, "eval": evaluate, "predict": predict, "export": export, "validate": validate, "doctor": doctor,
+         "quickstart": quickstart}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -133,6 +142,9 @@ def _common(version: Annotated[bool, typer.Option("--version", help="Print the v
     if version:
         print(__version__)
         raise typer.Exit()
+    # transformers reads it when it is imported, which every verb does for itself
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _explain(error: UserError) -> None:

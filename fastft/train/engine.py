@@ -61,6 +61,8 @@ def start_process_group() -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed would compile a shared-memory all-reduce here (a compiler, half a minute) that only its inference path calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         backend = "gloo" if os.environ.get("DS_ACCELERATOR") == "cpu" else "nccl"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
@@ -116,6 +118,8 @@ def build_engine(model: torch.nn.Module, optimizer: FusedAdamW, settings: dict):
     # The sharded stages need that call for nothing either: FusedAdamW makes its state at the first real step.
     with optimizer.steps_suspended():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # one rank: it would flatten and copy every gradient to reduce it with nobody
     return engine
 
 

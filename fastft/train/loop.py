@@ -126,6 +126,7 @@ class _Run:
         self.step, self.skipped_in_a_row, self.skipped_total = 0, 0, 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.throughput = _Throughput()
+        self.chosen: list | dict = []
 
     def loop(self) -> dict:
         self.engine.train()
@@ -195,6 +196,9 @@ class _Run:
                             "Lower optim.lr, check the data (the samples stand in metrics.jsonl), or raise train.max_skipped.")
 
     def _log(self, loss: torch.Tensor) -> None:
+        if not self.chosen:  # known once every op has run
+            self.chosen = backends.choices()
+            self.log.record("backends", chosen=self.chosen)
         if self.ranks.world > 1:
             loss = loss.clone()
             dist.all_reduce(loss)
@@ -309,6 +313,6 @@ def _record(config: Config, ranks: Ranks, split: Split, evals: dict[str, Split],
         "sequences_per_step": schedule.size, "world_size": ranks.world, "device": str(ranks.device), "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()), "frozen": frozen, "drawn_anew": drawn,
         "data": {s.name: {"sequences": len(s), "tokens": int(s.lengths.sum()), **s.data.meta["counts"]} for s in [split, *evals.values()]},
-        "backends": backends.choices(), "python": platform.python_version(), "machine": platform.machine(),
+        "python": platform.python_version(), "machine": platform.machine(),
         "versions": {"fastft": fastft.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "deepspeed": deepspeed.__version__},
     }
