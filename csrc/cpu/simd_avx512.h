@@ -41,6 +41,7 @@ FASTFT_INLINE void stream(bf16* p, V x) { _mm256_stream_si256(reinterpret_cast<_
 FASTFT_INLINE void stream_fence() { _mm_sfence(); }
 
 FASTFT_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+FASTFT_INLINE V fms(V a, V b, V c) { return _mm512_fmsub_ps(a, b, c); }
 FASTFT_INLINE V fnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }
 FASTFT_INLINE V max(V x, V otherwise) { return _mm512_max_ps(x, otherwise); }  // the second where one is NaN
 FASTFT_INLINE V sqrt(V x) { return _mm512_sqrt_ps(x); }

@@ -42,6 +42,7 @@ FASTFT_INLINE void stream(bf16* p, V x) { store(p, x); }
 FASTFT_INLINE void stream_fence() {}
 
 FASTFT_INLINE V fma(V a, V b, V c) { return a * b + c; }
+FASTFT_INLINE V fms(V a, V b, V c) { return a * b - c; }
 FASTFT_INLINE V fnma(V a, V b, V c) { return c - a * b; }
 FASTFT_INLINE V max(V x, V otherwise) { return x > otherwise ? x : otherwise; }  // the second where one is NaN
 FASTFT_INLINE V sqrt(V x) { return __builtin_sqrtf(x); }
