@@ -100,8 +100,8 @@ def test_matches_float64(backend, dtype, shape, name, reduction):
     base_loss, base_grad = loss_and_gradient(formula, logits.float(), target, upstream, **options)
     loss, grad = loss_and_gradient(cross_entropy, logits, target, upstream, backend=backend, **options)
     assert_as_good_as(loss, base_loss, true_loss, "loss", terms=0.1)
-    # 1 - tanh^2 cancels: what float32 knows of tanh is worth up to 8 times as much in the gradient here.
-    terms = 8 * true_grad.abs().max().item() if "softcap" in options else 0.0
+    # 1 - tanh^2 cancels, and so does p - 1 with a single class: float32's error there is up to 8 times as large in the gradient.
+    terms = 8 * true_grad.abs().max().item() if "softcap" in options or shape[1] == 1 else 0.0
     assert_as_good_as(grad, rounded(base_grad, dtype, backend), true_grad, "gradient", terms=terms)
     assert_rounded_once(grad, true_grad, "gradient", backend, terms=terms)
 
