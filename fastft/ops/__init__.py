@@ -1,0 +1,7 @@
+"""The fused ops. Each has a readable reference in PyTorch and faster backends; see `fastft.ops.backends`."""
+
+from fastft.ops.adamw import adamw
+from fastft.ops.backends import BackendError, choices
+from fastft.ops.cross_entropy import bad_target, cross_entropy
+
+__all__ = ["BackendError", "adamw", "bad_target", "choices", "cross_entropy"]

@@ -1,0 +1,157 @@
+"""Glue from tensors to the raw addresses that `fastft._C` takes (see fastft/_C.pyi for the contract)."""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def module() -> ModuleType:
+    """`fastft._C`. ImportError when it was not built."""
+    try:
+        return importlib.import_module("fastft._C")
+    except ImportError as error:
+        raise ImportError(f"not built: {error}") from error
+
+
+def refuses(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    """Why the native module cannot do this; "" when it can."""
+    if device_type not in ("cpu", "cuda"):
+        return f"no kernels for {device_type}"
+    if device_type == "cuda" and not module().build_info()["cuda"]:
+        return "this build has no CUDA"
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f"takes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
+def load_cross_entropy():
+    """The implementation for the table; importing is what tells whether it is there."""
+    module()
+    return cross_entropy
+
+
+def load_adamw():
+    """The implementation for the table; importing is what tells whether it is there."""
+    module()
+    return adamw
+
+
+def cross_entropy(
+    logits: Tensor,  # (N, V), rows contiguous
+    target: Tensor,  # (N,) int64
+    weight: Tensor | None,  # (V,) float32
+    token_weight: Tensor | None,  # (N,) or () float32
+    grad_scale: Tensor | None,  # (N,) or () float32
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    loss: Tensor | None,  # (N,) float32 out
+    lse: Tensor | None,  # (N,) float32 out
+    grad: Tensor | None,  # (N, V) out, may be logits
+    bad_row: Tensor,  # () int64 out
+) -> None:
+    """One call of `_C.cross_entropy`."""
+    device, stream = _place(logits.device)
+    module().cross_entropy(
+        device=device,
+        stream=stream,
+        logits=logits.data_ptr(),
+        dtype=_tag(logits.dtype),
+        rows=logits.shape[0],
+        vocab=logits.shape[1],
+        logits_stride=logits.stride(0),
+        target=target.data_ptr(),
+        class_weight=_address(weight),
+        token_weight=_address(token_weight),
+        token_weight_stride=_stride(token_weight),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        loss=_address(loss),
+        lse=_address(lse),
+        grad=_address(grad),
+        grad_stride=0 if grad is None else grad.stride(0),
+        grad_scale=_address(grad_scale),
+        grad_scale_stride=_stride(grad_scale),
+        bad_row=bad_row.data_ptr(),
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    copies: list[Tensor],
+    *,
+    lr: float,
+    lr_tensor: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One call of `_C.adamw`. All tensors of one index have one dense layout; all of a list one dtype."""
+    device, stream = _place(params[0].device)
+    module().adamw(
+        device=device,
+        stream=stream,
+        params=[t.data_ptr() for t in params],
+        grads=[t.data_ptr() for t in grads],
+        exp_avgs=[t.data_ptr() for t in exp_avgs],
+        exp_avg_sqs=[t.data_ptr() for t in exp_avg_sqs],
+        max_exp_avg_sqs=[t.data_ptr() for t in max_exp_avg_sqs],
+        copies=[t.data_ptr() for t in copies],
+        steps=[t.data_ptr() for t in steps],
+        numels=[t.numel() for t in params],
+        param_dtype=_tag(params[0].dtype),
+        grad_dtype=_tag(grads[0].dtype),
+        lr=lr,
+        lr_ptr=_address(lr_tensor),
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled=decoupled,
+        maximize=maximize,
+        grad_scale=_address(grad_scale),
+        found_inf=_address(found_inf),
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def _place(device: torch.device) -> tuple[int, int]:
+    if device.type == "cpu":
+        return -1, 0
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _tag(dtype: torch.dtype) -> int:
+    return module().F32 if dtype == torch.float32 else module().BF16
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.ndim == 0 else tensor.stride(0)

@@ -1,0 +1,5 @@
+"""Optimizers."""
+
+from fastft.optim.adamw import FusedAdamW
+
+__all__ = ["FusedAdamW"]
