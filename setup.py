@@ -52,11 +52,11 @@ def cuda_archs() -> list[str]:
 
 
 def find_nvcc() -> tuple[str | None, list[str]]:
-    """The CUDA compiler, and the places that were looked at."""
-    places = [os.environ.get("CUDACXX")]
-    places += [f"{os.environ[v]}/bin/nvcc" for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
-    places += ["nvcc", "/usr/local/cuda/bin/nvcc"]
-    places = [p for p in places if p]
+    """The CUDA compiler, and the places that were looked at. CUDACXX, where it is set, is the only one."""
+    homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    places = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    if os.environ.get("CUDACXX"):
+        places = [os.environ["CUDACXX"]]
     return next((found for p in places if (found := shutil.which(p))), None), places
 
 

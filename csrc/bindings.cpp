@@ -44,11 +44,12 @@ void check_device(int device) {
 #endif
 }
 
-void check_not_negative(std::int64_t value, const char* name) {
-  if (value < 0) fail(std::string(name) + "=" + std::to_string(value) + " is negative");
+void check_not_negative(std::int64_t value, const std::string& name) {
+  if (value < 0) fail(name + "=" + std::to_string(value) + " is negative");
 }
 
-void check_length(const Addresses& list, const char* name, std::size_t want, bool may_be_empty) {
+template <class T>
+void check_length(const std::vector<T>& list, const char* name, std::size_t want, bool may_be_empty) {
   if (list.size() == want || (may_be_empty && list.empty())) return;
   fail(std::string(name) + " has " + std::to_string(list.size()) + " entries, params has " + std::to_string(want));
 }
@@ -66,13 +67,13 @@ void adamw(int device, Address stream, const Addresses& params, const Addresses&
   check_length(max_exp_avg_sqs, "max_exp_avg_sqs", count, true);
   check_length(copies, "copies", count, true);
   check_length(steps, "steps", count, false);
-  if (numels.size() != count) check_length(Addresses(numels.size()), "numels", count, false);
+  check_length(numels, "numels", count, false);
   const fastft::AdamWOptions options{dtype(param_dtype, "param_dtype"), dtype(grad_dtype, "grad_dtype"), lr,
                                      at<float>(lr_ptr), beta1, beta2, eps, weight_decay, decoupled, maximize,
                                      at<float>(grad_scale), at<float>(found_inf)};
   std::vector<fastft::AdamWTensor> tensors(count);
   for (std::size_t i = 0; i < count; ++i) {
-    check_not_negative(numels[i], "numels[i]");
+    check_not_negative(numels[i], "numels[" + std::to_string(i) + "]");
     if (steps[i] == 0) fail("steps[" + std::to_string(i) + "] is 0; a step counter is always needed");
     tensors[i] = {at<void>(params[i]), at<void>(grads[i]), at<float>(exp_avgs[i]), at<float>(exp_avg_sqs[i]),
                   max_exp_avg_sqs.empty() ? nullptr : at<float>(max_exp_avg_sqs[i]),

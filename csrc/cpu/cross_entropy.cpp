@@ -1,9 +1,11 @@
-// Softmax cross-entropy on the CPU. Per row two loops (kernels.h): the first reads the row from memory and leaves it in
-// the L2 cache, the second rereads it from there and writes the gradient. Between them, a handful of float64 scalars.
+// Softmax cross-entropy on the CPU. Per row two loops (kernels.h): the first reads the row from memory and leaves
+// exp(x - max) in an L2-sized fp32 scratch row, the second scales that into the gradient. Between them, a handful of float64
+// scalars. A row is always one thread's work, so results do not depend on the number of threads.
 #include "fastft/cross_entropy.h"
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "kernels.h"
 
@@ -33,7 +35,16 @@ struct Call {
   cpu::CeStatsFn stats;
   cpu::CeGradFn grad;
   double weight_total;  // of all classes; only label smoothing reads it
-  bool nontemporal;
+
+  // This thread's exps of one row. Kept between calls: fresh pages would cost more than the row.
+  float* scratch() const {
+    static thread_local std::vector<float> buffer;
+    const std::int64_t blocks = (a.vocab + cpu::kCeBlock - 1) / cpu::kCeBlock;
+    const std::size_t want = static_cast<std::size_t>(blocks * cpu::kCeBlockFloats) + 16;
+    if (buffer.size() < want) buffer.resize(want);
+    const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(buffer.data());
+    return reinterpret_cast<float*>((start + 63) / 64 * 64);
+  }
 };
 
 // One row; returns whether its target is in range or ignored.
@@ -56,7 +67,7 @@ bool run_row(const Call& call, std::int64_t i) {
 
   const double s = a.label_smoothing;
   const cpu::CeLogits row{logits, a.vocab, static_cast<float>(a.logit_scale), static_cast<float>(a.softcap),
-                          s != 0.0 && counts, a.class_weight, counts ? y : -1};
+                          s != 0.0 && counts, a.class_weight, counts ? y : -1, grad && counts ? call.scratch() : nullptr};
   cpu::CeStats st = call.stats(row);
   if (st.sum == 0.0) st.sum = nan;  // every logit is -inf
   const double log_sum = std::log(st.sum);
@@ -83,8 +94,7 @@ bool run_row(const Call& call, std::int64_t i) {
   const double p_y = std::exp(static_cast<double>(st.target) - st.max) / st.sum;
   const double g_y = p_y * of_p - (1.0 - s) * w_y - s / v * w_y;
   const double slope = 1.0 - static_cast<double>(st.target_tanh) * st.target_tanh;
-  call.grad(row, {grad, st.max, static_cast<float>(outer * of_p / st.sum), static_cast<float>(outer * s / v),
-                  call.nontemporal});
+  call.grad(row, {grad, st.max, outer * of_p / st.sum, static_cast<float>(outer * s / v)});
   put(grad, y, static_cast<float>(outer * g_y * slope), T{});
   return true;
 }
@@ -99,7 +109,7 @@ void cross_entropy_cpu(const CrossEntropyArgs& a, int num_threads) {
     weight_total = 0.0;
     for (std::int64_t c = 0; c < a.vocab; ++c) weight_total += a.class_weight[c];
   }
-  const Call call{a, k.ce_stats[type], k.ce_grad[type], weight_total, false};
+  const Call call{a, k.ce_stats[type], k.ce_grad[type], weight_total};
 
   std::int64_t bad = std::numeric_limits<std::int64_t>::max();
   const std::int64_t per_task = a.vocab > 16384 ? 1 : 16384 / (a.vocab > 0 ? a.vocab : 1) + 1;

@@ -33,6 +33,10 @@ struct AdamWScalars {
 
 using AdamWFn = void (*)(const AdamWChunk&, const AdamWScalars&);
 
+// The stats loop leaves exp(x - reference) of every logit in exps, block by block, each block followed by its reference.
+constexpr std::int64_t kCeBlock = 2048;
+constexpr std::int64_t kCeBlockFloats = kCeBlock + 16;
+
 struct CeLogits {
   const void* row;
   std::int64_t n;
@@ -41,6 +45,7 @@ struct CeLogits {
   bool smooth;          // also sum the logits, for label smoothing
   const float* weight;  // class weights of that sum, or null
   std::int64_t target;  // class whose logit is wanted, or -1
+  float* exps;          // scratch for the gradient (kCeBlockFloats per block), or null when only the loss is wanted
 };
 
 struct CeStats {
@@ -53,10 +58,9 @@ struct CeStats {
 
 struct CeGrad {
   void* row;
-  float max;
-  float factor;  // of exp(x - max)
-  float smooth;  // subtracted, times weight
-  bool nontemporal;
+  double max;
+  double factor;  // of exp(x - max)
+  float smooth;   // subtracted, times weight
 };
 
 using CeStatsFn = CeStats (*)(const CeLogits&);

@@ -46,11 +46,9 @@ FASTFT_INLINE void store_n(bf16* p, V x, std::int64_t n) {
   store(buffer, x);
   for (std::int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
-FASTFT_INLINE void stream(float* p, V x) { _mm256_stream_ps(p, x); }
-FASTFT_INLINE void stream(bf16* p, V x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(x)); }
-FASTFT_INLINE void stream_fence() { _mm_sfence(); }
 
 FASTFT_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+FASTFT_INLINE V fms(V a, V b, V c) { return _mm256_fmsub_ps(a, b, c); }
 FASTFT_INLINE V fnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }
 FASTFT_INLINE V max(V x, V otherwise) { return _mm256_max_ps(x, otherwise); }  // the second where one is NaN
 FASTFT_INLINE V sqrt(V x) { return _mm256_sqrt_ps(x); }

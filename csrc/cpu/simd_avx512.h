@@ -36,11 +36,9 @@ FASTFT_INLINE void store(float* p, V x) { _mm512_storeu_ps(p, x); }
 FASTFT_INLINE void store(bf16* p, V x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
 FASTFT_INLINE void store_n(float* p, V x, std::int64_t n) { _mm512_mask_storeu_ps(p, mask_n(n), x); }
 FASTFT_INLINE void store_n(bf16* p, V x, std::int64_t n) { _mm256_mask_storeu_epi16(p, mask_n(n), narrow(x)); }
-FASTFT_INLINE void stream(float* p, V x) { _mm512_stream_ps(p, x); }
-FASTFT_INLINE void stream(bf16* p, V x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
-FASTFT_INLINE void stream_fence() { _mm_sfence(); }
 
 FASTFT_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+FASTFT_INLINE V fms(V a, V b, V c) { return _mm512_fmsub_ps(a, b, c); }
 FASTFT_INLINE V fnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }
 FASTFT_INLINE V max(V x, V otherwise) { return _mm512_max_ps(x, otherwise); }  // the second where one is NaN
 FASTFT_INLINE V sqrt(V x) { return _mm512_sqrt_ps(x); }

@@ -37,11 +37,9 @@ FASTFT_INLINE void store(bf16* p, V x) {
 }
 FASTFT_INLINE void store_n(float* p, V x, std::int64_t) { store(p, x); }
 FASTFT_INLINE void store_n(bf16* p, V x, std::int64_t) { store(p, x); }
-FASTFT_INLINE void stream(float* p, V x) { store(p, x); }
-FASTFT_INLINE void stream(bf16* p, V x) { store(p, x); }
-FASTFT_INLINE void stream_fence() {}
 
 FASTFT_INLINE V fma(V a, V b, V c) { return a * b + c; }
+FASTFT_INLINE V fms(V a, V b, V c) { return static_cast<float>(static_cast<double>(a) * b - c); }  // one rounding, as exp needs
 FASTFT_INLINE V fnma(V a, V b, V c) { return c - a * b; }
 FASTFT_INLINE V max(V x, V otherwise) { return x > otherwise ? x : otherwise; }  // the second where one is NaN
 FASTFT_INLINE V sqrt(V x) { return __builtin_sqrtf(x); }

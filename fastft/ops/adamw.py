@@ -142,6 +142,8 @@ def _op(
     lists = [list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(max_exp_avg_sqs), list(copies)]
     copy_back = []  # (the caller's tensor, our dense copy of it)
     for i in range(len(params)):
+        if all(tensors[i].is_contiguous() for tensors in lists if tensors):
+            continue
         layout = _layout(params[i])
         for tensors in lists:
             if tensors and tensors[i].stride() != layout and tensors[i].numel():
@@ -180,9 +182,9 @@ def _fake(*_):
 
 def _layout(param: Tensor) -> tuple[int, ...]:
     """Strides of a layout without gaps: the param's own if it is one (channels_last, say), else contiguous."""
-    if param.is_contiguous() or not torch._prims_common.is_non_overlapping_and_dense_or_false(param):
-        return torch._prims_common.make_contiguous_strides_for(param.shape)
-    return param.stride()
+    if torch._prims_common.is_non_overlapping_and_dense_or_false(param):
+        return param.stride()
+    return torch._prims_common.make_contiguous_strides_for(param.shape)
 
 
 def _triton_adamw():

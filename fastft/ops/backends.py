@@ -85,8 +85,6 @@ def why_not(op: str, backend: str, device_type: str, dtypes: tuple[torch.dtype, 
     return _entry(op, backend).refuses(device_type, dtypes)
 
 
-# The answer depends on nothing but constants and the environment, so a compiled graph may keep it.
-@torch.compiler.assume_constant_result
 def select(op: str, requested: str | None, device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
     """Name of the backend to use.
 
@@ -107,6 +105,11 @@ def select(op: str, requested: str | None, device_type: str, dtypes: tuple[torch
         )
     _record(op, requested, device_type, dtypes, source, {})
     return requested
+
+
+# The answer depends on nothing but constants and the environment, so a compiled graph may keep it. This is what
+# torch.compiler.assume_constant_result does, less its import of torch._dynamo, which takes almost two seconds.
+select._dynamo_marked_constant = True
 
 
 def choices() -> list[dict]:

@@ -267,7 +267,7 @@ _reduced_op.register_autograd(_reduced_backward, setup_context=_reduced_setup)
 
 def _times(grad: Tensor, factor: Tensor) -> Tensor:
     """grad * factor (0-dim), rounded once. The saved `grad` itself is given away only when no second backward can come."""
-    if type(factor) is not Tensor:  # a tracer's
+    if torch.compiler.is_compiling() or type(factor) is not Tensor:  # the latter: inside AOTAutograd
         return (grad.to(factor.dtype) * factor).to(grad.dtype)
     if torch.is_grad_enabled():
         raise RuntimeError("cross_entropy is twice differentiable only with backend='reference' and inplace=False")

@@ -1,5 +1,7 @@
 """Triton kernels, and the only place that imports triton. TRITON_INTERPRET=1 (set before the first import) runs them on CPU tensors."""
 
+import functools
+
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -14,9 +16,15 @@ def require():
     return triton
 
 
+@functools.cache
+def interpreted() -> bool:
+    """Whether kernels run in the interpreter. Triton decides when a kernel is defined, so the answer may not change later."""
+    return bool(require().knobs.runtime.interpret)
+
+
 def refuses(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
     """Why the Triton kernels cannot do this; "" when they can."""
-    if device_type == "cpu" and not require().knobs.runtime.interpret:
+    if device_type == "cpu" and not interpreted():
         return "Triton runs on CPU tensors only in its interpreter, with TRITON_INTERPRET=1 set before the first import"
     if device_type not in ("cpu", "cuda"):
         return f"no kernels for {device_type}"
