@@ -53,7 +53,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory, corpus) -> Path:
-    """A 2-layer Llama with random weights and its own tokenizer, as a Hugging Face folder."""
+    """A 2-layer Llama with random weights, dropout and its own tokenizer, as a Hugging Face folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -69,7 +69,7 @@ def tiny_llama(tmp_path_factory, corpus) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory, corpus) -> Path:
-    """A 2-layer BERT with random weights and its own tokenizer."""
+    """A 2-layer BERT with random weights, no dropout and its own tokenizer."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -77,7 +77,7 @@ def tiny_bert(tmp_path_factory, corpus) -> Path:
     tokenizer = _tokenizer(corpus, folder)
     torch.manual_seed(0)
     config = BertConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
-                        pad_token_id=tokenizer.pad_token_id)
+                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=tokenizer.pad_token_id)
     BertModel(config).save_pretrained(folder)
     return folder
 

@@ -1,0 +1,115 @@
+import gzip
+import json
+
+import pytest
+
+from fastft.config import Source
+from fastft.data import formats
+from fastft.errors import UserError
+
+ROWS = [{"text": "one", "label": "a"}, {"text": 'two, "quoted"\nlines', "label": "b"}, {"text": "drei é 漢", "label": "a"}]
+
+
+def read(path, **source):
+    return list(formats.read(Source(path=str(path), **source)))
+
+
+def write_all(folder):
+    import csv
+
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (folder / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    for name, delimiter in (("x.csv", ","), ("x.tsv", "\t")):
+        with open(folder / name, "w", newline="") as f:
+            writer = csv.DictWriter(f, ["text", "label"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(ROWS)
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "x.parquet")
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(folder / "splits")
+    for name in ("x.jsonl", "x.csv", "x.tsv", "x.parquet"):
+        (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes()))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.tsv", "x.parquet", "x.jsonl.gz", "x.csv.gz", "x.tsv.gz", "x.parquet.gz", "saved"])
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    write_all(tmp_path)
+    assert [r for _, r in read(tmp_path / name)] == ROWS
+
+
+def test_saved_dataset_dict(tmp_path):
+    write_all(tmp_path)
+    assert [r for _, r in read(tmp_path / "splits", split="train")] == ROWS
+    with pytest.raises(UserError, match="several splits"):
+        read(tmp_path / "splits")
+    with pytest.raises(UserError, match="Did you mean 'train'"):
+        read(tmp_path / "splits", split="trian")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_txt(tmp_path, zipped):
+    content = "\n\nfirst\nsecond line\n\n\nother\n".encode()
+    path = tmp_path / ("a.txt.gz" if zipped else "a.txt")
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    assert read(path) == [(f"{path}:3", {"text": "first\nsecond line"}), (f"{path}:7", {"text": "other"})]
+    assert [r["text"] for _, r in read(path, documents="line")] == ["first", "second line", "other"]
+    assert len(read(path, documents="file")) == 1
+
+
+def test_folder_reads_all_files_in_order(tmp_path):
+    for name in ("b.txt", "a.txt", "notes.bin"):
+        (tmp_path / name).write_text(name)
+    assert [r["text"] for _, r in read(tmp_path)] == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("name, content, parts", [
+    ("a.jsonl", '{"text": "x"}\n{"text": \n', ["a.jsonl:2", "broken JSON"]),
+    ("a.jsonl", "[1]\n", ["a.jsonl:1", "object"]),
+    ("a.csv", "text,label\nx,y\nz\n", ["a.csv:3", "1 cells", "2 columns"]),
+    ("a.csv", "text,text\n", ["stands twice"]),
+    ("a.csv", "", ["is empty"]),
+    ("a.csv", 'text,label\n"x,y\n', ["a.csv", "quoting: none"]),
+    ("a.weird", "x", ["cannot tell the format"]),
+    ("a.parquet", "not parquet", ["not a valid Parquet"]),
+])
+def test_bad_files_are_named(tmp_path, name, content, parts):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as e:
+        read(tmp_path / name)
+    for part in parts:
+        assert part in str(e.value)
+
+
+def test_missing_empty_folder_and_unreadable(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read(tmp_path / "nothing.jsonl")
+    with pytest.raises(UserError, match="no file of a known format"):
+        read(tmp_path)
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match="UTF-8"):
+        read(tmp_path / "latin.txt")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"x" * 10_000)[:-9])
+    with pytest.raises(UserError, match="cut.txt.gz"):
+        read(tmp_path / "cut.txt.gz")
+    with pytest.raises(UserError, match="Unknown data format"):
+        read(tmp_path / "latin.txt", format="docx")
+
+
+def test_registering_a_name_twice_is_an_error():
+    with pytest.raises(RuntimeError, match="registered twice"):
+        formats.FORMATS.register("txt")(lambda path, source: iter(()))
+
+
+def test_quoting_none_takes_quotes_as_text(tmp_path):
+    (tmp_path / "a.tsv").write_text('text\tlabel\nsay "hi\t1\n')
+    assert [r for _, r in read(tmp_path / "a.tsv", quoting="none")] == [{"text": 'say "hi', "label": "1"}]
+
+
+def test_real_files_of_every_kind(shared_data):
+    assert sum(1 for _ in formats.read(Source(path=str(shared_data / "classification/banking77/train.csv")))) == 10_003
+    assert sum(1 for _ in formats.read(Source(path=str(shared_data / "classification/goemotions/train.tsv.gz"), quoting="none"))) == 20_000
+    assert sum(1 for _ in formats.read(Source(path=str(shared_data / "instruct/gsm8k/train.jsonl.gz")))) == 5_000
+    assert sum(1 for _ in formats.read(Source(path=str(next((shared_data / "corpus/medical").glob("*.txt*")))))) > 100

@@ -1,0 +1,47 @@
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from fastft.data import order
+
+
+@given(n=st.integers(1, 5000), seed=st.integers(0, 2**32), epoch=st.integers(0, 100))
+@settings(max_examples=60, deadline=None)
+def test_it_is_a_permutation(n, seed, epoch):
+    assert np.array_equal(np.sort(order.permute(n, seed, epoch, np.arange(n))), np.arange(n))
+
+
+def test_pure_function_of_its_arguments():
+    whole = order.permute(10_007, 3, 5, np.arange(10_007))
+    assert np.array_equal(order.permute(10_007, 3, 5, np.array([17, 9_000])), whole[[17, 9_000]])
+    assert not np.array_equal(order.permute(10_007, 3, 6, np.arange(10_007)), whole)
+    assert not np.array_equal(order.permute(10_007, 4, 5, np.arange(10_007)), whole)
+    # pinned: a change would reorder every run that is resumed
+    assert order.permute(10, 17, 0, np.arange(10)).tolist() == PINNED
+
+
+PINNED = [8, 1, 3, 4, 9, 0, 2, 5, 6, 7]
+
+
+@pytest.mark.parametrize("n", [2, 10, 1000])
+def test_ids_cross_epochs(n):
+    ids = order.sample_ids(n, 1, n - 1, 2 * n + 1)
+    assert len(ids) == n + 2
+    assert np.array_equal(np.sort(ids[1 : n + 1]), np.arange(n))
+
+
+def test_no_position_is_favoured():
+    """Mean position of each id over 400 epochs is near the middle: 6 standard errors."""
+    n, epochs = 50, 400
+    where = np.array([np.argsort(order.permute(n, 9, e, np.arange(n))) for e in range(epochs)])
+    error = np.abs(where.mean(0) - (n - 1) / 2) / (np.sqrt((n * n - 1) / 12 / epochs))
+    assert error.max() < 6
+
+
+def test_seek_is_constant_time_at_a_billion():
+    order.sample_ids(10**9, 1, 0, 32)
+    start = time.perf_counter()
+    order.sample_ids(10**9, 1, 999_999_000, 999_999_032)
+    assert time.perf_counter() - start < 0.05  # about 0.2 ms; the margin is for a busy machine

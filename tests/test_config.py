@@ -1,0 +1,94 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastft import config
+from fastft.errors import UserError
+
+MINIMAL = {"task": "causal_lm", "model": {"path": "m"}}
+
+
+def load(tmp_path, raw, overrides=()):
+    path = tmp_path / "c.yaml"
+    path.write_text(raw if isinstance(raw, str) else yaml.safe_dump(raw))
+    return config.load(path, list(overrides))
+
+
+def test_minimal_and_round_trip(tmp_path):
+    loaded = load(tmp_path, {**MINIMAL, "data": {"train": "a.jsonl", "eval": {"x": "b.csv"}}})
+    assert loaded.data.train[0].path == "a.jsonl" and loaded.data.eval["x"][0].path == "b.csv"
+    assert load(tmp_path, config.dump(loaded)) == loaded
+
+
+def test_short_forms_of_sources(tmp_path):
+    data = load(tmp_path, {**MINIMAL, "data": {"train": ["a.txt", {"path": "b.txt", "documents": "line"}], "eval": "c.txt"}}).data
+    assert [s.path for s in data.train] == ["a.txt", "b.txt"] and data.train[1].documents == "line"
+    assert list(data.eval) == ["eval"]
+
+
+@pytest.mark.parametrize("raw, parts", [
+    ({**MINIMAL, "optim": {"learning_rte": 1}}, ["optim.learning_rte", "unknown key", "Known:", "lr"]),
+    ({**MINIMAL, "optim": {"warmupp": 1}}, ["optim.warmupp", "Did you mean 'warmup'"]),
+    ({**MINIMAL, "optimm": {}}, ["optimm", "Did you mean 'optim'"]),
+    ({**MINIMAL, "data": {"train": [{"path": "x", "formt": "csv"}]}}, ["formt", "Did you mean 'format'"]),
+    ({**MINIMAL, "optim": {"lr": "fast"}}, ["optim.lr", "'fast'"]),
+    ({**MINIMAL, "batch": {"size": 2, "global_tokens": 5}}, ["batch.size and batch.global_tokens exclude each other"]),
+    ({**MINIMAL, "train": {"epochs": 1, "steps": 2}}, ["train.epochs and train.steps exclude each other"]),
+    ({**MINIMAL, "optim": {"warmup": 3.5}}, ["neither a fraction"]),
+    ({**MINIMAL, "model": {"path": "org/x", "trust_remote_code": True}}, ["pin it with model.revision"]),
+    ({"model": {"path": "m"}}, ["task: required"]),
+    ({**MINIMAL, "version": 2}, ["version"]),
+    ("task: causal_lm\ntask: x\n", ["stands twice"]),
+    ("a: [", ["not valid YAML"]),
+    ("just text", ["expected a mapping"]),
+])
+def test_mistakes_name_the_key(tmp_path, raw, parts):
+    with pytest.raises(UserError) as e:
+        load(tmp_path, raw)
+    for part in parts:
+        assert part in str(e.value)
+
+
+def test_all_mistakes_at_once(tmp_path):
+    with pytest.raises(UserError, match="2 mistakes"):
+        load(tmp_path, {**MINIMAL, "optim": {"lr": -1}, "batch": {"sze": 1}})
+
+
+def test_overrides(tmp_path):
+    loaded = load(tmp_path, MINIMAL, ["optim.lr=2e-5", "data.train=[a.txt, b.txt]", "train.steps=7", "optim.grad_clip=null"])
+    assert loaded.optim.lr == 2e-5 and len(loaded.data.train) == 2 and loaded.train.steps == 7 and loaded.optim.grad_clip is None
+
+
+@pytest.mark.parametrize("override, part", [("optim.lr", "not of the form"), ("optim.lrr=1", "Did you mean 'lr'"), ("model.path.x=1", "not a section")])
+def test_bad_overrides(tmp_path, override, part):
+    with pytest.raises(UserError, match=part):
+        load(tmp_path, MINIMAL, [override])
+
+
+def test_missing_file_offers_neighbours(tmp_path):
+    (tmp_path / "banking.yaml").touch()
+    with pytest.raises(UserError, match="banking.yaml"):
+        config.load(tmp_path / "bankin.yaml")
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    assert load(tmp_path, "task: causal_lm\nmodel: {path: m}\noptim: {lr: 2e-5}\n").optim.lr == 2e-5
+
+
+def test_every_key_is_documented():
+    def walk(schema):
+        for name, field in schema.get("properties", {}).items():
+            if "$ref" not in field and "allOf" not in field:
+                assert field.get("description"), name
+        for definition in schema.get("$defs", {}).values():
+            walk(definition)
+
+    walk(config.Config.model_json_schema())
+
+
+def test_loading_a_config_needs_no_torch():
+    code = "import sys, fastft.config; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

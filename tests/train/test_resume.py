@@ -1,0 +1,161 @@
+"""A resumed run is the run that was never interrupted, bit for bit; damaged checkpoints are seen before they are used."""
+
+import copy
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import launch
+from fastft.errors import UserError
+from fastft.train import checkpoint, telemetry
+
+RUNS = launch.ROOT / "tests" / "train" / "runs.py"
+
+
+def tensors(value, prefix="") -> dict[str, torch.Tensor]:
+    """Every tensor and number in a nested structure, by path."""
+    if isinstance(value, torch.Tensor):
+        return {prefix: value}
+    if isinstance(value, dict):
+        return {k: t for key, v in value.items() for k, t in tensors(v, f"{prefix}.{key}").items()}
+    if isinstance(value, (list, tuple)):
+        return {k: t for i, v in enumerate(value) for k, t in tensors(v, f"{prefix}.{i}").items()}
+    return {prefix: torch.tensor(value)} if isinstance(value, (int, float)) else {}
+
+
+def same_checkpoints(a: Path, b: Path) -> None:
+    files = sorted(p.relative_to(a) for p in a.rglob("*.pt"))
+    assert files == sorted(p.relative_to(b) for p in b.rglob("*.pt")) and files
+    for name in files:
+        first, second = (tensors(torch.load(folder / name, weights_only=False)) for folder in (a, b))
+        assert first.keys() == second.keys()
+        for key in first:
+            assert torch.equal(first[key], second[key]), (name, key)
+
+
+def curve(run: Path) -> list[tuple]:
+    return [(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in telemetry.read(run) if r["kind"] == "train"]
+
+
+CASES = [(0, "fp32", 1), (0, "bf16", 1), (1, "bf16", 2), (2, "fp32", 2), (3, "bf16", 2), (3, "fp32", 2), (0, "fp32", 2)]
+
+
+@pytest.mark.parametrize("zero, dtype, world", CASES)
+def test_resume_is_bit_exact(lm_config, tmp_path, zero, dtype, world):
+    """Weights, optimizer state, RNG (the model has dropout), losses and norms, after 6 steps resumed from 3 in a new process."""
+    lm_config["train"] = {"steps": 6, "log_every": 1}
+    lm_config["checkpoint"] = {"every": 3, "keep": 9}
+    lm_config["parallel"] = {"zero": zero}
+    lm_config["model"]["dtype"] = dtype
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    lm_config["run"]["dir"] = str(whole)
+    config = launch.write_config(tmp_path / "c.yaml", lm_config)
+    launch.ranks(world, ["-m", "fastft", "train", config])
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-6")
+    shutil.rmtree(resumed / "model")
+    (resumed / "metrics.jsonl").unlink()
+    launch.ranks(world, ["-m", "fastft", "resume", resumed])
+    same_checkpoints(whole / "checkpoints" / "step-6", resumed / "checkpoints" / "step-6")
+    assert curve(resumed) == curve(whole)[3:]
+    first, second = (load_file(run / "model" / "model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("signum, world", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_signal_saves_and_leaves_then_resume_finishes(lm_config, tmp_path, signum, world):
+    """One rank is told; all save and leave with 128 + signal; resuming gives the undisturbed curve."""
+    lm_config["train"] = {"steps": 400, "log_every": 1}
+    run = Path(lm_config["run"]["dir"])
+    config = launch.write_config(tmp_path / "c.yaml", lm_config)
+    port = str(launch.free_port())
+    processes = [launch.start([sys.executable, "-m", "fastft", "train", config],
+                              {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "LOCAL_SIZE": str(world),
+                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for r in range(world)]
+    try:
+        deadline = time.monotonic() + 120
+        while not ((run / "metrics.jsonl").exists() and len(curve(run)) >= 3):
+            assert time.monotonic() < deadline and processes[0].poll() is None, "no third step"
+            time.sleep(0.05)
+        processes[-1].send_signal(signum)
+        outputs = [launch.finish(p, 60) for p in processes]
+    finally:
+        for p in processes:
+            launch.kill_group(p)
+    assert [p.returncode for p in processes] == [128 + signum] * world, outputs[0][-2000:]
+    assert f"fastft resume {run}" in outputs[0]
+    stopped = checkpoint.steps(run / "checkpoints")[-1]
+    assert stopped == curve(run)[-1][0] < 400
+    launch.ranks(world, ["-m", "fastft", "resume", run, f"train.steps={stopped + 2}"])
+    steps = [c[0] for c in curve(run)]
+    assert steps == list(range(1, stopped + 3))
+
+
+@pytest.fixture
+def finished(lm_config, tmp_path) -> Path:
+    lm_config["train"] = {"steps": 4, "log_every": 1}
+    lm_config["checkpoint"] = {"every": 2, "keep": 2}
+    launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config))
+    return Path(lm_config["run"]["dir"])
+
+
+def test_damage_is_found_before_use(finished):
+    """A flipped bit in any file of the newest checkpoint: the one before is taken; with both damaged, an error names the file."""
+    folder = finished / "checkpoints"
+    assert checkpoint.steps(folder) == [2, 4] and json.loads((folder / "LATEST").read_text()) == {"step": 4}
+    for name in json.loads((folder / "step-4" / "MANIFEST.json").read_text())["files"]:
+        file = folder / "step-4" / name
+        good = file.read_bytes()
+        bad = bytearray(good)
+        bad[len(bad) // 2] ^= 1
+        file.write_bytes(bad)
+        assert checkpoint.find(folder)[0].name == "step-2", name
+        file.write_bytes(good[:-1])
+        with pytest.raises(UserError, match=str(file)):
+            checkpoint.find(folder, step=4)
+        file.write_bytes(good)
+    assert checkpoint.find(folder)[0].name == "step-4"
+    for step in (2, 4):
+        (folder / f"step-{step}" / "rng-0.pt").unlink()
+    with pytest.raises(UserError, match="rng-0.pt is missing"):
+        checkpoint.find(folder)
+    with pytest.raises(UserError, match="no checkpoint of step 3"):
+        checkpoint.find(folder, step=3)
+
+
+def test_an_unfinished_save_is_not_a_checkpoint(finished):
+    folder = finished / "checkpoints"
+    (folder / "step-4").rename(folder / "step-5.tmp")
+    assert checkpoint.steps(folder) == [2]
+
+
+def test_resume_refuses_what_cannot_be_exact(finished, lm_config, tmp_path):
+    code, output = launch.fastft("resume", finished, "data.max_length=32", check=False)
+    assert code == 1 and "changed since this checkpoint" in output
+    code, output = launch.fastft("resume", tmp_path / "nowhere", check=False)
+    assert code == 1 and "not a run folder" in output
+    two = copy.deepcopy(lm_config)
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
+    processes = [launch.start([sys.executable, "-m", "fastft", "resume", two["run"]["dir"], "train.steps=6"],
+                              {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2", **port}) for r in range(2)]
+    outputs = [launch.finish(p, 90) for p in processes]
+    assert all(p.returncode == 1 for p in processes) and "was written by 1 ranks, this run has 2" in outputs[0]
+
+
+def test_a_run_is_not_written_over(finished, tmp_path):
+    code, output = launch.fastft("train", tmp_path / "c.yaml", check=False)
+    assert code == 1 and "already holds a run" in output and "--overwrite" in output
+    assert checkpoint.steps(finished / "checkpoints") == [2, 4]
+
+
+def test_export_of_a_checkpoint_is_the_model(finished, tmp_path):
+    launch.fastft("export", finished, tmp_path / "hf", "--step", "4")
+    first, second = (load_file(folder / "model.safetensors") for folder in (finished / "model", tmp_path / "hf"))
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
