@@ -157,6 +157,7 @@ def _explain(error: UserError) -> None:
 
 
 def _run(config: configuration.Config, **how) -> None:
+    from fastft.train.engine import stop_process_group
     from fastft.train.loop import Interrupted, train as run
 
     try:
@@ -164,6 +165,8 @@ def _run(config: configuration.Config, **how) -> None:
     except Interrupted as e:
         print(e, file=sys.stderr)
         raise typer.Exit(e.exit_code) from None
+    finally:
+        stop_process_group()
     if os.environ["RANK"] != "0":
         return
     for name, metrics in result["eval"].items():

@@ -92,8 +92,8 @@ class Task(ABC):
 
     def __init__(self, config: Config):
         self.config = config
-        self.tokenizer = load.tokenizer(config.model)
         self.model_config = load.config(config.model)
+        self.tokenizer = load.tokenizer(config.model)
         self.max_length = self._max_length()
 
     # -- what each task says ------------------------------------------------------------------------------------------------

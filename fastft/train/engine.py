@@ -68,6 +68,12 @@ def start_process_group() -> None:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
+def stop_process_group() -> None:
+    """Leave the process group; without it gloo's threads are still running at exit, which ends some processes with an abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def deepspeed_config(config: Config, ranks: Ranks) -> dict:
     """DeepSpeed's settings for this run: those that follow from the YAML, plus parallel.deepspeed.
 

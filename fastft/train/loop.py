@@ -89,8 +89,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     if config.run.offline:
         load.go_offline()
     ranks = engine.environment(config)
-    if ranks.main:
-        _claim(run_dir, config, resume, overwrite)
+    if not resume and (run_dir / "metrics.jsonl").exists() and not overwrite:
+        raise UserError(f"run.dir: {run_dir} already holds a run.",
+                        f"Go on with `fastft resume {run_dir}`, choose another run.dir, or start over with --overwrite.")
     task = TASKS.get(config.task)(config)
     split, evals = task.train_split(), task.eval_splits()  # all tokenising is done before there is a process group
     schedule = Schedule.of(config, len(split), task.max_length)
@@ -105,11 +106,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     model_engine = engine.build_engine(model, optimizer, engine.deepspeed_config(config, ranks))
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
-        log = Telemetry(run_dir, ranks.main, schedule.total)
-        cleanup.callback(log.close)
-        run = _Run(config, task, split, evals, schedule, ranks, model_engine, optimizer, log, stop)
+        run = _Run(config, task, split, evals, schedule, ranks, model_engine, optimizer, stop)
         if resume:
             run.resume()
+        if ranks.main:
+            _claim(run_dir, config, resume)
+        log = run.log = Telemetry(run_dir, ranks.main, schedule.total)
+        cleanup.callback(log.close)
         log.record("run", **_record(config, ranks, split, evals, schedule, model, frozen, drawn, run.step))
         return run.loop()
 
@@ -118,9 +121,10 @@ class _Run:
     """The state of a run: everything the loop touches, in one place."""
 
     def __init__(self, config: Config, task: Task, split: Split, evals: dict[str, Split], schedule: Schedule, ranks: Ranks, model_engine,
-                 optimizer: FusedAdamW, log: Telemetry, stop: StopRequest):
+                 optimizer: FusedAdamW, stop: StopRequest):
         self.config, self.task, self.split, self.evals, self.schedule, self.ranks = config, task, split, evals, schedule, ranks
-        self.engine, self.optimizer, self.log, self.stop = model_engine, optimizer, log, stop
+        self.engine, self.optimizer, self.stop = model_engine, optimizer, stop
+        self.log: Telemetry | None = None  # opened once everything that can be refused has been
         self.stepper = Stepper(model_engine, optimizer, config.optim.grad_clip)
         self.folder = Path(config.run.dir) / "checkpoints"
         self.step, self.skipped_in_a_row, self.skipped_total = 0, 0, 0
@@ -289,16 +293,13 @@ def _sum_over_ranks(values: list[float], ranks: Ranks) -> list[float]:
     return total.tolist()
 
 
-def _claim(run_dir: Path, config: Config, resume: bool, overwrite: bool) -> None:
-    """Take the run folder, never writing over another run unasked; keep the whole configuration in it."""
+def _claim(run_dir: Path, config: Config, resume: bool) -> None:
+    """Take the run folder, now that nothing is left to refuse: clear what an overwritten run left, keep the whole configuration."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     if not resume:
-        if (run_dir / "metrics.jsonl").exists() and not overwrite:
-            raise UserError(f"run.dir: {run_dir} already holds a run.",
-                            f"Go on with `fastft resume {run_dir}`, choose another run.dir, or start over with --overwrite.")
         for old in ("checkpoints", "model"):
             shutil.rmtree(run_dir / old, ignore_errors=True)
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-    run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
 
 

@@ -1,0 +1,42 @@
+# Two commands do everything: `make quickstart` trains and adapts a small model; `make test` passes the tests.
+# Each sets up .venv by itself. PYTHON: 3.11 or newer; g++ is needed. TORCH: the torch to install on a machine without a GPU.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml fastft/__init__.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
+
+.PHONY: setup setup-test quickstart test bench clean
+
+setup: $(VENV)/.ready
+setup-test: $(VENV)/.ready-test
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastft needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# Without a GPU, torch is installed first and by version, so that no later dependency pulls in CUDA packages.
+$(VENV)/.torch: | $(BIN)/python
+	command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || $(BIN)/python -m pip install -q "$(TORCH)"
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -e ".[test]"
+	touch $@
+
+quickstart: setup
+	$(BIN)/fastft quickstart
+
+test: setup-test
+	$(BIN)/python -m pytest -q $(ARGS)
+
+bench: setup-test
+	$(BIN)/python benchmarks/cross_entropy.py
+	$(BIN)/python benchmarks/adamw.py
+
+clean:
+	rm -rf build dist *.egg-info fastft/*.so $(VENV)
