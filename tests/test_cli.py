@@ -125,7 +125,7 @@ def test_mistakes_are_one_screen(classifier, tmp_path, name, verb):
 
 def test_a_model_of_the_wrong_kind(classifier, tmp_path, tiny_bert, corpus):
     raw = yaml.safe_load(classifier[0].read_text())
-    raw |= {"task": "causal_lm", "data": {"train": str(corpus / "train.jsonl"), "overlength": "drop"}}
+    raw |= {"task": "causal_lm", "data": {"train": str(corpus / "train.jsonl"), "overlength": "split", "max_length": 64}}
     raw["run"]["dir"] = str(tmp_path / "run")
     code, output = run("train", launch.write_config(tmp_path / "c.yaml", raw))
     assert code == 1 and "Traceback" not in output and re.search(r"missing|position_ids", output)
@@ -133,4 +133,4 @@ def test_a_model_of_the_wrong_kind(classifier, tmp_path, tiny_bert, corpus):
 
 def test_eval_needs_a_trained_classifier(classifier, tiny_bert):
     code, output = run("eval", classifier[0], f"model.path={tiny_bert}")
-    assert code == 1 and "Traceback" not in output
+    assert code == 1 and "not a trained classifier" in output and "Traceback" not in output

@@ -26,22 +26,12 @@ def evaluate_model(config: Config) -> dict[str, dict[str, float]]:
     if not config.data.eval:
         raise UserError("data.eval: no evaluation data given.", "For example: data.eval=test.csv")
     task = TASKS.get(config.task)(config)
-    task.load_state(model_state(task.model_config, config.model.path))
+    task.load_state(task.state_of_model())
     splits = task.eval_splits()
     model, _ = load.build(config.model, task.auto_class, (), config.run.seed)
     task.check_model(model, ranks.device)
     model.to(ranks.device)
     return {name: evaluate(model, task, split, ranks) for name, split in splits.items()}
-
-
-def model_state(model_config, path: str) -> dict:
-    """What a task would have learnt from the training data, read off an exported model's config."""
-    names = [model_config.id2label[i] for i in range(len(model_config.id2label))]
-    if not any("ForSequenceClassification" in a for a in model_config.architectures or []):
-        return {"labels": None}
-    if all(name.startswith("LABEL_") for name in names):
-        raise UserError(f"model path {path}: its config names no labels ({', '.join(names[:3])}).", "Evaluate a model that fastft exported (<run.dir>/model).")
-    return {"labels": names}
 
 
 def run_config_path(target: str) -> tuple[Path, bool]:

@@ -129,6 +129,10 @@ class Task(ABC):
     def load_state(self, state: dict) -> None:
         """Take over ``state`` of a run, instead of its training data."""
 
+    def state_of_model(self) -> dict:
+        """``state`` as an exported model carries it in its config. UserError when model.path was never trained for this task."""
+        return {}
+
     def check_model(self, model: torch.nn.Module, device: torch.device) -> None:
         """Refuse a model that would compute something else than the task says. Raises UserError."""
 

@@ -51,6 +51,14 @@ class Classification(Task):
     def load_state(self, state: dict) -> None:
         self.labels = state["labels"]
 
+    def state_of_model(self) -> dict:
+        names = [self.model_config.id2label[i] for i in range(len(self.model_config.id2label))]
+        trained = any("ForSequenceClassification" in a for a in self.model_config.architectures or [])
+        if not trained or all(name.startswith("LABEL_") for name in names):
+            raise UserError(f"model path {self.config.model.path}: is not a trained classifier that names its labels.",
+                            "Give a model that fastft exported (<run.dir>/model), or train one first.")
+        return {"labels": names}
+
     def preparation_key(self, training: bool) -> dict:
         return {**super().preparation_key(training), "labels": None if training and self.config.data.labels is None else self.labels}
 
