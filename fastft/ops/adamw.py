@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastft.ops import adamw_reference, backends, native
+from fastft.ops import adamw_reference, backends, native, triton
 
 
 def adamw(
@@ -63,8 +63,8 @@ def adamw(
             [steps[i] for i in members],
             [copies[i] for i in members] if has_copy else [],
             lr_tensor,
-            grad_scale.to(device, non_blocking=True) if grad_scale is not None else None,
-            found_inf.to(device, non_blocking=True) if found_inf is not None else None,
+            grad_scale.to(device, torch.float32, non_blocking=True) if grad_scale is not None else None,
+            found_inf.to(device, torch.float32, non_blocking=True) if found_inf is not None else None,
             0.0 if lr_tensor is not None else lr,
             beta1,
             beta2,
@@ -187,18 +187,8 @@ def _layout(param: Tensor) -> tuple[int, ...]:
     return torch._prims_common.make_contiguous_strides_for(param.shape)
 
 
-def _triton_adamw():
-    from fastft.ops.triton import adamw as kernels
-
-    return kernels.adamw
-
-
-def _triton_refuses(device_type, dtypes):
-    from fastft.ops import triton
-
-    return triton.refuses(device_type, dtypes)
-
-
-backends.register("adamw", "native", load=native.load_adamw, refuses=native.refuses)
-backends.register("adamw", "triton", load=_triton_adamw, refuses=_triton_refuses, automatic_on=frozenset({"cuda"}))
+backends.register("adamw", "native", load=native.loader("adamw"), refuses=native.refuses)
+backends.register(
+    "adamw", "triton", load=triton.loader("adamw", "adamw"), refuses=triton.refuses, automatic_on=frozenset({"cuda"})
+)
 backends.register("adamw", "reference", load=lambda: adamw_reference.adamw, refuses=lambda *_: "")

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastft.ops import backends, cross_entropy_reference, native
+from fastft.ops import backends, cross_entropy_reference, native, triton
 
 _REDUCTIONS = ("mean", "sum", "none")
 _flags: dict[torch.device, Tensor] = {}  # CUDA device -> () int64, the last row whose target was out of range, or -1
@@ -254,6 +254,7 @@ def _reduced_fake(logits, target, weight, token_weight, scale, *options):
 def _reduced_setup(ctx, inputs, output):
     _, lse, grad = output
     ctx.mark_non_differentiable(lse, grad)
+    ctx.set_materialize_grads(False)  # else autograd makes an (N, V) array of zeros as the gradient of `grad`
     ctx.save_for_backward(grad)
 
 
@@ -429,31 +430,11 @@ def _bad_row_fake(target, ignore_index, vocab):
     return target.new_empty(())
 
 
-def _triton_cross_entropy():
-    from fastft.ops.triton import cross_entropy as kernels
-
-    return kernels.cross_entropy
-
-
-def _triton_scale():
-    from fastft.ops.triton import cross_entropy as kernels
-
-    return kernels.scale
-
-
-def _triton_refuses(device_type, dtypes):
-    from fastft.ops import triton
-
-    return triton.refuses(device_type, dtypes)
-
-
 _CUDA = frozenset({"cuda"})  # on CPU tensors Triton runs only in its interpreter, which is for tests
-backends.register("cross_entropy", "native", load=native.load_cross_entropy, refuses=native.refuses)
-backends.register(
-    "cross_entropy", "triton", load=_triton_cross_entropy, refuses=_triton_refuses, automatic_on=_CUDA
-)
-backends.register(
-    "cross_entropy", "reference", load=lambda: cross_entropy_reference.cross_entropy, refuses=lambda *_: ""
-)
-backends.register("scale", "triton", load=_triton_scale, refuses=_triton_refuses, automatic_on=_CUDA)
-backends.register("scale", "reference", load=lambda: cross_entropy_reference.scale, refuses=lambda *_: "")
+_LOAD_REFERENCE = {"cross_entropy": lambda: cross_entropy_reference.cross_entropy, "scale": lambda: cross_entropy_reference.scale}
+backends.register("cross_entropy", "native", load=native.loader("cross_entropy"), refuses=native.refuses)
+for _op in ("cross_entropy", "scale"):
+    backends.register(
+        _op, "triton", load=triton.loader("cross_entropy", _op), refuses=triton.refuses, automatic_on=_CUDA
+    )
+    backends.register(_op, "reference", load=_LOAD_REFERENCE[_op], refuses=lambda *_: "")

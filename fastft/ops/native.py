@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -31,16 +32,14 @@ def refuses(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
     return ""
 
 
-def load_cross_entropy():
-    """The implementation for the table; importing is what tells whether it is there."""
-    module()
-    return cross_entropy
+def loader(op: str) -> Callable[[], Callable]:
+    """For the table: a function that returns this file's implementation of `op`, or raises ImportError."""
 
+    def load():
+        module()
+        return {"cross_entropy": cross_entropy, "adamw": adamw}[op]
 
-def load_adamw():
-    """The implementation for the table; importing is what tells whether it is there."""
-    module()
-    return adamw
+    return load
 
 
 def cross_entropy(

@@ -1,4 +1,4 @@
-"""FusedAdamW: AdamW through `fastft.ops.adamw`, interchangeable with torch.optim.AdamW and usable as DeepSpeed's client optimizer."""
+"""FusedAdamW: AdamW through `fastft.ops.adamw`, interchangeable with torch.optim.AdamW, fit to be DeepSpeed's client optimizer."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ class _Kept:
 class FusedAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101), or Adam with L2 when adam_w_mode is False; the rules are torch.optim.AdamW's.
 
-    params        tensors or parameter groups, float32 or bfloat16 (float16, float64: reference backend only), on any mix of devices.
+    params        tensors or parameter groups, float32 or bfloat16 (float16, float64: reference backend only), on any devices.
     lr            float, or a 0-dim tensor.
     backend       see fastft.ops.backends; None chooses by itself.
 

@@ -67,11 +67,10 @@ def test_argument_beats_environment_beats_automatic(table, monkeypatch):
     assert table.select("twice", None, *CPU_F32) == "shy"
 
 
-@pytest.mark.parametrize(
-    ("backend", "reason"), [("broken", "No module named 'fast'"), ("picky", "no cpu")]
-)
+@pytest.mark.parametrize(("backend", "reason"), [("broken", "No module named 'fast'"), ("picky", "no cpu")])
 def test_a_backend_that_was_asked_for_never_falls_back(table, backend, reason):
-    with pytest.raises(BackendError, match=f"asks for backend '{backend}' of op 'twice'.*cpu, float32: {reason}. Available here: shy, plain"):
+    message = f"asks for backend '{backend}' of op 'twice'.*cpu, float32: {reason}. Available here: shy, plain"
+    with pytest.raises(BackendError, match=message):
         table.select("twice", backend, *CPU_F32)
 
 
@@ -149,5 +148,5 @@ def test_importing_the_ops_stays_on_its_floor_and_light():
     modules = run(program).split()
     ours = [m for m in modules if m.startswith("fastft.")]
     assert all(m.startswith(("fastft.ops", "fastft.optim", "fastft._C")) for m in ours), ours
-    assert not [m for m in ours if m.startswith("fastft.ops.triton")]
+    assert not [m for m in ours if m.startswith("fastft.ops.triton.")]
     assert "torch._dynamo" not in modules  # two seconds

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils._python_dispatch
 
 from fastft.ops import backends, bad_target, cross_entropy
 from tests.ops.common import BACKENDS, DEVICE, NATIVE, NATIVE_BUILT, assert_rounded_once, seeded
@@ -161,6 +162,38 @@ def test_trap_no_gradient_is_computed_when_none_is_needed(backend, reduction, ho
     with torch.set_grad_enabled(how != "no_grad"):
         loss = cross_entropy(logits, target, reduction=reduction, backend=backend)
     assert seen == [None] and not loss.requires_grad
+
+
+class _LargeResults(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the ops that return a new array of at least `numel` elements."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.names = numel, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        results = result if isinstance(result, tuple) else (result,)
+        if any(isinstance(r, torch.Tensor) and r.numel() >= self.numel for r in results):
+            self.names.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, "cross_entropy"), ({"reduction": "none"}, "cross_entropy_rows_backward"), ({"inplace": True}, None)],
+)
+@pytest.mark.parametrize("backend", [NATIVE])
+def test_trap_one_large_array_at_most(backend, options, expected):
+    """The gradient is the only (N, V) array; autograd would add one of zeros as the gradient of the saved gradient."""
+    leaf, target = small()
+    logits = leaf * 1
+    with _LargeResults(logits.numel()) as made:
+        loss = cross_entropy(logits, target, backend=backend, **options).sum()
+        (grad,) = torch.autograd.grad(loss, logits)
+    names = [name for name in made.names if not name.startswith(("aten.view", "aten._unsafe_view", "aten.detach"))]
+    assert names == ([f"fastft.{expected}.default"] if expected else [])
+    assert (grad.data_ptr() == logits.data_ptr()) == ("inplace" in options)
 
 
 @each_backend

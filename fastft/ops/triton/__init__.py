@@ -1,6 +1,11 @@
-"""Triton kernels, and the only place that imports triton. TRITON_INTERPRET=1 (set before the first import) runs them on CPU tensors."""
+"""Triton kernels, and the only place that imports triton.
+
+TRITON_INTERPRET=1, set before the first import, runs them on CPU tensors.
+"""
 
 import functools
+import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -14,6 +19,11 @@ def require():
     except ImportError as error:
         raise ImportError(f"{error}; install it with: pip install 'fastft[triton]'") from error
     return triton
+
+
+def loader(module: str, function: str) -> Callable[[], Callable]:
+    """For the table: a function that imports a file of this folder and returns its `function`, or raises ImportError."""
+    return lambda: getattr(importlib.import_module(f"fastft.ops.triton.{module}"), function)
 
 
 @functools.cache

@@ -208,7 +208,7 @@ def _scale_kernel(grad, factor, out, n, IN_PLACE: tl.constexpr, BLOCK: tl.conste
 
 
 def scale(grad: Tensor, factor: Tensor, out: Tensor) -> None:
-    """out = grad * factor (0-dim float32), product in float32; contiguous; `out` may be `grad`. The factor is read on the device."""
+    """out = grad * factor (0-dim float32), product in float32; contiguous; `out` may be `grad`. Waits for nothing."""
     n = grad.numel()
     if n:
         with _on(grad.device):

@@ -1,0 +1,68 @@
+"""The Triton kernels beyond the interpreter: they compile to machine code for real GPUs, without one.
+
+The interpreter runs Python, so it also accepts what the compiler does not: a variable that changes its type in a branch, say.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.ops.common import TRITON_INSTALLED
+
+pytestmark = pytest.mark.skipif(not TRITON_INSTALLED, reason="triton is not installed")
+
+PROGRAM = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from fastft.ops.triton import adamw, cross_entropy
+
+target = GPUTarget("cuda", int(sys.argv[1]), 32)
+
+def build(kernel, types, constants, num_warps=4):
+    names = kernel.arg_names
+    assert set(names) == set(types) | set(constants), set(names) ^ (set(types) | set(constants))
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    source = ASTSource(kernel, signature, constexprs={(names.index(name),): value for name, value in constants.items()})
+    assert "cubin" in compile(source, target=target, options={"num_warps": num_warps}).asm
+
+F = "*fp32"
+for dtype in ("*fp32", "*bf16"):
+    types = dict(logits=dtype, logits_stride="i32", target="*i64", class_weight=F, class_weight_sum=F, token_weight=F,
+                 token_weight_stride="i32", grad_scale=F, grad_scale_stride="i32", loss=F, lse=F, grad=dtype, grad_stride="i32",
+                 bad_row="*i64", vocab="i32", ignore_index="i32", label_smoothing="fp32", smooth_per_class="fp32", z_loss="fp32",
+                 softcap="fp32", logit_scale="fp32")
+    absent = dict.fromkeys(("class_weight", "class_weight_sum", "token_weight", "lse", "grad_scale"))
+    plain = dict(CAPPED=False, SMOOTH=False, BLOCK=8192)
+    full = dict(CAPPED=True, SMOOTH=True, BLOCK=2048, token_weight_stride=1, grad_scale_stride=1)  # Triton makes 1 a constant
+    kernel = cross_entropy._cross_entropy_kernel
+    build(kernel, types, {**plain, **absent}, 16)
+    build(kernel, types, {**plain, **absent, "grad": None}, 16)
+    build(kernel, types, {**plain, **absent, "loss": None, "vocab": 1, "logits_stride": 1, "grad_stride": 1, "BLOCK": 1})
+    build(kernel, types, full, 8)
+    build(kernel, types, {**full, "class_weight": None, "class_weight_sum": None, "ignore_index": 1}, 8)
+    for in_place in (True, False):
+        build(cross_entropy._scale_kernel, dict(grad=dtype, factor=F, out=dtype, n="i64"), dict(IN_PLACE=in_place, BLOCK=4096))
+
+    types = dict(param=dtype, grad="*bf16", exp_avg=F, exp_avg_sq=F, max_exp_avg_sq=F, copy="*bf16", factors=F, grad_scale=F,
+                 found_inf=F, numel="i64", beta2="fp32", one_minus_beta1="fp32", one_minus_beta2="fp32", eps="fp32",
+                 weight_decay="fp32")
+    absent = dict.fromkeys(("max_exp_avg_sq", "copy", "grad_scale", "found_inf"))
+    build(adamw._adamw_kernel, types, {**absent, "numel": 1, "DECOUPLED": True, "MAXIMIZE": False, "BLOCK": 1024})
+    build(adamw._adamw_kernel, types, {"DECOUPLED": False, "MAXIMIZE": True, "BLOCK": 1024})
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compile_for_gpus(capability, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    program = tmp_path / "program.py"  # Triton reads the source of what it compiles
+    program.write_text(PROGRAM)
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    result = subprocess.run(
+        [sys.executable, program, str(capability)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
