@@ -25,10 +25,11 @@ KEEP_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", 
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """--machine, --rounds, --keep-heap, --quick. With --keep-heap the process starts again under KEEP_HEAP."""
+    """--machine, --rounds, --threads, --keep-heap, --quick. With --keep-heap the process starts again under KEEP_HEAP."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--machine", default=default_machine(), help="how the record names this machine")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for all contenders")
     parser.add_argument("--keep-heap", action="store_true", help="let glibc keep freed memory: times without page faults")
     parser.add_argument("--quick", action="store_true", help="small sizes, 3 rounds, nothing recorded: does it run?")
     args = parser.parse_args()
@@ -36,6 +37,8 @@ def arguments(description: str) -> argparse.Namespace:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_HEAP})
     if args.quick:
         args.rounds = 3
+    torch.set_num_threads(args.threads)  # the kernels and DeepSpeed follow: one OpenMP runtime serves all
+    args.load_before = os.getloadavg()[0]
     return args
 
 
@@ -81,7 +84,8 @@ def record(name: str, args: argparse.Namespace, rows: list[dict], columns: dict[
         "date": time.strftime("%Y-%m-%d"),
         "machine": args.machine,
         "heap": "kept" if args.keep_heap else "default",
-        "threads": torch.get_num_threads(),
+        "threads": args.threads,
+        "load before": round(args.load_before, 1),  # of the last minute: what neighbours were doing
         "cpu_path": _C.cpu_path(),
         "compiler": _C.build_info()["compiler"],
         "python": platform.python_version(),
@@ -95,7 +99,7 @@ def record(name: str, args: argparse.Namespace, rows: list[dict], columns: dict[
     with open(RESULTS / f"{name}.jsonl", "a") as file:
         for row in rows:
             file.write(json.dumps({**run, **row}) + "\n")
-    _rewrite(RESULTS / f"{name}.md", name, f"## heap: {run['heap']}", run, table)
+    _rewrite(RESULTS / f"{name}.md", name, f"## {args.threads} threads, heap {run['heap']}", run, table)
 
 
 def _installed(package: str) -> bool:
@@ -115,13 +119,13 @@ def _markdown(rows: list[dict], columns: dict[str, str]) -> str:
 
 
 def _rewrite(path: Path, name: str, heading: str, run: dict, table: str) -> None:
-    """One section per heap setting; the others stay."""
+    """One section per setting; the others stay."""
     sections: dict[str, str] = {}
     if path.exists():
         for part in path.read_text().split("\n## ")[1:]:
             title, _, body = part.partition("\n")
             sections["## " + title] = body.strip()
-    facts = ", ".join(f"{k} {v}" for k, v in run.items() if k not in ("machine", "heap"))
+    facts = ", ".join(f"{k} {v}" for k, v in run.items() if k not in ("machine", "heap", "threads"))
     sections[heading] = f"{run['machine']}: {facts}\n\n{table.strip()}"
     intro = f"# {name}\n\nWritten by `python benchmarks/{name}.py`. How times and ratios are taken: `benchmarks/common.py`.\n\n"
     path.write_text(intro + "\n\n".join(f"{title}\n\n{body}" for title, body in sorted(sections.items())) + "\n")
