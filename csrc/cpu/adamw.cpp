@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace fastft {
 namespace {
@@ -81,9 +82,7 @@ void adamw_cpu(const AdamWTensor* tensors, std::size_t count, const AdamWOptions
   cut(tensors, count, pieces, groups);
 
   const std::int64_t group_count = static_cast<std::int64_t>(groups.size()) - 1;
-  // Static: a thread touches the same addresses every step, which keeps them on its own NUMA node.
-#pragma omp parallel for schedule(static) num_threads(cpu::thread_count(num_threads)) if (group_count > 1)
-  for (std::int64_t g = 0; g < group_count; ++g) {
+  cpu::for_each_stealing(group_count, cpu::thread_count(num_threads), [&](std::int64_t g) {
     for (std::int64_t i = groups[g]; i < groups[g + 1]; ++i) {
       const Piece& p = pieces[i];
       const AdamWTensor& t = tensors[p.tensor];
@@ -91,7 +90,7 @@ void adamw_cpu(const AdamWTensor* tensors, std::size_t count, const AdamWOptions
           t.exp_avg_sq + p.offset, advance(t.max_exp_avg_sq, p.offset), advance(t.copy, p.offset), p.n},
          per_tensor[p.tensor]);
     }
-  }
+  });
   for (std::size_t t = 0; t < count; ++t) *tensors[t].step += 1.0f;
 }
 

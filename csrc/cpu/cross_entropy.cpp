@@ -3,7 +3,12 @@
 // scalars. A row is always one thread's work, so results do not depend on the number of threads.
 #include "fastft/cross_entropy.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cmath>
+#include <cstddef>
 #include <limits>
 #include <vector>
 
@@ -22,6 +27,19 @@ void put(void* row, std::int64_t i, float x, bf16) {
   const bool nan = x != x;
   const std::uint32_t rounded = u.bits + 0x7fffu + ((u.bits >> 16) & 1u);
   static_cast<bf16*>(row)[i].bits = static_cast<std::uint16_t>((nan ? (u.bits | 0x400000u) : rounded) >> 16);
+}
+
+// Asks for 2 MiB pages behind a big gradient, which is mostly fresh memory: 1024 x 32000 fp32 into new 4 KiB pages takes 31 ms,
+// into new huge ones 14, into memory already there 9. Only advice; without support nothing changes.
+void advise_huge_pages(void* start, std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr std::uintptr_t page = 4096;
+  const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(start) + page - 1) / page * page;
+  const std::uintptr_t last = (reinterpret_cast<std::uintptr_t>(start) + bytes) / page * page;
+  if (bytes >= (std::size_t{8} << 20)) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)start, (void)bytes;
+#endif
 }
 
 template <class T>
@@ -108,6 +126,9 @@ void cross_entropy_cpu(const CrossEntropyArgs& a, int num_threads) {
   if (a.class_weight && a.label_smoothing != 0.0) {
     weight_total = 0.0;
     for (std::int64_t c = 0; c < a.vocab; ++c) weight_total += a.class_weight[c];
+  }
+  if (a.grad && a.grad != a.logits && a.grad_stride == a.vocab) {
+    advise_huge_pages(a.grad, static_cast<std::size_t>(a.rows * a.vocab) * (a.dtype == DType::f32 ? 4 : 2));
   }
   const Call call{a, k.ce_stats[type], k.ce_grad[type], weight_total};
 

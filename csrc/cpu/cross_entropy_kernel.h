@@ -52,6 +52,10 @@ FASTFT_INLINE BlockSums block_sums(const T* p, float* exps, const float* weight,
   };
   std::int64_t i = 0;
   for (; i + kSums * kWidth <= n; i += kSums * kWidth) {
+    // The next block, or block_max would wait for memory with nothing to compute, and this loop compute with no load under way.
+    for (std::int64_t b = 0; b < kSums * kWidth * std::int64_t{sizeof(T)}; b += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(p + i + kCeBlock) + b);
+    }
     for (int u = 0; u < kSums; ++u) add(u, load(p + i + u * kWidth) * c.scale, i + u * kWidth, kWidth);
   }
   for (; i + kWidth <= n; i += kWidth) add(0, load(p + i) * c.scale, i, kWidth);

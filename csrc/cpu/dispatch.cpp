@@ -6,6 +6,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace fastft::cpu {
 
@@ -61,11 +62,10 @@ void stream_4r3w(float* p, const float* g, float* m, float* v, std::int64_t n, i
   const Kernels& k = kernels();
   constexpr std::int64_t chunk = 16384;
   const std::int64_t chunks = (n + chunk - 1) / chunk;
-#pragma omp parallel for schedule(static) num_threads(thread_count(num_threads))
-  for (std::int64_t c = 0; c < chunks; ++c) {
+  for_each_stealing(chunks, thread_count(num_threads), [&](std::int64_t c) {
     const std::int64_t at = c * chunk;
     k.stream(p + at, g + at, m + at, v + at, n - at < chunk ? n - at : chunk);
-  }
+  });
 }
 
 }  // namespace fastft::cpu
