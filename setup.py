@@ -91,35 +91,41 @@ def resolve_cuda(mode: str) -> str | None:
     return nvcc
 
 
-def tool(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        raise SetupError(f"{name} is not on PATH; build with isolation (plain pip install .) or run pip install cmake ninja pybind11")
-    return found
+def build_tools() -> tuple[str, str, str]:
+    """cmake, ninja and pybind11's CMake folder: those of this Python's environment before those of PATH."""
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = [shutil.which(name, path=scripts) for name in ("cmake", "ninja")]
+    try:
+        import pybind11
+    except ImportError:
+        pybind11 = None
+    if pybind11 is None or None in found:
+        missing = [name for name, there in zip(("cmake", "ninja", "pybind11"), (*found, pybind11), strict=True) if there is None]
+        raise SetupError(f"missing to build: {', '.join(missing)}; build with isolation (plain pip install .) or run pip install {' '.join(missing)}")
+    return (*found, pybind11.get_cmake_dir())
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         nvcc = resolve_cuda(build_mode())
+        cmake, ninja, pybind11_dir = build_tools()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # One folder per mode: a cache configured without CUDA cannot be turned into one with it.
         folder = Path(self.build_temp).resolve() / ("cuda" if nvcc else "cpu")
         folder.mkdir(parents=True, exist_ok=True)
         arguments = [
             "-G", "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={pybind11_dir}",
             f"-DFASTFT_VERSION={self.distribution.get_version()}",
             f"-DFASTFT_CUDA={'ON' if nvcc else 'OFF'}",
         ]  # fmt: skip
         if nvcc:
             arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DFASTFT_CUDA_ARCHS={';'.join(cuda_archs())}"]
-        subprocess.run([tool("cmake"), "-S", str(ROOT / "csrc"), "-B", str(folder), *arguments], check=True)
-        subprocess.run([tool("cmake"), "--build", str(folder), "--target", "_C"], check=True)
+        subprocess.run([cmake, "-S", str(ROOT / "csrc"), "-B", str(folder), *arguments], check=True)
+        subprocess.run([cmake, "--build", str(folder), "--target", "_C"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(folder / target.name, target)
 
