@@ -127,7 +127,10 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "-S", str(ROOT / "csrc"), "-B", str(folder), *arguments], check=True)
         subprocess.run([cmake, "--build", str(folder), "--target", "_C"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(folder / target.name, target)
+        # Put in place by rename: a process that has the old module mapped must not see it change.
+        fresh = target.with_suffix(".new")
+        shutil.copy2(folder / target.name, fresh)
+        fresh.replace(target)
 
 
 def extensions() -> list[Extension]:

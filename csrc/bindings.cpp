@@ -11,6 +11,7 @@
 
 #include "fastft/adamw.h"
 #include "fastft/cross_entropy.h"
+#include "fastft/sum_squares.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -117,6 +118,28 @@ void cross_entropy(int device, Address stream, Address logits, int tag, std::int
 #endif
 }
 
+void sum_squares(int device, Address stream, const Addresses& tensors, const std::vector<std::int64_t>& numels, int tag,
+                 Address out, Address scratch, int num_threads) {
+  check_device(device);
+  if (numels.size() != tensors.size()) {
+    fail("numels has " + std::to_string(numels.size()) + " entries, tensors has " + std::to_string(tensors.size()));
+  }
+  const DType type = dtype(tag, "dtype");
+  std::vector<fastft::SumSquaresTensor> list(tensors.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    check_not_negative(numels[i], "numels[" + std::to_string(i) + "]");
+    list[i] = {at<void>(tensors[i]), numels[i]};
+  }
+  if (out == 0) fail("out is 0; the sum needs a place");
+  py::gil_scoped_release release;
+  if (device < 0) return fastft::sum_squares_cpu(list.data(), list.size(), type, at<double>(out), num_threads);
+#ifdef FASTFT_CUDA
+  fastft::sum_squares_cuda(list.data(), list.size(), type, at<double>(out), at<double>(scratch), device, at<void>(stream));
+#else
+  (void)stream, (void)scratch;
+#endif
+}
+
 void stream_4r3w(Address p, Address g, Address m, Address v, std::int64_t n, int num_threads) {
   check_not_negative(n, "n");
   py::gil_scoped_release release;
@@ -180,6 +203,9 @@ PYBIND11_MODULE(_C, m) {
         arg("token_weight_stride"), arg("ignore_index"), arg("label_smoothing"), arg("z_loss"), arg("softcap"),
         arg("logit_scale"), arg("loss"), arg("lse"), arg("grad"), arg("grad_stride"), arg("grad_scale"),
         arg("grad_scale_stride"), arg("bad_row"), arg("num_threads"));
+  m.attr("SUM_SQUARES_SCRATCH") = fastft::kSumSquaresScratch;
+  m.def("sum_squares", &sum_squares, py::kw_only(), arg("device"), arg("stream"), arg("tensors"), arg("numels"),
+        arg("dtype"), arg("out"), arg("scratch"), arg("num_threads"));
   m.def("stream_4r3w", &stream_4r3w, py::kw_only(), arg("p"), arg("g"), arg("m"), arg("v"), arg("n"),
         arg("num_threads"));
 }

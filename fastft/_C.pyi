@@ -88,6 +88,21 @@ def cross_entropy(
     An out-of-range target (not ignore_index) yields loss NaN, grad 0 and bad_row. A row of all -inf, or one with a NaN, yields NaN
     loss and NaN grad, as torch does. rows * vocab may exceed 2^31."""
 
+SUM_SQUARES_SCRATCH: int
+
+def sum_squares(
+    *,
+    device: int,
+    stream: int,
+    tensors: list[int],
+    numels: list[int],
+    dtype: int,
+    out: int,  # one float64, written (host memory for the CPU, device memory for CUDA)
+    scratch: int,  # SUM_SQUARES_SCRATCH float64 of device memory; ignored on the CPU
+    num_threads: int,
+) -> None:
+    """Sum of the squares of all elements of contiguous tensors, in float64."""
+
 def stream_4r3w(*, p: int, g: int, m: int, v: int, n: int, num_threads: int) -> None:
     """p += g, m += g, v += g over float32[n] on the CPU: the memory traffic of one fp32 AdamW step (4 reads, 3 writes) and
     next to no arithmetic. The limit that benchmarks/adamw.py compares with."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastft
-from fastft.ops import adamw, backends, cross_entropy, native
+from fastft.ops import adamw, backends, cross_entropy, native, sum_squares
 
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "datasets", "peft", "safetensors", "numpy")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -168,7 +168,14 @@ def _check_adamw(backend: str, device: str, dtype: torch.dtype) -> float:
     return max(error, copy_error, abs(step.item() - 3), key=lambda x: (x != x, x))
 
 
-CHECKS = {"cross_entropy": _check_cross_entropy, "scale": _check_scale, "adamw": _check_adamw}
+def _check_sum_squares(backend: str, device: str, dtype: torch.dtype) -> float:
+    generator = torch.Generator().manual_seed(4)
+    tensors = [torch.randn(n, generator=generator).to(device, dtype) for n in (1, 1003, 70001)]
+    truth = torch.stack([t.double().square().sum() for t in tensors]).sum()
+    return _relative([(sum_squares(tensors, backend=backend), truth)])
+
+
+CHECKS = {"cross_entropy": _check_cross_entropy, "scale": _check_scale, "adamw": _check_adamw, "sum_squares": _check_sum_squares}
 
 
 def _print_tables(found: dict, console: Console) -> None:

@@ -65,6 +65,7 @@ struct CeGrad {
 
 using CeStatsFn = CeStats (*)(const CeLogits&);
 using CeGradFn = void (*)(const CeLogits&, const CeGrad&);
+using SumSquaresFn = double (*)(const void* data, std::int64_t n);
 using StreamFn = void (*)(float* p, const float* g, float* m, float* v, std::int64_t n);
 
 struct Kernels {
@@ -72,6 +73,7 @@ struct Kernels {
   AdamWFn adamw[2][2];  // [param dtype][grad dtype]
   CeStatsFn ce_stats[2];
   CeGradFn ce_grad[2];
+  SumSquaresFn sum_squares[2];
   StreamFn stream;
 };
 

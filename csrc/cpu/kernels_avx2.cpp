@@ -10,6 +10,7 @@ namespace {
 #include "vector_math.h"
 #include "adamw_kernel.h"
 #include "cross_entropy_kernel.h"
+#include "sum_squares_kernel.h"
 }  // namespace
 }  // namespace avx2
 
@@ -19,6 +20,7 @@ extern const Kernels kernels_avx2 = {
      {avx2::adamw_chunk<bf16, float>, avx2::adamw_chunk<bf16, bf16>}},
     {avx2::ce_stats<float>, avx2::ce_stats<bf16>},
     {avx2::ce_grad<float>, avx2::ce_grad<bf16>},
+    {avx2::sum_squares<float>, avx2::sum_squares<bf16>},
     avx2::stream_chunk,
 };
 

@@ -10,6 +10,7 @@ namespace {
 #include "vector_math.h"
 #include "adamw_kernel.h"
 #include "cross_entropy_kernel.h"
+#include "sum_squares_kernel.h"
 }  // namespace
 }  // namespace avx512
 
@@ -19,6 +20,7 @@ extern const Kernels kernels_avx512 = {
      {avx512::adamw_chunk<bf16, float>, avx512::adamw_chunk<bf16, bf16>}},
     {avx512::ce_stats<float>, avx512::ce_stats<bf16>},
     {avx512::ce_grad<float>, avx512::ce_grad<bf16>},
+    {avx512::sum_squares<float>, avx512::sum_squares<bf16>},
     avx512::stream_chunk,
 };
 

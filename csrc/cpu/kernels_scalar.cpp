@@ -10,6 +10,7 @@ namespace {
 #include "vector_math.h"
 #include "adamw_kernel.h"
 #include "cross_entropy_kernel.h"
+#include "sum_squares_kernel.h"
 }  // namespace
 }  // namespace scalar
 
@@ -19,6 +20,7 @@ extern const Kernels kernels_scalar = {
      {scalar::adamw_chunk<bf16, float>, scalar::adamw_chunk<bf16, bf16>}},
     {scalar::ce_stats<float>, scalar::ce_stats<bf16>},
     {scalar::ce_grad<float>, scalar::ce_grad<bf16>},
+    {scalar::sum_squares<float>, scalar::sum_squares<bf16>},
     scalar::stream_chunk,
 };
 

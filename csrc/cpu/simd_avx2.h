@@ -78,4 +78,18 @@ FASTFT_INLINE float reduce_add(V x) {
   return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
 }
 
+struct Squares {  // float64 sums
+  __m256d low, high;
+};
+FASTFT_INLINE Squares no_squares() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+FASTFT_INLINE Squares add_squares(const Squares& s, V x) {
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+  return {_mm256_fmadd_pd(low, low, s.low), _mm256_fmadd_pd(high, high, s.high)};
+}
+FASTFT_INLINE double reduce_add(const Squares& s) {
+  const __m256d both = _mm256_add_pd(s.low, s.high);
+  const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(both), _mm256_extractf128_pd(both, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+}
+
 }  // namespace fastft::cpu::avx2

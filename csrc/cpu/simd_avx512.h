@@ -60,4 +60,14 @@ FASTFT_INLINE float first_lane(V x) { return _mm512_cvtss_f32(x); }
 FASTFT_INLINE float reduce_max(V x) { return _mm512_reduce_max_ps(x); }
 FASTFT_INLINE float reduce_add(V x) { return _mm512_reduce_add_ps(x); }
 
+struct Squares {  // float64 sums
+  __m512d low, high;
+};
+FASTFT_INLINE Squares no_squares() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+FASTFT_INLINE Squares add_squares(const Squares& s, V x) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+  return {_mm512_fmadd_pd(low, low, s.low), _mm512_fmadd_pd(high, high, s.high)};
+}
+FASTFT_INLINE double reduce_add(const Squares& s) { return _mm512_reduce_add_pd(_mm512_add_pd(s.low, s.high)); }
+
 }  // namespace fastft::cpu::avx512

@@ -58,4 +58,11 @@ FASTFT_INLINE float first_lane(V x) { return x; }
 FASTFT_INLINE float reduce_max(V x) { return x; }
 FASTFT_INLINE float reduce_add(V x) { return x; }
 
+struct Squares {  // a float64 sum
+  double sum;
+};
+FASTFT_INLINE Squares no_squares() { return {0.0}; }
+FASTFT_INLINE Squares add_squares(const Squares& s, V x) { return {s.sum + static_cast<double>(x) * static_cast<double>(x)}; }
+FASTFT_INLINE double reduce_add(const Squares& s) { return s.sum; }
+
 }  // namespace fastft::cpu::scalar

@@ -37,7 +37,7 @@ def loader(op: str) -> Callable[[], Callable]:
 
     def load():
         module()
-        return {"cross_entropy": cross_entropy, "adamw": adamw}[op]
+        return {"cross_entropy": cross_entropy, "adamw": adamw, "sum_squares": sum_squares}[op]
 
     return load
 
@@ -134,6 +134,22 @@ def adamw(
         maximize=maximize,
         grad_scale=_address(grad_scale),
         found_inf=_address(found_inf),
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def sum_squares(tensors: list[Tensor], out: Tensor) -> None:
+    """One call of `_C.sum_squares`: contiguous tensors of one dtype; out is () float64."""
+    device, stream = _place(out.device)
+    scratch = None if device < 0 else out.new_empty(module().SUM_SQUARES_SCRATCH)
+    module().sum_squares(
+        device=device,
+        stream=stream,
+        tensors=[t.data_ptr() for t in tensors],
+        numels=[t.numel() for t in tensors],
+        dtype=_tag(tensors[0].dtype),
+        out=out.data_ptr(),
+        scratch=_address(scratch),
         num_threads=torch.get_num_threads(),
     )
 

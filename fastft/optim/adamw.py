@@ -126,14 +126,52 @@ class FusedAdamW(torch.optim.Optimizer):
         if not params:
             return
         states = [self._state_of(param, group["amsgrad"]) for param in params]
+        steps = [state["step"] for state in states]
+        self._update(group, params, [param.grad for param in params], states, steps, grad_scale=grad_scale, found_inf=found_inf)
+
+    @torch.no_grad()
+    def step_flat(
+        self, group: dict[str, Any], param: Tensor, grads: list[Tensor], *, out: Tensor | None = None, grad_scale: Tensor | None = None
+    ) -> None:
+        """One update of a flat param whose gradient lies in pieces, for wrappers that shard (fastft.optim.zero_step).
+
+        group       the param's group; its params are not looked at.
+        param       (n,) float32 or bfloat16.
+        grads       1-D tensors that cover param from its first element on, one after the other; what they leave (padding) stays as it is.
+        out         (n,): receives the updated param in out's dtype; with bfloat16 in the same pass over memory.
+        grad_scale  0-dim float32: gradients are multiplied by it.
+        """
+        if self._suspended:
+            return
+        state = self._state_of(param, group["amsgrad"])
+        sizes = [grad.numel() for grad in grads]
+        rest = param.numel() - sum(sizes)
+        if rest < 0:
+            raise ValueError(f"gradients of {sum(sizes)} elements for a param of {param.numel()}")
+
+        def cut(tensor: Tensor) -> tuple[Tensor, ...]:
+            return tensor.split([*sizes, rest])[: len(sizes)]
+
+        moments = {name: cut(value) for name, value in state.items() if name != "step"}
+        pieces = [{name: values[i] for name, values in moments.items()} for i in range(len(sizes))]
+        steps = state["step"].repeat(len(sizes)).unbind()  # the op counts one step per tensor it is given
+        fused_out = out is not None and out.dtype == torch.bfloat16
+        copies = cut(out) if fused_out else None
+        self._update(group, cut(param), grads, pieces, steps, copies=copies, grad_scale=grad_scale)
+        state["step"] += 1
+        if out is not None and not fused_out:
+            out.copy_(param)
+
+    def _update(self, group: dict[str, Any], params, grads, states, steps, **given) -> None:
+        """fastft.ops.adamw with a group's settings."""
         beta1, beta2 = group["betas"]
         adamw(
             params,
-            [param.grad for param in params],
+            grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-            [state["step"] for state in states],
+            steps,
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
@@ -141,9 +179,8 @@ class FusedAdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             decoupled=group["decoupled_weight_decay"],
             maximize=group["maximize"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
             backend=self.backend,
+            **given,
         )
 
     def _state_of(self, param: Tensor, amsgrad: bool) -> dict[str, Tensor]:

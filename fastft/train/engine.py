@@ -13,7 +13,9 @@ import torch
 
 from fastft.config import Config
 from fastft.errors import UserError
-from fastft.optim import FusedAdamW
+from fastft.optim import FusedAdamW, zero_step
+
+log = logging.getLogger(__name__)
 
 # DeepSpeed settings that follow from the YAML; a second source for them would be a contradiction waiting to happen.
 OWNED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler", "fp16", "bf16",
@@ -132,8 +134,11 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
     return settings
 
 
-def build_engine(model: torch.nn.Module, optimizer: FusedAdamW, settings: dict):
-    """A DeepSpeed engine over the model with our optimizer as its client optimizer."""
+def build_engine(model: torch.nn.Module, optimizer: FusedAdamW, settings: dict, fused_step: bool = True):
+    """A DeepSpeed engine over the model with our optimizer as its client optimizer.
+
+    Its attribute ``fastft_step`` says how the ZeRO step runs: "fused", or "unfused: " and the reason.
+    """
     import deepspeed
 
     # Stage 0 in bf16 calls step() once on zero gradients while it sets itself up: weights would decay before training.
@@ -142,6 +147,12 @@ def build_engine(model: torch.nn.Module, optimizer: FusedAdamW, settings: dict):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 1:
         engine.enable_backward_allreduce = False  # one rank: it would flatten and copy every gradient to reduce it with nobody
+    reason = "parallel.fused_step: false"
+    if fused_step:
+        reason = zero_step.install(engine, optimizer) if engine.zero_optimization_stage() else "stage 0 has no ZeRO step"
+        if reason and engine.zero_optimization_stage():
+            log.warning("ZeRO step not fused: %s", reason)
+    engine.fastft_step = f"unfused: {reason}" if reason else "fused"
     return engine
 
 

@@ -103,7 +103,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     optimizer = FusedAdamW(parameter_groups(model, config.optim.weight_decay), lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps,
                            weight_decay=config.optim.weight_decay)
     engine.start_process_group()
-    model_engine = engine.build_engine(model, optimizer, engine.deepspeed_config(config, ranks))
+    model_engine = engine.build_engine(model, optimizer, engine.deepspeed_config(config, ranks), config.parallel.fused_step)
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
         run = _Run(config, task, split, evals, schedule, ranks, model_engine, optimizer, stop)
@@ -113,7 +113,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
             _claim(run_dir, config, resume)
         log = run.log = Telemetry(run_dir, ranks.main, schedule.total)
         cleanup.callback(log.close)
-        log.record("run", **_record(config, ranks, split, evals, schedule, model, frozen, drawn, run.step))
+        log.record("run", zero_step=model_engine.fastft_step, **_record(config, ranks, split, evals, schedule, model, frozen, drawn, run.step))
         return run.loop()
 
 
