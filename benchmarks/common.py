@@ -24,14 +24,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 KEEP_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "1000000000"}
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """--machine, --rounds, --threads, --keep-heap, --quick. With --keep-heap the process starts again under KEEP_HEAP."""
+def arguments(description: str, more: Callable[[argparse.ArgumentParser], object] = lambda parser: None) -> argparse.Namespace:
+    """What `more` adds, and --machine, --rounds, --threads, --keep-heap, --quick. With --keep-heap the process starts again under KEEP_HEAP."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--machine", default=default_machine(), help="how the record names this machine")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for all contenders")
     parser.add_argument("--keep-heap", action="store_true", help="let glibc keep freed memory: times without page faults")
     parser.add_argument("--quick", action="store_true", help="small sizes, 3 rounds, nothing recorded: does it run?")
+    more(parser)
     args = parser.parse_args()
     if args.keep_heap and any(os.environ.get(k) != v for k, v in KEEP_HEAP.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_HEAP})
@@ -47,12 +48,16 @@ def default_machine() -> str:
     return f"{os.cpu_count()} cores {platform.machine()}, {memory:.0f} GiB"
 
 
-def interleave(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; the order turns by one from round to round."""
+def interleave(
+    contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2, prepare: dict[str, Callable[[], object]] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; the order turns by one from round to round. `prepare` runs before each, untimed."""
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
     for r in range(-warmup, rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
+            if prepare:
+                prepare[name]()
             start = time.perf_counter()
             contenders[name]()
             elapsed = time.perf_counter() - start

@@ -98,7 +98,7 @@ def test_cuda_sources_compile_clean():
         pytest.skip("no nvcc on PATH")
     result = subprocess.run([str(ROOT / "csrc" / "check_cuda.sh")], capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "all clean" in result.stdout and result.stdout.count("== ") == 6
+    assert "all clean" in result.stdout and result.stdout.count("== ") == 3 * len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
     spills = [line for line in result.stdout.splitlines() if "spill stores" in line and "0 bytes spill stores" not in line]
     assert not spills
 

@@ -1,0 +1,132 @@
+"""DeepSpeed's optimizer step under ZeRO 1, 2 and 3 on the CPU: with the fused seam, and without it.
+
+fused       fastft's one pass (fastft/optim/zero_step.py)
+unfused     DeepSpeed's own step with FusedAdamW as its client optimizer
+deepspeed   DeepSpeed's own step with its DeepSpeedCPUAdam
+torch       DeepSpeed's own step with torch.optim.AdamW(fused=True)
+
+One rank, bf16 parameters with fp32 master weights, gradient clipping. Only engine.step() is timed: gradient norm, overflow check where the
+contender makes one, clipping, Adam and the weights' store. First the bf16 weights after 3 steps are compared: fused and unfused bit for bit,
+the others within 2 units in the last place of the largest. The peers run DeepSpeed's defaults, which spare them the overflow check.
+
+    python benchmarks/zero_step.py [--machine NAME] [--parameters MILLIONS ...]
+"""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import gc
+
+import common
+import torch
+
+from fastft.config import validate
+from fastft.optim import FusedAdamW
+from fastft.train import engine
+
+OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+WIDTH, VOCABULARY = 1024, 32000
+COLUMNS = {
+    "stage": "d", "parameters": ",d", "fused ms": ".1f", "unfused ms": ".1f", "deepspeed ms": ".1f", "torch ms": ".1f", "fused GB/s": ".1f",
+    "of unfused": ".2f", "of deepspeed": ".2f", "of torch": ".2f", "of the best": ".2f", "weights differ": ".1e",
+}  # fmt: skip
+
+
+class Net(torch.nn.Module):
+    """Shapes of a decoder (an embedding and blocks of four matrices); the forward touches every parameter for little work."""
+
+    def __init__(self, millions: int):
+        super().__init__()
+        blocks = max(1, round((millions * 1e6 - VOCABULARY * WIDTH) / (12 * WIDTH * WIDTH)))
+        shapes = [(WIDTH, VOCABULARY)] + [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH, 4 * WIDTH)] * blocks
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(*shape) for shape in shapes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (1, WIDTH)
+        return torch.cat([layer(x) for layer in self.layers], dim=1).float().square().mean()
+
+
+class Contender:
+    """One engine; ``backward`` fills its gradients, ``step`` is what is timed."""
+
+    def __init__(self, name: str, stage: int, millions: int):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        torch.manual_seed(0)
+        net = Net(millions).bfloat16()
+        ours = name in ("fused", "unfused")
+        make = FusedAdamW if ours else DeepSpeedCPUAdam if name == "deepspeed" else torch.optim.AdamW
+        optimizer = make(net.parameters(), **OPTIONS, **({"fused": True} if name == "torch" else {}))
+        config = validate({"task": "causal_lm", "model": {"path": "-", "dtype": "bf16"}, "parallel": {"zero": stage}, "run": {"device": "cpu"}})
+        ranks = engine.environment(config)
+        engine.start_process_group()
+        settings = engine.deepspeed_config(config, ranks)
+        if ours:
+            self.engine = engine.build_engine(net, optimizer, settings, fused_step=name == "fused")
+            assert name == "unfused" or self.engine.fastft_step == "fused", self.engine.fastft_step
+        else:
+            import deepspeed
+
+            settings["bf16"] = {"enabled": True}
+            self.engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)
+
+    def backward(self) -> None:
+        x = torch.linspace(-1, 1, WIDTH, dtype=torch.bfloat16)[None]
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.backward(self.engine(x))
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def weights(self) -> torch.Tensor:
+        import deepspeed
+
+        parts = []
+        for p in self.engine.module.parameters():
+            with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
+                parts.append(p.detach().reshape(-1).clone())
+        return torch.cat(parts)
+
+
+def compare(contenders: dict[str, Contender]) -> float:
+    """Largest difference to the unfused weights after 3 steps; stops the benchmark where a result is wrong."""
+    for _ in range(3):
+        for c in contenders.values():
+            c.backward()
+            c.step()
+    truth = contenders["unfused"].weights()
+    if not torch.equal(contenders["fused"].weights(), truth):
+        raise SystemExit("the fused step's weights are not the unfused one's")
+    worst = max((contenders[n].weights().float() - truth.float()).abs().max().item() for n in ("deepspeed", "torch"))
+    if not worst <= 2 * truth.abs().max().item() / 128:
+        raise SystemExit(f"a peer's weights differ by {worst:.3g}; not timed")
+    return worst
+
+
+def measure(stage: int, millions: int, rounds: int) -> dict:
+    contenders = {name: Contender(name, stage, millions) for name in ("fused", "unfused", "deepspeed", "torch")}
+    row = {"stage": stage, "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in contenders["fused"].engine.module.parameters())}
+    row["weights differ"] = compare(contenders)
+    times = common.interleave({n: c.step for n, c in contenders.items()}, rounds, prepare={n: c.backward for n, c in contenders.items()})
+    for name, seconds in times.items():
+        row[f"{name} ms"] = min(seconds) * 1e3
+        if name != "fused":
+            row[f"of {name}"] = 1 / common.speedup(times, name, "fused")
+    row["of the best"] = max(row[f"of {name}"] for name in times if name != "fused")
+    row["fused GB/s"] = 28 * row["parameters"] / min(times["fused"]) / 1e9
+    return row
+
+
+def main() -> None:
+    args = common.arguments(__doc__.splitlines()[0], lambda parser: parser.add_argument("--parameters", type=int, nargs="+", default=[100, 200]))
+    rows = []
+    for millions in [40] if args.quick else args.parameters:
+        for stage in (1, 2, 3):
+            rows.append(measure(stage, millions, args.rounds))
+            gc.collect()
+    common.record("zero_step", args, rows, COLUMNS)
+    engine.stop_process_group()
+
+
+if __name__ == "__main__":
+    main()
