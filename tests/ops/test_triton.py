@@ -17,7 +17,7 @@ PROGRAM = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from fastft.ops.triton import adamw, cross_entropy
+from fastft.ops.triton import adamw, cross_entropy, sum_squares
 
 target = GPUTarget("cuda", int(sys.argv[1]), 32)
 
@@ -45,6 +45,8 @@ for dtype in ("*fp32", "*bf16"):
     build(kernel, types, {**full, "class_weight": None, "class_weight_sum": None, "ignore_index": 1}, 8)
     for in_place in (True, False):
         build(cross_entropy._scale_kernel, dict(grad=dtype, factor=F, out=dtype, n="i64"), dict(IN_PLACE=in_place, BLOCK=4096))
+
+    build(sum_squares._partial_sums, dict(x_ptr=dtype, out_ptr="*fp64", n="i64"), dict(BLOCK=4096, PER_PROGRAM=65536))
 
     types = dict(param=dtype, grad="*bf16", exp_avg=F, exp_avg_sq=F, max_exp_avg_sq=F, copy="*bf16", factors=F, grad_scale=F,
                  found_inf=F, numel="i64", beta2="fp32", one_minus_beta1="fp32", one_minus_beta2="fp32", eps="fp32",
