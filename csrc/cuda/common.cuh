@@ -1,6 +1,7 @@
 // What the kernels share: checked calls, the current device, packs of elements, element conversion.
 #pragma once
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -15,6 +16,29 @@ namespace fastft::cuda {
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+}
+
+// An array shared by a block. A macro, because csrc/tests/emulate gives each of its emulated blocks a copy.
+#ifndef FASTFT_SHARED
+#define FASTFT_SHARED(type, name, count) __shared__ type name[count]
+#endif
+
+// Every launch goes through here: the emulation cannot read <<<>>>, and a cluster needs this form anyway. cluster: blocks in one.
+template <class... P, class... A>
+void launch(void (*kernel)(P...), int blocks, int threads, int cluster, cudaStream_t stream, const char* what, const A&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  if (cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...), what);
 }
 
 // Makes a device current, and the previous one again at the end: torch tracks the current device too.

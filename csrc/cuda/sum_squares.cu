@@ -21,7 +21,7 @@ struct List {
 
 // In a fixed order, so results repeat bit for bit; thread 0 gets the result.
 __device__ inline double block_sum(double x) {
-  __shared__ double warps[kThreads / 32];
+  FASTFT_SHARED(double, warps, kThreads / 32);
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
@@ -94,11 +94,9 @@ void sum_squares_cuda(const SumSquaresTensor* tensors, std::size_t count, DType 
       list.chunks += static_cast<int>(chunks);
       ++next;
     }
-    kernel<<<kBlocks, kThreads, 0, s>>>(list, scratch, first);
-    check(cudaGetLastError(), "sum of squares kernel");
+    launch(kernel, kBlocks, kThreads, 1, s, "sum of squares kernel", list, scratch, first);
   } while (next < count);
-  last_sum<<<1, kThreads, 0, s>>>(scratch, out);
-  check(cudaGetLastError(), "sum of squares, last kernel");
+  launch(last_sum, 1, kThreads, 1, s, "sum of squares, last kernel", scratch, out);
 }
 
 }  // namespace fastft

@@ -1,0 +1,1 @@
+#include "../cuda/cross_entropy.cu"

@@ -1,0 +1,1 @@
+#include "../cuda/sum_squares.cu"
