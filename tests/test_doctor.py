@@ -20,11 +20,11 @@ def test_report_is_complete_and_passes(capsys):
     assert found["versions"]["torch"] == torch.__version__ and found["versions"]["peft"]
     assert found["native"]["built"] == NATIVE_BUILT
     rows = {(row["op"], row["device"], row["dtype"]): row for row in found["backends"]}
-    assert len(rows) == 12
+    assert len(rows) == 16
     picked = rows["cross_entropy", "cpu", "bfloat16"]["picked"]
     assert picked == ("native" if NATIVE_BUILT else "reference")
     checked = {(row["op"], row["backend"], row["dtype"]) for row in found["self_check"] if row["device"] == "cpu"}
-    assert {(op, "reference", d) for op in ("cross_entropy", "adamw", "scale") for d in ("float32", "bfloat16")} <= checked
+    assert {(op, "reference", d) for op in ("cross_entropy", "linear_cross_entropy", "adamw", "scale") for d in ("float32", "bfloat16")} <= checked
     assert not NATIVE_BUILT or {("adamw", "native", "bfloat16"), ("cross_entropy", "native", "float32")} <= checked
     assert all(0 <= row["error"] <= row["tolerance"] for row in found["self_check"])
 
@@ -90,6 +90,22 @@ def test_self_check_finds_a_wrong_cross_entropy(output, monkeypatch, capsys):
     monkeypatch.setitem(backends._loaded, ("cross_entropy", "native"), damaged)
     assert doctor.main() == 1
     assert "FAIL" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not NATIVE_BUILT, reason="fastft._C is not built")
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_self_check_finds_a_wrong_linear_cross_entropy(which, monkeypatch, capsys):
+    real = backends.implementation("linear_cross_entropy", "native")
+
+    def damaged(*args, **kwargs):
+        grads = real(*args, **kwargs)
+        grads[which].mul_(1.05)
+        return grads
+
+    monkeypatch.setitem(backends._loaded, ("linear_cross_entropy", "native"), damaged)
+    assert doctor.main(json=True) == 1
+    rows = json.loads(capsys.readouterr().out)["self_check"]
+    assert {(row["op"], row["backend"]) for row in rows if not row["passed"]} == {("linear_cross_entropy", "native")}
 
 
 def test_without_the_native_module_and_triton():

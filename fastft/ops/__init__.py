@@ -3,5 +3,6 @@
 from fastft.ops.adamw import adamw
 from fastft.ops.backends import BackendError, choices
 from fastft.ops.cross_entropy import bad_target, cross_entropy
+from fastft.ops.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["BackendError", "adamw", "bad_target", "choices", "cross_entropy"]
+__all__ = ["BackendError", "adamw", "bad_target", "choices", "cross_entropy", "linear_cross_entropy"]
