@@ -10,7 +10,7 @@ Memory is measured in processes of their own: how far one forward and backward r
 gradients, which everyone returns; as a share of logits and their gradient, 2 rows * vocab elements. Liger Kernel is not here: its fused
 linear cross-entropy is Triton for GPUs and does not run on CPU tensors.
 
-    python benchmarks/linear_cross_entropy.py [--keep-heap] [--machine NAME] [--rounds 3]
+    python benchmarks/linear_cross_entropy.py [--keep-heap] [--machine NAME] [--rounds 2]
 """
 
 import subprocess
@@ -137,10 +137,13 @@ def measure(name: str, dtype: str, *sizes: str) -> None:
 def main():
     if sys.argv[1:2] == ["--measure"]:
         return measure(*sys.argv[2:])
-    args = common.arguments(__doc__.splitlines()[0], rounds=3)
+    args = common.arguments(__doc__.splitlines()[0], rounds=2)
     cases = [(d, h // 8, v // 8, r // 4, i) for d, h, v, r, i in CASES] if args.quick else CASES
     shapes = [(d, h // 8, v // 8, r // 4) for d, h, v, r in MEMORY] if args.quick else MEMORY
-    rows = [case(*c, args.rounds) for c in cases] + [memory(*s) for s in shapes]
+    rows = []
+    for measured, parameters in [(case, (*c, args.rounds)) for c in cases] + [(memory, s) for s in shapes]:
+        rows.append(measured(*parameters))
+        print(rows[-1], file=sys.stderr, flush=True)  # minutes pass until the table
     common.record("linear_cross_entropy", args, rows, COLUMNS)
 
 
