@@ -37,6 +37,9 @@ test: setup-test
 bench: setup-test
 	$(BIN)/python benchmarks/cross_entropy.py
 	$(BIN)/python benchmarks/adamw.py
+	$(BIN)/python benchmarks/linear_cross_entropy.py
+	$(BIN)/python -m pip install -q matplotlib
+	$(BIN)/python benchmarks/train_step.py
 
 clean:
 	rm -rf build dist *.egg-info fastft/*.so $(VENV)

@@ -24,11 +24,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 KEEP_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "1000000000"}
 
 
-def arguments(description: str, more: Callable[[argparse.ArgumentParser], object] = lambda parser: None) -> argparse.Namespace:
+def arguments(
+    description: str, rounds: int = 15, more: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+) -> argparse.Namespace:
     """What `more` adds, and --machine, --rounds, --threads, --keep-heap, --quick. With --keep-heap the process starts again under KEEP_HEAP."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--machine", default=default_machine(), help="how the record names this machine")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for all contenders")
     parser.add_argument("--keep-heap", action="store_true", help="let glibc keep freed memory: times without page faults")
     parser.add_argument("--quick", action="store_true", help="small sizes, 3 rounds, nothing recorded: does it run?")
@@ -69,6 +71,21 @@ def interleave(
 def speedup(times: dict[str, list[float]], baseline: str, name: str) -> float:
     """How many times faster than the baseline: median of the rounds' ratios."""
     return statistics.median(b / t for b, t in zip(times[baseline], times[name], strict=True))
+
+
+def peak_memory(work: Callable[[], object]) -> tuple[int, int]:
+    """(resident bytes before, largest resident bytes during work()), of this process, by Linux's own account."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present resident set
+    before = status("VmRSS:")
+    result = work()
+    peak = status("VmHWM:")
+    del result
+    return before, peak
 
 
 def check(name: str, got: torch.Tensor, peer: torch.Tensor, truth: torch.Tensor, tiny: float) -> tuple[float, float]:

@@ -118,7 +118,7 @@ def measure(stage: int, millions: int, rounds: int) -> dict:
 
 
 def main() -> None:
-    args = common.arguments(__doc__.splitlines()[0], lambda parser: parser.add_argument("--parameters", type=int, nargs="+", default=[100, 200]))
+    args = common.arguments(__doc__.splitlines()[0], more=lambda parser: parser.add_argument("--parameters", type=int, nargs="+", default=[100, 200]))
     rows = []
     for millions in [40] if args.quick else args.parameters:
         for stage in (1, 2, 3):

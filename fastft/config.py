@@ -121,6 +121,7 @@ class Optim(Section):
 
 
 class Loss(Section):
+    implementation: Literal["auto", "linear_cross_entropy", "cross_entropy"] = Field("auto", description="causal_lm: linear_cross_entropy goes from hidden states to the loss without holding all logits; cross_entropy takes the model's logits; auto: the former where a check on the model finds the same loss.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
     z_loss: float = Field(0.0, ge=0, description="Weight of logsumexp^2 (keeps logits small).")
 

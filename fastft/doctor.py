@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastft
-from fastft.ops import adamw, backends, cross_entropy, native, sum_squares
+from fastft.ops import adamw, backends, cross_entropy, linear_cross_entropy, native, sum_squares
 
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "datasets", "peft", "safetensors", "numpy")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -136,6 +136,23 @@ def _check_cross_entropy(backend: str, device: str, dtype: torch.dtype) -> float
     return _relative([(loss.detach(), true_loss.detach()), (ours.grad, truth.grad), (rows, true_rows)])
 
 
+def _check_linear_cross_entropy(backend: str, device: str, dtype: torch.dtype) -> float:
+    generator = torch.Generator().manual_seed(4)
+    tensors = [scale * torch.randn(shape, generator=generator) for scale, shape in ((1.0, (23, 31)), (0.3, (503, 31)), (1.0, (503,)))]
+    ours = [t.to(device, dtype).requires_grad_() for t in tensors]  # hidden, weight, bias
+    truth = [t.detach().double().requires_grad_() for t in ours]
+    target = torch.randint(0, 503, (23,), generator=generator).to(device)
+    target[[4, 11]] = -100
+    # Chunks of five rows. Summed, so that the loss is large and its error, which is that of rounded logits, relatively small.
+    options = {"label_smoothing": 0.1, "reduction": "sum"}
+    loss = linear_cross_entropy(*ours[:2], target, bias=ours[2], chunk_bytes=5 * 503 * dtype.itemsize, backend=backend, **options)
+    true_loss = F.cross_entropy(F.linear(*truth), target, **options)
+    pairs = zip(torch.autograd.grad(loss, ours), torch.autograd.grad(true_loss, truth), strict=True)
+    errors = [_relative([pair]) for pair in pairs]
+    # bfloat16 rounds the logits as well as the result, a unit each.
+    return max(_relative([(loss.detach(), true_loss.detach())]), *(e / (4 if dtype == torch.bfloat16 else 1) for e in errors), key=lambda x: (x != x, x))
+
+
 def _check_scale(backend: str, device: str, dtype: torch.dtype) -> float:
     grad = torch.randn(5, 1003, generator=torch.Generator().manual_seed(2)).to(device, dtype)
     factor = torch.tensor(0.3, device=device)
@@ -175,7 +192,13 @@ def _check_sum_squares(backend: str, device: str, dtype: torch.dtype) -> float:
     return _relative([(sum_squares(tensors, backend=backend), truth)])
 
 
-CHECKS = {"cross_entropy": _check_cross_entropy, "scale": _check_scale, "adamw": _check_adamw, "sum_squares": _check_sum_squares}
+CHECKS = {
+    "cross_entropy": _check_cross_entropy,
+    "linear_cross_entropy": _check_linear_cross_entropy,
+    "scale": _check_scale,
+    "adamw": _check_adamw,
+    "sum_squares": _check_sum_squares,
+}
 
 
 def _print_tables(found: dict, console: Console) -> None:

@@ -92,6 +92,22 @@ def test_self_check_finds_a_wrong_cross_entropy(output, monkeypatch, capsys):
     assert "FAIL" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not NATIVE_BUILT, reason="fastft._C is not built")
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_self_check_finds_a_wrong_linear_cross_entropy(which, monkeypatch, capsys):
+    real = backends.implementation("linear_cross_entropy", "native")
+
+    def damaged(*args, **kwargs):
+        grads = real(*args, **kwargs)
+        grads[which].mul_(1.05)
+        return grads
+
+    monkeypatch.setitem(backends._loaded, ("linear_cross_entropy", "native"), damaged)
+    assert doctor.main(json=True) == 1
+    rows = json.loads(capsys.readouterr().out)["self_check"]
+    assert {(row["op"], row["backend"]) for row in rows if not row["passed"]} == {("linear_cross_entropy", "native")}
+
+
 def test_without_the_native_module_and_triton():
     program = "import sys; sys.modules['fastft._C'] = sys.modules['triton'] = None\n"
     program += "from fastft.doctor import main; sys.exit(main(json=True))"

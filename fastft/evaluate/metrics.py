@@ -30,6 +30,7 @@ def evaluate_model(config: Config) -> dict[str, dict[str, float]]:
     splits = task.eval_splits()
     model, _ = load.build(config.model, task.auto_class, (), config.run.seed)
     task.check_model(model, ranks.device)
+    task.attach(model, ranks.device)
     model.to(ranks.device)
     return {name: evaluate(model, task, split, ranks) for name, split in splits.items()}
 

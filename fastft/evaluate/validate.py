@@ -25,6 +25,7 @@ def validate_run(config: Config) -> dict:
     schedule = Schedule.of(config, len(train), task.max_length)
     model, drawn = load.build(config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides())
     task.check_model(model, ranks.device)
+    task.attach(model, ranks.device)
     load.freeze(model, config.model.freeze)
     engine.deepspeed_config(config, ranks)
     report = {name: {"sequences": len(s), "tokens": int(s.lengths.sum()), "targets": int(s.targets.sum()), "longest": int(s.lengths.max()),

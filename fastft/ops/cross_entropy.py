@@ -102,15 +102,24 @@ def _check(logits, target, weight, token_weight, label_smoothing, reduction, sof
         raise ValueError("logits have no classes: the last dimension is 0")
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating, not {logits.dtype}")
+    check_options(logits, target, logits.shape[-1], weight, token_weight, label_smoothing, reduction, softcap)
+    if inplace and reduction == "none":
+        raise ValueError('inplace=True needs reduction "mean" or "sum": with "none" the gradient is known only in the backward')
+    if inplace and logits.is_leaf and logits.requires_grad:
+        raise ValueError("inplace=True would overwrite a leaf that requires grad")
+
+
+def check_options(of, target, vocab, weight, token_weight, label_smoothing, reduction, softcap, weight_name="weight") -> None:
+    """ValueError for labels and options that do not fit. `of`: the logits, or the hidden states they come from."""
     if target.dtype != torch.int64:
         raise ValueError(f"target must be int64 class indices, not {target.dtype} (class probabilities are not supported)")
-    for name, tensor in (("target", target), ("weight", weight), ("token_weight", token_weight)):
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device}, logits on {logits.device}")
+    for name, tensor in (("target", target), (weight_name, weight), ("token_weight", token_weight)):
+        if tensor is not None and tensor.device != of.device:
+            raise ValueError(f"{name} is on {tensor.device}, not on {of.device}")
         if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{name} requires grad, and cross_entropy gives it none; pass {name}.detach()")
-    if weight is not None and weight.shape != (logits.shape[-1],):
-        raise ValueError(f"weight must be (V,) = ({logits.shape[-1]},), not {tuple(weight.shape)}")
+            raise ValueError(f"{name} requires grad, and gets none from cross-entropy; pass {name}.detach()")
+    if weight is not None and weight.shape != (vocab,):
+        raise ValueError(f"{weight_name} must be (V,) = ({vocab},), not {tuple(weight.shape)}")
     if token_weight is not None and token_weight.ndim and token_weight.shape != target.shape:
         raise ValueError(f"token_weight must be 0-dim or like target {tuple(target.shape)}, not {tuple(token_weight.shape)}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -119,10 +128,6 @@ def _check(logits, target, weight, token_weight, label_smoothing, reduction, sof
         raise ValueError(f"unknown reduction {reduction!r}; known: {', '.join(_REDUCTIONS)}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap must be positive and finite, or None, not {softcap}")
-    if inplace and reduction == "none":
-        raise ValueError('inplace=True needs reduction "mean" or "sum": with "none" the gradient is known only in the backward')
-    if inplace and logits.is_leaf and logits.requires_grad:
-        raise ValueError("inplace=True would overwrite a leaf that requires grad")
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
@@ -266,12 +271,12 @@ def _reduced_backward(ctx, grad_loss, _grad_lse, _grad_grad):
 _reduced_op.register_autograd(_reduced_backward, setup_context=_reduced_setup)
 
 
-def _times(grad: Tensor, factor: Tensor) -> Tensor:
+def _times(grad: Tensor, factor: Tensor, op: str = "cross_entropy") -> Tensor:
     """grad * factor (0-dim), rounded once. The saved `grad` itself is given away only when no second backward can come."""
     if torch.compiler.is_compiling() or type(factor) is not Tensor:  # the latter: inside AOTAutograd
         return (grad.to(factor.dtype) * factor).to(grad.dtype)
     if torch.is_grad_enabled():
-        raise RuntimeError("cross_entropy is twice differentiable only with backend='reference' and inplace=False")
+        raise RuntimeError(f"{op} is twice differentiable only with backend='reference' (and not in place)")
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
     if factor.device.type == "cpu" and factor.item() == 1.0:
         return grad.clone() if keep else grad

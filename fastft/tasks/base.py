@@ -118,6 +118,21 @@ class Task(ABC):
     def new_metrics(self) -> "Metrics":
         """An empty accumulator."""
 
+    def attach(self, model: torch.nn.Module, device: torch.device) -> dict:
+        """Settle how the loss is taken from this model, before there is an engine around it; what was settled, for the run's record.
+
+        Raises UserError when the configuration asks for what this model cannot do.
+        """
+        return {}
+
+    def forward_loss(self, model, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        """``loss`` of the model's (or the engine's) outputs for this batch; a task that needs no outputs may take a shorter way."""
+        return self.loss(model(**batch.inputs), batch, scale)
+
+    def forward_metrics(self, model, batch: Batch, metrics: "Metrics") -> None:
+        """Add this batch to an accumulator."""
+        metrics.update(model(**batch.inputs), batch)
+
     def model_overrides(self) -> dict:
         """Config attributes for the model to be built (num_labels ...)."""
         return {}

@@ -1,5 +1,6 @@
 """Causal language modelling: whole documents packed into sequences in which they cannot see each other."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from fastft.config import Source
 from fastft.data.pack import best_fit_decreasing
 from fastft.data.prepared import Prepared, RaggedWriter
 from fastft.errors import UserError
+from fastft.models.head import FusedHead, install
 from fastft.models.isolation import check_isolation
 from fastft.ops import cross_entropy
 from fastft.tasks.base import TASKS, Batch, Counts, Metrics, Split, Task, counts_dict
+
+log = logging.getLogger(__name__)
 
 IGNORE = -100
 
@@ -23,6 +27,7 @@ class CausalLM(Task):
     ``piece_length`` (parts of documents no longer than max_length) and ``packs`` (pieces per training sequence)."""
 
     auto_class = "AutoModelForCausalLM"
+    head: FusedHead | None = None  # set by attach
 
     def build(self, folder: Path, sources: list[Source], training: bool) -> dict:
         counts, tokens = Counts(), RaggedWriter(folder, "tokens")
@@ -115,6 +120,29 @@ class CausalLM(Task):
         return cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORE, reduction="sum", token_weight=scale, inplace=logits.requires_grad,
                              label_smoothing=self.config.loss.label_smoothing, z_loss=self.config.loss.z_loss)
 
+    def attach(self, model: torch.nn.Module, device: torch.device) -> dict:
+        home = next(model.parameters()).device
+        model.to(device)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(model.get_input_embeddings().weight.shape[0], (2, min(self.max_length, 16)), generator=generator).to(device)
+        self.head, why = install(model, {"input_ids": tokens, "use_cache": False}, self.config.loss.implementation)
+        model.to(home)
+        chosen = "cross_entropy" if self.head is None else "linear_cross_entropy"
+        log.info("loss by %s: %s", chosen, why)
+        return {"loss": {"implementation": chosen, "why": why}}
+
+    def forward_loss(self, model, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        if self.head is None:
+            return super().forward_loss(model, batch, scale)
+        return self.head.loss(model, batch.inputs, batch.labels, ignore_index=IGNORE, reduction="sum", token_weight=scale,
+                              label_smoothing=self.config.loss.label_smoothing, z_loss=self.config.loss.z_loss)
+
+    def forward_metrics(self, model, batch: Batch, metrics: "Perplexity") -> None:
+        if self.head is None:
+            super().forward_metrics(model, batch, metrics)
+        else:
+            metrics.add(self.head.loss(model, batch.inputs, batch.labels, ignore_index=IGNORE, reduction="sum"), batch)
+
     def check_model(self, model: torch.nn.Module, device: torch.device) -> None:
         rows = model.get_input_embeddings().weight.shape[0]
         if len(self.tokenizer) > rows:
@@ -135,7 +163,11 @@ class Perplexity(Metrics):
 
     def update(self, outputs, batch: Batch) -> None:
         logits = outputs.logits.flatten(0, 1)
-        self.nll += float(cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"))
+        self.add(cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"), batch)
+
+    def add(self, nll: torch.Tensor, batch: Batch) -> None:
+        """nll: 0-dim, summed over the batch's target tokens."""
+        self.nll += float(nll)
         self.tokens += int((batch.labels != IGNORE).sum())
 
     def state(self) -> tuple[float, int]:

@@ -28,7 +28,7 @@ def evaluate(model: torch.nn.Module, task: Task, split: Split, ranks: Ranks) -> 
             batch = coming.result().to(ranks.device)
             if i + 1 < len(plan):
                 coming = ahead.submit(task.collate, split, plan[i + 1])
-            metrics.update(model(**batch.inputs), batch)
+            task.forward_metrics(model, batch, metrics)
     model.train(was_training)
     states = [metrics.state()]
     if ranks.world > 1:

@@ -97,6 +97,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     schedule = Schedule.of(config, len(split), task.max_length)
     model, drawn = load.build(config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides())
     task.check_model(model, ranks.device)
+    settled = task.attach(model, ranks.device)
     frozen = load.freeze(model, config.model.freeze)
     if config.parallel.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -113,7 +114,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
             _claim(run_dir, config, resume)
         log = run.log = Telemetry(run_dir, ranks.main, schedule.total)
         cleanup.callback(log.close)
-        log.record("run", zero_step=model_engine.fastft_step, **_record(config, ranks, split, evals, schedule, model, frozen, drawn, run.step))
+        log.record("run", zero_step=model_engine.fastft_step,
+                   **_record(config, ranks, split, evals, schedule, model, frozen, drawn, settled, run.step))
         return run.loop()
 
 
@@ -156,7 +158,7 @@ class _Run:
             last = i == len(step_batches) - 1
             batch = batch.to(self.ranks.device)
             self.stepper.boundary(last)
-            loss = self.task.loss(self.engine(**batch.inputs), batch, scale)
+            loss = self.task.forward_loss(self.engine, batch, scale)
             total += loss.detach()
             self.stepper.backward(loss, last)
             self.throughput.add(batch)
@@ -304,7 +306,7 @@ def _claim(run_dir: Path, config: Config, resume: bool) -> None:
 
 
 def _record(config: Config, ranks: Ranks, split: Split, evals: dict[str, Split], schedule: Schedule, model: torch.nn.Module, frozen: int,
-            drawn: list[str], start: int) -> dict:
+            drawn: list[str], settled: dict, start: int) -> dict:
     """What a run was: settings, versions, machine, data, and which backends computed it."""
     import deepspeed
     import transformers
@@ -312,7 +314,7 @@ def _record(config: Config, ranks: Ranks, split: Split, evals: dict[str, Split],
     return {
         "config": config.model_dump(mode="json"), "command": sys.argv[1:], "start_step": start, "total_steps": schedule.total,
         "sequences_per_step": schedule.size, "world_size": ranks.world, "device": str(ranks.device), "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in model.parameters()), "frozen": frozen, "drawn_anew": drawn,
+        "parameters": sum(p.numel() for p in model.parameters()), "frozen": frozen, "drawn_anew": drawn, **settled,
         "data": {s.name: {"sequences": len(s), "tokens": int(s.lengths.sum()), **s.data.meta["counts"]} for s in [split, *evals.values()]},
         "python": platform.python_version(), "machine": platform.machine(),
         "versions": {"fastft": fastft.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "deepspeed": deepspeed.__version__},

@@ -28,6 +28,7 @@ def gradients(out: Path, path: Path) -> None:
     task = TASKS.get(config.task)(config)
     split = task.train_split()
     model, _ = load.build(config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides())
+    task.attach(model, ranks.device)
     optimizer = FusedAdamW(parameter_groups(model, 0.0), lr=0.0)
     engine.start_process_group()
     built = engine.build_engine(model, optimizer, engine.deepspeed_config(config, ranks))
