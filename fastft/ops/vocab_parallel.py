@@ -37,7 +37,7 @@ def vocab_parallel_cross_entropy(
     The other arguments are cross_entropy's, and have to be the same on all ranks.
 
     Returns the loss in float32, the same bits on every rank: 0-dim, or target's shape for reduction="none". Its gradient with respect to
-    the local logits is computed in the forward and rounded once (for "none" a second time, when it meets the rows' factors).
+    the local logits is computed in the forward (for "none" in the backward, which brings a factor per row) and rounded once.
 
     Raises what cross_entropy raises; ValueError when only one of vocab_start and vocab_size is given.
     """
@@ -57,7 +57,7 @@ def vocab_parallel_cross_entropy(
         factor = inverse if factor is None else factor * inverse
     chosen = backends.select("cross_entropy", backend, logits.device.type, (logits.dtype,))
     options = (ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale)
-    loss = _VocabParallel.apply(rows, flat_target, factor, group, vocab_start, vocab_size, options, chosen)
+    loss = _VocabParallel.apply(rows, flat_target, factor, group, vocab_start, vocab_size, options, chosen, reduction != "none")
     return loss.reshape(target.shape) if reduction == "none" else _total(loss, None)
 
 
@@ -65,7 +65,7 @@ class _VocabParallel(torch.autograd.Function):
     """Per-row losses, already times factor."""
 
     @staticmethod
-    def forward(ctx, rows, target, factor, group, start, vocab, options, backend):
+    def forward(ctx, rows, target, factor, group, start, vocab, options, backend, gradient_now):
         ignore_index, smoothing, z_loss, softcap, logit_scale = options
         rows = _contiguous_rows(rows)
         valid = target != ignore_index
@@ -89,22 +89,24 @@ class _VocabParallel(torch.autograd.Function):
         if smoothing:
             loss = loss + smoothing * (lse - x_sum / vocab)
         if ctx.needs_input_grad[0]:
-            of_p = factor * (1 + 2 * z_loss * lse) * valid  # (N,): d loss / d p_c, times p_c below
-            grad = _gradient(rows, at, owned, lse_local, lse, of_p, factor * valid, x_at, vocab, options, backend)
-            ctx.save_for_backward(grad)
+            ctx.now, ctx.rest = gradient_now, (vocab, options, backend)
+            parts = (rows, at, owned, lse_local, lse, factor * valid, x_at)
+            ctx.save_for_backward(*([_gradient(*parts, *ctx.rest)] if gradient_now else parts))
         return torch.where(valid, factor * loss, 0.0)
 
     @staticmethod
     def backward(ctx, grad_loss):
-        (grad,) = ctx.saved_tensors
-        if grad_loss.numel() and grad_loss.stride() == (0,):  # expanded from one number: sum and mean
-            return _times(grad, grad_loss[0]), *[None] * 7
-        return (grad * grad_loss[:, None]).to(grad.dtype), *[None] * 7
+        if ctx.now:  # grad_loss is one number, expanded by the sum over rows
+            (grad,) = ctx.saved_tensors
+            return _times(grad, grad_loss[0] if len(grad_loss) else grad_loss.new_ones(())), *[None] * 8
+        rows, at, owned, lse_local, lse, factor, x_at = ctx.saved_tensors
+        return _gradient(rows, at, owned, lse_local, lse, factor * grad_loss, x_at, *ctx.rest), *[None] * 8
 
 
-def _gradient(rows, at, owned, lse_local, lse, of_p, factor, x_at, vocab, options, backend) -> Tensor:
-    """of_p * p_c - factor * ((1 - smoothing) [c is the target] + smoothing / vocab), times the cap's slope."""
-    ignore_index, smoothing, _, softcap, logit_scale = options
+def _gradient(rows, at, owned, lse_local, lse, factor, x_at, vocab, options, backend) -> Tensor:
+    """factor * ((1 + 2 z_loss lse) p_c - (1 - smoothing) [c is the target] - smoothing / vocab), times the cap's slope."""
+    ignore_index, smoothing, z_loss, softcap, logit_scale = options
+    of_p = factor * (1 + 2 * z_loss * lse)  # (N,)
     share = torch.exp(lse_local - lse)  # of all probability that this rank holds
     target_term = torch.where(owned, (1 - smoothing) * factor, 0.0)
     if smoothing:  # two terms of different scale, which no kernel has: float32, then one rounding

@@ -40,8 +40,9 @@ def one(seed, dtype, reduction, options, weighted, even):
     every = [torch.empty_like(losses[2]) for _ in range(world)]
     real(every, losses[2].detach())
     assert all(torch.equal(e, every[0]) for e in every), "losses differ between ranks"
+    # Beside torch's own error: the ranks' logsumexps travel as float32, off by up to half a unit in the last place of about 10.
     def close(got, peer, true, what):
-        error, allowed = (got.double() - true).abs().max().item(), 2 * (peer.double() - true).abs().max().item() + 5e-7 * max(1.0, true.abs().max().item())
+        error, allowed = (got.double() - true).abs().max().item(), 2 * (peer.double() - true).abs().max().item() + 1e-6 * max(1.0, true.abs().max().item())
         assert error <= allowed, (what, error, allowed, dtype, reduction, options)
     close(losses[2].detach(), losses[1].detach(), losses[0].detach(), "loss")
     part = slice(bounds[rank], bounds[rank + 1])
