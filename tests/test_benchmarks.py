@@ -1,0 +1,29 @@
+"""The scripts that need a machine of their own do run: small, on the CPU."""
+
+import subprocess
+import sys
+
+import launch
+
+ROOT = launch.ROOT
+
+
+def test_gpu_script_runs_without_one():
+    process = launch.start([sys.executable, "benchmarks/gpu.py", "--quick", "--device", "cpu", "ceilings", "adamw", "sum_squares", "linear_cross_entropy"], cwd=ROOT)
+    output = launch.finish(process, 120)
+    assert process.returncode == 0, output[-3000:]
+    for expected in ("GB/s, bf16 GEMM", "adamw ", "torch fused", "sum_squares ", "linear_cross_entropy ", "x ours"):
+        assert expected in output
+    subprocess.run(["bash", "-n", ROOT / "benchmarks" / "gpu.sh"], check=True)
+
+
+def test_resource_report_is_read():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "benchmarks" / "cuda_resources.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    log = ("== a.cu sm_80\nvoid fastft::(anonymous namespace)::k<fastft::bf16, false>(fastft::Args)\n    0 bytes stack frame, 8 bytes spill stores, 4 bytes "
+           "spill loads\n    used 64 registers, used 1 barriers, 512 bytes smem\n== a.cu sm_90\nvoid fastft::(anonymous namespace)::k<fastft::bf16, false>("
+           "fastft::Args)\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n    used 30 registers\ncheck_cuda: all clean\n")  # fmt: skip
+    assert module.parse(log) == ({"k<bf16, false>": {"80": (64, 512, 12), "90": (30, 0, 0)}}, ["80", "90"])
