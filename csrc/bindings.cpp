@@ -171,7 +171,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("cpu_features", &cpu_features);
   m.def("cpu_path", [] { return std::string(fastft::cpu::kernels().name); });
-  m.def("adamw", &adamw, py::kw_only(), arg("device"), arg("stream"), arg("params"), arg("grads"), arg("exp_avgs"),
+  m.def("adamw", &adamw, arg("device"), arg("stream"), arg("params"), arg("grads"), arg("exp_avgs"),
         arg("exp_avg_sqs"), arg("max_exp_avg_sqs"), arg("copies"), arg("steps"), arg("numels"), arg("param_dtype"),
         arg("grad_dtype"), arg("lr"), arg("lr_ptr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"),
         arg("decoupled"), arg("maximize"), arg("grad_scale"), arg("found_inf"), arg("num_threads"));

@@ -74,6 +74,10 @@ def adamw(
     max_exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     copies: list[Tensor],
+    remainders: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
+    offsets: list[int],
     *,
     lr: float,
     lr_tensor: Tensor | None,
@@ -85,6 +89,8 @@ def adamw(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    seed: int,
+    stochastic_rounding: bool,
 ) -> None:
     """All tensors of one index have one dense layout; all of a list one dtype and device."""
     device = params[0].device
