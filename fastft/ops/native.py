@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
+_STATE_STORE = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # csrc/include/fastft/adamw.h
 
 
 @functools.cache
@@ -117,14 +118,18 @@ def adamw(
 ) -> None:
     """One call of `_C.adamw`. All tensors of one index have one dense layout; all of a list one dtype."""
     device, stream = _place(params[0].device)
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, steps)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, remainders, exp_avg_scales, exp_avg_sq_scales, steps)
     module().adamw(
         device,
         stream,
         *(list(map(Tensor.data_ptr, tensors)) for tensors in lists),
         list(map(Tensor.numel, params)),
+        offsets,
         _tag(params[0].dtype),
         _tag(grads[0].dtype),
+        2 if remainders else int(stochastic_rounding),  # ParamStore
+        _STATE_STORE[exp_avgs[0].dtype],
+        seed,
         lr,
         _address(lr_tensor),
         beta1,
