@@ -39,8 +39,7 @@ def random16(seed: int, step: Tensor, offset: int, numel: int) -> tuple[Tensor, 
     step    0-dim, the number of this step, the first being 1; its device is where the numbers are made.
     """
     position = torch.arange(offset, offset + numel, dtype=torch.int64, device=step.device)
-    base = _mix(_mix((seed & _MASK) ^ 0x9E3779B9) + (seed >> 32) & _MASK)
-    base = _mix(step.to(torch.int64) + base & _MASK)
+    base = _mix(step.to(torch.int64) + seed_base(seed) & _MASK)
     key0 = _mix(base + 0x85EBCA6B + (position >> 32) & _MASK)
     key1 = _mix(base ^ 0xC2B2AE35)
     x = (position & _MASK) ^ key0
@@ -49,6 +48,11 @@ def random16(seed: int, step: Tensor, offset: int, numel: int) -> tuple[Tensor, 
     first = x ^ x >> 16
     second = _mix(first + key1 & _MASK)
     return first >> 16, first & 0xFFFF, second >> 16
+
+
+def seed_base(seed: int) -> int:
+    """What the random numbers need of the seed: a number of [0, 2^32)."""
+    return _mix(_mix((seed & _MASK) ^ 0x9E3779B9) + (seed >> 32) & _MASK)
 
 
 def _mix(x):
