@@ -201,7 +201,7 @@ def test_stochastic_rounding_has_the_exact_mean(backend):
 @each_backend
 def test_trap_a_decaying_exp_avg_sq_does_not_stall(backend, state):
     """beta2 = 0.999 without gradients: after 1000 steps exp_avg_sq is 0.37 of what it was. To nearest, bfloat16 would never move."""
-    n, steps = 2048, 150 if backend == "triton" else 1000
+    n, steps = 2048, 50 if backend == "triton" else 1000
     x = torch.rand(n, generator=seeded(0)) + 0.5
     lists = {"params": [torch.zeros(n)], "grads": [torch.zeros(n)], "exp_avgs": [torch.zeros(n)], "max_exp_avg_sqs": [], "steps": [torch.zeros(())]}
     if state == "bf16":
@@ -215,7 +215,7 @@ def test_trap_a_decaying_exp_avg_sq_does_not_stall(backend, state):
     for _ in range(steps):
         adamw(**lists, **HYPER, seed=1, backend=backend)
     left = decoded(lists, 0)[2].double().sum() / start
-    assert left.item() == pytest.approx(0.999**steps, rel=0.02)
+    assert left.item() == pytest.approx(0.999**steps, rel=0.01)
     nearest = x.bfloat16()
     assert torch.equal((nearest.float() * 0.999).bfloat16(), nearest), "the trap is none"
 

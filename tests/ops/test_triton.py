@@ -58,9 +58,10 @@ for dtype in ("*fp32", "*bf16"):
     half = {**types, "exp_avg": "*bf16", "exp_avg_sq": "*bf16", "max_exp_avg_sq": "*bf16"}
     codes = {**types, "exp_avg": "*u8", "exp_avg_sq": "*u8"}
     one_of = {"max_exp_avg_sq": None, "copy": None}
-    build(kernel, half, {**no_scales, **options, "copy": None, "STOCHASTIC": dtype == "*bf16", "offset": 1, "seed_base": 1})
-    build(kernel, codes, {**one_of, "remainder": None, **options, "STOCHASTIC": dtype == "*bf16"})
-    if dtype == "*bf16":
+    if dtype == "*fp32":
+        build(kernel, half, {**no_scales, **options, "copy": None, "STOCHASTIC": False, "offset": 1, "seed_base": 1})
+    else:
+        build(kernel, codes, {**one_of, "remainder": None, **options, "STOCHASTIC": True})
         build(kernel, codes, {**one_of, **options, "STOCHASTIC": False})
 """
 
