@@ -149,7 +149,10 @@ FASTFT_INLINE void adamw_blocks(const AdamWChunk& c, const AdamWVectors& s, cons
 }
 
 template <class P, class G, ParamStore kStore, class S>
-void adamw_chunk(const AdamWChunk& c, const AdamWScalars& scalars) {
+void adamw_chunk(const AdamWChunk& chunk, const AdamWScalars& given) {
+  // Copies: a store through uint8_t* could change what a reference points to, and all of it would be loaded again for each vector.
+  const AdamWChunk c = chunk;
+  const AdamWScalars scalars = given;
   const AdamWVectors s = broadcast(scalars);
   const RandomKeys keys = random_keys(scalars.random, c.position);
   if constexpr (sizeof(S) == 1) {

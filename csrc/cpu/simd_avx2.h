@@ -111,6 +111,11 @@ FASTFT_INLINE I pick_nan(V x, I yes, I no) {
 FASTFT_INLINE I pick_first(std::int64_t n, I yes, I no) {  // the first n lanes, 0 <= n <= kWidth
   return _mm256_blendv_epi8(no, yes, mask_n(n));
 }
+FASTFT_INLINE std::uint32_t reduce_max(I x) {
+  __m128i h = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  h = _mm_max_epu32(h, _mm_shuffle_epi32(h, 0x4e));
+  return static_cast<std::uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(h, _mm_shuffle_epi32(h, 0xb1))));
+}
 FASTFT_INLINE I load(const std::uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 FASTFT_INLINE I load(const std::int16_t* p) {  // with its sign
   return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

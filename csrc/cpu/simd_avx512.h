@@ -91,6 +91,7 @@ FASTFT_INLINE I pick_nan(V x, I yes, I no) { return _mm512_mask_blend_epi32(_mm5
 FASTFT_INLINE I pick_first(std::int64_t n, I yes, I no) {  // the first n lanes, 0 <= n <= kWidth
   return _mm512_mask_blend_epi32(mask_n(n), no, yes);
 }
+FASTFT_INLINE std::uint32_t reduce_max(I x) { return _mm512_reduce_max_epu32(x); }
 FASTFT_INLINE I load(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
 FASTFT_INLINE I load(const std::int16_t* p) {  // with its sign
   return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -87,6 +87,7 @@ FASTFT_INLINE I shift_right(I x) {
 FASTFT_INLINE I pick_less(V a, V b, I yes, I no) { return a < b ? yes : no; }
 FASTFT_INLINE I pick_nan(V x, I yes, I no) { return x != x ? yes : no; }
 FASTFT_INLINE I pick_first(std::int64_t n, I yes, I no) { return n > 0 ? yes : no; }  // the first n lanes, 0 <= n <= kWidth
+FASTFT_INLINE std::uint32_t reduce_max(I x) { return x; }
 FASTFT_INLINE I load(const std::uint32_t* p) { return *p; }
 FASTFT_INLINE I load(const std::int16_t* p) { return static_cast<I>(static_cast<std::int32_t>(*p)); }  // with its sign
 FASTFT_INLINE I load(const std::uint8_t* p) { return *p; }

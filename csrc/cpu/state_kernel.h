@@ -42,10 +42,7 @@ struct BlockScale {
 
 // The power of two at or above the largest of the rounded numbers. At least 2^-93, so that no code is a denormal.
 FASTFT_INLINE BlockScale block_scale(I tops) {
-  alignas(64) std::uint32_t lanes[kWidth];
-  store(lanes, tops);
-  std::uint32_t top = 0;
-  for (std::int64_t i = 0; i < kWidth; ++i) top = lanes[i] > top ? lanes[i] : top;
+  const std::uint32_t top = reduce_max(tops);
   std::uint32_t scale = (top + 0x7fffffu) & 0x7f800000u;
   if (scale < 34u << 23) scale = 34u << 23;
   const bool broken = top > 253u << 23;

@@ -60,7 +60,7 @@ def adamw(
         denominator = (v_max.sqrt() / correction2.sqrt()).add(eps)
         if decoupled:
             p = p * (1 - learning_rate * weight_decay)
-        p = p - (learning_rate / correction1) * (m / denominator)
+        p = (p - (learning_rate / correction1) * (m / denominator)).to(wide)  # a 0-dim p has become float64
 
         random = (None, None, None)
         if stochastic_rounding or exp_avg.dtype in (torch.bfloat16, torch.uint8):
