@@ -82,7 +82,7 @@ FASTFT_INLINE void adamw_vector(const AdamWChunk& c, const AdamWVectors& s, cons
   const I random = kHalfState || kStore == ParamStore::stochastic ? random_first(keys, i) : set1i(0);
   if constexpr (kHalfState) {
     put<kAll>(reinterpret_cast<std::uint16_t*>(m), round_stochastic(e.m, low16(random)), i, k);
-    put<kAll>(reinterpret_cast<std::uint16_t*>(v), round_stochastic(e.v, shift_right<16>(random_second(keys, random))), i, k);
+    put<kAll>(reinterpret_cast<std::uint16_t*>(v), round_stochastic(e.v, shift_right<16>(random_second(random))), i, k);
   } else {
     put<kAll>(m, e.m, i, k);
     put<kAll>(v, e.v, i, k);
@@ -93,7 +93,7 @@ FASTFT_INLINE void adamw_vector(const AdamWChunk& c, const AdamWVectors& s, cons
 // What a block's new state waits in until its largest number, and with it the scale, is known: 4 KiB of the first-level cache
 struct BlockScratch {
   alignas(64) float m[kStateBlock], v[kStateBlock];
-  alignas(64) std::uint32_t random_m[kStateBlock], random_v[kStateBlock];
+  alignas(64) std::uint32_t random_m[kStateBlock], random_v[kStateBlock];  // at the 20 bits that a code drops
 };
 
 struct Tops {
@@ -108,8 +108,9 @@ FASTFT_INLINE void block_vector(const AdamWChunk& c, const AdamWVectors& s, cons
              decode<true>(get<kAll>(static_cast<const std::uint8_t*>(c.m), i, k), set1(c.m_scale[block])),
              decode<false>(get<kAll>(static_cast<const std::uint8_t*>(c.v), i, k), set1(c.v_scale[block]))};
   update<kAll>(e, get<kAll>(static_cast<const G*>(c.grad), i, k), static_cast<float*>(nullptr), s, i, k);
-  const I random = random_first(keys, i), random_m = low16(random), random_v = shift_right<16>(random_second(keys, random));
-  tops = {imax(tops.m, rounded_bits(e.m, random_m)), imax(tops.v, rounded_bits(e.v, random_v))};
+  const I random = random_first(keys, i);
+  const I random_m = shift_left<4>(low16(random)), random_v = shift_left<4>(shift_right<16>(random_second(random)));
+  tops = {imax(tops.m, iadd(bits(abs(e.m)), random_m)), imax(tops.v, iadd(bits(e.v), random_v))};
   store(scratch.m + j, e.m);
   store(scratch.v + j, e.v);
   store(scratch.random_m + j, random_m);

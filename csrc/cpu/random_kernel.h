@@ -24,12 +24,7 @@ FASTFT_INLINE I random_first(const RandomKeys& k, std::int64_t i) {
 }
 
 // The upper 16 bits are for exp_avg_sq
-FASTFT_INLINE I random_second(const RandomKeys& k, I first) {
-  I x = iadd(first, k.key1);
-  x = imul(ixor(x, shift_right<16>(x)), set1i(kMix1));
-  x = imul(ixor(x, shift_right<15>(x)), set1i(kMix2));
-  return ixor(x, shift_right<16>(x));
-}
+FASTFT_INLINE I random_second(I first) { return imul(first, set1i(kSecond)); }
 
 FASTFT_INLINE I low16(I x) { return iand(x, set1i(0xffff)); }
 

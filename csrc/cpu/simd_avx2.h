@@ -87,7 +87,7 @@ FASTFT_INLINE I lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7
 FASTFT_INLINE I bits(V x) { return _mm256_castps_si256(x); }
 FASTFT_INLINE V floats(I x) { return _mm256_castsi256_ps(x); }
 FASTFT_INLINE V to_float(I x) { return _mm256_cvtepi32_ps(x); }   // x < 2^31
-FASTFT_INLINE I truncate(V x) { return _mm256_cvttps_epi32(x); }  // 0 <= x < 2^31
+FASTFT_INLINE I truncate(V x) { return _mm256_cvttps_epi32(x); }  // 0 <= x; from 2^31 on, as for NaN, 2^31
 FASTFT_INLINE I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
 FASTFT_INLINE I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
 FASTFT_INLINE I imul(I a, I b) { return _mm256_mullo_epi32(a, b); }

@@ -67,7 +67,9 @@ FASTFT_INLINE I lane_numbers() { return 0; }
 FASTFT_INLINE I bits(V x) { return as_bits(x); }
 FASTFT_INLINE V floats(I x) { return as_float(x); }
 FASTFT_INLINE V to_float(I x) { return static_cast<float>(static_cast<std::int32_t>(x)); }  // x < 2^31
-FASTFT_INLINE I truncate(V x) { return static_cast<I>(static_cast<std::int32_t>(x)); }       // 0 <= x < 2^31
+FASTFT_INLINE I truncate(V x) {  // 0 <= x; from 2^31 on, as for NaN, 2^31
+  return x < 2147483648.0f ? static_cast<I>(static_cast<std::int32_t>(x)) : 0x80000000u;
+}
 FASTFT_INLINE I iadd(I a, I b) { return a + b; }
 FASTFT_INLINE I isub(I a, I b) { return a - b; }
 FASTFT_INLINE I imul(I a, I b) { return a * b; }

@@ -20,19 +20,14 @@ FASTFT_INLINE V decode(I code, V scale) {
   return kSigned ? floats(ior(bits(x), shift_left<24>(iand(code, set1i(0x80))))) : x;
 }
 
-// |x| rounded to 3 mantissa bits: what the scale is taken from
-FASTFT_INLINE I rounded_bits(V x, I random) { return iand(iadd(bits(abs(x)), shift_left<4>(random)), set1i(0xfff00000u)); }
-
 template <bool kSigned>
-FASTFT_INLINE I encode(V x, I random, V inverse_scale) {
-  const V scaled = abs(x) * inverse_scale;
-  const V low = set1(Code<kSigned>::kLow);
-  const V below = floats(pick_less(scaled, low, bits(scaled), bits(low)));
-  const I steps = truncate(below * set1(Code<kSigned>::kPerStep) + to_float(random) * set1(0x1p-16f));
-  const I above = isub(shift_right<20>(iadd(bits(scaled), shift_left<4>(random))), set1i(Code<kSigned>::kOffset));
-  const I code = pick_less(scaled, low, steps, above);
-  if (kSigned) return ior(code, shift_left<7>(shift_right<31>(bits(x))));
-  return imax(code, imin(bits(abs(x)), set1i(1)));  // never 0 unless x is
+FASTFT_INLINE I encode(V x, I random, V inverse_scale) {  // random: 16 bits, shifted left by 4; x >= 0 unless kSigned
+  const V scaled = (kSigned ? abs(x) : x) * inverse_scale;
+  const I steps = truncate(fma(scaled, set1(Code<kSigned>::kPerStep), to_float(random) * set1(0x1p-20f)));  // the product is exact
+  const I above = isub(shift_right<20>(iadd(bits(scaled), random)), set1i(Code<kSigned>::kOffset));
+  const I code = pick_less(scaled, set1(Code<kSigned>::kLow), steps, above);
+  if (kSigned) return ior(code, iand(shift_right<24>(bits(x)), set1i(0x80)));
+  return imax(code, imin(bits(x), set1i(1)));  // never 0 unless x is
 }
 
 struct BlockScale {
@@ -40,9 +35,10 @@ struct BlockScale {
   bool broken;  // NaN, Inf or beyond 2^126: the whole block reads as NaN
 };
 
-// The power of two at or above the largest of the rounded numbers. At least 2^-93, so that no code is a denormal.
+// tops: the largest |x| of each lane, as bits with the random number added; the code's 3 mantissa bits and above are the rounded number. The
+// scale is the power of two at or above the largest of these. At least 2^-93, so that no code is a denormal.
 FASTFT_INLINE BlockScale block_scale(I tops) {
-  const std::uint32_t top = reduce_max(tops);
+  const std::uint32_t top = reduce_max(tops) & 0xfff00000u;
   std::uint32_t scale = (top + 0x7fffffu) & 0x7f800000u;
   if (scale < 34u << 23) scale = 34u << 23;
   const bool broken = top > 253u << 23;

@@ -128,7 +128,7 @@ __device__ inline void update_pack(const AdamWTensor& t, const Factors& f, const
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       half_m[j] = round_stochastic(m[j], first[j] & 0xffffu);
-      half_v[j] = round_stochastic(v[j], random_second(keys, first[j]) >> 16);
+      half_v[j] = round_stochastic(v[j], random_second(first[j]) >> 16);
     }
     store_raw<N>(exp_avg, half_m);
     store_raw<N>(exp_avg_sq, half_v);
@@ -179,7 +179,7 @@ __device__ inline void update_block(const AdamWTensor& t, const Factors& f, cons
       v[k + j] = decode<false>(v_code[j], v_scale);
       update(f, p[j], g[j], m[k + j], v[k + j], false, unused);
       first[j] = random_first(keys, t.offset + i + j);
-      random[k + j] = (first[j] & 0xffffu) | (random_second(keys, first[j]) & 0xffff0000u);
+      random[k + j] = (first[j] & 0xffffu) | (random_second(first[j]) & 0xffff0000u);
       m_top = max(m_top, rounded_bits(m[k + j], random[k + j] & 0xffffu));
       v_top = max(v_top, rounded_bits(v[k + j], random[k + j] >> 16));
     }

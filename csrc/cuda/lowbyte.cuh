@@ -28,7 +28,7 @@ __device__ inline std::uint32_t random_first(const RandomKeys& k, std::int64_t p
 }
 
 // The upper 16 bits are for exp_avg_sq
-__device__ inline std::uint32_t random_second(const RandomKeys& k, std::uint32_t first) { return random_mix(first + k.key1); }
+__device__ inline std::uint32_t random_second(std::uint32_t first) { return first * kSecond; }
 
 __device__ inline bf16 round_stochastic(float x, std::uint32_t random) {  // random < 2^16
   const std::uint32_t u = __float_as_uint(x);

@@ -46,7 +46,7 @@ Random random(std::uint32_t step, std::uint64_t position) {
   x ^= x >> 15;
   x *= 0x846ca68bu;
   x ^= x >> 16;
-  return {x >> 16, x & 0xffffu, mix(x + key1) >> 16};
+  return {x >> 16, x & 0xffffu, (x * 0x9e3779b1u) >> 16};
 }
 
 // The value of a code, by the definition in words: eight steps, then binades of eight

@@ -46,7 +46,8 @@ def random16(seed: int, step: Tensor, offset: int, numel: int) -> tuple[Tensor, 
     x = (x ^ x >> 16) * 0x7FEB352D + key1 & _MASK
     x = (x ^ x >> 15) * 0x846CA68B & _MASK
     first = x ^ x >> 16
-    second = _mix(first + key1 & _MASK)
+    # For any lower half of `first`, the upper half of this product takes each value once; so exp_avg's and exp_avg_sq's numbers are independent.
+    second = first * 0x9E3779B1 & _MASK
     return first >> 16, first & 0xFFFF, second >> 16
 
 

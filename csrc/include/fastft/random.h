@@ -14,6 +14,7 @@
 namespace fastft {
 
 constexpr std::uint32_t kMix1 = 0x7feb352du, kMix2 = 0x846ca68bu;
+constexpr std::uint32_t kSecond = 0x9e3779b1u;  // the upper half of an element's word times this is its second word
 
 FASTFT_HOST_DEVICE static inline std::uint32_t random_mix(std::uint32_t x) {
   x = (x ^ x >> 16) * kMix1;

@@ -33,7 +33,7 @@ def _random16(seed_base, step, position):
     x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32) + key1
     x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
     first = x ^ (x >> 16)
-    return first >> 16, first & 0xFFFF, _mix(first + key1) >> 16
+    return first >> 16, first & 0xFFFF, (first * tl.full((), 0x9E3779B1, tl.uint32)) >> 16
 
 
 @triton.jit
