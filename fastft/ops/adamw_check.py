@@ -3,7 +3,7 @@
 Whole lists are compared, which costs 1 us per tensor for all checks together; the sentence about the culprit is made only when there is one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,15 +27,15 @@ def check(lists: dict[str, Sequence], stochastic_rounding: bool, seed: int) -> l
     for name, values in lists.items():
         if len(values) != count and (len(values) or name in _REQUIRED):
             raise ValueError(f"{count} params, but {len(values)} {name}")
-    places = [(p.shape, p.device) for p in params]
+    shapes, devices = [p.shape for p in params], [p.device for p in params]
     for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        if [(t.shape, t.device) for t in tensors] != places:
-            _refuse_place(name, tensors, places)
-    if [(t.dim(), t.device) for t in steps] != [(0, device) for _, device in places]:
-        _refuse_place("steps", steps, [(torch.Size(()), device) for _, device in places])
+        if [t.shape for t in tensors] != shapes or [t.device for t in tensors] != devices:
+            _refuse_place(name, tensors, zip(shapes, devices, strict=True))
+    if any([t.ndim for t in steps]) or [t.device for t in steps] != devices:
+        _refuse_place("steps", steps, ((torch.Size(()), device) for device in devices))
     kinds = [
-        (p.device, p.dtype, g.dtype, g.layout, m.dtype, v.dtype, s.dtype)
-        for p, g, m, v, s in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+        (device, p.dtype, g.dtype, g.layout, m.dtype, v.dtype, s.dtype)
+        for device, p, g, m, v, s in zip(devices, params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
     ]
     optional = [name for name in _OPTIONAL if len(lists[name])]
     coded = _SCALES[0] in optional
@@ -43,7 +43,7 @@ def check(lists: dict[str, Sequence], stochastic_rounding: bool, seed: int) -> l
         if not _is_fine(*kind[1:], coded):
             _refuse_kind(lists, coded)
     if optional:
-        _check_optional(lists, optional, places)
+        _check_optional(lists, optional, list(zip(shapes, devices, strict=True)))
     if stochastic_rounding or lists["remainders"]:
         _check_params(lists, stochastic_rounding)
     if not 0 <= seed < 2**63:
@@ -66,7 +66,7 @@ def _allowed(param_dtype: torch.dtype, coded: bool) -> tuple[torch.dtype, ...]:
     return (torch.float64,) if param_dtype == torch.float64 else (torch.float32, torch.bfloat16)
 
 
-def _refuse_place(name: str, tensors: Sequence[Tensor], places: list[tuple[torch.Size, torch.device]]) -> None:
+def _refuse_place(name: str, tensors: Sequence[Tensor], places: Iterable[tuple[torch.Size, torch.device]]) -> None:
     for i, (tensor, (shape, device)) in enumerate(zip(tensors, places, strict=True)):
         if tensor.shape != shape or tensor.device != device:
             raise ValueError(f"{name}[{i}] must be {tuple(shape)} on {device}, not {tuple(tensor.shape)} on {tensor.device}")
