@@ -5,8 +5,11 @@ flat       one tensor, as a ZeRO shard is
 tiny       many small tensors, where the cost is in the calls
 bf16 out   bf16 gradients, fp32 parameters, bf16 copy out in the same pass: also 28 bytes per parameter. The peers need three passes:
            gradient to fp32, step, parameter to bf16
+fewer bytes   state and parameters as fastft/ops/lowbyte.py stores them. "bytes" is what a step has to read and write per parameter, GB/s counts these,
+           "x fp32" is against our own fp32 step with the same kind of gradient and a bf16 copy out where the weights are bf16, and the peers do what
+           they can do for the same model: fp32 or, with bf16 weights, three passes
 
-    python benchmarks/adamw.py [--machine NAME]
+    python benchmarks/adamw.py [--machine NAME]        FASTFT_CPU=scalar|avx2|avx512 chooses the instruction set
 """
 
 import copy
@@ -18,12 +21,13 @@ from fastft import _C
 from fastft.ops.adamw import adamw
 from fastft.optim import FusedAdamW
 
+F32, BF16 = torch.float32, torch.bfloat16
 FLAT = (1_000_000, 32_000_000, 128_000_000)
 TINY = (4000, 500)  # tensors, elements of each
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 COLUMNS = {
-    "case": "s", "parameters": ",d", "fastft ms": ".2f", "torch ms": ".2f", "deepspeed ms": ".2f", "stream ms": ".2f", "fastft GB/s": ".1f",
-    "x torch": ".2f", "x deepspeed": ".2f", "of stream": ".2f", "error": ".1e", "torch error": ".1e",
+    "case": "s", "parameters": ",d", "bytes": ".1f", "fastft ms": ".2f", "torch ms": ".2f", "deepspeed ms": ".2f", "stream ms": ".2f", "fastft GB/s": ".1f",
+    "x torch": ".2f", "x deepspeed": ".2f", "x fp32": ".2f", "of stream": ".2f", "error": ".1e", "torch error": ".1e",
 }  # fmt: skip
 
 
@@ -78,12 +82,14 @@ def stream(n):
     return lambda _keep=(p, g, m, v): _C.stream_4r3w(**arrays, n=n, num_threads=0)
 
 
-def finish(row, times, bytes_per_parameter=28) -> dict:
+def finish(row, times, bytes_per_parameter=28.0) -> dict:
+    row["bytes"] = bytes_per_parameter
     for name, seconds in times.items():
         row[f"{name} ms"] = min(seconds) * 1e3
     row["fastft GB/s"] = bytes_per_parameter * row["parameters"] / min(times["fastft"]) / 1e9
     row["x torch"] = common.speedup(times, "torch", "fastft")
     row["x deepspeed"] = common.speedup(times, "deepspeed", "fastft")
+    row["x fp32"] = common.speedup(times, "fp32", "fastft") if "fp32" in times else None
     row["of stream"] = common.speedup(times, "stream", "fastft") if "stream" in times else None
     return row
 
@@ -121,6 +127,42 @@ def bf16_out(n, rounds) -> dict:
     return finish({"case": "flat, bf16 out", "parameters": n}, common.interleave(contenders, rounds))
 
 
+# name -> (dtype of params, of grads, settings of FusedAdamW, bytes per parameter)
+LOW_BYTE = {
+    "bf16 state": (F32, F32, {"state_dtype": "bf16"}, 20),
+    "int8 state": (F32, F32, {"state_dtype": "int8"}, 16 + 16 / 256),
+    "remainder": (BF16, BF16, {"remainder": True}, 26),
+    "stochastic": (BF16, BF16, {"stochastic_rounding": True}, 22),
+    "remainder, int8": (BF16, BF16, {"remainder": True, "state_dtype": "int8"}, 14 + 16 / 256),
+    "stochastic, bf16 state": (BF16, BF16, {"stochastic_rounding": True, "state_dtype": "bf16"}, 14),
+    "stochastic, int8": (BF16, BF16, {"stochastic_rounding": True, "state_dtype": "int8"}, 10 + 16 / 256),
+}
+
+
+def low_byte(name, n, rounds) -> dict:
+    param_dtype, grad_dtype, settings, bytes_per_parameter = LOW_BYTE[name]
+    made = optimizers([n])
+    param = torch.nn.Parameter(torch.randn(n).to(param_dtype))
+    param.grad = torch.randn(n).mul_(0.01).to(grad_dtype)
+    ours = FusedAdamW([param], **OPTIONS, **settings, backend="native")
+    half, grad = torch.empty(n, dtype=BF16), param.grad
+
+    def three_passes(optimizer):
+        (wide,) = optimizer.param_groups[0]["params"]
+        wide.grad.copy_(grad)
+        optimizer.step()
+        half.copy_(wide.detach())
+
+    (wide,) = made["fastft"].param_groups[0]["params"]
+    state = [[torch.zeros(n)], [torch.zeros(n)], [], [torch.zeros(())]]
+    fp32 = {"copies": [half] if param_dtype == BF16 else None, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+    steps = {peer: made[peer].step for peer in ("torch", "deepspeed")}
+    if param_dtype == BF16:
+        steps = {peer: lambda peer=peer: three_passes(made[peer]) for peer in steps}
+    contenders = {"fastft": ours.step, **steps, "fp32": lambda: adamw([wide.detach()], [grad], *state, **fp32, backend="native")}
+    return finish({"case": name, "parameters": n}, common.interleave(contenders, rounds), bytes_per_parameter)
+
+
 def main():
     args = common.arguments(__doc__.splitlines()[0])
     torch.manual_seed(0)
@@ -129,6 +171,7 @@ def main():
     rows = [fp32("flat", [n], args.rounds) for n in flat]
     rows.append(fp32(f"tiny ({TINY[0]} tensors)", [TINY[1]] * TINY[0], args.rounds))
     rows.append(bf16_out(flat[1], args.rounds))
+    rows += [low_byte(name, flat[1], args.rounds) for name in LOW_BYTE]
     for row in rows:
         row |= {"error": ours, "torch error": theirs}
     common.record("adamw", args, rows, COLUMNS)

@@ -55,30 +55,67 @@ void check_length(const std::vector<T>& list, const char* name, std::size_t want
   fail(std::string(name) + " has " + std::to_string(list.size()) + " entries, params has " + std::to_string(want));
 }
 
+// Tags of ParamStore and StateStore are their values
+int store_tag(int tag, const char* name) {
+  if (tag < 0 || tag > 2) fail(std::string(name) + "=" + std::to_string(tag) + " is not known; use 0, 1 or 2");
+  return tag;
+}
+
 void adamw(int device, Address stream, const Addresses& params, const Addresses& grads, const Addresses& exp_avgs,
            const Addresses& exp_avg_sqs, const Addresses& max_exp_avg_sqs, const Addresses& copies,
-           const Addresses& steps, const std::vector<std::int64_t>& numels, int param_dtype, int grad_dtype, double lr,
+           const Addresses& remainders, const Addresses& exp_avg_scales, const Addresses& exp_avg_sq_scales,
+           const Addresses& steps, const std::vector<std::int64_t>& numels, const std::vector<std::int64_t>& offsets,
+           int param_dtype, int grad_dtype, int param_store, int state_store, std::uint64_t seed, double lr,
            Address lr_ptr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
            Address grad_scale, Address found_inf, int num_threads) {
   check_device(device);
   const std::size_t count = params.size();
+  const fastft::AdamWOptions options{dtype(param_dtype, "param_dtype"),
+                                     dtype(grad_dtype, "grad_dtype"),
+                                     static_cast<fastft::ParamStore>(store_tag(param_store, "param_store")),
+                                     static_cast<fastft::StateStore>(store_tag(state_store, "state_store")),
+                                     seed,
+                                     lr,
+                                     at<float>(lr_ptr),
+                                     beta1,
+                                     beta2,
+                                     eps,
+                                     weight_decay,
+                                     decoupled,
+                                     maximize,
+                                     at<float>(grad_scale),
+                                     at<float>(found_inf)};
+  const bool coded = options.state_store == fastft::StateStore::u8, split = options.param_store == fastft::ParamStore::remainder;
+  if (options.param_dtype == DType::f32 && param_store != 0) fail("param_store=" + std::to_string(param_store) + " is for bf16 params");
+  if (coded && !max_exp_avg_sqs.empty()) fail("max_exp_avg_sqs with state_store=2: amsgrad has no 8-bit state");
   check_length(grads, "grads", count, false);
   check_length(exp_avgs, "exp_avgs", count, false);
   check_length(exp_avg_sqs, "exp_avg_sqs", count, false);
   check_length(max_exp_avg_sqs, "max_exp_avg_sqs", count, true);
   check_length(copies, "copies", count, true);
+  check_length(remainders, "remainders", count, !split);
+  check_length(exp_avg_scales, "exp_avg_scales", count, !coded);
+  check_length(exp_avg_sq_scales, "exp_avg_sq_scales", count, !coded);
   check_length(steps, "steps", count, false);
   check_length(numels, "numels", count, false);
-  const fastft::AdamWOptions options{dtype(param_dtype, "param_dtype"), dtype(grad_dtype, "grad_dtype"), lr,
-                                     at<float>(lr_ptr), beta1, beta2, eps, weight_decay, decoupled, maximize,
-                                     at<float>(grad_scale), at<float>(found_inf)};
+  check_length(offsets, "offsets", count, true);
+  const auto entry = [](const Addresses& list, std::size_t i) { return list.empty() ? 0 : list[i]; };
   std::vector<fastft::AdamWTensor> tensors(count);
   for (std::size_t i = 0; i < count; ++i) {
     check_not_negative(numels[i], "numels[" + std::to_string(i) + "]");
     if (steps[i] == 0) fail("steps[" + std::to_string(i) + "] is 0; a step counter is always needed");
-    tensors[i] = {at<void>(params[i]), at<void>(grads[i]), at<float>(exp_avgs[i]), at<float>(exp_avg_sqs[i]),
-                  max_exp_avg_sqs.empty() ? nullptr : at<float>(max_exp_avg_sqs[i]),
-                  copies.empty() ? nullptr : at<fastft::bf16>(copies[i]), at<float>(steps[i]), numels[i]};
+    tensors[i] = {at<void>(params[i]),
+                  at<void>(grads[i]),
+                  at<void>(exp_avgs[i]),
+                  at<void>(exp_avg_sqs[i]),
+                  at<void>(entry(max_exp_avg_sqs, i)),
+                  at<fastft::bf16>(entry(copies, i)),
+                  at<std::int16_t>(entry(remainders, i)),
+                  at<float>(entry(exp_avg_scales, i)),
+                  at<float>(entry(exp_avg_sq_scales, i)),
+                  at<float>(steps[i]),
+                  numels[i],
+                  offsets.empty() ? 0 : offsets[i]};
   }
   py::gil_scoped_release release;
   if (device < 0) return fastft::adamw_cpu(tensors.data(), count, options, num_threads);
@@ -194,10 +231,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("cpu_features", &cpu_features);
   m.def("cpu_path", [] { return std::string(fastft::cpu::kernels().name); });
-  m.def("adamw", &adamw, py::kw_only(), arg("device"), arg("stream"), arg("params"), arg("grads"), arg("exp_avgs"),
-        arg("exp_avg_sqs"), arg("max_exp_avg_sqs"), arg("copies"), arg("steps"), arg("numels"), arg("param_dtype"),
-        arg("grad_dtype"), arg("lr"), arg("lr_ptr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"),
-        arg("decoupled"), arg("maximize"), arg("grad_scale"), arg("found_inf"), arg("num_threads"));
+  m.def("adamw", &adamw, arg("device"), arg("stream"), arg("params"), arg("grads"), arg("exp_avgs"), arg("exp_avg_sqs"),
+        arg("max_exp_avg_sqs"), arg("copies"), arg("remainders"), arg("exp_avg_scales"), arg("exp_avg_sq_scales"),
+        arg("steps"), arg("numels"), arg("offsets"), arg("param_dtype"), arg("grad_dtype"), arg("param_store"),
+        arg("state_store"), arg("seed"), arg("lr"), arg("lr_ptr"), arg("beta1"), arg("beta2"), arg("eps"),
+        arg("weight_decay"), arg("decoupled"), arg("maximize"), arg("grad_scale"), arg("found_inf"), arg("num_threads"));
   m.def("cross_entropy", &cross_entropy, py::kw_only(), arg("device"), arg("stream"), arg("logits"), arg("dtype"),
         arg("rows"), arg("vocab"), arg("logits_stride"), arg("target"), arg("class_weight"), arg("token_weight"),
         arg("token_weight_stride"), arg("ignore_index"), arg("label_smoothing"), arg("z_loss"), arg("softcap"),

@@ -21,7 +21,6 @@ def cpu_path() -> str:
     """"scalar", "avx2" or "avx512": the path in use. FASTFT_CPU forces one; ValueError when this CPU cannot run it."""
 
 def adamw(
-    *,
     device: int,
     stream: int,
     params: list[int],
@@ -30,10 +29,17 @@ def adamw(
     exp_avg_sqs: list[int],
     max_exp_avg_sqs: list[int],  # empty unless amsgrad
     copies: list[int],  # empty, or one bf16 address per tensor (0: none): the updated parameter rounded to bf16
+    remainders: list[int],  # int16, with param_store 2
+    exp_avg_scales: list[int],  # float32[ceil(numel / 256)], with state_store 2
+    exp_avg_sq_scales: list[int],
     steps: list[int],  # one float32 scalar per tensor (host memory for the CPU, device memory for CUDA): steps done so far
     numels: list[int],
+    offsets: list[int],  # index of a tensor's first element for the random numbers; empty: 0
     param_dtype: int,
     grad_dtype: int,
+    param_store: int,  # bf16 params: 0 rounded to nearest, 1 stochastically, 2 with a remainder
+    state_store: int,  # 0 float32, 1 bf16, 2 8-bit codes; 1 and 2 are rounded stochastically
+    seed: int,
     lr: float,
     lr_ptr: int,  # float32 scalar that replaces lr when not 0 (so that a captured CUDA graph sees a new lr)
     beta1: float,
@@ -46,9 +52,10 @@ def adamw(
     found_inf: int,  # float32 scalar; when != 0 nothing at all is written (parameters, state, step), or 0
     num_threads: int,
 ) -> None:
-    """One AdamW step over a list of contiguous tensors, state in float32, arithmetic in float32 (bias corrections and
-    1 - beta in float64). Increments each *steps[i] by 1 unless found_inf. Rules as torch.optim.AdamW:
-    denom = sqrt(v) / sqrt(1 - beta2^t) + eps;  p -= lr / (1 - beta1^t) * m / denom."""
+    """One AdamW step over a list of contiguous tensors, arithmetic in float32 (bias corrections and 1 - beta in float64).
+    Increments each *steps[i] by 1 unless found_inf. Rules as torch.optim.AdamW:
+    denom = sqrt(v) / sqrt(1 - beta2^t) + eps;  p -= lr / (1 - beta1^t) * m / denom.
+    What is stored in fewer bytes is defined, bit by bit, in fastft/ops/lowbyte.py."""
 
 def cross_entropy(
     *,

@@ -110,6 +110,11 @@ class Optim(Section):
     decay: int | float = Field(0.2, ge=0, description="wsd: length of the final decay, counted as warmup is.")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a share of lr (linear, cosine, wsd).")
     grad_clip: float | None = Field(1.0, gt=0, description="Largest global gradient norm; null: no clipping.")
+    state_dtype: Literal["fp32", "bf16", "int8"] = Field("fp32", description="How Adam's two moments are kept: 8, 4 or 2 bytes per parameter; bf16 and int8 are rounded "
+                                                         "stochastically.")
+    master: Literal["fp32", "remainder", "stochastic"] = Field("fp32", description="model.dtype bf16, parallel.zero 1 to 3: the weights that the optimizer updates. fp32: a "
+        "copy of 4 bytes; remainder: the same number as bf16 and its 16-bit remainder; stochastic: bf16, rounded at random. The last two also keep "
+        "ZeRO's gradients in bf16.")  # fmt: skip
 
     @model_validator(mode="after")
     def _fractions(self):
@@ -174,6 +179,13 @@ class Config(Section):
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     run: Run = Run()
+
+    @model_validator(mode="after")
+    def _master_is_not_ignored(self):
+        if self.optim.master != "fp32" and (self.model.dtype != "bf16" or self.parallel.zero == 0):
+            raise ValueError(f"optim.master: {self.optim.master} needs model.dtype: bf16 and parallel.zero: 1, 2 or 3 "
+                             f"(here {self.model.dtype} and {self.parallel.zero}): nothing else has weights that it could replace")
+        return self
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:

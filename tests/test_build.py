@@ -156,8 +156,8 @@ def test_unknown_cpu_path():
 
 
 ADAMW = dict(
-    device=-1, stream=0, params=[], grads=[], exp_avgs=[], exp_avg_sqs=[], max_exp_avg_sqs=[], copies=[], steps=[], numels=[], param_dtype=0,
-    grad_dtype=0, lr=0.1, lr_ptr=0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, maximize=False, grad_scale=0,
+    device=-1, stream=0, params=[], grads=[], exp_avgs=[], exp_avg_sqs=[], max_exp_avg_sqs=[], copies=[], remainders=[], exp_avg_scales=[],
+    exp_avg_sq_scales=[], steps=[], numels=[], offsets=[], param_dtype=0, grad_dtype=0, param_store=0, state_store=0, seed=0, lr=0.1, lr_ptr=0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, maximize=False, grad_scale=0,
     found_inf=0, num_threads=0,
 )  # fmt: skip
 CROSS_ENTROPY = dict(
@@ -176,6 +176,9 @@ CROSS_ENTROPY = dict(
         ("adamw", {"numels": [8, 9]}, "numels has 2 entries, params has 0"),
         ("adamw", {"copies": [8]}, "copies has 1 entries, params has 0"),
         ("adamw", {"device": -2}, "device=-2"),
+        ("adamw", {"state_store": 3}, "state_store=3"),
+        ("adamw", {"param_store": 1}, "param_store=1 is for bf16 params"),
+        ("adamw", {"exp_avg_scales": [8]}, "exp_avg_scales has 1 entries, params has 0"),
         (
             "adamw",
             {"params": [8], "grads": [8], "exp_avgs": [8], "exp_avg_sqs": [8], "steps": [8], "numels": [-1]},

@@ -13,6 +13,7 @@ namespace {
 
 // 16384 elements are 64 KiB per fp32 array: long enough for the hardware prefetcher, and 1e5 pieces for 2e9 parameters.
 constexpr std::int64_t kPiece = 16384;
+static_assert(kPiece % kStateBlock == 0, "a piece begins where a block of 8-bit state does");
 
 struct Piece {
   std::int64_t tensor;
@@ -53,6 +54,7 @@ cpu::AdamWScalars scalars(const AdamWOptions& o, double step) {
   s.inv_sqrt_bc2 = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, step)));
   s.eps = static_cast<float>(o.eps);
   s.step_size = static_cast<float>(lr / (1.0 - std::pow(o.beta1, step)));
+  s.random = random_base(o.seed, static_cast<std::uint32_t>(step));
   return s;
 }
 
@@ -61,16 +63,35 @@ T* advance(T* p, std::int64_t n) {
   return p ? p + n : nullptr;
 }
 
-void* advance(const void* p, DType dtype, std::int64_t n) {
-  const std::int64_t size = dtype == DType::f32 ? 4 : 2;
-  return const_cast<char*>(static_cast<const char*>(p)) + n * size;
+void* advance(const void* p, std::int64_t size, std::int64_t n) {
+  return p ? const_cast<char*>(static_cast<const char*>(p)) + n * size : nullptr;
+}
+
+std::int64_t size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+std::int64_t size(StateStore state) { return state == StateStore::f32 ? 4 : state == StateStore::bf16 ? 2 : 1; }
+
+cpu::AdamWChunk chunk(const AdamWTensor& t, const AdamWOptions& o, std::int64_t at, std::int64_t n) {
+  const std::int64_t param = size(o.param_dtype), state = size(o.state_store), block = at / kStateBlock;
+  return {advance(t.param, param, at),
+          advance(t.grad, size(o.grad_dtype), at),
+          advance(t.exp_avg, state, at),
+          advance(t.exp_avg_sq, state, at),
+          advance(t.max_exp_avg_sq, state, at),
+          advance(t.copy, at),
+          advance(t.remainder, at),
+          advance(t.exp_avg_scale, block),
+          advance(t.exp_avg_sq_scale, block),
+          n,
+          t.offset + at};
 }
 
 }  // namespace
 
 void adamw_cpu(const AdamWTensor* tensors, std::size_t count, const AdamWOptions& o, int num_threads) {
   if (o.found_inf && *o.found_inf != 0.0f) return;
-  const cpu::AdamWFn fn = cpu::kernels().adamw[static_cast<int>(o.param_dtype)][static_cast<int>(o.grad_dtype)];
+  const int store = o.param_dtype == DType::f32 ? 0 : 1 + static_cast<int>(o.param_store);
+  const cpu::AdamWFn fn = cpu::kernels().adamw[store][static_cast<int>(o.grad_dtype)][static_cast<int>(o.state_store)];
 
   std::vector<cpu::AdamWScalars> per_tensor(count);
   for (std::size_t t = 0; t < count; ++t) {
@@ -85,10 +106,7 @@ void adamw_cpu(const AdamWTensor* tensors, std::size_t count, const AdamWOptions
   cpu::for_each_stealing(group_count, cpu::thread_count(num_threads), [&](std::int64_t g) {
     for (std::int64_t i = groups[g]; i < groups[g + 1]; ++i) {
       const Piece& p = pieces[i];
-      const AdamWTensor& t = tensors[p.tensor];
-      fn({advance(t.param, o.param_dtype, p.offset), advance(t.grad, o.grad_dtype, p.offset), t.exp_avg + p.offset,
-          t.exp_avg_sq + p.offset, advance(t.max_exp_avg_sq, p.offset), advance(t.copy, p.offset), p.n},
-         per_tensor[p.tensor]);
+      fn(chunk(tensors[p.tensor], o, p.offset, p.n), per_tensor[p.tensor]);
     }
   });
   for (std::size_t t = 0; t < count; ++t) *tensors[t].step += 1.0f;

@@ -4,18 +4,24 @@
 
 #include <cstdint>
 
+#include "fastft/adamw.h"
 #include "fastft/dtype.h"
+#include "fastft/random.h"
 
 namespace fastft::cpu {
 
 struct AdamWChunk {
   void* param;
   const void* grad;
-  float* m;
-  float* v;
-  float* vmax;  // or null
-  bf16* copy;   // or null
+  void* m;
+  void* v;
+  void* vmax;               // or null
+  bf16* copy;               // or null
+  std::int16_t* remainder;  // or null
+  float* m_scale;           // of the chunk's first block, or null; a chunk begins where a block does
+  float* v_scale;
   std::int64_t n;
+  std::int64_t position;  // of the first element, for the random numbers
 };
 
 struct AdamWScalars {
@@ -29,6 +35,7 @@ struct AdamWScalars {
   float inv_sqrt_bc2;  // 1 / sqrt(1 - beta2^t)
   float eps;
   float step_size;  // lr / (1 - beta1^t)
+  std::uint32_t random;  // random_base() of this step
 };
 
 using AdamWFn = void (*)(const AdamWChunk&, const AdamWScalars&);
@@ -70,7 +77,7 @@ using StreamFn = void (*)(float* p, const float* g, float* m, float* v, std::int
 
 struct Kernels {
   const char* name;
-  AdamWFn adamw[2][2];  // [param dtype][grad dtype]
+  AdamWFn adamw[4][2][3];  // [fp32, bf16 to nearest, stochastic, with remainder][grad dtype][state]
   CeStatsFn ce_stats[2];
   CeGradFn ce_grad[2];
   SumSquaresFn sum_squares[2];

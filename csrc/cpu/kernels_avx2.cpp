@@ -8,6 +8,8 @@ namespace fastft::cpu {
 namespace avx2 {
 namespace {
 #include "vector_math.h"
+#include "random_kernel.h"
+#include "state_kernel.h"
 #include "adamw_kernel.h"
 #include "cross_entropy_kernel.h"
 #include "sum_squares_kernel.h"
@@ -16,8 +18,8 @@ namespace {
 
 extern const Kernels kernels_avx2 = {
     "avx2",
-    {{avx2::adamw_chunk<float, float>, avx2::adamw_chunk<float, bf16>},
-     {avx2::adamw_chunk<bf16, float>, avx2::adamw_chunk<bf16, bf16>}},
+    {FASTFT_ADAMW(avx2, float, nearest), FASTFT_ADAMW(avx2, bf16, nearest), FASTFT_ADAMW(avx2, bf16, stochastic),
+     FASTFT_ADAMW(avx2, bf16, remainder)},
     {avx2::ce_stats<float>, avx2::ce_stats<bf16>},
     {avx2::ce_grad<float>, avx2::ce_grad<bf16>},
     {avx2::sum_squares<float>, avx2::sum_squares<bf16>},

@@ -8,6 +8,8 @@ namespace fastft::cpu {
 namespace avx512 {
 namespace {
 #include "vector_math.h"
+#include "random_kernel.h"
+#include "state_kernel.h"
 #include "adamw_kernel.h"
 #include "cross_entropy_kernel.h"
 #include "sum_squares_kernel.h"
@@ -16,8 +18,8 @@ namespace {
 
 extern const Kernels kernels_avx512 = {
     "avx512",
-    {{avx512::adamw_chunk<float, float>, avx512::adamw_chunk<float, bf16>},
-     {avx512::adamw_chunk<bf16, float>, avx512::adamw_chunk<bf16, bf16>}},
+    {FASTFT_ADAMW(avx512, float, nearest), FASTFT_ADAMW(avx512, bf16, nearest), FASTFT_ADAMW(avx512, bf16, stochastic),
+     FASTFT_ADAMW(avx512, bf16, remainder)},
     {avx512::ce_stats<float>, avx512::ce_stats<bf16>},
     {avx512::ce_grad<float>, avx512::ce_grad<bf16>},
     {avx512::sum_squares<float>, avx512::sum_squares<bf16>},

@@ -8,6 +8,8 @@ namespace fastft::cpu {
 namespace scalar {
 namespace {
 #include "vector_math.h"
+#include "random_kernel.h"
+#include "state_kernel.h"
 #include "adamw_kernel.h"
 #include "cross_entropy_kernel.h"
 #include "sum_squares_kernel.h"
@@ -16,8 +18,8 @@ namespace {
 
 extern const Kernels kernels_scalar = {
     "scalar",
-    {{scalar::adamw_chunk<float, float>, scalar::adamw_chunk<float, bf16>},
-     {scalar::adamw_chunk<bf16, float>, scalar::adamw_chunk<bf16, bf16>}},
+    {FASTFT_ADAMW(scalar, float, nearest), FASTFT_ADAMW(scalar, bf16, nearest), FASTFT_ADAMW(scalar, bf16, stochastic),
+     FASTFT_ADAMW(scalar, bf16, remainder)},
     {scalar::ce_stats<float>, scalar::ce_stats<bf16>},
     {scalar::ce_grad<float>, scalar::ce_grad<bf16>},
     {scalar::sum_squares<float>, scalar::sum_squares<bf16>},

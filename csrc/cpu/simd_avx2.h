@@ -92,4 +92,74 @@ FASTFT_INLINE double reduce_add(const Squares& s) {
   return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
 }
 
+// Integers: as many lanes as V, unsigned unless said otherwise
+using I = __m256i;
+
+FASTFT_INLINE I set1i(std::uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+FASTFT_INLINE I lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+FASTFT_INLINE I bits(V x) { return _mm256_castps_si256(x); }
+FASTFT_INLINE V floats(I x) { return _mm256_castsi256_ps(x); }
+FASTFT_INLINE V to_float(I x) { return _mm256_cvtepi32_ps(x); }   // x < 2^31
+FASTFT_INLINE I truncate(V x) { return _mm256_cvttps_epi32(x); }  // 0 <= x; from 2^31 on, as for NaN, 2^31
+FASTFT_INLINE I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
+FASTFT_INLINE I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
+FASTFT_INLINE I imul(I a, I b) { return _mm256_mullo_epi32(a, b); }
+FASTFT_INLINE I ixor(I a, I b) { return _mm256_xor_si256(a, b); }
+FASTFT_INLINE I iand(I a, I b) { return _mm256_and_si256(a, b); }
+FASTFT_INLINE I ior(I a, I b) { return _mm256_or_si256(a, b); }
+FASTFT_INLINE I imax(I a, I b) { return _mm256_max_epu32(a, b); }
+FASTFT_INLINE I imin(I a, I b) { return _mm256_min_epu32(a, b); }
+template <int N>
+FASTFT_INLINE I shift_left(I x) {
+  return _mm256_slli_epi32(x, N);
+}
+template <int N>
+FASTFT_INLINE I shift_right(I x) {
+  return _mm256_srli_epi32(x, N);
+}
+FASTFT_INLINE I pick_less(V a, V b, I yes, I no) { return bits(select_less(a, b, floats(yes), floats(no))); }
+FASTFT_INLINE I pick_nan(V x, I yes, I no) {
+  return bits(_mm256_blendv_ps(floats(no), floats(yes), _mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+FASTFT_INLINE I pick_first(std::int64_t n, I yes, I no) {  // the first n lanes, 0 <= n <= kWidth
+  return _mm256_blendv_epi8(no, yes, mask_n(n));
+}
+FASTFT_INLINE std::uint32_t reduce_max(I x) {
+  __m128i h = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  h = _mm_max_epu32(h, _mm_shuffle_epi32(h, 0x4e));
+  return static_cast<std::uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(h, _mm_shuffle_epi32(h, 0xb1))));
+}
+FASTFT_INLINE I load(const std::uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+FASTFT_INLINE I load(const std::int16_t* p) {  // with its sign
+  return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+FASTFT_INLINE I load(const std::uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+template <class T>
+FASTFT_INLINE I load_some(const T* p, std::int64_t n) {
+  alignas(16) T buffer[8] = {};
+  for (std::int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+FASTFT_INLINE I load_n(const std::int16_t* p, std::int64_t n) { return load_some(p, n); }
+FASTFT_INLINE I load_n(const std::uint8_t* p, std::int64_t n) { return load_some(p, n); }
+FASTFT_INLINE void store(std::uint32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+FASTFT_INLINE void store(std::uint16_t* p, I x) {  // the lower 16 bits
+  const I low = _mm256_and_si256(x, _mm256_set1_epi32(0xffff));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+FASTFT_INLINE void store(std::uint8_t* p, I x) {  // x < 256
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+template <class T>
+FASTFT_INLINE void store_some(T* p, I x, std::int64_t n) {
+  alignas(16) T buffer[8];
+  store(buffer, x);
+  for (std::int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+FASTFT_INLINE void store_n(std::uint16_t* p, I x, std::int64_t n) { store_some(p, x, n); }
+FASTFT_INLINE void store_n(std::uint8_t* p, I x, std::int64_t n) { store_some(p, x, n); }
+
 }  // namespace fastft::cpu::avx2

@@ -70,4 +70,54 @@ FASTFT_INLINE Squares add_squares(const Squares& s, V x) {
 }
 FASTFT_INLINE double reduce_add(const Squares& s) { return _mm512_reduce_add_pd(_mm512_add_pd(s.low, s.high)); }
 
+// Integers: as many lanes as V, unsigned unless said otherwise
+using I = __m512i;
+
+FASTFT_INLINE I set1i(std::uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+FASTFT_INLINE I lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+FASTFT_INLINE I bits(V x) { return _mm512_castps_si512(x); }
+FASTFT_INLINE V floats(I x) { return _mm512_castsi512_ps(x); }
+FASTFT_INLINE V to_float(I x) { return _mm512_cvtepi32_ps(x); }   // x < 2^31
+FASTFT_INLINE I truncate(V x) { return _mm512_cvttps_epi32(x); }  // 0 <= x; from 2^31 on, as for NaN, 2^31
+FASTFT_INLINE I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+FASTFT_INLINE I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
+FASTFT_INLINE I imul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+FASTFT_INLINE I ixor(I a, I b) { return _mm512_xor_si512(a, b); }
+FASTFT_INLINE I iand(I a, I b) { return _mm512_and_si512(a, b); }
+FASTFT_INLINE I ior(I a, I b) { return _mm512_or_si512(a, b); }
+FASTFT_INLINE I imax(I a, I b) { return _mm512_max_epu32(a, b); }
+FASTFT_INLINE I imin(I a, I b) { return _mm512_min_epu32(a, b); }
+template <int N>
+FASTFT_INLINE I shift_left(I x) {
+  return _mm512_slli_epi32(x, N);
+}
+template <int N>
+FASTFT_INLINE I shift_right(I x) {
+  return _mm512_srli_epi32(x, N);
+}
+FASTFT_INLINE I pick_less(V a, V b, I yes, I no) { return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+FASTFT_INLINE I pick_nan(V x, I yes, I no) { return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), no, yes); }
+FASTFT_INLINE I pick_first(std::int64_t n, I yes, I no) {  // the first n lanes, 0 <= n <= kWidth
+  return _mm512_mask_blend_epi32(mask_n(n), no, yes);
+}
+FASTFT_INLINE std::uint32_t reduce_max(I x) { return _mm512_reduce_max_epu32(x); }
+FASTFT_INLINE I load(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
+FASTFT_INLINE I load(const std::int16_t* p) {  // with its sign
+  return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FASTFT_INLINE I load(const std::uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+FASTFT_INLINE I load_n(const std::int16_t* p, std::int64_t n) { return _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask_n(n), p)); }
+FASTFT_INLINE I load_n(const std::uint8_t* p, std::int64_t n) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask_n(n), p)); }
+FASTFT_INLINE void store(std::uint32_t* p, I x) { _mm512_storeu_si512(p, x); }
+FASTFT_INLINE void store(std::uint16_t* p, I x) {  // the lower 16 bits
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
+}
+FASTFT_INLINE void store(std::uint8_t* p, I x) {  // x < 256
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+FASTFT_INLINE void store_n(std::uint16_t* p, I x, std::int64_t n) { _mm256_mask_storeu_epi16(p, mask_n(n), _mm512_cvtepi32_epi16(x)); }
+FASTFT_INLINE void store_n(std::uint8_t* p, I x, std::int64_t n) { _mm_mask_storeu_epi8(p, mask_n(n), _mm512_cvtepi32_epi8(x)); }
+
 }  // namespace fastft::cpu::avx512

@@ -65,4 +65,46 @@ FASTFT_INLINE Squares no_squares() { return {0.0}; }
 FASTFT_INLINE Squares add_squares(const Squares& s, V x) { return {s.sum + static_cast<double>(x) * static_cast<double>(x)}; }
 FASTFT_INLINE double reduce_add(const Squares& s) { return s.sum; }
 
+// Integers: as many lanes as V, unsigned unless said otherwise
+using I = std::uint32_t;
+
+FASTFT_INLINE I set1i(std::uint32_t x) { return x; }
+FASTFT_INLINE I lane_numbers() { return 0; }
+FASTFT_INLINE I bits(V x) { return as_bits(x); }
+FASTFT_INLINE V floats(I x) { return as_float(x); }
+FASTFT_INLINE V to_float(I x) { return static_cast<float>(static_cast<std::int32_t>(x)); }  // x < 2^31
+FASTFT_INLINE I truncate(V x) {  // 0 <= x; from 2^31 on, as for NaN, 2^31
+  return x < 2147483648.0f ? static_cast<I>(static_cast<std::int32_t>(x)) : 0x80000000u;
+}
+FASTFT_INLINE I iadd(I a, I b) { return a + b; }
+FASTFT_INLINE I isub(I a, I b) { return a - b; }
+FASTFT_INLINE I imul(I a, I b) { return a * b; }
+FASTFT_INLINE I ixor(I a, I b) { return a ^ b; }
+FASTFT_INLINE I iand(I a, I b) { return a & b; }
+FASTFT_INLINE I ior(I a, I b) { return a | b; }
+FASTFT_INLINE I imax(I a, I b) { return a > b ? a : b; }
+FASTFT_INLINE I imin(I a, I b) { return a < b ? a : b; }
+template <int N>
+FASTFT_INLINE I shift_left(I x) {
+  return x << N;
+}
+template <int N>
+FASTFT_INLINE I shift_right(I x) {
+  return x >> N;
+}
+FASTFT_INLINE I pick_less(V a, V b, I yes, I no) { return a < b ? yes : no; }
+FASTFT_INLINE I pick_nan(V x, I yes, I no) { return x != x ? yes : no; }
+FASTFT_INLINE I pick_first(std::int64_t n, I yes, I no) { return n > 0 ? yes : no; }  // the first n lanes, 0 <= n <= kWidth
+FASTFT_INLINE std::uint32_t reduce_max(I x) { return x; }
+FASTFT_INLINE I load(const std::uint32_t* p) { return *p; }
+FASTFT_INLINE I load(const std::int16_t* p) { return static_cast<I>(static_cast<std::int32_t>(*p)); }  // with its sign
+FASTFT_INLINE I load(const std::uint8_t* p) { return *p; }
+FASTFT_INLINE I load_n(const std::int16_t* p, std::int64_t) { return load(p); }
+FASTFT_INLINE I load_n(const std::uint8_t* p, std::int64_t) { return load(p); }
+FASTFT_INLINE void store(std::uint32_t* p, I x) { *p = x; }
+FASTFT_INLINE void store(std::uint16_t* p, I x) { *p = static_cast<std::uint16_t>(x); }  // the lower 16 bits
+FASTFT_INLINE void store(std::uint8_t* p, I x) { *p = static_cast<std::uint8_t>(x); }    // x < 256
+FASTFT_INLINE void store_n(std::uint16_t* p, I x, std::int64_t) { store(p, x); }
+FASTFT_INLINE void store_n(std::uint8_t* p, I x, std::int64_t) { store(p, x); }
+
 }  // namespace fastft::cpu::scalar

@@ -79,6 +79,21 @@ __device__ inline bf16 from_float<bf16>(float x) {
 }
 
 template <int N, class T>
+__device__ inline void load_raw(const T* p, T (&x)[N]) {
+  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(p);
+#pragma unroll
+  for (int j = 0; j < N; ++j) x[j] = pack.at[j];
+}
+
+template <int N, class T>
+__device__ inline void store_raw(T* p, const T (&x)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int j = 0; j < N; ++j) pack.at[j] = x[j];
+  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
+
+template <int N, class T>
 __device__ inline void load(const T* p, float (&x)[N]) {
   const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(p);
 #pragma unroll

@@ -57,7 +57,7 @@ Truth truth(Tensor& t, std::int64_t i, const Case& c) {
 
 fastft::AdamWTensor view(Tensor& t, std::int64_t n, const Case& c) {
   return {t.param.data(), t.grad.data(), t.m.data(), t.v.data(), c.amsgrad ? t.vmax.data() : nullptr,
-          c.copy ? t.copy.data() : nullptr, &t.step, n};
+          c.copy ? t.copy.data() : nullptr, nullptr, nullptr, nullptr, &t.step, n, 0};
 }
 
 void compare(Tensor& t, std::int64_t i, const Truth& want, const Case& c, std::int64_t n) {
@@ -84,7 +84,7 @@ void run(const Case& c) {
     views.push_back(view(tensors[k], kSizes[k], c));
   }
   const float scale = static_cast<float>(kScale), found = 0.0f, lr = static_cast<float>(kLr);
-  fastft::AdamWOptions o{c.param, c.grad, kLr, nullptr, c.beta1, kBeta2, kEps, kDecay, c.decoupled, c.maximize,
+  fastft::AdamWOptions o{c.param, c.grad, fastft::ParamStore::nearest, fastft::StateStore::f32, 0, kLr, nullptr, c.beta1, kBeta2, kEps, kDecay, c.decoupled, c.maximize,
                          c.scaled ? &scale : nullptr, &found};
   const float overflow = 1.0f;
   o.found_inf = &overflow;
@@ -108,7 +108,7 @@ void run_threads() {
   const Case c{DType::f32, DType::bf16, false, true, true, false, false, 0.9, 1};
   Tensor one(100003, c, 4.0f);
   Tensor three = one;
-  const fastft::AdamWOptions o{c.param, c.grad, kLr, nullptr, c.beta1, kBeta2, kEps, kDecay, true, false, nullptr, nullptr};
+  const fastft::AdamWOptions o{c.param, c.grad, fastft::ParamStore::nearest, fastft::StateStore::f32, 0, kLr, nullptr, c.beta1, kBeta2, kEps, kDecay, true, false, nullptr, nullptr};
   const fastft::AdamWTensor a = view(one, 100003, c), b = view(three, 100003, c);
   fastft::adamw_cpu(&a, 1, o, 1);
   fastft::adamw_cpu(&b, 1, o, 3);

@@ -1,15 +1,18 @@
 """One AdamW step over lists of tensors, in place.
 
 `decoupled=True` is AdamW (arXiv 1711.05101, algorithm 2), False is Adam with L2 (arXiv 1412.6980). The rules, term by term, are
-torch.optim.AdamW's and stand in fastft/_C.pyi.
+torch.optim.AdamW's and stand in fastft/_C.pyi. How state and parameters are kept in fewer bytes stands in fastft/ops/lowbyte.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from fastft.ops import adamw_reference, backends, native, triton
+from fastft.ops import adamw_check, adamw_reference, backends, native, triton
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def adamw(
@@ -21,6 +24,12 @@ def adamw(
     steps: Sequence[Tensor],
     *,
     copies: Sequence[Tensor | None] | None = None,
+    remainders: Sequence[Tensor] | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    offsets: Sequence[int] | None = None,
     lr: float | Tensor,
     beta1: float,
     beta2: float,
@@ -32,39 +41,58 @@ def adamw(
     found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """Update params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs (empty: no amsgrad), steps and copies in place.
+    """Update params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs (empty: no amsgrad), steps, copies, remainders and scales in place.
 
     All tensors of one index have one shape. params: float32 or bfloat16 (float16, float64: reference backend only), grads likewise,
-    of any mix; the state is float32 (float64 for float64 params) whatever the dtype of the params. Any strides.
+    of any mix. Any strides. The arithmetic is float32 whatever is stored.
 
+    exp_avgs, exp_avg_sqs   float32 (float64 for float64 params), or bfloat16, or uint8 codes in blocks of 256 (`lowbyte.quantize`); the two
+                alike. bfloat16 and uint8 are rounded stochastically: to nearest, exp_avg_sq would not move at beta2 = 0.999,
+                because a step changes it by 0.1 % and bfloat16 is 0.4 % apart.
+    exp_avg_scales, exp_avg_sq_scales   with uint8 states: per param a float32 tensor of (ceil(numel / 256),). No amsgrad then.
+    max_exp_avg_sqs         in the dtype of exp_avgs; bfloat16 is rounded to nearest, or a maximum of random roundings would creep up.
     steps       one float32 0-dim tensor per param, on the param's device: steps done so far; each is incremented.
-    copies      None, or per param None or a bfloat16 tensor that receives the updated param, rounded.
+    copies      None, or per param None or a bfloat16 tensor that receives the updated param, rounded to nearest.
+    remainders  None, or one int16 tensor per param, all bfloat16: the param and its remainder are one float32 number
+                (`lowbyte.join`), and the param is that number rounded to nearest.
+    stochastic_rounding     params, all bfloat16, are rounded up or down at random so that the mean is exact.
+    seed, offsets           the random numbers are a function of (seed, step, offset + position in the flat param) and nothing else: give
+                each shard its offset in the whole, and the result does not depend on how it is cut. 0 <= seed < 2^63; default offsets are 0.
     lr          a float, or a 0-dim tensor (so that a captured CUDA graph sees a new value).
     grad_scale  0-dim float32 on the params' device; gradients are multiplied by it (in float32).
     found_inf   0-dim float32 on the params' device; when it is not 0 nothing at all is written.
 
     Raises ValueError for lists or tensors that do not fit together, RuntimeError for sparse or complex gradients.
     """
-    amsgrad = len(max_exp_avg_sqs) > 0
-    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, copies)
-    groups: dict[tuple, list[int]] = {}  # one kernel call takes one device, one pair of dtypes, and all copies or none
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        has_copy = copies is not None and copies[i] is not None
-        groups.setdefault((param.device, param.dtype, grad.dtype, has_copy), []).append(i)
-    for (device, param_dtype, grad_dtype, has_copy), members in groups.items():
+    if not len(params):
+        return
+    lists = {
+        "params": params,
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "max_exp_avg_sqs": max_exp_avg_sqs,
+        "steps": steps,
+        "copies": () if copies is None else copies,
+        "remainders": () if remainders is None else remainders,
+        "exp_avg_scales": () if exp_avg_scales is None else exp_avg_scales,
+        "exp_avg_sq_scales": () if exp_avg_sq_scales is None else exp_avg_sq_scales,
+        "offsets": () if offsets is None else offsets,
+    }
+    kinds = adamw_check.check(lists, stochastic_rounding, seed)
+    # The dispatcher costs 100 us a call and 3 us a tensor, more than the whole update of small tensors; where nothing records the
+    # call (torch.compile, make_fx, fake tensors), it adds nothing to what _apply does.
+    run = _op if _is_recorded(params, grads) else _apply
+    for device, param_dtype, grad_dtype, members in _groups(lists, kinds):
         chosen = backends.select("adamw", backend, device.type, (param_dtype, grad_dtype))
         lr_tensor = lr.to(device, torch.float32, non_blocking=True).reshape(()) if isinstance(lr, Tensor) else None
-        _op(
-            [params[i] for i in members],
-            [grads[i] for i in members],
-            [exp_avgs[i] for i in members],
-            [exp_avg_sqs[i] for i in members],
-            [max_exp_avg_sqs[i] for i in members] if amsgrad else [],
-            [steps[i] for i in members],
-            [copies[i] for i in members] if has_copy else [],
+        run(
+            *members,
             lr_tensor,
             grad_scale.to(device, torch.float32, non_blocking=True) if grad_scale is not None else None,
             found_inf.to(device, torch.float32, non_blocking=True) if found_inf is not None else None,
+            seed,
+            stochastic_rounding,
             0.0 if lr_tensor is not None else lr,
             beta1,
             beta2,
@@ -76,47 +104,35 @@ def adamw(
         )
 
 
-def _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, copies) -> None:
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
-    if len(max_exp_avg_sqs):
-        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
-    if copies is not None:
-        lists["copies"] = copies
-    for name, tensors in lists.items():
-        if len(tensors) != len(params):
-            raise ValueError(f"{len(params)} params, but {len(tensors)} {name}")
-        for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
-            if tensor is None:
-                continue
-            shape = () if name == "steps" else param.shape
-            if tensor.shape != shape or tensor.device != param.device:
-                raise ValueError(
-                    f"{name}[{i}] must be {tuple(shape)} on {param.device}, not {tuple(tensor.shape)} on {tensor.device}"
-                )
-            _check_dtype(name, i, tensor, param)
-
-
-def _check_dtype(name: str, i: int, tensor: Tensor, param: Tensor) -> None:
-    if name == "grads":
-        if tensor.layout != torch.strided:
-            raise RuntimeError(f"grads[{i}] is {tensor.layout}: adamw takes dense gradients only")
-        if not tensor.is_floating_point() or not param.is_floating_point():
-            raise RuntimeError(f"params[{i}] is {param.dtype} and grads[{i}] {tensor.dtype}: adamw takes real floating types only")
-        return
-    expected = {"steps": torch.float32, "copies": torch.bfloat16}.get(name, state_dtype(param.dtype))
-    if tensor.dtype != expected:
-        raise ValueError(f"{name}[{i}] must be {expected}, not {tensor.dtype}")
-
-
 def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of exp_avg and exp_avg_sq: float32, except beside float64 params."""
+    """The dtype of exp_avg and exp_avg_sq where no smaller one is asked for: float32, except beside float64 params."""
     return torch.float64 if param_dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op(
-    "fastft::adamw", mutates_args={"params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "copies"}
-)
-def _op(
+def _is_recorded(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether somebody has to see the call as one op: a compiler, a dispatch mode, a tensor that is not plain memory."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return not (_PLAIN.issuperset(map(type, params)) and _PLAIN.issuperset(map(type, grads)))
+
+
+def _groups(
+    lists: dict[str, Sequence], kinds: list[adamw_check.Kind]
+) -> Iterator[tuple[torch.device, torch.dtype, torch.dtype, list[list]]]:
+    """One kernel call takes one device, one dtype per list, and all copies or none: (device, dtypes of param and grad, lists)."""
+    copies = lists["copies"]
+    if kinds.count(kinds[0]) == len(kinds) and all(copy is not None for copy in copies):
+        yield *kinds[0][:3], [list(values) for values in lists.values()]
+        return
+    groups: dict[tuple, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        groups.setdefault((*kind, bool(copies) and copies[i] is not None), []).append(i)
+    for key, members in groups.items():
+        absent = [name for name, values in lists.items() if not len(values) or name == "copies" and not key[-1]]
+        yield *key[:3], [[] if name in absent else [values[i] for i in members] for name, values in lists.items()]
+
+
+def _apply(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -124,9 +140,15 @@ def _op(
     max_exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     copies: list[Tensor],
+    remainders: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
+    offsets: list[int],
     lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    seed: int,
+    stochastic_rounding: bool,
     lr: float,
     beta1: float,
     beta2: float,
@@ -136,22 +158,16 @@ def _op(
     maximize: bool,
     backend: str,
 ) -> None:
-    """One device, one pair of dtypes. Hands the backend tensors of equal, dense layout, through copies where they are not."""
+    """One device, one dtype per list. Hands the backend tensors of equal, dense layout, through copies where they are not."""
     if lr_tensor is not None and lr_tensor.device.type == "cpu":
         lr, lr_tensor = lr_tensor.item(), None
-    lists = [list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(max_exp_avg_sqs), list(copies)]
-    copy_back = []  # (the caller's tensor, our dense copy of it)
-    for i in range(len(params)):
-        if all(tensors[i].is_contiguous() for tensors in lists if tensors):
-            continue
-        layout = _layout(params[i])
-        for tensors in lists:
-            if tensors and tensors[i].stride() != layout and tensors[i].numel():
-                given = tensors[i]
-                tensors[i] = torch.empty_strided(given.shape, layout, dtype=given.dtype, device=given.device).copy_(given)
-                if tensors is not lists[1]:
-                    copy_back.append((given, tensors[i]))
-    dense_params, dense_grads, dense_exp_avgs, dense_exp_avg_sqs, dense_max_exp_avg_sqs, dense_copies = lists
+    given = (grads, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, remainders)
+    dense = given
+    if not all(map(Tensor.is_contiguous, chain.from_iterable(given))):
+        # Blocks and random numbers go by the position in the flat tensor, so these want it in its own order.
+        by_position = bool(offsets) or exp_avgs[0].dtype not in (torch.float32, torch.float64)
+        dense = _dense(given, by_position or stochastic_rounding)
+    dense_grads, dense_params, dense_exp_avgs, dense_exp_avg_sqs, dense_max_exp_avg_sqs, dense_copies, dense_remainders = dense
     backends.implementation("adamw", backend)(
         dense_params,
         dense_grads,
@@ -160,6 +176,10 @@ def _op(
         dense_max_exp_avg_sqs,
         steps,
         dense_copies,
+        dense_remainders,
+        exp_avg_scales,
+        exp_avg_sq_scales,
+        offsets,
         lr=lr,
         lr_tensor=lr_tensor,
         beta1=beta1,
@@ -170,14 +190,45 @@ def _op(
         maximize=maximize,
         grad_scale=grad_scale,
         found_inf=found_inf,
+        seed=seed,
+        stochastic_rounding=stochastic_rounding,
     )
-    for given, dense in copy_back:
-        given.copy_(dense)
+    written = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, copies, remainders, exp_avg_scales, exp_avg_sq_scales)
+    if dense is not given:
+        with torch.no_grad():
+            for tensor, ours in zip(chain.from_iterable(given[1:]), chain.from_iterable(dense[1:]), strict=True):
+                if ours is not tensor:
+                    tensor.copy_(ours)
+    # A kernel writes behind autograd's back; a graph that saved a param must still notice.
+    torch.autograd.graph.increment_version(chain.from_iterable(written))
+
+
+_op = torch.library.custom_op(
+    "fastft::adamw",
+    _apply,
+    mutates_args={
+        "params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "copies", "remainders", "exp_avg_scales", "exp_avg_sq_scales",
+    },
+)  # fmt: skip
 
 
 @_op.register_fake
 def _fake(*_):
     return None
+
+
+def _dense(given: tuple[list[Tensor], ...], by_position: bool) -> list[list[Tensor]]:
+    """The lists (grads, params, ...) with dense copies in place of tensors that are not laid out as their param, or as the param's layout without gaps."""
+    dense = [list(tensors) for tensors in given]
+    for i, param in enumerate(given[1]):
+        if all(tensors[i].is_contiguous() for tensors in given if tensors):
+            continue
+        layout = torch._prims_common.make_contiguous_strides_for(param.shape) if by_position else _layout(param)
+        for tensors in dense:
+            if tensors and tensors[i].stride() != layout and tensors[i].numel():
+                old = tensors[i]
+                tensors[i] = torch.empty_strided(old.shape, layout, dtype=old.dtype, device=old.device).copy_(old)
+    return dense
 
 
 def _layout(param: Tensor) -> tuple[int, ...]:

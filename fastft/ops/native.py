@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
+_STATE_STORE = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # csrc/include/fastft/adamw.h
 
 
 @functools.cache
@@ -97,6 +98,10 @@ def adamw(
     max_exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     copies: list[Tensor],
+    remainders: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
+    offsets: list[int],
     *,
     lr: float,
     lr_tensor: Tensor | None,
@@ -108,33 +113,34 @@ def adamw(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    seed: int,
+    stochastic_rounding: bool,
 ) -> None:
     """One call of `_C.adamw`. All tensors of one index have one dense layout; all of a list one dtype."""
     device, stream = _place(params[0].device)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, remainders, exp_avg_scales, exp_avg_sq_scales, steps)
     module().adamw(
-        device=device,
-        stream=stream,
-        params=[t.data_ptr() for t in params],
-        grads=[t.data_ptr() for t in grads],
-        exp_avgs=[t.data_ptr() for t in exp_avgs],
-        exp_avg_sqs=[t.data_ptr() for t in exp_avg_sqs],
-        max_exp_avg_sqs=[t.data_ptr() for t in max_exp_avg_sqs],
-        copies=[t.data_ptr() for t in copies],
-        steps=[t.data_ptr() for t in steps],
-        numels=[t.numel() for t in params],
-        param_dtype=_tag(params[0].dtype),
-        grad_dtype=_tag(grads[0].dtype),
-        lr=lr,
-        lr_ptr=_address(lr_tensor),
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled=decoupled,
-        maximize=maximize,
-        grad_scale=_address(grad_scale),
-        found_inf=_address(found_inf),
-        num_threads=torch.get_num_threads(),
+        device,
+        stream,
+        *(list(map(Tensor.data_ptr, tensors)) for tensors in lists),
+        list(map(Tensor.numel, params)),
+        offsets,
+        _tag(params[0].dtype),
+        _tag(grads[0].dtype),
+        2 if remainders else int(stochastic_rounding),  # ParamStore
+        _STATE_STORE[exp_avgs[0].dtype],
+        seed,
+        lr,
+        _address(lr_tensor),
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        decoupled,
+        maximize,
+        _address(grad_scale),
+        _address(found_inf),
+        torch.get_num_threads(),
     )
 
 

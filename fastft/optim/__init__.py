@@ -1,5 +1,5 @@
 """Optimizers."""
 
-from fastft.optim.adamw import FusedAdamW
+from fastft.optim.adamw import FusedAdamW, set_offset
 
-__all__ = ["FusedAdamW"]
+__all__ = ["FusedAdamW", "set_offset"]

@@ -1,13 +1,29 @@
 """FusedAdamW: AdamW through `fastft.ops.adamw`, interchangeable with torch.optim.AdamW, fit to be DeepSpeed's client optimizer."""
 
+import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from fastft.ops import lowbyte
 from fastft.ops.adamw import adamw, state_dtype
+
+log = logging.getLogger(__name__)
+
+StateDtype = Literal["fp32", "bf16", "int8"]
+_OFFSET = "_fastft_offset"  # attribute of a param: see set_offset
+
+
+def set_offset(param: Tensor, offset: int) -> None:
+    """Tell FusedAdamW where a shard begins in the whole that it is cut from, in elements: rounding then does not depend on the cut.
+
+    Params without an offset are counted through, group by group.
+    """
+    setattr(param, _OFFSET, offset)
 
 
 class _Kept:
@@ -22,16 +38,27 @@ class FusedAdamW(torch.optim.Optimizer):
 
     params        tensors or parameter groups, float32 or bfloat16 (float16, float64: reference backend only), on any devices.
     lr            float, or a 0-dim tensor.
+    state_dtype   "fp32"; "bf16" and "int8" (codes in blocks of 256) are rounded stochastically. int8 excludes amsgrad.
+    stochastic_rounding   bfloat16 params are rounded up or down at random, with the exact mean: no fp32 master is needed.
+    remainder     bfloat16 params and an int16 state each are the fp32 master together, exactly. Excludes stochastic_rounding. Neither is
+                  for wider params: step() raises ValueError.
+    seed          of all this rounding, from 0 to 2^63 - 1. The numbers are a function of (seed, step, element) and nothing else; see set_offset.
     backend       see fastft.ops.backends; None chooses by itself.
 
+    Bytes of params and state, read and written once per step with the gradient: fp32 28 per parameter; bfloat16 params and gradients with
+    remainder 26, with stochastic rounding 20, and with int8 state 10. Definitions: fastft/ops/lowbyte.py.
+
     State per param: step (0-dim float32 on the param's device), exp_avg, exp_avg_sq, with amsgrad also max_exp_avg_sq, in float32
-    also for bfloat16 params. state_dict() loads into torch.optim.AdamW, and its loads here.
+    also for bfloat16 params; remainder; with int8 exp_avg_scale and exp_avg_sq_scale. state_dict() loads into torch.optim.AdamW, and its
+    loads here: it holds int8 state as float32, which loses nothing, since coding it again gives the same codes. So DeepSpeed's
+    checkpoints keep it, universal ones too (those drop the remainder: DeepSpeed takes exp_avg, exp_avg_sq and the param only).
+    A state dict of another state_dtype is converted, to nearest.
 
     For DeepSpeed: nothing is remembered between calls except `self.state`, so groups and their params may be swapped or emptied.
     FP16_UnfusedOptimizer (stage 0 with bfloat16 or float16) calls step() once on zero gradients while it is built, which would
     count a step and decay the weights; build the engine inside `with optimizer.steps_suspended():`.
 
-    Raises ValueError for arguments out of range.
+    Raises ValueError for arguments out of range or that exclude each other.
     """
 
     def __init__(
@@ -45,6 +72,10 @@ class FusedAdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         amsgrad: bool = False,
         maximize: bool = False,
+        state_dtype: StateDtype = "fp32",
+        stochastic_rounding: bool = False,
+        remainder: bool = False,
+        seed: int = 0,
         backend: str | None = None,
     ):
         if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -58,7 +89,19 @@ class FusedAdamW(torch.optim.Optimizer):
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
         if not 0.0 <= weight_decay:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        if state_dtype not in get_args(StateDtype):
+            raise ValueError(f"Invalid state_dtype: {state_dtype!r}; use one of {', '.join(get_args(StateDtype))}")
+        if state_dtype == "int8" and amsgrad:
+            raise ValueError("amsgrad and state_dtype='int8' exclude each other: use 'bf16' or 'fp32'")
+        if stochastic_rounding and remainder:
+            raise ValueError("stochastic_rounding and remainder exclude each other: with its remainder a param is exact")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"Invalid seed: {seed}; use 0 to 2^63 - 1")
         self.backend = backend
+        self.state_dtype = state_dtype
+        self.stochastic_rounding = stochastic_rounding
+        self.remainder = remainder
+        self.seed = seed
         self._suspended = False
         self._scaling: tuple[Tensor | None, Tensor | None] = (None, None)
         defaults = {
@@ -94,8 +137,11 @@ class FusedAdamW(torch.optim.Optimizer):
         if self._suspended:
             return loss
         outer_scale, outer_inf = self._scaling
+        first = 0
         for group in self.param_groups:
-            self._step_group(group, outer_scale if grad_scale is None else grad_scale, outer_inf if found_inf is None else found_inf)
+            self._step_group(group, first, outer_scale if grad_scale is None else grad_scale, outer_inf if found_inf is None else found_inf)
+            if self._rounds:
+                first += sum(param.numel() for param in group["params"])
         return loss
 
     @contextmanager
@@ -116,7 +162,12 @@ class FusedAdamW(torch.optim.Optimizer):
         finally:
             self._suspended = before
 
-    def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    @property
+    def _rounds(self) -> bool:
+        return self.stochastic_rounding or self.state_dtype != "fp32"
+
+    def _step_group(self, group: dict[str, Any], first: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """first: offset of the group's first param."""
         params = [param for param in group["params"] if param.grad is not None]
         for param in params:
             if param.grad.layout != torch.strided:
@@ -127,7 +178,8 @@ class FusedAdamW(torch.optim.Optimizer):
             return
         states = [self._state_of(param, group["amsgrad"]) for param in params]
         steps = [state["step"] for state in states]
-        self._update(group, params, [param.grad for param in params], states, steps, grad_scale=grad_scale, found_inf=found_inf)
+        offsets = _offsets(group["params"], first) if self._rounds else None
+        self._update(group, params, [param.grad for param in params], states, steps, offsets, grad_scale=grad_scale, found_inf=found_inf)
 
     @torch.no_grad()
     def step_flat(
@@ -144,26 +196,32 @@ class FusedAdamW(torch.optim.Optimizer):
         if self._suspended:
             return
         state = self._state_of(param, group["amsgrad"])
-        sizes = [grad.numel() for grad in grads]
-        rest = param.numel() - sum(sizes)
+        rest = param.numel() - sum(grad.numel() for grad in grads)
         if rest < 0:
-            raise ValueError(f"gradients of {sum(sizes)} elements for a param of {param.numel()}")
+            raise ValueError(f"gradients of {param.numel() - rest} elements for a param of {param.numel()}")
+        if self.state_dtype == "int8" and (len(grads) > 1 or rest):  # its blocks of 256 do not end where the pieces do
+            grads, rest = [torch.cat([*grads, grads[0].new_zeros(rest)])], 0
+        sizes = [grad.numel() for grad in grads]
 
         def cut(tensor: Tensor) -> tuple[Tensor, ...]:
             return tensor.split([*sizes, rest])[: len(sizes)]
 
-        moments = {name: cut(value) for name, value in state.items() if name != "step"}
-        pieces = [{name: values[i] for name, values in moments.items()} for i in range(len(sizes))]
+        states = [dict(state)] if len(sizes) == 1 and not rest else [{} for _ in sizes]
+        for name, value in state.items() if len(sizes) > 1 or rest else ():
+            for piece, part in zip(states, cut(value) if value.ndim else [value] * len(sizes), strict=True):
+                piece[name] = part
         steps = state["step"].repeat(len(sizes)).unbind()  # the op counts one step per tensor it is given
+        offsets = list(itertools.accumulate(sizes[:-1], initial=getattr(param, _OFFSET, 0))) if self._rounds else None
         fused_out = out is not None and out.dtype == torch.bfloat16
         copies = cut(out) if fused_out else None
-        self._update(group, cut(param), grads, pieces, steps, copies=copies, grad_scale=grad_scale)
+        self._update(group, cut(param), grads, states, steps, offsets, copies=copies, grad_scale=grad_scale)
         state["step"] += 1
         if out is not None and not fused_out:
             out.copy_(param)
 
-    def _update(self, group: dict[str, Any], params, grads, states, steps, **given) -> None:
+    def _update(self, group: dict[str, Any], params, grads, states, steps, offsets, **given) -> None:
         """fastft.ops.adamw with a group's settings."""
+        coded = self.state_dtype == "int8"
         beta1, beta2 = group["betas"]
         adamw(
             params,
@@ -172,6 +230,12 @@ class FusedAdamW(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             steps,
+            remainders=[state["remainder"] for state in states] if self.remainder else None,
+            exp_avg_scales=[state["exp_avg_scale"] for state in states] if coded else None,
+            exp_avg_sq_scales=[state["exp_avg_sq_scale"] for state in states] if coded else None,
+            stochastic_rounding=self.stochastic_rounding,
+            seed=self.seed,
+            offsets=offsets,
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
@@ -187,17 +251,51 @@ class FusedAdamW(torch.optim.Optimizer):
         state = self.state[param]
         # Not `param not in self.state`: DeepSpeed puts empty dicts there.
         if len(state) == 0:
-            dtype = state_dtype(param.dtype)
+            zeros = lambda: torch.zeros_like(param, dtype=state_dtype(param.dtype), memory_format=torch.preserve_format)  # noqa: E731
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            state["exp_avg"] = zeros()
+            state["exp_avg_sq"] = zeros()
             if amsgrad:
-                state["max_exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+                state["max_exp_avg_sq"] = zeros()
+            if self.remainder:
+                state["remainder"] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
+        # Also later: DeepSpeed puts float32 there from a universal checkpoint.
+        if state["exp_avg"].dtype is not self._stored(param) or ("remainder" in state) != self.remainder:
+            self._fit(param, state)
         return state
+
+    def _stored(self, param: Tensor) -> torch.dtype:
+        return {"fp32": state_dtype(param.dtype), "bf16": torch.bfloat16, "int8": torch.uint8}[self.state_dtype]
+
+    def _fit(self, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Give the state of one param the dtypes of this optimizer."""
+        wanted = self._stored(param)
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            if name not in state or state[name].dtype == wanted:
+                continue
+            wide = _decoded(name, state).to(param.device)
+            state.pop(f"{name}_scale", None)
+            if wanted == torch.uint8:
+                state[name], state[f"{name}_scale"] = lowbyte.quantize(wide, signed=name == "exp_avg")
+            else:
+                state[name] = wide.to(wanted)
+        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
+        if self.remainder and "remainder" not in state:
+            log.warning("the checkpoint has no remainder of a bfloat16 param: its fp32 master starts from the rounded param")
+            state["remainder"] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
+        elif not self.remainder:
+            state.pop("remainder", None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; int8 state as the float32 that it stands for."""
+        state_dict = super().state_dict()
+        if self.state_dtype == "int8":
+            state_dict["state"] = {key: _decoded_state(value) for key, value in state_dict["state"].items()}
+        return state_dict
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of torch.optim.Adam(W). The state stays (or becomes) float32, whatever the params are.
+        """Load a state dict of this class or of torch.optim.Adam(W). The state gets this optimizer's state_dtype, whatever the params are.
 
         Like torch's, it does not copy tensors that already have the right device and dtype.
         """
@@ -209,7 +307,7 @@ class FusedAdamW(torch.optim.Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend, "_suspended": self._suspended, "_scaling": self._scaling}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _ATTRIBUTES}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -218,8 +316,37 @@ class FusedAdamW(torch.optim.Optimizer):
             group.setdefault("maximize", False)
             group.setdefault("decoupled_weight_decay", True)
         for param, values in self.state.items():
-            for name, value in values.items() if isinstance(values, dict) else ():
+            if not isinstance(values, dict):
+                continue
+            for name, value in values.items():
                 values[name] = _restored(name, value, param)
+            if isinstance(param, Tensor) and "exp_avg" in values:
+                if "remainder" in values and values["remainder"].dtype != torch.int16:  # as it comes back from torch.optim.AdamW
+                    del values["remainder"]
+                self._fit(param, values)
+
+
+_ATTRIBUTES = ("backend", "state_dtype", "stochastic_rounding", "remainder", "seed", "_suspended", "_scaling")
+
+
+def _offsets(params: list[Tensor], first: int) -> list[int]:
+    """Of the params that have a gradient."""
+    starts = itertools.accumulate((param.numel() for param in params), initial=first)
+    return [getattr(param, _OFFSET, start) for param, start in zip(params, starts, strict=False) if param.grad is not None]
+
+
+def _decoded(name: str, state: dict[str, Tensor]) -> Tensor:
+    """exp_avg, exp_avg_sq or max_exp_avg_sq as numbers."""
+    if state[name].dtype != torch.uint8:
+        return state[name]
+    return lowbyte.dequantize(state[name], state[f"{name}_scale"], signed=name == "exp_avg")
+
+
+def _decoded_state(state: Any) -> Any:
+    if not isinstance(state, dict) or "exp_avg_scale" not in state:
+        return state
+    scales = ("exp_avg_scale", "exp_avg_sq_scale")
+    return {name: _decoded(name, state) if isinstance(value, Tensor) else value for name, value in state.items() if name not in scales}
 
 
 def _wrap_state(_optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -233,12 +360,10 @@ def _wrap_state(_optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
 
 
 def _restored(name: str, value: Any, param: Any) -> Any:
-    """A loaded state value where and in the dtype that step() wants it."""
+    """A loaded state value where step() wants it; its dtype is `_fit`'s business."""
     tensor = value.tensor if isinstance(value, _Kept) else value
     if not isinstance(param, Tensor):
         return tensor
     if name == "step":  # a plain number in old checkpoints, on the host in torch's
         return torch.as_tensor(tensor, dtype=torch.float32, device=param.device)
-    if isinstance(value, _Kept) and tensor.is_floating_point():
-        return tensor.to(device=param.device, dtype=state_dtype(param.dtype))
-    return tensor
+    return tensor.to(device=param.device) if isinstance(value, _Kept) else tensor

@@ -67,6 +67,7 @@ def why_not(zero, optimizer: FusedAdamW) -> str:
         return f"the client optimizer is {type(zero.optimizer).__name__}"
     left_out = {
         "float16 (its loss scale changes from step to step)": zero.dtype == torch.float16,
+        "bfloat16 masters (optim.master)": optimizer.stochastic_rounding or optimizer.remainder,
         "a loss scale": zero.loss_scale != 1.0,
         "tensor or pipeline parallelism": zero.model_parallel_group is not None and dist.get_world_size(zero.model_parallel_group) > 1,
         "Muon": getattr(zero, "use_muon", False),

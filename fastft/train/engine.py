@@ -13,7 +13,8 @@ import torch
 
 from fastft.config import Config
 from fastft.errors import UserError
-from fastft.optim import FusedAdamW, zero_step
+from fastft.optim import FusedAdamW, set_offset, zero_step
+from fastft.optim.groups import parameter_groups
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,9 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
     }
     if config.model.dtype == "bf16":
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if config.optim.master != "fp32":
+            # Without bf16_optimizer_states DeepSpeed insists on its own CPU optimizer; how the state is kept is ours to say.
+            settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     extra = config.parallel.deepspeed
     if isinstance(extra, str):
         try:
@@ -128,10 +132,21 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
         if key == "zero_optimization":
             if value.get("stage", zero) != zero:
                 raise UserError(f"parallel.deepspeed: zero_optimization.stage = {value['stage']} contradicts parallel.zero = {zero}.", "Set parallel.zero.")
+            if value.get("elastic_checkpoint") and config.optim.state_dtype == "int8":
+                raise UserError("parallel.deepspeed: zero_optimization.elastic_checkpoint cuts the optimizer's tensors itself, which would tear the blocks "
+                                "of optim.state_dtype: int8 apart.", "Remove one of the two.")
             settings[key] = {**value, "stage": zero}
         else:
             settings[key] = value
     return settings
+
+
+def build_optimizer(model: torch.nn.Module, config: Config) -> FusedAdamW:
+    """The optimizer of this run, over the trained parameters."""
+    optim = config.optim
+    return FusedAdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+                      state_dtype=optim.state_dtype, stochastic_rounding=optim.master == "stochastic", remainder=optim.master == "remainder",
+                      seed=config.run.seed)
 
 
 def build_engine(model: torch.nn.Module, optimizer: FusedAdamW, settings: dict, fused_step: bool = True):
@@ -147,6 +162,7 @@ def build_engine(model: torch.nn.Module, optimizer: FusedAdamW, settings: dict, 
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 1:
         engine.enable_backward_allreduce = False  # one rank: it would flatten and copy every gradient to reduce it with nobody
+    _set_offsets(engine)
     reason = "parallel.fused_step: false"
     if fused_step:
         reason = zero_step.install(engine, optimizer) if engine.zero_optimization_stage() else "stage 0 has no ZeRO step"
@@ -154,6 +170,26 @@ def build_engine(model: torch.nn.Module, optimizer: FusedAdamW, settings: dict, 
             log.warning("ZeRO step not fused: %s", reason)
     engine.fastft_step = f"unfused: {reason}" if reason else "fused"
     return engine
+
+
+def _set_offsets(engine) -> None:
+    """Tell our optimizer where each flat shard begins, so that its random rounding differs from shard to shard.
+
+    Stages 1 and 2 cut each group's flat tensor: rounding then does not depend on the number of ranks. Stage 3 cuts every parameter, and a flat
+    shard holds a piece of each: the ranks get ranges of their own, and the rounding depends on how many there are.
+    """
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage in (1, 2):
+        before = 0
+        for group, (flat, params) in enumerate(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)):
+            rank = torch.distributed.get_rank(group=zero.real_dp_process_group[group])
+            set_offset(flat, before + rank * flat.numel())
+            before += sum(p.numel() for p in params)
+    elif stage == 3:
+        before = torch.distributed.get_rank() << 40
+        for flat in zero.fp32_partitioned_groups_flat:
+            set_offset(flat, before)
+            before += flat.numel()
 
 
 class Stepper:

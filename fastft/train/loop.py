@@ -23,7 +23,6 @@ from fastft.errors import UserError
 from fastft.models import load
 from fastft.ops import backends
 from fastft.optim import FusedAdamW
-from fastft.optim.groups import parameter_groups
 from fastft.optim.schedules import learning_rate
 from fastft.tasks import TASKS, Batch, Split, Task
 from fastft.train import checkpoint, engine, export
@@ -101,8 +100,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     frozen = load.freeze(model, config.model.freeze)
     if config.parallel.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = FusedAdamW(parameter_groups(model, config.optim.weight_decay), lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps,
-                           weight_decay=config.optim.weight_decay)
+    optimizer = engine.build_optimizer(model, config)
     engine.start_process_group()
     model_engine = engine.build_engine(model, optimizer, engine.deepspeed_config(config, ranks), config.parallel.fused_step)
     with ExitStack() as cleanup:

@@ -264,7 +264,7 @@ def test_opcheck(backend, name):
     lr_tensor = torch.tensor(0.1, device=DEVICE) if everything else None
     tensors = [lists[key] if key != "max_exp_avg_sqs" or everything else [] for key in ("params", "grads", *STATES[1:])]
     numbers = (0.1, 0.9, 0.999, 1e-8, 0.1, True, False)
-    torch.library.opcheck(module._op, (*tensors, copies, lr_tensor, scalar, scalar, *numbers, backend))
+    torch.library.opcheck(module._op, (*tensors, copies, [], [], [], [], lr_tensor, scalar, scalar, 0, False, *numbers, backend))
 
 
 @pytest.mark.parametrize("backend", [NATIVE, "reference", None])
@@ -292,7 +292,7 @@ WRONG = {
     "shape": (lambda: _wrong(grads=torch.zeros(9)), ValueError, r"grads\[0\] must be \(3, 3\)"),
     "step_shape": (lambda: _wrong(steps=torch.zeros(1)), ValueError, r"steps\[0\] must be \(\)"),
     "step_dtype": (lambda: _wrong(steps=torch.tensor(1)), ValueError, r"steps\[0\] must be torch.float32"),
-    "state_dtype": (lambda: _wrong(exp_avgs=torch.zeros(3, 3, dtype=BF16)), ValueError, "exp_avgs.0. must be torch.float32"),
+    "state_dtype": (lambda: _wrong(exp_avgs=torch.zeros(3, 3, dtype=torch.float16)), ValueError, "exp_avgs.0. must be torch.float32 or"),
     "device": (lambda: _wrong(exp_avgs=torch.zeros(3, 3, device="meta")), ValueError, "on meta"),
     "sparse": (lambda: _wrong(grads=torch.zeros(3, 3).to_sparse()), RuntimeError, "dense gradients only"),
     "complex": (lambda: _wrong(grads=torch.zeros(3, 3, dtype=torch.complex64)), RuntimeError, "real floating"),

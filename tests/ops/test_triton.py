@@ -48,12 +48,23 @@ for dtype in ("*fp32", "*bf16"):
 
     build(sum_squares._partial_sums, dict(x_ptr=dtype, out_ptr="*fp64", n="i64"), dict(BLOCK=4096, PER_PROGRAM=65536))
 
-    types = dict(param=dtype, grad="*bf16", exp_avg=F, exp_avg_sq=F, max_exp_avg_sq=F, copy="*bf16", factors=F, grad_scale=F,
-                 found_inf=F, numel="i64", beta2="fp32", one_minus_beta1="fp32", one_minus_beta2="fp32", eps="fp32",
-                 weight_decay="fp32")
-    absent = dict.fromkeys(("max_exp_avg_sq", "copy", "grad_scale", "found_inf"))
-    build(adamw._adamw_kernel, types, {**absent, "numel": 1, "DECOUPLED": True, "MAXIMIZE": False, "BLOCK": 1024})
-    build(adamw._adamw_kernel, types, {"DECOUPLED": False, "MAXIMIZE": True, "BLOCK": 1024})
+    types = dict(param=dtype, grad="*bf16", exp_avg=F, exp_avg_sq=F, max_exp_avg_sq=F, copy="*bf16", remainder="*i16", exp_avg_scale=F,
+                 exp_avg_sq_scale=F, factors=F, grad_scale=F, found_inf=F, numel="i64", beta2="fp32", one_minus_beta1="fp32",
+                 one_minus_beta2="fp32", eps="fp32", weight_decay="fp32", seed_base="i64", offset="i64")
+    absent = dict.fromkeys(("max_exp_avg_sq", "copy", "grad_scale", "found_inf", "remainder", "exp_avg_scale", "exp_avg_sq_scale"))
+    no_scales = dict.fromkeys(("remainder", "exp_avg_scale", "exp_avg_sq_scale"))
+    kernel = adamw._adamw_kernel
+    build(kernel, types, {**absent, "numel": 1, "DECOUPLED": True, "MAXIMIZE": False, "STOCHASTIC": False})
+    build(kernel, types, {**no_scales, "DECOUPLED": False, "MAXIMIZE": True, "STOCHASTIC": False})
+    options = dict(DECOUPLED=True, MAXIMIZE=False)
+    half = {**types, "exp_avg": "*bf16", "exp_avg_sq": "*bf16", "max_exp_avg_sq": "*bf16"}
+    codes = {**types, "exp_avg": "*u8", "exp_avg_sq": "*u8"}
+    one_of = {"max_exp_avg_sq": None, "copy": None}
+    if dtype == "*fp32":
+        build(kernel, half, {**no_scales, **options, "copy": None, "STOCHASTIC": False, "offset": 1, "seed_base": 1})
+    else:
+        build(kernel, codes, {**one_of, "remainder": None, **options, "STOCHASTIC": True})
+        build(kernel, codes, {**one_of, **options, "STOCHASTIC": False})
 """
 
 

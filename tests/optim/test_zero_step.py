@@ -15,27 +15,28 @@ from train.test_resume import curve, same_checkpoints
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 
 
-def config_of(base: dict, tmp_path, name: str, zero: int, dtype: str, fused: bool, **deepspeed) -> dict:
+def config_of(base: dict, tmp_path, name: str, zero: int, dtype: str, fused: bool, state_dtype: str = "fp32", **deepspeed) -> dict:
     config = copy.deepcopy(base)
     config["data"]["cache"] = str(tmp_path / "prepared")
     config["train"] = {"steps": 5, "log_every": 1}
     config["checkpoint"] = {"every": 5}
-    config["optim"]["grad_clip"] = 0.5  # bites at every step of this model
+    config["optim"] |= {"grad_clip": 0.5, "state_dtype": state_dtype}  # clipping bites at every step of this model
     config["model"]["dtype"] = dtype
     config["parallel"] = {"zero": zero, "fused_step": fused, **({"deepspeed": deepspeed} if deepspeed else {})}
     config["run"]["dir"] = str(tmp_path / name)
     return config
 
 
-CASES = [(zero, dtype, {}) for zero in (1, 2, 3) for dtype in ("bf16", "fp32")]
-CASES += [(2, "bf16", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+CASES = [(zero, "bf16", {}) for zero in (1, 2, 3)] + [(2, "fp32", {}), (3, "fp32", {})]
+CASES += [(2, "bf16", {"state_dtype": "int8"}), (3, "bf16", {"state_dtype": "bf16"}),
+          (2, "bf16", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
           (3, "bf16", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
           (3, "bf16", {"zero_optimization": {"sub_group_size": 20000}})]  # fmt: skip
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_fused_step_is_the_unfused_step(lm_config, tmp_path, world):
-    """Stages 1-3, bf16 and fp32, CPU offload, many sub-groups; clipping, decay groups, a schedule: weights, optimizer state, losses, norms."""
+    """Stages 1-3, bf16 and fp32, CPU offload, many sub-groups, low-byte state; clipping, decay groups, a schedule: weights, optimizer state, losses, norms."""
     paths, runs = [], []
     for i, (zero, dtype, deepspeed) in enumerate(CASES):
         for fused in (True, False):

@@ -47,9 +47,13 @@ def curve(run: Path) -> list[tuple]:
 CASES = [(0, "fp32", 1), (0, "bf16", 1), (1, "bf16", 2), (2, "fp32", 2), (3, "bf16", 2), (3, "fp32", 2), (0, "fp32", 2)]
 
 
-@pytest.mark.parametrize("zero, dtype, world", CASES)
-def test_resume_is_bit_exact(lm_config, tmp_path, zero, dtype, world):
+LOW_BYTE = [(3, "bf16", 2, {"state_dtype": "int8", "master": "remainder"})]
+
+
+@pytest.mark.parametrize("zero, dtype, world, optim", [*((*case, {}) for case in CASES), *LOW_BYTE])
+def test_resume_is_bit_exact(lm_config, tmp_path, zero, dtype, world, optim):
     """Weights, optimizer state, RNG (the model has dropout), losses and norms, after 6 steps resumed from 3 in a new process."""
+    lm_config["optim"] |= optim
     lm_config["train"] = {"steps": 6, "log_every": 1}
     lm_config["checkpoint"] = {"every": 3, "keep": 9}
     lm_config["parallel"] = {"zero": zero}

@@ -1,4 +1,4 @@
-// AdamW over a list of contiguous tensors, one pass over memory: 28 bytes per fp32 parameter.
+// AdamW over a list of contiguous tensors, one pass over memory: 28 bytes per fp32 parameter, 10 with bf16 parameters and 8-bit state.
 #pragma once
 
 #include <cstddef>
@@ -8,20 +8,35 @@
 
 namespace fastft {
 
+// How parameters are rounded. remainder: param (bf16) and a 16-bit number are one fp32 number.
+enum class ParamStore : int { nearest = 0, stochastic = 1, remainder = 2 };
+
+// How exp_avg and exp_avg_sq are kept; bf16 and u8 are rounded stochastically. u8: codes in blocks of 256 elements with a scale each.
+enum class StateStore : int { f32 = 0, bf16 = 1, u8 = 2 };
+
+constexpr std::int64_t kStateBlock = 256;
+
 struct AdamWTensor {
   void* param;
   const void* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
-  float* max_exp_avg_sq;  // null unless amsgrad
-  bf16* copy;             // the updated parameter rounded to bf16, or null
-  float* step;            // steps done so far
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;     // null unless amsgrad; never with u8
+  bf16* copy;               // the updated parameter rounded to bf16, or null
+  std::int16_t* remainder;  // null unless ParamStore::remainder
+  float* exp_avg_scale;     // one per block, null unless u8
+  float* exp_avg_sq_scale;
+  float* step;  // steps done so far
   std::int64_t numel;
+  std::int64_t offset;  // of the first element in the whole that this is a shard of: for the random numbers
 };
 
 struct AdamWOptions {
   DType param_dtype;
   DType grad_dtype;
+  ParamStore param_store;
+  StateStore state_store;
+  std::uint64_t seed;
   double lr;
   const float* lr_ptr;  // replaces lr when not null
   double beta1;

@@ -137,6 +137,22 @@ T __shfl_xor_sync(unsigned, T value, int lanes) {
   return got;
 }
 
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const unsigned other = __shfl_xor_sync(mask, value, lanes);
+    if (other > value) value = other;
+  }
+  return value;
+}
+template <class T>
+T max(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+T min(T a, T b) {
+  return a < b ? a : b;
+}
+
 inline unsigned long long atomicMin(unsigned long long* p, unsigned long long x) {
   std::atomic_ref<unsigned long long> a(*p);
   unsigned long long seen = a.load();
