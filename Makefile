@@ -37,6 +37,7 @@ test: setup-test
 bench: setup-test
 	$(BIN)/python benchmarks/cross_entropy.py
 	$(BIN)/python benchmarks/adamw.py
+	$(BIN)/python benchmarks/zero_step.py
 	$(BIN)/python benchmarks/linear_cross_entropy.py
 	$(BIN)/python -m pip install -q matplotlib
 	$(BIN)/python benchmarks/train_step.py

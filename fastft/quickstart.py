@@ -128,4 +128,4 @@ def _print(console: Console, report: dict) -> None:
         console.print(f"[bold]{name}:[/bold]")
         console.print(PROMPT + text, markup=False, highlight=False)
     console.print(f"{report['train_seconds']:.0f} s of training, {report['tokens_per_second']:,.0f} tokens/s. Hugging Face folder: {report['model']}",
-                  highlight=False)
+                  highlight=False, soft_wrap=True)

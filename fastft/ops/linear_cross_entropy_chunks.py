@@ -19,11 +19,17 @@ LEAST_ROWS = 512  # of an unasked-for budget: with 131 rows (256k classes in 64 
 SLAB_BYTES = 4 << 20  # of a piece of dW on the CPU: stays in the L2/L3 cache between its GEMM and its addition
 
 
-def rows_per_chunk(rows: int, vocab: int, itemsize: int, device_type: str, chunk_bytes: int | None) -> int:
-    """Rows of each chunk but the last: within the budget, and all of about the same size (oneDNN compiles code per size)."""
+def rows_per_chunk(rows: int, vocab: int, itemsize: int, device_type: str, chunk_bytes: int | None, sum_bytes: int = 0) -> int:
+    """Rows of each chunk but the last: within the budget, and all of about the same size (oneDNN compiles code per size).
+
+    sum_bytes: of the float32 sum that several chunks need for dW and one chunk does not. Where all logits take no more than a chunk and that
+    sum (bfloat16: up to some 2 H rows), one chunk is both smaller and faster, and it is taken unless chunk_bytes forbids it.
+    """
     if chunk_bytes is None:
         budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES_ELSEWHERE)
         most = max(budget // (vocab * itemsize), LEAST_ROWS)
+        if rows * vocab * itemsize <= budget + sum_bytes:
+            most = max(most, rows)
     else:
         most = max(chunk_bytes // (vocab * itemsize), 1)
     chunks = max(-(-rows // most), 1)
@@ -61,7 +67,8 @@ def run(
     if kept is not None and kept.numel() == target.shape[0]:
         kept = None
     count = target.shape[0] if kept is None else kept.numel()
-    size = rows_per_chunk(count, vocab, weight.element_size(), weight.device.type, chunk_bytes)
+    sum_bytes = weight.numel() * _wide(weight.dtype).itemsize if needs[1] and weight.dtype != _wide(weight.dtype) else 0
+    size = rows_per_chunk(count, vocab, weight.element_size(), weight.device.type, chunk_bytes, sum_bytes)
     grads = _Gradients(hidden, weight, bias, hidden2, weight2, needs, sparse=kept is not None, chunks=-(-count // size))
     if kept is not None and loss is not None:
         loss.zero_()
