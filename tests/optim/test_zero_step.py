@@ -38,7 +38,7 @@ CASES += [(2, "bf16", {"state_dtype": "int8"}), (3, "bf16", {"state_dtype": "bf1
 def test_fused_step_is_the_unfused_step(lm_config, tmp_path, world):
     """Stages 1-3, bf16 and fp32, CPU offload, many sub-groups, low-byte state; clipping, decay groups, a schedule: weights, optimizer state, losses, norms."""
     paths, runs = [], []
-    for i, (zero, dtype, deepspeed) in enumerate(CASES):
+    for i, (zero, dtype, deepspeed) in enumerate(CASES if world > 1 else CASES[:3]):  # alone, partitions have no padding and no neighbours
         for fused in (True, False):
             name = f"{i}-z{zero}-{dtype}-{'fused' if fused else 'unfused'}"
             runs.append(name)
