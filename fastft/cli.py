@@ -38,8 +38,11 @@ def evaluate(target: Annotated[str, typer.Argument(help="Run folder (its exporte
     from fastft.evaluate.metrics import evaluate_model, run_config_path
 
     path, is_run = run_config_path(target)
-    extra = [f"model.path={target}/model", "model.init=pretrained", "model.tokenizer=null"] if is_run else []
-    results = evaluate_model(configuration.load(path, extra + (overrides or [])))
+    config = configuration.load(path, overrides or [])
+    if is_run and not any(o.startswith("model.path=") for o in overrides or []):
+        exported = {"path": str(Path(target) / "model"), "init": "pretrained", "tokenizer": None}
+        config = config.model_copy(update={"model": config.model.model_copy(update=exported)})
+    results = evaluate_model(config)
     if as_json:
         print(json.dumps(results))
     for name, metrics in {} if as_json else results.items():
@@ -51,16 +54,21 @@ def predict(model: Annotated[str, typer.Argument(help="Run folder, exported mode
             text: Annotated[Optional[str], typer.Option(help="One text, instead of a file.")] = None,
             column: Annotated[str, typer.Option(help="Column of the text in a data file.")] = "text",
             out: Annotated[Optional[Path], typer.Option(help="Write JSON lines here instead of standard output.")] = None,
-            batch_size: int = 32, max_new_tokens: int = 64, temperature: float = 0.0) -> None:
+            batch_size: Annotated[int, typer.Option(min=1)] = 32, max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+            temperature: Annotated[float, typer.Option(min=0.0)] = 0.0) -> None:
     """Labels (classifiers) or generated text (causal models), a JSON object a line."""
     from fastft.evaluate.predict import predict as run
 
     results = run(model, _texts(source, text, column), batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature)
-    stream = open(out, "w", encoding="utf-8") if out else sys.stdout
-    for record in results:
-        print(json.dumps(record, ensure_ascii=False), file=stream)
-    if out:
-        stream.close()
+    if out is None:
+        for record in results:
+            print(json.dumps(record, ensure_ascii=False))
+        return
+    scratch = out.with_name(out.name + ".tmp")  # the file that is there stays until the new one is whole
+    with open(scratch, "w", encoding="utf-8") as stream:
+        for record in results:
+            print(json.dumps(record, ensure_ascii=False), file=stream)
+    scratch.rename(out)
 
 
 def export(run_dir: Annotated[Path, typer.Argument(help="run.dir of the run.")], to: Annotated[Path, typer.Argument(help="New folder.")],
@@ -87,7 +95,7 @@ def validate(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt
         c = s["counts"]
         table.add_row(name, *(f"{v:,}" for v in (c["rows"], c["empty"], c["truncated"], c["split"], c["dropped"], s["sequences"], s["longest"],
                                                  s["tokens"], s["targets"])))
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)  # a pipe has no width, and numbers must not be cut
     console.print(table)
     console.print(f"{report['steps']:,} steps of {report['sequences_per_step']:,} sequences, at most {report['max_length']:,} tokens each; "
                   f"{report['parameters']:,} parameters, {report['trained']:,} trained."
@@ -131,6 +139,11 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except UserError as e:
         _explain(e)
+        sys.exit(1)
+    except OSError as e:
+        if e.filename is None:
+            raise
+        _explain(UserError(f"{e.filename}: {e.strerror}.", "Check the path, its permissions and the free space."))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -185,7 +198,10 @@ def _texts(source: str | None, text: str | None, column: str):
     if text is not None:
         yield "--text", text
     elif source == "-":
-        yield from ((f"stdin:{n}", line.rstrip("\n")) for n, line in enumerate(sys.stdin, 1) if line.strip())
+        try:
+            yield from ((f"stdin:{n}", line.rstrip("\n")) for n, line in enumerate(sys.stdin, 1) if line.strip())
+        except UnicodeDecodeError as e:
+            raise UserError(f"standard input: {e}.", "It must be UTF-8 text.") from None
     else:
         for where, record in formats.read(Source(path=source)):
             if not isinstance(record.get(column), str):

@@ -66,7 +66,7 @@ class Data(Section):
         if isinstance(data, dict):
             if "train" in data:
                 data["train"] = _sources(data["train"])
-            evals = data.get("eval")
+            evals = {} if data.get("eval", {}) is None else data.get("eval")
             if isinstance(evals, (str, list)):
                 evals = {"eval": evals}
             if isinstance(evals, dict):
@@ -186,6 +186,14 @@ class Config(Section):
             raise ValueError(f"optim.master: {self.optim.master} needs model.dtype: bf16 and parallel.zero: 1, 2 or 3 "
                              f"(here {self.model.dtype} and {self.parallel.zero}): nothing else has weights that it could replace")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, raw: Any):
+        """`loss:` with nothing below it is the section with its defaults."""
+        if isinstance(raw, dict):
+            raw = {key: {} if value is None and key in cls.model_fields and key not in ("version", "task", "model") else value for key, value in raw.items()}
+        return raw
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:

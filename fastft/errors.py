@@ -24,6 +24,8 @@ class UserError(ValueError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that offers the nearest of the known names, or lists them all when none is near."""
     known = sorted(known)
+    if not known:
+        return ""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"Did you mean {near[0]!r}? Known: {', '.join(known)}."

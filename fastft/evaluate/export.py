@@ -28,13 +28,25 @@ def export_checkpoint(run_dir: Path, to: Path, step: int | None, dtype: str | No
     task.load_state(manifest["state"]["task"])
     shape = config.model.model_copy(update={"init": "random"})  # the checkpoint brings the weights
     model, _ = load.build(shape, task.auto_class, (), config.run.seed, **task.model_overrides())
-    return save(model, _weights(path, config.parallel.zero), task, to, dtype or config.model.dtype)
+    state, own = _weights(path, config.parallel.zero), model.state_dict()
+    there = {own[name].data_ptr() for name in state if name in own}  # tied weights stand in a checkpoint once
+    if missing := [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in there]:
+        raise UserError(f"{path}: holds no {', '.join(missing[:5])}.", "Export the run's own folder instead: <run.dir>/model.")
+    return save(model, state, task, to, dtype or config.model.dtype)
 
 
 def _weights(path: Path, stage: int) -> dict[str, torch.Tensor]:
     if stage:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        return get_fp32_state_dict_from_zero_checkpoint(str(path), tag=checkpoint.TAG)
+        state = dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag=checkpoint.TAG))
+        if stage == 3:
+            return state
+        # It knows trained parameters and, but for stage 1, frozen ones; the module's own file has them all.
+        return {**_module(path), **state}
+    return _module(path)
+
+
+def _module(path: Path) -> dict[str, torch.Tensor]:
     # DeepSpeed's file holds its own classes; its hash was verified against our manifest just now
     return torch.load(path / checkpoint.TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]

@@ -45,6 +45,8 @@ def predict(path: str, rows: Iterable[tuple[str, str]], *, batch_size: int = 32,
     rows = iter(rows)
     with torch.inference_mode():
         while chunk := list(islice(rows, batch_size)):
+            if empty := [where for where, text in chunk if not text.strip()]:
+                raise UserError(f"{empty[0]}: the text is empty.", "Remove it, or give it some text.")
             yield from run(model, tokenizer, [text for _, text in chunk], max_new_tokens=max_new_tokens, temperature=temperature)
 
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from fastft.config import Model
 from fastft.errors import UserError
@@ -38,7 +39,7 @@ def _from_pretrained(loader, path: str, what: str, **kwargs):
     check_path(path, what)
     try:
         return loader.from_pretrained(str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as e:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as e:
         if isinstance(e, UserError):
             raise
         reason = str(e).strip().split("\n\n")[0][:600]
@@ -114,7 +115,8 @@ def build(settings: Model, auto_class: str, new_parameters: tuple[str, ...], see
         return model, []
     model, info = _from_pretrained(loader, settings.path, "model", output_loading_info=True, revision=settings.revision, **common)
     missing = sorted(info["missing_keys"])
-    if strange := [name for name in missing if not any(part in name for part in new_parameters)]:
+    # By whole parts of the name: a BERT layer's "output.dense" is not a new head.
+    if strange := [name for name in missing if not set(name.split(".")) & set(new_parameters)]:
         raise UserError(f"model path {settings.path}: the weights of {len(strange)} parameters are missing for {type(model).__name__}: "
                         f"{', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}.",
                         "The folder holds another kind of model; choose the task that fits it, or model.init: random.")

@@ -96,8 +96,8 @@ def linear_cross_entropy(
 def _check(hidden, weight, target, bias, hidden2, weight2, chunk_bytes) -> None:
     if hidden.ndim < 1 or hidden.shape[:-1] != target.shape:
         raise ValueError(f"hidden must be (..., H) and target (...); got {tuple(hidden.shape)} and {tuple(target.shape)}")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(f"weight must be (V, H) = (V > 0, {hidden.shape[-1]}), not {tuple(weight.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
+        raise ValueError(f"weight must be (V, H) = (V > 0, {hidden.shape[-1]} > 0), not {tuple(weight.shape)}")
     if not hidden.is_floating_point():
         raise ValueError(f"hidden must be floating, not {hidden.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -4,7 +4,7 @@ torch.nn.utils.get_total_norm rounds every tensor's norm to the tensor's dtype, 
 first (18 bytes of traffic per bfloat16 element); this reads each element once (2 bytes).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastft.ops import backends, native, triton
 
 
-def sum_squares(tensors: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+def sum_squares(tensors: Iterable[Tensor], *, backend: str | None = None) -> Tensor:
     """Sum of x^2 over every element of every tensor.
 
     tensors  any shapes and strides, float32 or bfloat16 in any mix (float16, float64: reference backend only), on one device. An
@@ -24,6 +24,7 @@ def sum_squares(tensors: Sequence[Tensor], *, backend: str | None = None) -> Ten
 
     Raises ValueError for tensors on several devices or of dtypes that are not floating.
     """
+    tensors = list(tensors)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         if not tensor.is_floating_point():

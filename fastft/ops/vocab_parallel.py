@@ -12,6 +12,9 @@ from fastft.ops import backends
 from fastft.ops.cross_entropy import _bad_row_op, _check, _contiguous_rows, _inverse_denominator, _run, _times, _total
 
 
+_IGNORED = -100  # within a shard: no class there is negative
+
+
 def vocab_parallel_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -90,7 +93,7 @@ class _VocabParallel(torch.autograd.Function):
             loss = loss + smoothing * (lse - x_sum / vocab)
         if ctx.needs_input_grad[0]:
             ctx.now, ctx.rest = gradient_now, (vocab, options, backend)
-            parts = (rows, at, owned, lse_local, lse, factor * valid, x_at)
+            parts = (rows, torch.where(valid, at, _IGNORED), owned, lse_local, lse, factor.expand_as(lse), x_at)
             ctx.save_for_backward(*([_gradient(*parts, *ctx.rest)] if gradient_now else parts))
         return torch.where(valid, factor * loss, 0.0)
 
@@ -105,7 +108,8 @@ class _VocabParallel(torch.autograd.Function):
 
 def _gradient(rows, at, owned, lse_local, lse, factor, x_at, vocab, options, backend) -> Tensor:
     """factor * ((1 + 2 z_loss lse) p_c - (1 - smoothing) [c is the target] - smoothing / vocab), times the cap's slope."""
-    ignore_index, smoothing, z_loss, softcap, logit_scale = options
+    _, smoothing, z_loss, softcap, logit_scale = options
+    valid, at = at != _IGNORED, at.clamp_min(0)
     of_p = factor * (1 + 2 * z_loss * lse)  # (N,)
     share = torch.exp(lse_local - lse)  # of all probability that this rank holds
     target_term = torch.where(owned, (1 - smoothing) * factor, 0.0)
@@ -113,12 +117,13 @@ def _gradient(rows, at, owned, lse_local, lse, factor, x_at, vocab, options, bac
         x = _cap(rows.float() * logit_scale, softcap)
         grad = of_p[:, None] * torch.exp(x - lse[:, None]) - (smoothing / vocab * factor).expand_as(of_p)[:, None]
         grad.scatter_add_(1, at[:, None], -target_term[:, None])
-        return (grad * _slope(x, softcap) * logit_scale).to(rows.dtype)
+        return torch.where(valid[:, None], grad * _slope(x, softcap) * logit_scale, 0.0).to(rows.dtype)
     grad = torch.empty_like(rows)
-    _run(backend, rows, at, None, None, (share * of_p).contiguous(), (ignore_index, 0.0, 0.0, softcap, logit_scale), loss=None, lse=None, grad=grad)
+    target = torch.where(valid, at, _IGNORED)  # the kernel writes zeros there, whatever the logits are
+    _run(backend, rows, target, None, None, (share * of_p).contiguous(), (_IGNORED, 0.0, 0.0, softcap, logit_scale), loss=None, lse=None, grad=grad)
     # The kernel took a whole target off at `at`, also on the ranks that do not hold it: that element again, in float32.
     exact = (of_p * torch.exp(x_at - lse) - target_term) * _slope(x_at, softcap) * logit_scale
-    return grad.scatter_(1, at[:, None], exact.to(grad.dtype)[:, None])
+    return grad.scatter_(1, at[:, None], torch.where(valid, exact, 0.0).to(grad.dtype)[:, None])
 
 
 def _cap(x: Tensor, softcap: float) -> Tensor:

@@ -181,8 +181,8 @@ class Task(ABC):
         return {"task": self.config.task, "code": [self.code_version, __version__], "data": data, "max_length": self.max_length,
                 "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(), "special": {k: str(v) for k, v in tok.special_tokens_map.items()}}
 
-    def read(self, sources: list[Source], columns: list[str], counts: Counts) -> Iterator[tuple[str, dict]]:
-        """Rows with their columns checked; rows without any text are counted and passed over."""
+    def read(self, sources: list[Source], columns: list[str], counts: Counts, texts: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+        """Rows with their columns checked; rows without any text in the first are counted and passed over. texts: columns of text (the first)."""
         for source in sources:
             for where, record in formats.read(source):
                 counts.rows += 1
@@ -190,8 +190,8 @@ class Task(ABC):
                     if column not in record:
                         raise UserError(f"{where}: no column {column!r}.",
                                         f"{did_you_mean(column, record)} Set data.text / data.label to the columns of your data.")
-                if not isinstance(record[columns[0]], str):
-                    raise UserError(f"{where}: column {columns[0]!r} holds {type(record[columns[0]]).__name__}, not text: {record[columns[0]]!r}.")
+                for column in texts or columns[:1]:
+                    _check_text(where, column, record[column])
                 if not record[columns[0]].strip():
                     counts.empty += 1
                     continue
@@ -236,6 +236,15 @@ class Metrics(ABC):
     @staticmethod
     @abstractmethod
     def finish(states: list) -> dict[str, float]: ...
+
+
+def _check_text(where: str, column: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: column {column!r} holds {type(value).__name__}, not text: {value!r}.", "Mend or remove the row.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where}: column {column!r} holds half a character ({e.object[e.start]!r} at position {e.start}).", "Mend the row.") from None
 
 
 def counts_dict(counts: Counts) -> dict:

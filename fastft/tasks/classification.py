@@ -1,5 +1,6 @@
 """Text classification, single- or multi-label, one text or a pair, with encoder or decoder models."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,19 @@ class Classification(Task):
     (n, classes) float32 of 0 and 1 when multi_label. meta["labels"] holds the names, in index order."""
 
     auto_class = "AutoModelForSequenceClassification"
-    new_parameters = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "dense", "out_proj")
+    new_parameters = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "logits_proj")
 
     def __init__(self, config):
         super().__init__(config)
         if config.data.overlength == "split":
             raise UserError("data.overlength: split makes no sense for classification (a label belongs to the whole text).",
                             "Choose truncate, drop or error.")
+        loss = config.loss
+        if config.data.multi_label and (loss.label_smoothing or loss.z_loss):
+            raise UserError("loss.label_smoothing and loss.z_loss belong to a softmax; with data.multi_label every label has a loss of its own.",
+                            "Remove them.")
+        if loss.implementation == "linear_cross_entropy":
+            raise UserError("loss.implementation: linear_cross_entropy is for language models; a classifier's logits are few.", "Remove it.")
         self.labels: list[str] | None = self._labels_file()
 
     def _labels_file(self) -> list[str] | None:
@@ -68,7 +75,8 @@ class Classification(Task):
         tokens = RaggedWriter(folder, "tokens")
         segments = RaggedWriter(folder, "segments") if data.text_pair else None
         found: list[tuple[str, list[str]]] = []
-        for chunk in self.chunks(self.read(sources, columns, counts)):
+        texts = [data.text] + ([data.text_pair] if data.text_pair else [])
+        for chunk in self.chunks(self.read(sources, columns, counts, texts)):
             encoded = self._encode([r for _, r in chunk])
             for i, (where, record) in enumerate(chunk):
                 row = self._fit(where, record, {column: values[i] for column, values in encoded.items()}, counts)
@@ -91,7 +99,7 @@ class Classification(Task):
         texts = [r[self.config.data.text] for r in records]
         if self.config.data.text_pair is None:
             return self.tokenizer(texts, verbose=False, **truncation)
-        pairs = [r[self.config.data.text_pair] or "" for r in records]
+        pairs = [r[self.config.data.text_pair] for r in records]
         return self.tokenizer(texts, pairs, verbose=False, return_token_type_ids=True, **truncation)
 
     def _fit(self, where: str, record: dict, row: dict[str, list[int]], counts: Counts) -> dict[str, list[int]] | None:
@@ -108,7 +116,7 @@ class Classification(Task):
 
     def _labels_of(self, where: str, value: object) -> list[str]:
         """The label names of a cell: one, or any number when multi_label."""
-        if value is None or (value == "" and not self.config.data.multi_label):
+        if value is None or value != value or (value == "" and not self.config.data.multi_label):  # None, NaN, empty
             raise UserError(f"{where}: the label is empty.", "Every row needs a label; remove the row or mend it.")
         if not self.config.data.multi_label:
             if isinstance(value, (list, dict)):
@@ -120,7 +128,8 @@ class Classification(Task):
 
     def _indices(self, found: list[tuple[str, list[str]]], names: list[str]) -> np.ndarray:
         index = {name: i for i, name in enumerate(names)}
-        if self.config.data.labels is not None:  # a file of names: rows may hold 0-based indices into it
+        # A file of names: rows may hold 0-based indices into it, unless a name is a number itself and 1 could mean either.
+        if self.config.data.labels is not None and not any(map(_is_number, names)):
             index = {**{str(i): i for i in range(len(names))}, **index}
         out = np.zeros((len(found), len(names)), dtype=np.float32) if self.config.data.multi_label else np.zeros(len(found), dtype=np.int64)
         for row, (where, labels) in enumerate(found):
@@ -137,6 +146,8 @@ class Classification(Task):
     def train_split(self) -> Split:
         split = super().train_split()
         self.labels = split.data.meta["labels"]
+        if not self.labels:
+            raise UserError(f"data.train: no row of {len(split)} has a label.", "Set data.label to the column of the labels.")
         if len(self.labels) < 2 and not self.config.data.multi_label:
             raise UserError(f"data.train: all {len(split)} rows have the same label {self.labels[0]!r}.", "Classification needs at least two.")
         return split
@@ -224,4 +235,8 @@ def _name(value: object) -> str:
 def _label_names(found: list[tuple[str, list[str]]]) -> list[str]:
     """All labels, sorted; numerically when all are whole numbers, so that index and name agree."""
     names = {label for _, labels in found for label in labels}
-    return sorted(names, key=int) if all(n.lstrip("-").isdigit() for n in names) else sorted(names)
+    return sorted(names, key=int) if all(map(_is_number, names)) else sorted(names)
+
+
+def _is_number(name: str) -> bool:
+    return re.fullmatch("-?[0-9]+", name) is not None

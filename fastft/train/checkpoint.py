@@ -67,8 +67,12 @@ def find(folder: Path, step: int | None = None) -> tuple[Path, dict]:
     problems = []
     for candidate in [step] if step is not None else reversed(known):
         path = folder / f"step-{candidate}"
-        manifest = json.loads((path / "MANIFEST.json").read_text())
-        if (problem := _damage(path, manifest)) is None:
+        try:
+            manifest = json.loads((path / "MANIFEST.json").read_text())
+            problem = _damage(path, manifest)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            problem = f"{path / 'MANIFEST.json'} is damaged."
+        if problem is None:
             return path, manifest
         problems.append(problem)
     raise UserError(f"{folder}: no usable checkpoint. {' '.join(problems)}".strip(), "Start the run anew with `fastft train`.")
@@ -79,7 +83,11 @@ def load(engine, path: Path, manifest: dict, ranks: Ranks) -> dict:
     if manifest["world_size"] != ranks.world:
         raise UserError(f"{path}: was written by {manifest['world_size']} ranks, this run has {ranks.world}.",
                         f"Resume with {manifest['world_size']} ranks, or export the model and start from it.")
-    loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
+    try:
+        loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
+    except (RuntimeError, KeyError, ValueError, FileNotFoundError) as e:
+        raise UserError(f"{path}: does not fit this run's model or settings: {str(e).strip()[:300]}",
+                        "Resume with the configuration that the run began with (config.yaml in its folder).") from None
     if loaded is None:
         raise UserError(f"{path}: DeepSpeed could not load it.", "See the log above.")
     rng = torch.load(path / f"rng-{ranks.rank}.pt", weights_only=True)

@@ -126,10 +126,13 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
             extra = json.loads(Path(extra).read_text())
         except (OSError, json.JSONDecodeError) as e:
             raise UserError(f"parallel.deepspeed: {extra}: {e}", "Give a JSON file of DeepSpeed settings, or write them as a mapping.") from None
+    if not isinstance(extra, dict | None):
+        raise UserError(f"parallel.deepspeed: a {type(extra).__name__}, not a mapping of DeepSpeed settings.")
     for key, value in (extra or {}).items():
         if key in OWNED:
             raise UserError(f"parallel.deepspeed: {key!r} follows from the rest of the configuration.", "Remove it there; set batch, optim or model instead.")
         if key == "zero_optimization":
+            _check_zero(value)
             if value.get("stage", zero) != zero:
                 raise UserError(f"parallel.deepspeed: zero_optimization.stage = {value['stage']} contradicts parallel.zero = {zero}.", "Set parallel.zero.")
             if value.get("elastic_checkpoint") and config.optim.state_dtype == "int8":
@@ -139,6 +142,17 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
         else:
             settings[key] = value
     return settings
+
+
+def _check_zero(value: object) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    if not isinstance(value, dict):
+        raise UserError(f"parallel.deepspeed: zero_optimization is a {type(value).__name__}, not a mapping.")
+    try:
+        DeepSpeedZeroConfig(**value)
+    except ValueError as e:  # pydantic's, which names the keys
+        raise UserError(f"parallel.deepspeed: zero_optimization: {e}", "DeepSpeed's documentation lists its keys.") from None
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> FusedAdamW:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 
 import fastft
 from fastft import config as configuration
@@ -30,6 +31,10 @@ from fastft.train.engine import Ranks, Stepper
 from fastft.train.evaluation import evaluate
 from fastft.train.signals import StopRequest
 from fastft.train.telemetry import Telemetry
+
+
+# What a resumed run may not change: the sample order and the layout of the state depend on it.
+SETTLED = ("task", "batch.size", "batch.global_tokens", "data.seed", "model.dtype", "parallel.zero", "optim.state_dtype", "optim.master")
 
 
 class Interrupted(Exception):
@@ -88,9 +93,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     if config.run.offline:
         load.go_offline()
     ranks = engine.environment(config)
-    if not resume and (run_dir / "metrics.jsonl").exists() and not overwrite:
-        raise UserError(f"run.dir: {run_dir} already holds a run.",
-                        f"Go on with `fastft resume {run_dir}`, choose another run.dir, or start over with --overwrite.")
+    if not resume:
+        _check_run_dir(run_dir, config, overwrite)
     task = TASKS.get(config.task)(config)
     split, evals = task.train_split(), task.eval_splits()  # all tokenising is done before there is a process group
     schedule = Schedule.of(config, len(split), task.max_length)
@@ -231,13 +235,28 @@ class _Run:
         if manifest["state"]["data"] != self.split.data.key:
             raise UserError(f"{path}: the training data, tokenizer or data settings changed since this checkpoint.",
                             "Put the old data back, or start a new run from the exported model.")
+        self._check_same_run(path, manifest["state"])
         state = checkpoint.load(self.engine, path, manifest, self.ranks)
         self.step, self.skipped_in_a_row, self.skipped_total = state["step"], state["skipped_in_a_row"], state["skipped_total"]
+
+    def _check_same_run(self, path: Path, state: dict) -> None:
+        """Refuse settings under which the rest would not be the rest of this run."""
+        before = yaml.safe_load(state["config"])
+        for key in SETTLED:
+            section, _, name = key.rpartition(".")
+            then, now = (c[section].get(name) if section else c.get(name) for c in (before, self.config.model_dump(mode="json")))
+            if then != now:
+                raise UserError(f"{path}: was written with {key} = {then}, this run has {now}.",
+                                f"Resume with {key}={then}, or start a new run from the exported model.")
+        if state["step"] > self.schedule.total:
+            raise UserError(f"{path}: is at step {state['step']}, the run would end at {self.schedule.total}.", "Raise train.steps or train.epochs.")
 
     def _finish(self) -> dict:
         if not self.metrics:
             self._evaluate()
         folder = export.save_engine(self.engine, self.task, Path(self.config.run.dir) / "model", self.config.model.dtype, self.ranks)
+        if self.ranks.main:
+            _drop_old(Path(self.config.run.dir))
         summary = {"step": self.step, "model": str(folder), "eval": self.metrics, **self.throughput.overall(self.ranks)}
         self.log.record("end", **summary)
         return summary
@@ -293,14 +312,43 @@ def _sum_over_ranks(values: list[float], ranks: Ranks) -> list[float]:
     return total.tolist()
 
 
+OF_A_RUN = ("checkpoints", "model", "metrics.jsonl", "config.yaml")  # what a run writes into its folder, beside prepared data
+
+
+def _check_run_dir(run_dir: Path, config: Config, overwrite: bool) -> None:
+    """A new run may take an empty folder, or with --overwrite that of an older run; never anybody else's files."""
+    there = [name for name in OF_A_RUN if (run_dir / name).exists()]
+    if "metrics.jsonl" not in there:
+        if there:
+            raise UserError(f"run.dir: {run_dir} holds {', '.join(there)}, but is not the folder of a run.", "Choose another run.dir; nothing was touched.")
+        return
+    if not overwrite:
+        raise UserError(f"run.dir: {run_dir} already holds a run.",
+                        f"Go on with `fastft resume {run_dir}`, choose another run.dir, or start over with --overwrite.")
+    inputs = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer, "data.labels": config.data.labels}
+    inputs |= {f"data.train[{i}]": s.path for i, s in enumerate(config.data.train)}
+    inputs |= {f"data.eval.{name}": s.path for name, sources in config.data.eval.items() for s in sources}
+    for key, path in inputs.items():
+        if path and Path(path).exists() and run_dir.resolve() in Path(path).resolve().parents:
+            raise UserError(f"{key}: {path} lies in run.dir, which --overwrite starts over.", "Choose another run.dir, or copy it out first.")
+
+
 def _claim(run_dir: Path, config: Config, resume: bool) -> None:
-    """Take the run folder, now that nothing is left to refuse: clear what an overwritten run left, keep the whole configuration."""
+    """Take the run folder, now that nothing is left to refuse: keep the whole configuration, put an overwritten run aside until this one is done."""
     run_dir.mkdir(parents=True, exist_ok=True)
     if not resume:
-        for old in ("checkpoints", "model"):
-            shutil.rmtree(run_dir / old, ignore_errors=True)
-        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+        _drop_old(run_dir)
+        for name in OF_A_RUN:
+            if (run_dir / name).exists():
+                (run_dir / name).rename(run_dir / f"{name}.old")
     (run_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+
+
+def _drop_old(run_dir: Path) -> None:
+    """Remove what an overwritten run left aside."""
+    for name in OF_A_RUN:
+        old = run_dir / f"{name}.old"
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
 
 def _record(config: Config, ranks: Ranks, split: Split, evals: dict[str, Split], schedule: Schedule, model: torch.nn.Module, frozen: int,

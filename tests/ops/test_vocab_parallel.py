@@ -70,6 +70,14 @@ ignored = torch.full((2,), -100)
 loss = vocab_parallel_cross_entropy(logits.requires_grad_(), ignored)
 loss.backward()
 assert loss == 0 and (logits.grad == 0).all()
+bad = torch.zeros(4, 5)
+bad[0] = -torch.inf
+bad[1, 2], bad[2, 0] = torch.inf, torch.nan
+for more in ({}, {"label_smoothing": 0.1}):
+    bad.grad = None
+    only = torch.tensor([-100, -100, -100, 3])
+    vocab_parallel_cross_entropy(bad.requires_grad_(), only, **more).backward()
+    assert bad.grad.isfinite().all() and (bad.grad[:3] == 0).all() and (bad.grad[3] != 0).all(), "ignored rows' logits reach the gradient"
 dist.destroy_process_group()
 """
 

@@ -3,6 +3,7 @@
 A new format is one file here that registers a ``read(path, source)``; import it below.
 """
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,5 +49,5 @@ def read(source: Source) -> Iterator[tuple[str, Record]]:
                             f"Set format to one of: {', '.join(FORMATS.names())}.")
         try:
             yield from FORMATS.get(name)(path, source)
-        except (OSError, EOFError, UnicodeDecodeError) as e:  # truncated gzip, not UTF-8, no permission
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:  # truncated gzip, not UTF-8, no permission
             raise UserError(f"{path}: cannot be read as {name}: {e}", "Files must be UTF-8 text, or gzip of it.") from None

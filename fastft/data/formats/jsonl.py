@@ -14,6 +14,8 @@ def read(path, source):
                 continue
             try:
                 record = json.loads(line)
+            except RecursionError:
+                raise UserError(f"{path}:{number}: nested too deeply.", "Mend or remove this line.") from None
             except json.JSONDecodeError as e:
                 raise UserError(f"{path}:{number}: broken JSON: {e.msg} at column {e.colno}: {line[max(0, e.pos - 30):e.pos + 30].strip()!r}",
                                 "Each line must be one JSON object; mend or remove this line.") from None
