@@ -100,6 +100,8 @@ def prepare(folder: Path, key: str, sources: list[str], build: Callable[[Path], 
     with open(folder.with_name(folder.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (problem := check(folder, key)) is not None:
+            if folder.exists() and any(p.suffix not in (".npy", ".bin", ".json") for p in folder.iterdir()):
+                raise UserError(f"{folder}: is where prepared data goes, but holds other files.", "Choose another data.cache; nothing was touched.")
             scratch = folder.with_name(folder.name + ".tmp")
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()

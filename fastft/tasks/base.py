@@ -163,6 +163,8 @@ class Task(ABC):
 
     def split(self, name: str, sources: list[Source], training: bool) -> Split:
         """Prepare (or reopen) a split; empty ones are errors."""
+        if "/" in name or "\\" in name:
+            raise UserError(f"data.eval: {name.removeprefix('eval-')!r} is no name for a set: it becomes a folder's name.", "Use a name without slashes.")
         cache = Path(self.config.data.cache or Path(self.config.run.dir) / "prepared")
         files = [str(f) for source in sources for f in formats.files_of(source)]
         key = digest([self.preparation_key(training), [s.model_dump(exclude={"path"}) for s in sources], [_file_key(f) for f in files]])

@@ -336,16 +336,23 @@ def _check_run_dir(run_dir: Path, config: Config, overwrite: bool) -> None:
 def _claim(run_dir: Path, config: Config, resume: bool) -> None:
     """Take the run folder, now that nothing is left to refuse: keep the whole configuration, put an overwritten run aside until this one is done."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        _drop_old(run_dir)
-        for name in OF_A_RUN:
-            if (run_dir / name).exists():
-                (run_dir / name).rename(run_dir / f"{name}.old")
+    if not resume and (run_dir / "metrics.jsonl").exists():
+        failed_before = (run_dir / "metrics.jsonl.old").exists()  # then what lies aside is the last good run, and stays
+        for name in filter(lambda n: (run_dir / n).exists(), OF_A_RUN):
+            path, aside = run_dir / name, run_dir / f"{name}.old"
+            if not failed_before:
+                path.rename(aside)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     (run_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
 
 
 def _drop_old(run_dir: Path) -> None:
     """Remove what an overwritten run left aside."""
+    if not (run_dir / "metrics.jsonl.old").exists():
+        return  # nothing of ours
     for name in OF_A_RUN:
         old = run_dir / f"{name}.old"
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
