@@ -1,3 +1,3 @@
-from fastft.cli import main
+from fastft.cli import command
 
-main()
+command()

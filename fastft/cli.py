@@ -1,5 +1,7 @@
 """The command line: a table of verbs."""
 
+import atexit
+import errno
 import json
 import os
 import sys
@@ -11,7 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastft import __version__, config as configuration
-from fastft.errors import UserError
+from fastft.errors import Interrupted, UserError
+from fastft.files import replacing
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # Python names no file where a write fails
 
 ConfigArg = Annotated[Path, typer.Argument(help="Configuration file (YAML).")]
 OverridesArg = Annotated[Optional[list[str]], typer.Argument(help="Overrides, such as optim.lr=2e-5.")]
@@ -52,23 +57,57 @@ def evaluate(target: Annotated[str, typer.Argument(help="Run folder (its exporte
 def predict(model: Annotated[str, typer.Argument(help="Run folder, exported model folder, or hub id.")],
             source: Annotated[Optional[str], typer.Argument(help="Data file; - reads lines from standard input.")] = None,
             text: Annotated[Optional[str], typer.Option(help="One text, instead of a file.")] = None,
-            column: Annotated[str, typer.Option(help="Column of the text in a data file.")] = "text",
+            pair: Annotated[Optional[str], typer.Option(help="The second text, for models of text pairs.")] = None,
+            column: Annotated[Optional[str], typer.Option(help="Column of the text; default: the run's data.text, or 'text'.")] = None,
+            pair_column: Annotated[Optional[str], typer.Option(help="Column of the second text; default: the run's data.text_pair.")] = None,
+            format: Annotated[str, typer.Option(help="txt, jsonl, csv, tsv, parquet, hf; auto goes by the name.")] = "auto",
+            split: Annotated[Optional[str], typer.Option(help="Split of a saved DatasetDict.")] = None,
+            documents: Annotated[str, typer.Option(help="txt: blank_line, line or file ends a document.")] = "line",
+            header: Annotated[Optional[str], typer.Option(help="csv/tsv without a header line: its columns, separated by commas.")] = None,
+            quoting: Annotated[str, typer.Option(help="csv/tsv: standard, or none: quote characters are text.")] = "standard",
             out: Annotated[Optional[Path], typer.Option(help="Write JSON lines here instead of standard output.")] = None,
+            max_length: Annotated[Optional[int], typer.Option(min=2, help="Classifiers: longest text in tokens; default: the run's.")] = None,
             batch_size: Annotated[int, typer.Option(min=1)] = 32, max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
             temperature: Annotated[float, typer.Option(min=0.0)] = 0.0) -> None:
     """Labels (classifiers) or generated text (causal models), a JSON object a line."""
     from fastft.evaluate.predict import predict as run
 
-    results = run(model, _texts(source, text, column), batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature)
+    if (source is None) == (text is None):
+        raise UserError("Give either a data file or --text.", "For example: fastft predict runs/x --text 'My card was stolen'")
+    settings = Path(model) / "config.yaml"
+    data = configuration.load(settings).data if (Path(model) / "model").is_dir() and settings.is_file() else configuration.Data()
+    if text is not None:
+        rows = [("--text", text, pair)]
+    elif source == "-":
+        rows = _lines()
+    else:
+        wanted = {"path": source, "format": format, "split": split, "documents": documents, "header": header and header.split(","), "quoting": quoting}
+        rows = _rows(configuration.section(configuration.Source, wanted, "fastft predict"), column or data.text, pair_column or data.text_pair)
+    results = run(model, rows, batch_size=batch_size, max_length=max_length or data.max_length, max_new_tokens=max_new_tokens, temperature=temperature)
     if out is None:
         for record in results:
             print(json.dumps(record, ensure_ascii=False))
         return
-    scratch = out.with_name(out.name + ".tmp")  # the file that is there stays until the new one is whole
-    with open(scratch, "w", encoding="utf-8") as stream:
+    with replacing(out) as scratch, open(scratch, "w", encoding="utf-8") as stream:
         for record in results:
             print(json.dumps(record, ensure_ascii=False), file=stream)
-    scratch.rename(out)
+
+
+def _lines():
+    try:
+        yield from ((f"stdin:{n}", line.rstrip("\n"), None) for n, line in enumerate(sys.stdin, 1) if line.strip())
+    except UnicodeDecodeError as e:
+        raise UserError(f"standard input: {e}.", "It must be UTF-8 text.") from None
+
+
+def _rows(source: configuration.Source, column: str, pair_column: str | None):
+    from fastft.data import formats
+
+    for where, record in formats.read(source):
+        for name, option in ((column, "--column"), (pair_column, "--pair-column")):
+            if name is not None and not isinstance(record.get(name), str):
+                raise UserError(f"{where}: no text in column {name!r}.", f"Columns: {', '.join(record)}. Set {option}.")
+        yield where, record[column], record[pair_column] if pair_column else None
 
 
 def export(run_dir: Annotated[Path, typer.Argument(help="run.dir of the run.")], to: Annotated[Path, typer.Argument(help="New folder.")],
@@ -141,12 +180,41 @@ def main(arguments: list[str] | None = None) -> None:
         _explain(e)
         sys.exit(1)
     except OSError as e:
-        if e.filename is None:
+        if e.filename is None and e.errno not in DISK:
             raise
-        _explain(UserError(f"{e.filename}: {e.strerror}.", "Check the path, its permissions and the free space."))
+        _explain(UserError(f"{e.filename or 'Standard output or a file of the run'}: {e.strerror}.", "Check the path, its permissions and the free space."))
         sys.exit(1)
+    except Interrupted as e:
+        print(e, file=sys.stderr)
+        sys.exit(e.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def command() -> None:
+    """``main`` as a process of its own."""
+    try:
+        main()
+    except SystemExit as e:
+        leave(e.code or 0)
+
+
+def leave(code: int) -> None:
+    """End this process at once, with its exit handlers run and its output written.
+
+    Gloo's threads outlive their process group wherever something (DeepSpeed, a graph) still holds it. Such a thread, letting go of a tensor
+    while the interpreter shuts down, ends the process with an abort ("terminate called without an active exception"): a good run would
+    report failure. Seen with torch 2.13 on every second exit of ranks that had just gathered.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as e:
+            code = code or 1
+            if stream is sys.stdout:
+                print(f"error: standard output: {e.strerror}.", file=sys.stderr)
+    os._exit(code)
 
 
 def _common(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
@@ -173,13 +241,10 @@ def _explain(error: UserError) -> None:
 
 def _run(config: configuration.Config, **how) -> None:
     from fastft.train.engine import stop_process_group
-    from fastft.train.loop import Interrupted, train as run
+    from fastft.train.loop import train as run
 
     try:
         result = run(config, **how)
-    except Interrupted as e:
-        print(e, file=sys.stderr)
-        raise typer.Exit(e.exit_code) from None
     finally:
         stop_process_group()
     if os.environ["RANK"] != "0":
@@ -187,23 +252,3 @@ def _run(config: configuration.Config, **how) -> None:
     for name, metrics in result["eval"].items():
         print(f"{name}: " + "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
     print(f"{result['step']} steps, {result['tokens_per_second']:,.0f} tokens/s. Model: {result['model']}")
-
-
-def _texts(source: str | None, text: str | None, column: str):
-    from fastft.config import Source
-    from fastft.data import formats
-
-    if (source is None) == (text is None):
-        raise UserError("Give either a data file or --text.", "For example: fastft predict runs/x --text 'My card was stolen'")
-    if text is not None:
-        yield "--text", text
-    elif source == "-":
-        try:
-            yield from ((f"stdin:{n}", line.rstrip("\n")) for n, line in enumerate(sys.stdin, 1) if line.strip())
-        except UnicodeDecodeError as e:
-            raise UserError(f"standard input: {e}.", "It must be UTF-8 text.") from None
-    else:
-        for where, record in formats.read(Source(path=source)):
-            if not isinstance(record.get(column), str):
-                raise UserError(f"{where}: no text in column {column!r}.", f"Columns: {', '.join(record)}. Set --column.")
-            yield where, record[column]

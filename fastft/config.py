@@ -5,18 +5,21 @@ Field descriptions are the documentation: ``fastft config schema`` prints them a
 
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastft.errors import UserError, did_you_mean
 
+# PyYAML lets through what int(), datetime() and Python's stack say of a value; UnicodeDecodeError is a ValueError.
+BROKEN_YAML = (yaml.YAMLError, ValueError, RecursionError)
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Path_ = str  # paths stay strings: they may be hub ids, and they go back into YAML
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Model(Section):
@@ -55,10 +58,10 @@ class Data(Section):
     text_pair: str | None = Field(None, description="classification: column of a second text.")
     label: str = Field("label", description="classification: column of the label(s).")
     multi_label: bool = Field(False, description="classification: any number of labels per row.")
-    label_separator: str = Field(",", description="multi_label: what separates labels in a string cell.")
+    label_separator: str = Field(",", min_length=1, description="multi_label: what separates labels in a string cell.")
     labels: Path_ | None = Field(None, description="File with one label name per line; data may then hold names or 0-based indices.")
     cache: Path_ | None = Field(None, description="Where prepared data goes; default: <run.dir>/prepared.")
-    seed: int = Field(17, ge=0, description="Seed of the sample order.")
+    seed: int = Field(17, ge=0, lt=1 << 63, description="Seed of the sample order.")
 
     @model_validator(mode="before")
     @classmethod
@@ -102,7 +105,7 @@ class Batch(Section):
 class Optim(Section):
     name: Literal["fused_adamw"] = Field("fused_adamw", description="The optimizer.")
     lr: float = Field(2e-5, gt=0, description="Peak learning rate.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's decay rates.")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay; never on biases and norms (parameters of fewer than two dimensions).")
     schedule: Literal["linear", "cosine", "constant", "wsd"] = Field("linear", description="Learning-rate schedule after the warm-up.")
@@ -132,8 +135,8 @@ class Loss(Section):
 
 
 class Train(Section):
-    epochs: float | None = Field(None, gt=0, description="Passes over the training data; 1 when steps is not given either.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; instead of epochs.")
+    epochs: float | None = Field(None, gt=0, le=1e6, description="Passes over the training data; 1 when steps is not given either.")
+    steps: int | None = Field(None, ge=1, le=10**12, description="Optimizer steps; instead of epochs.")
     eval_every: int | None = Field(None, ge=1, description="Evaluate every N steps (and always at the end); null: only at the end.")
     log_every: int = Field(10, ge=1, description="Telemetry every N steps.")
     max_skipped: int = Field(10, ge=0, description="Stop after more than this many consecutive steps skipped for NaN or Inf gradients.")
@@ -159,7 +162,7 @@ class Checkpoint(Section):
 
 class Run(Section):
     dir: Path_ = Field("runs/default", description="Folder of this run: checkpoints, metrics.jsonl, model/.")
-    seed: int = Field(17, ge=0, description="Seed of weights and dropout.")
+    seed: int = Field(17, ge=0, lt=1 << 63, description="Seed of weights and dropout.")
     offline: bool = Field(False, description="Never ask the hub.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when there is one.")
     threads: int | None = Field(None, ge=1, description="CPU threads per rank; default: the cores, divided among the ranks of this node.")
@@ -210,7 +213,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         raise UserError(f"{path}: no such configuration file.", near)
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except BROKEN_YAML as e:
         raise UserError(f"{path}: not valid YAML: {e}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of sections, got {type(raw).__name__}.", "See configs/ for examples.")
@@ -221,8 +224,13 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
 
 def validate(raw: dict, where: str = "config") -> Config:
     """Validate a plain mapping. UserError lists every mistake, one line each."""
+    return section(Config, raw, where)
+
+
+def section(kind: type[Section], raw: dict, where: str) -> Any:
+    """One section of a configuration from a plain mapping; errors as in ``validate``."""
     try:
-        return Config.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as e:
         lines = [_explain(error, raw) for error in e.errors()]
         raise UserError(f"{where}: {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(f"  {line}" for line in lines),
@@ -234,6 +242,21 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def absolute(config: Config) -> Config:
+    """The configuration with every local path in full, so that it means the same from any working directory."""
+    raw = config.model_dump(mode="json")
+    model, data = raw["model"], raw["data"]
+    holders = [(model, "path"), (model, "tokenizer"), (data, "labels"), (raw["parallel"], "deepspeed")]
+    holders += [(source, "path") for source in [*data["train"], *(s for sources in data["eval"].values() for s in sources)]]
+    for holder, key in holders:
+        if isinstance(holder[key], str) and Path(holder[key]).exists():  # a hub id does not
+            holder[key] = str(Path(holder[key]).absolute())
+    for holder, key in ((data, "cache"), (raw["run"], "dir")):
+        if holder[key] is not None:
+            holder[key] = str(Path(holder[key]).absolute())
+    return Config.model_validate(raw)
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """yaml.SafeLoader that refuses a key written twice (YAML itself would keep the last in silence), and reads 2e-5 as a number."""
 
@@ -241,6 +264,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (dict, list, set)):
+                raise yaml.constructor.ConstructorError(None, None, f"a {type(key).__name__} stands where a key belongs (a template's braces?)",
+                                                        key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
@@ -261,7 +287,7 @@ def _apply_override(raw: dict, override: str) -> None:
         raise UserError(f"Override {override!r} is not of the form section.key=value.", "For example: optim.lr=2e-5")
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as e:
+    except BROKEN_YAML as e:
         raise UserError(f"Override {override!r}: the value is not valid YAML: {e}") from None
     *parents, last = key.split(".")
     node = raw

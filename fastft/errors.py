@@ -1,6 +1,7 @@
-"""The one error class for everything a user did or can mend; the command line prints it on one screen, without a traceback."""
+"""What the command line ends with: a mistake that a user can mend (one screen, no traceback), or a signal."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -19,6 +20,14 @@ class UserError(ValueError):
         self.message = message
         self.hint = hint
         super().__init__(f"{message}\n{hint}" if hint else message)
+
+
+class Interrupted(Exception):
+    """A signal ended the run early; the checkpoint is written. ``exit_code`` is the shell's convention, 128 + signal."""
+
+    def __init__(self, signum: int, step: int, run_dir: str):
+        self.exit_code = 128 + signum
+        super().__init__(f"{signal.Signals(signum).name}: saved at step {step} and stopped. Go on with: fastft resume {run_dir}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

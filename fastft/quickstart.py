@@ -53,7 +53,7 @@ def quickstart(run_dir: Path, configs: Path) -> dict:
     before = evaluate_model(domain)
     console.print("2. the same model is adapted to the domain", style="bold")
     second = train(domain, overwrite=True)
-    samples = {name: next(predict(folder, [("prompt", PROMPT)], max_new_tokens=48, temperature=0.7))["generated"]
+    samples = {name: next(predict(folder, [("prompt", PROMPT, None)], max_new_tokens=48, temperature=0.7))["generated"]
                for name, folder in (("before", first["model"]), ("after", second["model"]))}
     report = {"before": before, "after": second["eval"], "samples": samples, "model": second["model"],
               "train_seconds": first["train_seconds"] + second["train_seconds"], "tokens_per_second": second["tokens_per_second"]}

@@ -7,13 +7,13 @@ A folder holds ``<column>.npy`` (one value per row), or ``<column>.values.bin`` 
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from fastft.errors import UserError
+from fastft.files import replacing
 
 FORMAT = 1
 RAGGED_DTYPE = np.dtype("<i4")  # token ids and piece indices
@@ -100,16 +100,21 @@ def prepare(folder: Path, key: str, sources: list[str], build: Callable[[Path], 
     with open(folder.with_name(folder.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (problem := check(folder, key)) is not None:
-            if folder.exists() and any(p.suffix not in (".npy", ".bin", ".json") for p in folder.iterdir()):
+            if not _may_replace(folder):
                 raise UserError(f"{folder}: is where prepared data goes, but holds other files.", "Choose another data.cache; nothing was touched.")
-            scratch = folder.with_name(folder.name + ".tmp")
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            meta = build(scratch)
-            _write_manifest(scratch, key, sources, meta, why=problem)
-            shutil.rmtree(folder, ignore_errors=True)
-            scratch.rename(folder)
+            with replacing(folder) as scratch:
+                scratch.mkdir()
+                meta = build(scratch)
+                _write_manifest(scratch, key, sources, meta, why=problem)
         return Prepared(folder)
+
+
+def _may_replace(folder: Path) -> bool:
+    """Whether this is prepared data, or nothing at all."""
+    if not folder.exists():
+        return True
+    files = list(folder.iterdir())
+    return not files or ((folder / "MANIFEST.json").is_file() and all(f.is_file() and f.suffix in (".npy", ".bin", ".json") for f in files))
 
 
 def check(folder: Path, key: str) -> str | None:
@@ -158,9 +163,7 @@ def _write_manifest(folder: Path, key: str, sources: list[str], meta: dict, why:
     for path in sorted(folder.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     manifest = {"format": FORMAT, "key": key, "sources": sources, "made_because": why, "meta": meta, "files": files}
-    scratch = folder / "MANIFEST.json.tmp"
-    with open(scratch, "w") as f:
+    with open(folder / "MANIFEST.json", "w") as f:  # the whole folder takes its place at once
         json.dump(manifest, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
-    scratch.rename(folder / "MANIFEST.json")

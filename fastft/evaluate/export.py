@@ -1,5 +1,7 @@
 """`fastft export`: a Hugging Face folder from a training checkpoint, without a process group."""
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ def export_checkpoint(run_dir: Path, to: Path, step: int | None, dtype: str | No
     if to.exists():
         raise UserError(f"{to}: exists already.", "Choose another folder, or remove it.")
     config = configuration.load(run_dir / "config.yaml")
-    path, manifest = checkpoint.find(run_dir / "checkpoints", step)
+    path, manifest, _ = checkpoint.find(run_dir / "checkpoints", step)
     task = TASKS.get(config.task)(config)
     task.load_state(manifest["state"]["task"])
     shape = config.model.model_copy(update={"init": "random"})  # the checkpoint brings the weights
@@ -39,7 +41,8 @@ def _weights(path: Path, stage: int) -> dict[str, torch.Tensor]:
     if stage:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        state = dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag=checkpoint.TAG))
+        with redirect_stdout(sys.stderr):  # it prints as it goes
+            state = dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag=checkpoint.TAG))
         if stage == 3:
             return state
         # It knows trained parameters and, but for stage 1, frozen ones; the module's own file has them all.

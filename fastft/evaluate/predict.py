@@ -11,7 +11,7 @@ from fastft.errors import UserError
 from fastft.models import load
 
 
-def predict(path: str, rows: Iterable[tuple[str, str]], *, batch_size: int = 32, max_new_tokens: int = 64, temperature: float = 0.0,
+def predict(path: str, rows: Iterable[tuple[str, str, str | None]], *, batch_size: int = 32, max_length: int | None = None, max_new_tokens: int = 64, temperature: float = 0.0,
             seed: int = 17) -> Iterator[dict]:
     """One record per row, in order.
 
@@ -19,9 +19,11 @@ def predict(path: str, rows: Iterable[tuple[str, str]], *, batch_size: int = 32,
     ----------
     path : str
         An exported model folder, a run folder, or a hub id.
-    rows : iterable of (where, text)
+    rows : iterable of (where, text, second text or None)
+    max_length : int, optional
+        Classifiers: longer texts are cut to so many tokens, and say so; default: the model's limit, at most 1024, as in training.
     temperature : float
-        0: the likeliest token; otherwise sampling at this temperature (causal models).
+        0: the likeliest token; otherwise sampling at this temperature, at least 0.01 (causal models).
 
     Yields
     ------
@@ -29,6 +31,8 @@ def predict(path: str, rows: Iterable[tuple[str, str]], *, batch_size: int = 32,
         Classification: ``text``, ``label`` and ``scores`` (label -> probability; with several labels per text ``labels`` instead
         of ``label``), ``truncated`` when the text was cut to the model's limit. Causal models: ``text``, ``generated``.
     """
+    if 0 < temperature < 0.01:
+        raise UserError(f"temperature {temperature}: sampling below 0.01 overflows.", "0 takes the likeliest token.")
     if (Path(path) / "model" / "config.json").is_file():
         path = str(Path(path) / "model")
     settings = Model(path=path)
@@ -45,16 +49,20 @@ def predict(path: str, rows: Iterable[tuple[str, str]], *, batch_size: int = 32,
     rows = iter(rows)
     with torch.inference_mode():
         while chunk := list(islice(rows, batch_size)):
-            if empty := [where for where, text in chunk if not text.strip()]:
+            if empty := [where for where, text, _ in chunk if not text.strip()]:
                 raise UserError(f"{empty[0]}: the text is empty.", "Remove it, or give it some text.")
-            yield from run(model, tokenizer, [text for _, text in chunk], max_new_tokens=max_new_tokens, temperature=temperature)
+            yield from run(model, tokenizer, [text for _, text, _ in chunk], [pair for _, _, pair in chunk], max_length=max_length, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
-def _classify(model, tokenizer, texts: list[str], **_) -> Iterator[dict]:
-    limit = load.length_limit(model.config)
-    encoded = tokenizer(texts, verbose=False)
+def _classify(model, tokenizer, texts: list[str], pairs: list[str | None], max_length: int | None, **_) -> Iterator[dict]:
+    limit = min(x for x in (load.length_limit(model.config), max_length or 1024) if x is not None)
+    if None in pairs and any(pairs):
+        raise UserError("Some rows have a second text and others none.", "Give every row one, or none.")
+    both = (texts,) if None in pairs else (texts, pairs)
+    encoded = tokenizer(*both, verbose=False)
     full = [len(ids) for ids in encoded["input_ids"]]
-    inputs = tokenizer(texts, padding=True, truncation=limit is not None, max_length=limit, return_tensors="pt").to(model.device)
+    segments = len(both) == 2 and load.takes(model, "token_type_ids")
+    inputs = tokenizer(*both, padding=True, truncation=True, max_length=limit, return_tensors="pt", return_token_type_ids=segments).to(model.device)
     logits = model(**inputs).logits.float()
     many = model.config.problem_type == "multi_label_classification"
     probabilities = (logits.sigmoid() if many else logits.softmax(-1)).cpu()
@@ -62,10 +70,12 @@ def _classify(model, tokenizer, texts: list[str], **_) -> Iterator[dict]:
     for text, length, row in zip(texts, full, probabilities.tolist(), strict=True):
         scores = {names[i]: p for i, p in sorted(enumerate(row), key=lambda pair: -pair[1])}
         record = {"text": text, **({"labels": [n for n, p in scores.items() if p > 0.5]} if many else {"label": next(iter(scores))}), "scores": scores}
-        yield {**record, "truncated": True} if limit is not None and length > limit else record
+        yield {**record, "truncated": True} if length > limit else record
 
 
-def _generate(model, tokenizer, texts: list[str], max_new_tokens: int, temperature: float) -> Iterator[dict]:
+def _generate(model, tokenizer, texts: list[str], pairs: list[str | None], max_new_tokens: int, temperature: float, **_) -> Iterator[dict]:
+    if any(pair is not None for pair in pairs):
+        raise UserError("A causal model continues one text.", "Leave --pair and --pair-column out.")
     tokenizer.padding_side = "left"
     inputs = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False).to(model.device)
     width, limit = inputs["input_ids"].shape[1], load.length_limit(model.config)

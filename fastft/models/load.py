@@ -1,5 +1,6 @@
 """Models and tokenizers through transformers' Auto classes, with every failure turned into a sentence."""
 
+import inspect
 import os
 from pathlib import Path
 
@@ -80,6 +81,11 @@ def length_limit(model_config) -> int | None:
             # RoBERTa numbers positions from padding_idx + 1
             return value - text.pad_token_id - 1 if text.model_type in ("roberta", "xlm-roberta", "camembert") else value
     return None
+
+
+def takes(model: torch.nn.Module, name: str) -> bool:
+    """Whether the model's forward has an argument of this name (DistilBERT has no token_type_ids)."""
+    return name in inspect.signature(model.forward).parameters
 
 
 def build(settings: Model, auto_class: str, new_parameters: tuple[str, ...], seed: int, **overrides):

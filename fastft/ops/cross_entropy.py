@@ -92,6 +92,16 @@ def bad_target(device: torch.device | str) -> int:
     return -1 if flag is None else int(flag.item())
 
 
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory (True also for layouts that interleave without sharing)."""
+    extent = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+        if stride < extent:
+            return True
+        extent += (size - 1) * stride
+    return False
+
+
 def _check(logits, target, weight, token_weight, label_smoothing, reduction, softcap, inplace) -> None:
     if logits.ndim < 1 or logits.shape[:-1] != target.shape:
         raise ValueError(
@@ -105,6 +115,8 @@ def _check(logits, target, weight, token_weight, label_smoothing, reduction, sof
     check_options(logits, target, logits.shape[-1], weight, token_weight, label_smoothing, reduction, softcap)
     if inplace and reduction == "none":
         raise ValueError('inplace=True needs reduction "mean" or "sum": with "none" the gradient is known only in the backward')
+    if inplace and _overlaps(logits):
+        raise ValueError("inplace=True needs logits whose elements have memory of their own; these are expanded or overlapping: pass logits.contiguous()")
     if inplace and logits.is_leaf and logits.requires_grad:
         raise ValueError("inplace=True would overwrite a leaf that requires grad")
 

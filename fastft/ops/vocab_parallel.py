@@ -98,6 +98,7 @@ class _VocabParallel(torch.autograd.Function):
         return torch.where(valid, factor * loss, 0.0)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
         if ctx.now:  # grad_loss is one number, expanded by the sum over rows
             (grad,) = ctx.saved_tensors

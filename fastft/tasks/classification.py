@@ -11,6 +11,7 @@ from fastft.config import Source
 from fastft.data.formats.base import open_text
 from fastft.data.prepared import Prepared, RaggedWriter
 from fastft.errors import UserError, did_you_mean
+from fastft.models import load
 from fastft.ops import cross_entropy
 from fastft.tasks.base import TASKS, Batch, Counts, Metrics, Split, Task, counts_dict
 
@@ -44,8 +45,11 @@ class Classification(Task):
         path = Path(self.config.data.labels)
         if not path.is_file():
             raise UserError(f"data.labels: no such file: {path}.", "One label name per line.")
-        with open_text(path) as f:
-            names = [line.strip() for line in f if line.strip()]
+        try:
+            with open_text(path) as f:
+                names = [line.strip() for line in f if line.strip()]
+        except (OSError, EOFError, UnicodeDecodeError) as e:
+            raise UserError(f"data.labels: {path}: {e}", "It must be UTF-8 text, one label name per line.") from None
         if not names:
             raise UserError(f"data.labels: {path} is empty.", "One label name per line.")
         if twice := {n for n in names if names.count(n) > 1}:
@@ -60,9 +64,8 @@ class Classification(Task):
 
     def state_of_model(self) -> dict:
         names = [self.model_config.id2label[i] for i in range(len(self.model_config.id2label))]
-        trained = any("ForSequenceClassification" in a for a in self.model_config.architectures or [])
-        if not trained or all(name.startswith("LABEL_") for name in names):
-            raise UserError(f"model path {self.config.model.path}: is not a trained classifier that names its labels.",
+        if not any("ForSequenceClassification" in a for a in self.model_config.architectures or []):
+            raise UserError(f"model path {self.config.model.path}: is not a trained classifier.",
                             "Give a model that fastft exported (<run.dir>/model), or train one first.")
         return {"labels": names}
 
@@ -124,12 +127,16 @@ class Classification(Task):
             return [_name(value)]
         if isinstance(value, str):
             value = [part.strip() for part in value.split(self.config.data.label_separator) if part.strip()]
-        return [_name(v) for v in (value if isinstance(value, list) else [value])]
+        labels = value if isinstance(value, list) else [value]
+        if wrong := [v for v in labels if v is None or v != v or isinstance(v, (list, dict))]:
+            raise UserError(f"{where}: {wrong[0]!r} among the labels is no label.", "A label is a string or a number; mend or remove the row.")
+        return [_name(v) for v in labels]
 
     def _indices(self, found: list[tuple[str, list[str]]], names: list[str]) -> np.ndarray:
         index = {name: i for i, name in enumerate(names)}
         # A file of names: rows may hold 0-based indices into it, unless a name is a number itself and 1 could mean either.
-        if self.config.data.labels is not None and not any(map(_is_number, names)):
+        nameless = all(name == f"LABEL_{i}" for i, name in enumerate(names))  # as transformers calls the classes of a model that names none
+        if nameless or (self.config.data.labels is not None and not any(map(_is_number, names))):
             index = {**{str(i): i for i in range(len(names))}, **index}
         out = np.zeros((len(found), len(names)), dtype=np.float32) if self.config.data.multi_label else np.zeros(len(found), dtype=np.int64)
         for row, (where, labels) in enumerate(found):
@@ -157,6 +164,9 @@ class Classification(Task):
         return {"num_labels": len(self.labels), "id2label": dict(enumerate(self.labels)), "label2id": {n: i for i, n in enumerate(self.labels)},
                 "problem_type": kind, "pad_token_id": self.tokenizer.pad_token_id}
 
+    def check_model(self, model: torch.nn.Module, device: torch.device) -> None:
+        self.takes_segments = load.takes(model, "token_type_ids")
+
     def describe(self, data: Prepared) -> tuple[np.ndarray, np.ndarray]:
         return data["tokens"].lengths(), np.ones(len(data["tokens"]))
 
@@ -170,7 +180,7 @@ class Classification(Task):
             tokens[r, : len(row)] = row
             mask[r, : len(row)] = 1
         inputs = {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask)}
-        if "segments" in data.columns:
+        if "segments" in data.columns and self.takes_segments:
             segments = np.zeros((len(rows), width), dtype=np.int64)
             for r, i in enumerate(ids):
                 segments[r, : len(data["segments"][int(i)])] = data["segments"][int(i)]
@@ -239,4 +249,4 @@ def _label_names(found: list[tuple[str, list[str]]]) -> list[str]:
 
 
 def _is_number(name: str) -> bool:
-    return re.fullmatch("-?[0-9]+", name) is not None
+    return re.fullmatch("-?[0-9]{1,18}", name) is not None

@@ -6,7 +6,7 @@ which happens before anything in it is unpickled.
 """
 
 import json
-import os
+import logging
 import random
 import shutil
 from pathlib import Path
@@ -17,7 +17,10 @@ import torch.distributed as dist
 
 from fastft.data.prepared import sha256_file
 from fastft.errors import UserError
+from fastft.files import fsync, replacing
 from fastft.train.engine import Ranks
+
+log = logging.getLogger(__name__)
 
 TAG = "deepspeed"
 
@@ -35,12 +38,12 @@ def save(engine, folder: Path, step: int, state: dict, ranks: Ranks, keep: int) 
     if ranks.main:
         files = {}
         for path in sorted(p for p in scratch.rglob("*") if p.is_file()):
-            _fsync(path)
+            fsync(path)
             files[str(path.relative_to(scratch))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         _write_json(scratch / "MANIFEST.json", {"step": step, "world_size": ranks.world, "state": state, "files": files})
         shutil.rmtree(final, ignore_errors=True)
         scratch.rename(final)
-        _fsync(folder)
+        fsync(folder)
         _write_json(folder / "LATEST", {"step": step})
         _prune(folder, keep)
     dist.barrier()
@@ -53,8 +56,8 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in found if name.isdigit())
 
 
-def find(folder: Path, step: int | None = None) -> tuple[Path, dict]:
-    """The newest checkpoint that verifies (or the one of ``step``), with its manifest.
+def find(folder: Path, step: int | None = None) -> tuple[Path, dict, list[str]]:
+    """The newest checkpoint that verifies (or the one of ``step``), its manifest, and what is wrong with those passed over (also logged).
 
     Raises
     ------
@@ -73,7 +76,9 @@ def find(folder: Path, step: int | None = None) -> tuple[Path, dict]:
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             problem = f"{path / 'MANIFEST.json'} is damaged."
         if problem is None:
-            return path, manifest
+            for passed_over in problems:
+                log.warning("%s Going back to %s.", passed_over, path)
+            return path, manifest, problems
         problems.append(problem)
     raise UserError(f"{folder}: no usable checkpoint. {' '.join(problems)}".strip(), "Start the run anew with `fastft train`.")
 
@@ -129,17 +134,6 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    with open(scratch, "w") as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    scratch.rename(path)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=1))
+        fsync(scratch)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fastft.config import Config
-from fastft.errors import UserError
+from fastft.errors import UserError, did_you_mean
 from fastft.optim import FusedAdamW, set_offset, zero_step
 from fastft.optim.groups import parameter_groups
 
@@ -88,7 +88,7 @@ def start_process_group() -> None:
 
 
 def stop_process_group() -> None:
-    """Leave the process group; without it gloo's threads are still running at exit, which ends some processes with an abort."""
+    """Leave the process group."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -123,8 +123,8 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
     extra = config.parallel.deepspeed
     if isinstance(extra, str):
         try:
-            extra = json.loads(Path(extra).read_text())
-        except (OSError, json.JSONDecodeError) as e:
+            extra = json.loads(Path(extra).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as e:  # ValueError: broken JSON, not UTF-8, a number too long
             raise UserError(f"parallel.deepspeed: {extra}: {e}", "Give a JSON file of DeepSpeed settings, or write them as a mapping.") from None
     if not isinstance(extra, dict | None):
         raise UserError(f"parallel.deepspeed: a {type(extra).__name__}, not a mapping of DeepSpeed settings.")
@@ -132,7 +132,8 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
         if key in OWNED:
             raise UserError(f"parallel.deepspeed: {key!r} follows from the rest of the configuration.", "Remove it there; set batch, optim or model instead.")
         if key == "zero_optimization":
-            _check_zero(value)
+            if not isinstance(value, dict):
+                raise UserError(f"parallel.deepspeed: zero_optimization is a {type(value).__name__}, not a mapping.")
             if value.get("stage", zero) != zero:
                 raise UserError(f"parallel.deepspeed: zero_optimization.stage = {value['stage']} contradicts parallel.zero = {zero}.", "Set parallel.zero.")
             if value.get("elastic_checkpoint") and config.optim.state_dtype == "int8":
@@ -141,18 +142,46 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
             settings[key] = {**value, "stage": zero}
         else:
             settings[key] = value
+    if extra:
+        _check_deepspeed(settings)
     return settings
 
 
-def _check_zero(value: object) -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+def _check_deepspeed(settings: dict) -> None:
+    """Let DeepSpeed read the settings, and refuse what it refuses, and every key that it did not ask for (it would ignore it in silence)."""
+    from deepspeed.runtime.config import DeepSpeedConfig
 
-    if not isinstance(value, dict):
-        raise UserError(f"parallel.deepspeed: zero_optimization is a {type(value).__name__}, not a mapping.")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    read = _Asked({key: value for key, value in settings.items() if key != "train_batch_size"})  # which hangs on the number of ranks
     try:
-        DeepSpeedZeroConfig(**value)
-    except ValueError as e:  # pydantic's, which names the keys
-        raise UserError(f"parallel.deepspeed: zero_optimization: {e}", "DeepSpeed's documentation lists its keys.") from None
+        DeepSpeedConfig(read)
+    except Exception as e:  # pydantic's, DeepSpeed's own, and whatever a value of the wrong type runs into
+        raise UserError(f"parallel.deepspeed: {e}", "DeepSpeed's documentation lists its keys.") from None
+    if unknown := sorted(set(read) - read.asked):
+        raise UserError(f"parallel.deepspeed: DeepSpeed knows no {', '.join(unknown)}.", did_you_mean(unknown[0], read.asked))
+
+
+class _Asked(dict):
+    """A dict that remembers which keys it was asked for."""
+
+    def __init__(self, values: dict):
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def __copy__(self) -> "_Asked":
+        return self
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> FusedAdamW:
@@ -176,6 +205,8 @@ def build_engine(model: torch.nn.Module, optimizer: FusedAdamW, settings: dict, 
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 1:
         engine.enable_backward_allreduce = False  # one rank: it would flatten and copy every gradient to reduce it with nobody
+    if engine.zero_optimization_stage() == 3:
+        _clear_padding(engine.optimizer)
     _set_offsets(engine)
     reason = "parallel.fused_step: false"
     if fused_step:
@@ -184,6 +215,20 @@ def build_engine(model: torch.nn.Module, optimizer: FusedAdamW, settings: dict, 
             log.warning("ZeRO step not fused: %s", reason)
     engine.fastft_step = f"unfused: {reason}" if reason else "fused"
     return engine
+
+
+def _clear_padding(zero) -> None:
+    """Zero what pads the last shards of stage 3: DeepSpeed leaves it as the memory was found (NaN, at times), and it goes into checkpoints."""
+    for flat, params in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+        before = 0
+        for param in params:
+            size = param.partition_numel()
+            padding = slice(min(max(param.ds_numel - size * param.ds_zero_partition_rank, 0), size), size)
+            if param.ds_tensor.numel() == size:  # elsewhere (NVMe) it is not here to be mended
+                param.ds_tensor[padding].zero_()
+            if flat.numel() >= before + size:
+                flat.data[before:before + size][padding].zero_()
+            before += size
 
 
 def _set_offsets(engine) -> None:

@@ -1,12 +1,12 @@
 """Export to a Hugging Face folder: safetensors weights, config, tokenizer; written aside, reloaded, compared, then put in place."""
 
-import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from fastft.errors import UserError
+from fastft.files import replacing
 from fastft.models.load import DTYPES
 from fastft.tasks import Task
 from fastft.train.engine import Ranks
@@ -32,20 +32,26 @@ def save(model: torch.nn.Module, state: dict[str, torch.Tensor], task: Task, fol
     UserError
         What was read back differs from what was written (a failing disk, or weights that the model class does not save).
     """
-    scratch = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
     state = {name: tensor.detach().to("cpu", DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype).contiguous() for name, tensor in state.items()}
-    model.save_pretrained(scratch, state_dict=state)
-    task.tokenizer.save_pretrained(scratch)
-    _compare(scratch, state, model)
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    if bad := [name for name, _ in model.named_parameters() if name in state and not state[name].isfinite().all()]:
+        raise UserError(f"{folder}: not written: {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} hold NaN or Inf.",
+                        "The training diverged; export an older checkpoint with `fastft export --step`.")
+    with replacing(folder) as scratch:
+        model.save_pretrained(scratch, state_dict=dict(state))  # which takes tensors out of the mapping that it is given
+        task.tokenizer.save_pretrained(scratch)
+        _compare(scratch, state, model)
     return folder
 
 
 def _compare(folder: Path, state: dict[str, torch.Tensor], model: torch.nn.Module) -> None:
     """Reload through the model's own class and compare every tensor, bit for bit."""
-    reloaded = type(model).from_pretrained(folder, dtype="auto").state_dict()
-    for name, tensor in state.items():
-        if name not in reloaded or not torch.equal(reloaded[name], tensor):
-            raise UserError(f"{folder}: {name} read back differs from what was exported.", "The training checkpoint is intact; export again with `fastft export`.")
+    loaded, info = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
+    reloaded = loaded.state_dict()
+    wrong = [name for name, tensor in state.items() if name not in reloaded or not _same_bits(reloaded[name], tensor)] + sorted(info["missing_keys"])
+    if wrong:
+        raise UserError(f"{folder}: {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''} read back differ from what was exported.",
+                        "The training checkpoint is intact; export again with `fastft export`.")
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))

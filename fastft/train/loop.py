@@ -3,7 +3,6 @@
 import math
 import platform
 import shutil
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ import fastft
 from fastft import config as configuration
 from fastft.config import Config
 from fastft.data import batches, order
-from fastft.errors import UserError
+from fastft.errors import Interrupted, UserError
 from fastft.models import load
 from fastft.ops import backends
 from fastft.optim import FusedAdamW
@@ -35,14 +34,6 @@ from fastft.train.telemetry import Telemetry
 
 # What a resumed run may not change: the sample order and the layout of the state depend on it.
 SETTLED = ("task", "batch.size", "batch.global_tokens", "data.seed", "model.dtype", "parallel.zero", "optim.state_dtype", "optim.master")
-
-
-class Interrupted(Exception):
-    """A signal ended the run early; the checkpoint is written. ``exit_code`` is the shell's convention, 128 + signal."""
-
-    def __init__(self, signum: int, step: int, run_dir: str):
-        self.exit_code = 128 + signum
-        super().__init__(f"{signal.Signals(signum).name}: saved at step {step} and stopped. Go on with: fastft resume {run_dir}")
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
             _claim(run_dir, config, resume)
         log = run.log = Telemetry(run_dir, ranks.main, schedule.total)
         cleanup.callback(log.close)
-        log.record("run", zero_step=model_engine.fastft_step,
+        log.record("run", zero_step=model_engine.fastft_step, passed_over=run.passed_over,
                    **_record(config, ranks, split, evals, schedule, model, frozen, drawn, settled, run.step))
         return run.loop()
 
@@ -135,6 +126,7 @@ class _Run:
         self.metrics: dict[str, dict[str, float]] = {}
         self.throughput = _Throughput()
         self.chosen: list | dict = []
+        self.passed_over: list[str] = []  # damaged checkpoints, newer than the one resumed from
 
     def loop(self) -> dict:
         self.engine.train()
@@ -231,7 +223,7 @@ class _Run:
             self.log.record("checkpoint", step=self.step, path=str(path))
 
     def resume(self) -> None:
-        path, manifest = checkpoint.find(self.folder)
+        path, manifest, self.passed_over = checkpoint.find(self.folder)
         if manifest["state"]["data"] != self.split.data.key:
             raise UserError(f"{path}: the training data, tokenizer or data settings changed since this checkpoint.",
                             "Put the old data back, or start a new run from the exported model.")
@@ -346,7 +338,7 @@ def _claim(run_dir: Path, config: Config, resume: bool) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-    (run_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+    (run_dir / "config.yaml").write_text(configuration.dump(configuration.absolute(config)), encoding="utf-8")
 
 
 def _drop_old(run_dir: Path) -> None:

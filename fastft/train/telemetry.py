@@ -13,7 +13,7 @@ class Telemetry:
     """
 
     def __init__(self, folder: Path, main: bool, total_steps: int = 0, show: bool = True):
-        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8") if main else None
+        self.file = _append(folder / "metrics.jsonl") if main else None
         self.bar = _Bar(total_steps) if main and show else None
 
     def record(self, kind: str, **fields) -> None:
@@ -67,14 +67,30 @@ class _Bar:
 
 
 def read(folder: Path) -> list[dict]:
-    """All whole records of a run (a line cut short by a kill is passed over)."""
+    """The records of a run, a step once: what a resumed run did again stands in the file twice, and here as it was done last.
+
+    A line cut short by a kill is passed over.
+    """
     records = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if record.get("kind") == "run":
+            records = [r for r in records if r.get("step", 0) <= record["start_step"]]
+        records.append(record)
     return records
+
+
+def _append(path: Path):
+    file = open(path, "a+b")
+    if file.tell():
+        file.seek(-1, 2)
+        if file.read(1) != b"\n":  # a kill cut the last line short: the next one must not join it
+            file.write(b"\n")
+    file.close()
+    return open(path, "a", encoding="utf-8")
 
 
 def _finite(value):

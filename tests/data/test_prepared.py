@@ -33,7 +33,7 @@ def test_same_key_is_reused_another_is_built(tmp_path):
     assert len(calls) == 2
 
 
-def test_a_cut_file_or_a_lost_manifest_is_built_again(tmp_path):
+def test_a_cut_file_is_built_again_and_what_has_no_manifest_is_not_ours(tmp_path):
     folder = tmp_path / "d"
     prepare(folder, "k", [], build)
     (folder / "tokens.values.bin").write_bytes(b"")
@@ -41,9 +41,15 @@ def test_a_cut_file_or_a_lost_manifest_is_built_again(tmp_path):
     assert list(prepare(folder, "k", [], build)["tokens"][0]) == [1, 2, 3]
     (folder / "MANIFEST.json").unlink()
     assert check(folder, "k") == "not there"
-    prepare(folder, "k", [], build)
+    with pytest.raises(UserError, match="holds other files"):
+        prepare(folder, "k", [], build)
     (folder / "MANIFEST.json").write_text("{")
     assert check(folder, "k") == "manifest is broken"
+    prepare(folder, "k", [], build)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        prepare(folder, "another", [], build)
+    assert (folder / "notes.txt").exists() and check(folder, "k") is None
 
 
 def test_a_failed_build_leaves_nothing_that_looks_done(tmp_path):

@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import nn
 
+from fastft.cli import leave
+
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 97,
          "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SEQ2SEQ = {"vocab_size": 97, "d_model": 32, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
@@ -116,6 +118,7 @@ def main(out: str) -> None:
         with open(out, "w") as file:
             json.dump(found, file)
     torch.distributed.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

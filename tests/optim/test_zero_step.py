@@ -73,6 +73,7 @@ def test_checkpoints_interchange(lm_config, tmp_path, zero):
 
 NAN = """
 import os, torch
+from fastft.cli import leave
 from fastft import config as configuration
 from fastft.optim import FusedAdamW, zero_step
 from fastft.train import engine
@@ -115,6 +116,7 @@ step(built, x)  # DeepSpeed's own step works
 zero_step.METHODS[name].append("a_method_that_is_gone")
 assert "not the one the fused step was tested with" in zero_step.why_not(built.optimizer, built.optimizer.optimizer)
 torch.distributed.destroy_process_group()
+leave(0)
 """
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fastft import config as configuration
+from fastft.cli import leave
 from fastft.train import engine, loop
 from fastft.train.loop import Schedule
 
@@ -56,3 +57,4 @@ if __name__ == "__main__":
         for path in arguments[1:]:
             gradients(Path(arguments[0]), Path(path))
     dist.destroy_process_group()
+    leave(0)

@@ -23,9 +23,18 @@ def read(path, source):
         if source.split not in data:
             raise UserError(f"{path}: no split {source.split!r}.", did_you_mean(source.split, data))
         data = data[source.split]
-    names = {name: feature for name, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)}
+    classes = {}  # column -> its ClassLabel; also where every row holds a list of them
+    for name, feature in data.features.items():
+        inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
+        if isinstance(inner, datasets.ClassLabel):
+            classes[name] = inner
     for row, record in enumerate(data):
-        for name, feature in names.items():  # class indices become the names that the data set gives them
-            if record[name] is not None and record[name] >= 0:
-                record[name] = feature.int2str(record[name])
+        for name, feature in classes.items():  # class indices become the names that the data set gives them
+            value = record[name]
+            record[name] = [_class_name(feature, v) for v in value] if isinstance(value, list) else _class_name(feature, value)
         yield f"{path}:row {row + 1}", record
+
+
+def _class_name(feature, index: int | None) -> str | None:
+    """None for a missing label, which ``datasets`` writes as None or -1."""
+    return None if index is None or index < 0 else feature.int2str(index)

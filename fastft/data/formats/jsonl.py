@@ -16,7 +16,9 @@ def read(path, source):
                 record = json.loads(line)
             except RecursionError:
                 raise UserError(f"{path}:{number}: nested too deeply.", "Mend or remove this line.") from None
-            except json.JSONDecodeError as e:
+            except ValueError as e:
+                if not isinstance(e, json.JSONDecodeError):  # Python refuses to read an integer of thousands of digits
+                    raise UserError(f"{path}:{number}: {e}.", "Mend or remove this line.") from None
                 raise UserError(f"{path}:{number}: broken JSON: {e.msg} at column {e.colno}: {line[max(0, e.pos - 30):e.pos + 30].strip()!r}",
                                 "Each line must be one JSON object; mend or remove this line.") from None
             if not isinstance(record, dict):
