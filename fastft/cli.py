@@ -156,20 +156,56 @@ def quickstart(run_dir: Annotated[Path, typer.Option(help="Folder for corpus, ru
     run(run_dir, configs)
 
 
+def launch(arguments: Annotated[list[str], typer.Argument(help="train CONFIG [OVERRIDES...] or resume RUN_DIR.")],
+           nproc: Annotated[Optional[int], typer.Option(min=1, help="Ranks on this machine; default: its GPUs, or 1.")] = None,
+           hostfile: Annotated[Optional[Path], typer.Option(help="Many hosts: lines of `name slots=N`.")] = None,
+           master_addr: Annotated[Optional[str], typer.Option(help="The first host's address for the others; default: what its name means here.")] = None,
+           master_port: Annotated[Optional[int], typer.Option(min=1, max=65535, help="Default: a free one.")] = None,
+           max_restarts: Annotated[int, typer.Option(min=0, help="Restarts without a newer checkpoint in between before giving up.")] = 3,
+           backoff: Annotated[float, typer.Option(min=0.0, help="Seconds before the first restart; doubles.")] = 5.0,
+           watchdog: Annotated[float, typer.Option(min=0.0, help="Seconds without a step after which a run counts as hung; 0: never.")] = 600.0,
+           dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands, start nothing.")] = False) -> None:
+    """Train on many ranks, here or on the hosts of a file: all end together, and go on from the newest checkpoint after a failure."""
+    from fastft.launch import hostfile as hosts_of, launcher
+
+    if hostfile is not None and nproc is not None:
+        raise UserError("--hostfile and --nproc exclude each other.", "The host file's slots say how many ranks a host has.")
+    hosts = hosts_of.read(hostfile) if hostfile else [hosts_of.Host("localhost", nproc or _gpus() or 1)]
+    plan = launcher.plan(arguments, hosts, _run_dir_of(arguments), master_addr=master_addr, master_port=master_port, max_restarts=max_restarts,
+                         backoff=backoff, watchdog=watchdog)
+    if dry_run:
+        print("\n".join(launcher.describe(plan)))
+        return
+    raise typer.Exit(launcher.launch(plan))
+
+
+def _gpus() -> int:
+    """GPUs of this machine, without importing torch."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def _run_dir_of(arguments: list[str]) -> Path:
+    verb, *rest = arguments
+    given = [a for a in rest if not a.startswith("-")]
+    if verb not in ("train", "resume") or not given:
+        raise UserError(f"fastft launch: {' '.join(arguments)}: starts `train CONFIG` or `resume RUN_DIR`.", "For example: fastft launch --nproc 8 train config.yaml")
+    return Path(given[0]) if verb == "resume" else Path(configuration.load(given[0], given[1:]).run.dir)
+
+
 def schema() -> None:
     """The configuration's JSON Schema: every key, its type, default and meaning."""
     print(json.dumps(configuration.Config.model_json_schema(), indent=2))
 
 
 VERBS = {"train": train, "resume": resume, "eval": evaluate, "predict": predict, "export": export, "validate": validate, "doctor": doctor,
-         "quickstart": quickstart}
+         "quickstart": quickstart, "launch": launch}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a verb; a UserError becomes one screen and exit code 1, a signal 128 + its number."""
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fine-tune language models at the hardware's limit.")
     for name, function in VERBS.items():
-        app.command(name)(function)
+        app.command(name, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False} if name == "launch" else None)(function)
     config_app = typer.Typer(help="About the configuration file.", no_args_is_help=True)
     config_app.command("schema")(schema)
     app.add_typer(config_app, name="config")
@@ -193,6 +229,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def command() -> None:
     """``main`` as a process of its own."""
+    if "FASTFT_AGENT" in os.environ:
+        from fastft.launch.rank import settle
+
+        settle()
     try:
         main()
     except SystemExit as e:
@@ -231,6 +271,8 @@ def _common(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def _explain(error: UserError) -> None:
+    if os.environ.get("FASTFT_MISTAKE"):  # tells the launcher that another try would meet the same
+        Path(os.environ["FASTFT_MISTAKE"]).write_text(str(error), encoding="utf-8")
     console = Console(stderr=True, soft_wrap=True)
     rank = os.environ.get("RANK", "0")
     console.print(f"error{'' if rank == '0' else f' (rank {rank})'}: ", style="bold red", end="")

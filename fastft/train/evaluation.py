@@ -1,5 +1,6 @@
 """Evaluation of a split by all ranks together."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,10 +14,11 @@ from fastft.train.engine import Ranks
 WINDOW = 1024  # sequences planned at a time: enough to sort by length, small enough for the planner's quadratic cost
 
 
-def evaluate(model: torch.nn.Module, task: Task, split: Split, ranks: Ranks) -> dict[str, float]:
+def evaluate(model: torch.nn.Module, task: Task, split: Split, ranks: Ranks, beat: Callable[[], None] = lambda: None) -> dict[str, float]:
     """The task's metrics over every sequence of the split, the same numbers on every rank.
 
     ``model`` is anything callable as the Hugging Face model is: the model itself, or the DeepSpeed engine around it.
+    ``beat`` is called after every batch.
     """
     was_training = model.training
     model.eval()
@@ -29,6 +31,7 @@ def evaluate(model: torch.nn.Module, task: Task, split: Split, ranks: Ranks) -> 
             if i + 1 < len(plan):
                 coming = ahead.submit(task.collate, split, plan[i + 1])
             task.forward_metrics(model, batch, metrics)
+            beat()
     model.train(was_training)
     states = [metrics.state()]
     if ranks.world > 1:

@@ -28,6 +28,7 @@ from fastft.tasks import TASKS, Batch, Split, Task
 from fastft.train import checkpoint, engine, export
 from fastft.train.engine import Ranks, Stepper
 from fastft.train.evaluation import evaluate
+from fastft.train.heartbeat import Heartbeat
 from fastft.train.signals import StopRequest
 from fastft.train.telemetry import Telemetry
 
@@ -125,6 +126,7 @@ class _Run:
         self.step, self.skipped_in_a_row, self.skipped_total = 0, 0, 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.throughput = _Throughput()
+        self.heart = Heartbeat()
         self.chosen: list | dict = []
         self.passed_over: list[str] = []  # damaged checkpoints, newer than the one resumed from
 
@@ -139,6 +141,7 @@ class _Run:
                 loss = self._optimizer_step(step_batches, denominator)
                 self.step += 1
                 self._after_step(loss)
+                self.heart.beat(self.step)
         return self._finish()
 
     def _optimizer_step(self, step_batches: list[Batch], denominator: float) -> torch.Tensor:
@@ -211,7 +214,7 @@ class _Run:
     def _evaluate(self) -> None:
         with self.throughput.paused():
             for name, split in self.evals.items():
-                self.metrics[name] = evaluate(self.engine, self.task, split, self.ranks)
+                self.metrics[name] = evaluate(self.engine, self.task, split, self.ranks, lambda: self.heart.beat(self.step))
                 self.log.record("eval", step=self.step, set=name, **self.metrics[name])
                 self.log.say(f"step {self.step}  {name}: " + "  ".join(f"{k} {v:.4g}" for k, v in self.metrics[name].items()))
 
@@ -246,6 +249,7 @@ class _Run:
     def _finish(self) -> dict:
         if not self.metrics:
             self._evaluate()
+        self.heart.rest()
         folder = export.save_engine(self.engine, self.task, Path(self.config.run.dir) / "model", self.config.model.dtype, self.ranks)
         if self.ranks.main:
             _drop_old(Path(self.config.run.dir))

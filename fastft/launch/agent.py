@@ -1,0 +1,210 @@
+"""One host's ranks: started, watched and ended together.
+
+``python -m fastft.launch.agent`` runs on every host. The launcher speaks to it through its standard input, one JSON object a line: first the
+``Spec``, then ``{"beat": true}`` every few seconds and ``{"signal": N}``. The end of that stream, or silence, means that the launcher or the
+network is gone: the ranks are killed. It answers on standard output, one JSON object a line, each with ``event``:
+
+    output      ``text``: a line that rank 0 printed
+    exit        ``rank``, ``code`` (negative: a signal), ``mistake`` (a UserError's text or null), ``tail`` (the end of its log)
+    hang        ``rank``, ``step``, ``silent`` (seconds), ``state`` (of the process, as in /proc), ``stack``
+    done        ``code``: of the first rank that failed, or 0
+"""
+
+import json
+import os
+import queue
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+BEAT = struct.Struct("<qd")  # step (-1: nothing to watch), Unix time
+GRACE = 2.0  # seconds that the other ranks get to say why they fail, once one has
+GRACE_STOPPING = 60.0  # the same after a signal that asked them to save and leave
+SILENCE = 30.0  # seconds without a word from the launcher
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an agent starts."""
+
+    arguments: list[str]  # of fastft
+    node: int
+    first_rank: int
+    ranks: int  # on this host
+    world: int
+    master_addr: str
+    master_port: int
+    env: dict[str, str]
+    logs: str  # folder, made when it is not there
+    watchdog: float  # seconds without a step; 0: never
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+class Rank:
+    """One process and the file that it writes to."""
+
+    def __init__(self, spec: Spec, local: int):
+        self.rank = spec.first_rank + local
+        logs = Path(spec.logs)
+        self.log, self.beat, self.mistake = (logs / f"rank-{self.rank}.{kind}" for kind in ("log", "beat", "mistake"))
+        self.beat.write_bytes(BEAT.pack(-1, 0.0))
+        self.mistake.unlink(missing_ok=True)
+        env = {**os.environ, **spec.env, "RANK": str(self.rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(spec.world), "LOCAL_WORLD_SIZE": str(spec.ranks),
+               "LOCAL_SIZE": str(spec.ranks), "GROUP_RANK": str(spec.node), "MASTER_ADDR": spec.master_addr, "MASTER_PORT": str(spec.master_port),
+               "FASTFT_AGENT": str(os.getpid()), "FASTFT_HEARTBEAT": str(self.beat), "FASTFT_MISTAKE": str(self.mistake), "PYTHONUNBUFFERED": "1"}
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen([sys.executable, "-m", "fastft", *spec.arguments], env=env, stdin=subprocess.DEVNULL,
+                                            stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def last_beat(self) -> tuple[int, float]:
+        return BEAT.unpack(self.beat.read_bytes())
+
+    def signal(self, signum: int) -> None:
+        if self.process.poll() is None:
+            try:
+                os.killpg(self.process.pid, signum)
+            except ProcessLookupError:
+                pass
+
+    def state(self) -> str:
+        """R running, S sleeping, D waiting for a disk, T stopped, Z ended: proc(5)."""
+        try:
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "Z"
+
+    def stack(self, frames: int = 15) -> str:
+        """The main thread's innermost frames, from what SIGUSR1 made the rank write into its log."""
+        lines = self.tail(200).splitlines()
+        starts = [i for i, line in enumerate(lines) if line.startswith("Current thread")]
+        return "\n".join(lines[starts[-1]:starts[-1] + frames + 1]) if starts else ""
+
+    def tail(self, lines: int = 25) -> str:
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+class Agent:
+    def __init__(self, spec: Spec):
+        self.spec = spec
+        self.orders: queue.Queue[dict | None] = queue.Queue()
+        self.heard = time.monotonic()
+        Path(spec.logs).mkdir(parents=True, exist_ok=True)
+        self.ranks = [Rank(spec, local) for local in range(spec.ranks)]
+        self.shown = 0  # bytes of rank 0's log that were passed on
+        self.code = 0
+        self.grace = GRACE
+        self.kill_at: float | None = None  # monotonic; when what is left is killed
+
+    def run(self) -> int:
+        threading.Thread(target=self._listen, daemon=True).start()
+        open_ranks = set(self.ranks)
+        try:
+            while open_ranks:
+                self._obey()
+                self._relay()
+                for rank in [r for r in open_ranks if r.process.poll() is not None]:
+                    open_ranks.discard(rank)
+                    self._ended(rank)
+                if self.spec.watchdog and self.kill_at is None:
+                    self._watch(open_ranks)
+                if self.kill_at is not None and time.monotonic() >= self.kill_at:
+                    self._signal(signal.SIGKILL)
+                time.sleep(0.1)
+        finally:
+            self._signal(signal.SIGKILL)
+            for rank in self.ranks:
+                rank.process.wait()
+        self._relay()
+        say("done", code=self.code)
+        return self.code
+
+    def _listen(self) -> None:
+        for line in sys.stdin:
+            self.orders.put(json.loads(line))
+        self.orders.put(None)
+
+    def _obey(self) -> None:
+        while not self.orders.empty():
+            order = self.orders.get()
+            self.heard = time.monotonic()
+            if order is None:
+                self._give_up("the launcher is gone")
+            elif "signal" in order:
+                self._signal(order["signal"])
+                self.grace = GRACE_STOPPING
+                if order["signal"] == signal.SIGKILL:
+                    self.kill_at = time.monotonic()
+        if time.monotonic() - self.heard > SILENCE:
+            self._give_up(f"the launcher has not been heard for {SILENCE:.0f} s")
+
+    def _give_up(self, why: str) -> None:
+        self.code = self.code or 1
+        self.kill_at = time.monotonic()
+        for rank in self.ranks:
+            with open(rank.log, "a") as log:
+                log.write(f"agent: {why}; this rank is killed\n")
+
+    def _signal(self, signum: int) -> None:
+        for rank in self.ranks:
+            rank.signal(signum)
+
+    def _ended(self, rank: Rank) -> None:
+        code = rank.process.returncode
+        mistake = rank.mistake.read_text(encoding="utf-8") if rank.mistake.exists() else None
+        say("exit", rank=rank.rank, code=code, mistake=mistake, tail=rank.tail() if code else "")
+        if code:
+            self.code = self.code or code
+            if self.kill_at is None:
+                self.kill_at = time.monotonic() + self.grace
+
+    def _watch(self, open_ranks: set[Rank]) -> None:
+        beats = {rank: rank.last_beat() for rank in open_ranks}
+        silent = [rank for rank, (step, when) in beats.items() if step >= 0 and time.time() - when > self.spec.watchdog]
+        if not silent:
+            return
+        states = {rank: rank.state() for rank in silent}  # before SIGUSR1, which a stopped process only gets when it goes on
+        self._signal(signal.SIGUSR1)
+        time.sleep(1.0)
+        for rank in sorted(silent, key=lambda r: (states[r] != "T", r.rank)):  # a stopped one is why the others wait
+            step, when = beats[rank]
+            say("hang", rank=rank.rank, step=step, silent=round(time.time() - when, 1), state=states[rank], stack=rank.stack())
+        self.code = self.code or -signal.SIGKILL
+        self.kill_at = time.monotonic()
+
+    def _relay(self) -> None:
+        """Pass on whole lines that rank 0 has written since."""
+        if self.spec.first_rank:
+            return
+        with open(self.ranks[0].log, "rb") as log:
+            log.seek(self.shown)
+            text = log.read()
+        whole = text[:text.rfind(b"\n") + 1]
+        self.shown += len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            say("output", text=line)
+
+
+def say(event: str, **fields) -> None:
+    try:
+        print(json.dumps({"event": event, **fields}), flush=True)
+    except (BrokenPipeError, OSError):
+        pass  # nobody listens any more; the standard input's end says the same
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which decides
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    spec = Spec(**json.loads(sys.stdin.readline()))
+    code = Agent(spec).run()
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    main()
