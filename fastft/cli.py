@@ -141,6 +141,36 @@ def validate(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt
                   + (f" Drawn anew: {', '.join(report['drawn_anew'])}." if report["drawn_anew"] else ""), highlight=False)
 
 
+def trace(target: Annotated[Path, typer.Argument(help="Run folder or configuration file.")], overrides: OverridesArg = None,
+          step: Annotated[int, typer.Option(min=1, help="Optimizer step, counted from 1.")] = 1, as_json: JsonOpt = False) -> None:
+    """Which documents a training step learns from."""
+    from fastft.evaluate.trace import trace as run
+
+    samples = run(target, overrides or [], step)
+    if as_json:
+        print(json.dumps(samples))
+        return
+    for sample in samples:
+        print(f"sample {sample['sample']}: " + "; ".join(sample["documents"]))
+
+
+def verify_resume(config: ConfigArg, overrides: OverridesArg = None,
+                  folder: Annotated[Path, typer.Option(help="New folder for both runs.")] = Path("runs/verify-resume"),
+                  nproc: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
+                  at: Annotated[Optional[int], typer.Option(min=1, help="Step to interrupt after; default: one at random.")] = None,
+                  kill: Annotated[bool, typer.Option("--kill", help="SIGKILL a rank instead of SIGTERM.")] = False, as_json: JsonOpt = False) -> None:
+    """Run twice, once interrupted, and compare losses and weights bit for bit."""
+    from fastft.evaluate.verify_resume import verify_resume as run
+
+    found = run(configuration.load(config, overrides or []), folder, nproc, at, kill)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print(f"{found['steps']} steps, interrupted after step {found['interrupted_after']}: "
+              + ("losses and weights are bit-identical." if found["equal"] else "they DIFFER: " + "; ".join(found["differences"])))
+    raise typer.Exit(0 if found["equal"] else 1)
+
+
 def doctor(as_json: JsonOpt = False) -> None:
     """What is built, what is picked, versions, and a numeric self-check of every op."""
     from fastft.doctor import main as run
@@ -198,7 +228,8 @@ def schema() -> None:
 
 
 VERBS = {"train": train, "resume": resume, "eval": evaluate, "predict": predict, "export": export, "validate": validate, "doctor": doctor,
-         "quickstart": quickstart, "launch": launch}
+         "quickstart": quickstart, "launch": launch, "trace": trace,
+         "verify-resume": verify_resume}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -152,6 +152,7 @@ class Parallel(Section):
     zero: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward: less memory, a third more work.")
     fused_step: bool = Field(True, description="ZeRO 1-3: unscale, clip, Adam and the weights' store in one pass over memory, where DeepSpeed's step allows it.")
+    verify_every: int | None = Field(1000, ge=1, description="ZeRO 0-2, many ranks: every N steps compare a sum over the weights' bits between ranks; null: never.")
     deepspeed: Path_ | dict[str, Any] | None = Field(None, description="More DeepSpeed settings (JSON file or mapping); keys fastft owns are refused.")
 
 

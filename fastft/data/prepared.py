@@ -7,6 +7,7 @@ A folder holds ``<column>.npy`` (one value per row), or ``<column>.values.bin`` 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -55,6 +56,28 @@ class RaggedWriter:
         return _ragged(self.path, self.offsets_path)
 
 
+class OriginsWriter:
+    """Where every document was read: two columns (file, line or row), and the files' names for the meta."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files: dict[str, int] = {}
+        self.rows: list[tuple[int, int]] = []
+
+    def append(self, where: str) -> None:
+        """``where`` as the readers give it: "file:12", "file:row 12", or the file alone (row -1)."""
+        found = re.fullmatch(r"(.*:(?:row )?)([0-9]+)", where, re.DOTALL)
+        name, row = (found[1], int(found[2])) if found else (where, -1)
+        self.rows.append((self.files.setdefault(name, len(self.files)), row))
+
+    def close(self) -> list[str]:
+        """Writes the columns; what ``origin`` needs of the meta as "origins"."""
+        table = np.asarray(self.rows, dtype=np.int64).reshape(-1, 2)
+        for column, name in enumerate(("origin_file", "origin_row")):
+            np.save(self.folder / f"{name}.npy", table[:, column])
+        return list(self.files)
+
+
 class Prepared:
     """Columns and meta of a prepared split.
 
@@ -79,6 +102,11 @@ class Prepared:
 
     def __getitem__(self, name: str) -> np.ndarray | Ragged:
         return self.columns[name]
+
+    def origin(self, document: int) -> str:
+        """Where a document was read: file and line."""
+        name, row = self.meta["origins"][int(self["origin_file"][document])], int(self["origin_row"][document])
+        return f"{name}{row}" if row >= 0 else name
 
 
 def prepare(folder: Path, key: str, sources: list[str], build: Callable[[Path], dict]) -> Prepared:

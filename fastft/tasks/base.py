@@ -88,7 +88,7 @@ class Task(ABC):
 
     auto_class: str
     new_parameters: tuple[str, ...] = ()
-    code_version = 1
+    code_version = 2
 
     def __init__(self, config: Config):
         self.config = config
@@ -109,6 +109,10 @@ class Task(ABC):
     @abstractmethod
     def collate(self, split: Split, ids: np.ndarray) -> Batch:
         """The sequences as padded tensors; no ids at all gives a dummy batch whose labels are all ignored."""
+
+    @abstractmethod
+    def documents(self, split: Split, sample: int) -> list[str]:
+        """Where the documents of a sample were read (file and line), and which tokens of a document that is not whole."""
 
     @abstractmethod
     def loss(self, outputs, batch: Batch, scale: torch.Tensor) -> torch.Tensor:

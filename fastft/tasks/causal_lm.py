@@ -9,7 +9,7 @@ import torch
 
 from fastft.config import Source
 from fastft.data.pack import best_fit_decreasing
-from fastft.data.prepared import Prepared, RaggedWriter
+from fastft.data.prepared import OriginsWriter, Prepared, RaggedWriter
 from fastft.errors import UserError
 from fastft.models.head import FusedHead, install
 from fastft.models.isolation import check_isolation
@@ -30,7 +30,7 @@ class CausalLM(Task):
     head: FusedHead | None = None  # set by attach
 
     def build(self, folder: Path, sources: list[Source], training: bool) -> dict:
-        counts, tokens = Counts(), RaggedWriter(folder, "tokens")
+        counts, tokens, origins = Counts(), RaggedWriter(folder, "tokens"), OriginsWriter(folder)
         pieces: list[tuple[int, int, int]] = []
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         characters, document = 0, 0
@@ -40,6 +40,7 @@ class CausalLM(Task):
             for (where, _), text, ids in zip(chunk, texts, encoded, strict=True):
                 ids = ids if end and ids and ids[-1] == end[0] else ids + end
                 tokens.append(ids)
+                origins.append(where)
                 pieces += [(document, start, length) for start, length in self._pieces(where, len(ids), counts)]
                 characters += len(text)
                 document += 1
@@ -48,7 +49,7 @@ class CausalLM(Task):
         for name, column in zip(("piece_doc", "piece_start", "piece_length"), zip(*pieces, strict=True) if pieces else ([], [], []), strict=True):
             np.save(folder / f"{name}.npy", np.asarray(column, dtype=np.int64))
         self._write_packs(folder, np.asarray([p[2] for p in pieces], dtype=np.int64))
-        return {"counts": counts_dict(counts), "documents": document, "tokens": int(lengths.sum()), "characters": characters}
+        return {"counts": counts_dict(counts), "origins": origins.close(), "documents": document, "tokens": int(lengths.sum()), "characters": characters}
 
     def _pieces(self, where: str, length: int, counts: Counts) -> list[tuple[int, int]]:
         """(start, length) of the parts a document is used in, by the overlength policy."""
@@ -111,6 +112,14 @@ class CausalLM(Task):
     def _pack(self, data: Prepared, pack: int) -> list[np.ndarray]:
         doc, start, length = data["piece_doc"], data["piece_start"], data["piece_length"]
         return [data["tokens"][int(doc[p])][int(start[p]) : int(start[p]) + int(length[p])] for p in data["packs"][pack]]
+
+    def documents(self, split: Split, sample: int) -> list[str]:
+        data, found = split.data, []
+        for p in data["packs"][sample]:
+            doc, start, length = (int(data[name][p]) for name in ("piece_doc", "piece_start", "piece_length"))
+            whole = start == 0 and length == len(data["tokens"][doc])
+            found.append(data.origin(doc) + ("" if whole else f" tokens {start} to {start + length - 1}"))
+        return found
 
     def _flash(self) -> bool:
         return self.config.model.attention == "flash_attention_2"

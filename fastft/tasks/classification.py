@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastft.config import Source
 from fastft.data.formats.base import open_text
-from fastft.data.prepared import Prepared, RaggedWriter
+from fastft.data.prepared import OriginsWriter, Prepared, RaggedWriter
 from fastft.errors import UserError, did_you_mean
 from fastft.models import load
 from fastft.ops import cross_entropy
@@ -77,6 +77,7 @@ class Classification(Task):
         columns = [data.text, data.label] + ([data.text_pair] if data.text_pair else [])
         tokens = RaggedWriter(folder, "tokens")
         segments = RaggedWriter(folder, "segments") if data.text_pair else None
+        origins = OriginsWriter(folder)
         found: list[tuple[str, list[str]]] = []
         texts = [data.text] + ([data.text_pair] if data.text_pair else [])
         for chunk in self.chunks(self.read(sources, columns, counts, texts)):
@@ -86,6 +87,7 @@ class Classification(Task):
                 if row is None:
                     continue
                 tokens.append(row["input_ids"])
+                origins.append(where)
                 if segments:
                     segments.append(row["token_type_ids"])
                 found.append((where, self._labels_of(where, record[data.label])))
@@ -96,7 +98,7 @@ class Classification(Task):
         names = self.labels if self.labels is not None else (_label_names(found) if training else None)
         assert names is not None, "an evaluation set is prepared before its training set"
         np.save(folder / "labels.npy", self._indices(found, names))
-        return {"counts": counts_dict(counts), "labels": names}
+        return {"counts": counts_dict(counts), "labels": names, "origins": origins.close()}
 
     def _encode(self, records: list[dict], **truncation) -> dict[str, list[list[int]]]:
         texts = [r[self.config.data.text] for r in records]
@@ -163,6 +165,9 @@ class Classification(Task):
         kind = "multi_label_classification" if self.config.data.multi_label else "single_label_classification"
         return {"num_labels": len(self.labels), "id2label": dict(enumerate(self.labels)), "label2id": {n: i for i, n in enumerate(self.labels)},
                 "problem_type": kind, "pad_token_id": self.tokenizer.pad_token_id}
+
+    def documents(self, split: Split, sample: int) -> list[str]:
+        return [split.data.origin(sample)]
 
     def check_model(self, model: torch.nn.Module, device: torch.device) -> None:
         self.takes_segments = load.takes(model, "token_type_ids")

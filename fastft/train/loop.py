@@ -25,7 +25,7 @@ from fastft.ops import backends
 from fastft.optim import FusedAdamW
 from fastft.optim.schedules import learning_rate
 from fastft.tasks import TASKS, Batch, Split, Task
-from fastft.train import checkpoint, engine, export
+from fastft.train import checkpoint, engine, export, health
 from fastft.train.engine import Ranks, Stepper
 from fastft.train.evaluation import evaluate
 from fastft.train.heartbeat import Heartbeat
@@ -98,6 +98,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = engine.build_optimizer(model, config)
     engine.start_process_group()
+    health.check_agreement(config, split.data.key, ranks)
     model_engine = engine.build_engine(model, optimizer, engine.deepspeed_config(config, ranks), config.parallel.fused_step)
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
@@ -126,7 +127,7 @@ class _Run:
         self.step, self.skipped_in_a_row, self.skipped_total = 0, 0, 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.throughput = _Throughput()
-        self.heart = Heartbeat()
+        self.heart, self.pace = Heartbeat(), health.Pace(ranks.device)
         self.chosen: list | dict = []
         self.passed_over: list[str] = []  # damaged checkpoints, newer than the one resumed from
 
@@ -155,7 +156,8 @@ class _Run:
             last = i == len(step_batches) - 1
             batch = batch.to(self.ranks.device)
             self.stepper.boundary(last)
-            loss = self.task.forward_loss(self.engine, batch, scale)
+            with self.pace:
+                loss = self.task.forward_loss(self.engine, batch, scale)
             total += loss.detach()
             self.stepper.backward(loss, last)
             self.throughput.add(batch)
@@ -174,6 +176,9 @@ class _Run:
     def _after_step(self, loss: torch.Tensor) -> None:
         settings, last = self.config.train, self.step == self.schedule.total
         self._count_skips()
+        every = self.config.parallel.verify_every
+        if every and self.step % every == 0 and self.ranks.world > 1 and self.config.parallel.zero < 3:
+            health.check_weights(self.engine.module, self.ranks, self.step)
         if self.step % settings.log_every == 0 or last or self.step == 1:
             self._log(loss)
         else:
@@ -207,6 +212,9 @@ class _Run:
             dist.all_reduce(loss)
         value = float(loss) / self.ranks.world
         rates = self.throughput.read(self.ranks)
+        if self.ranks.world > 1 and (slow := self.pace.slow_ranks(self.ranks)):
+            self.log.record("slow_ranks", step=self.step, times=slow)
+            self.log.say(f"step {self.step}: slow: " + ", ".join(f"rank {rank} takes {times:.1f} times the others' time" for rank, times in slow.items()))
         self.log.record("train", step=self.step, epoch=self.step * self.schedule.size / len(self.split), loss=value,
                         lr=self.optimizer.param_groups[0]["lr"], grad_norm=float(self.stepper.grad_norm), skipped=self.skipped_total, **rates)
         self.log.progress(self.step, loss=value, rate=rates["tokens_per_second"])

@@ -1,0 +1,105 @@
+"""What ranks tell each other so that no run goes on wrong: the same code and settings, the same weights, the same pace."""
+
+import hashlib
+import platform
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import fastft
+from fastft import config as configuration
+from fastft.config import Config
+from fastft.errors import UserError
+from fastft.train.engine import Ranks
+
+SLOW = 1.5  # times the median of all ranks
+
+
+def check_agreement(config: Config, data_key: str, ranks: Ranks) -> None:
+    """Refuse ranks that would run different things.
+
+    Raises
+    ------
+    UserError
+        On every rank: names the rank that differs from rank 0, and in what.
+    """
+    if ranks.world == 1:
+        return
+    mine = _facts(config, data_key)
+    everyone: list[dict] = [{}] * ranks.world
+    dist.all_gather_object(everyone, mine)
+    wrong = [f"rank {rank} has {name} {theirs[name]}, rank 0 has {first}" for rank, theirs in enumerate(everyone) for name, first in everyone[0].items()
+             if theirs[name] != first]
+    if wrong:
+        raise UserError("The ranks do not agree: " + "; ".join(wrong[:4]) + ".", "Every host needs the same configuration, data, packages and code.")
+
+
+def _facts(config: Config, data_key: str) -> dict[str, str]:
+    import deepspeed
+    import transformers
+
+    code = hashlib.sha256()
+    for path in sorted(Path(fastft.__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    settings = configuration.dump(config)
+    return {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+            "fastft": f"{fastft.__version__} (code {code.hexdigest()[:12]})", "seed": str(config.run.seed), "data": data_key,
+            "settings": hashlib.sha256(settings.encode()).hexdigest()[:12]}
+
+
+def check_weights(model: torch.nn.Module, ranks: Ranks, step: int) -> None:
+    """Refuse to go on when replicated weights differ between ranks (a flipped bit, a lost update). Not for ZeRO-3, which holds a part each.
+
+    Raises
+    ------
+    UserError
+        On every rank: names the ranks in the minority.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    for i, parameter in enumerate(model.parameters()):
+        bits = parameter.detach().contiguous().view({4: torch.int32, 2: torch.int16}[parameter.element_size()])
+        total += bits.sum(dtype=torch.int64) * (2 * i + 1)
+    sums = [torch.empty_like(total) for _ in range(ranks.world)]
+    dist.all_gather(sums, total)
+    values = [int(s) for s in sums]
+    usual = max(set(values), key=values.count)
+    if odd := [rank for rank, value in enumerate(values) if value != usual]:
+        raise UserError(f"step {step}: the weights of rank {', '.join(map(str, odd))} differ from those of the other {ranks.world - len(odd)}.",
+                        "Resume from the newest checkpoint before this step, and have that machine's memory checked.")
+
+
+class Pace:
+    """Time that this rank spends in the forward, where it waits for no other (but under ZeRO-3, which gathers weights there)."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.events = device, 0.0, []
+
+    def __enter__(self) -> None:
+        if self.device.type == "cuda":  # the host runs ahead of the device: its clock would say nothing
+            self.start = torch.cuda.Event(enable_timing=True)
+            self.start.record()
+        else:
+            self.start = time.perf_counter()
+
+    def __exit__(self, *exc) -> None:
+        if self.device.type == "cuda":
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self.events.append((self.start, end))
+        else:
+            self.seconds += time.perf_counter() - self.start
+
+    def slow_ranks(self, ranks: Ranks) -> dict[int, float]:
+        """Ranks that took more than 1.5 times the median since the last call, and how many times. All ranks together."""
+        if self.events:
+            self.events[-1][1].synchronize()
+            self.seconds += sum(start.elapsed_time(end) for start, end in self.events) / 1000
+        mine = torch.tensor([self.seconds], dtype=torch.float64, device=ranks.device)
+        self.seconds, self.events = 0.0, []
+        every = [torch.empty_like(mine) for _ in range(ranks.world)]
+        dist.all_gather(every, mine)
+        seconds = torch.cat(every)
+        others = torch.stack([torch.cat([seconds[:r], seconds[r + 1:]]).median() for r in range(ranks.world)])
+        return {r: round(float(seconds[r] / others[r]), 2) for r in range(ranks.world) if seconds[r] > SLOW * others[r]}
