@@ -159,6 +159,7 @@ class Parallel(Section):
 class Checkpoint(Section):
     every: int | None = Field(None, ge=1, description="Save every N steps; null: only at the end and on SIGINT/SIGTERM.")
     keep: int = Field(2, ge=1, description="Checkpoints kept.")
+    background: bool = Field(True, description="Copy the state to memory and write it while training goes on; false: wait for the disk.")
 
 
 class Run(Section):

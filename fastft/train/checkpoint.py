@@ -1,8 +1,8 @@
 """Checkpoints: a folder per step, complete or not there.
 
-``checkpoints/step-N.tmp`` is filled by all ranks (DeepSpeed's files, plus RNG per rank), then rank 0 writes ``MANIFEST.json`` with every
-file's size and SHA-256, renames the folder to ``step-N`` and replaces ``LATEST``. A folder is used only after its manifest verifies,
-which happens before anything in it is unpickled.
+``checkpoints/step-N.tmp`` is filled by all ranks (DeepSpeed's files, plus RNG per rank; see writer.py), then rank 0 writes ``MANIFEST.json``
+with every file's size and SHA-256, renames the folder to ``step-N`` and replaces ``LATEST``. A folder is used only after its manifest
+verifies, which happens before anything in it is unpickled.
 """
 
 import json
@@ -17,36 +17,53 @@ import torch.distributed as dist
 
 from fastft.data.prepared import sha256_file
 from fastft.errors import UserError
-from fastft.files import fsync, replacing
+from fastft.files import fsync, remove, replacing
+from fastft.train import reshard
 from fastft.train.engine import Ranks
+from fastft.train.writer import Snapshots, Writer, point
 
 log = logging.getLogger(__name__)
 
 TAG = "deepspeed"
 
 
-def save(engine, folder: Path, step: int, state: dict, ranks: Ranks, keep: int) -> Path:
-    """Write step-N, all ranks together. ``state``: what the loop needs to go on, as plain JSON values."""
+def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int) -> Path:
+    """Begin to write step-N, all ranks together: copied to memory when this returns, on the disk when ``writer`` is done.
+
+    Parameters
+    ----------
+    state : dict
+        What the loop needs to go on, as plain JSON values.
+    """
+    ranks = writer.ranks
     final, scratch = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    writer.wait()
+    point("begin", ranks.rank)
     if ranks.main:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove(scratch)
         scratch.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(scratch), tag=TAG, save_latest=False)
-    torch.save(_rng_state(ranks.device), scratch / f"rng-{ranks.rank}.pt")
-    dist.barrier()
-    if ranks.main:
-        files = {}
-        for path in sorted(p for p in scratch.rglob("*") if p.is_file()):
-            fsync(path)
-            files[str(path.relative_to(scratch))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        _write_json(scratch / "MANIFEST.json", {"step": step, "world_size": ranks.world, "state": state, "files": files})
-        shutil.rmtree(final, ignore_errors=True)
+    if ranks.world > 1:
+        dist.barrier()
+    if not isinstance(engine.checkpoint_engine, Snapshots):
+        engine.checkpoint_engine = Snapshots()
+    engine.save_checkpoint(str(scratch), tag=TAG, save_latest=False, client_state={"universal_checkpoint_info": {}})
+    point("snapshot", ranks.rank)
+    files = {Path(path): value for path, value in engine.checkpoint_engine.take().items()}
+    files[scratch / f"rng-{ranks.rank}.pt"] = _rng_state(ranks.device)
+
+    def finish(entries: dict[str, dict]) -> None:
+        point("before-manifest", ranks.rank)
+        _write_json(scratch / "MANIFEST.json", {"step": step, "world_size": ranks.world, "zero": engine.zero_optimization_stage(), "state": state, "files": entries})
+        point("before-rename", ranks.rank)
+        remove(final)
         scratch.rename(final)
         fsync(folder)
+        point("before-latest", ranks.rank)
         _write_json(folder / "LATEST", {"step": step})
+        point("before-prune", ranks.rank)
         _prune(folder, keep)
-    dist.barrier()
+
+    writer.write(files, scratch, finish)
     return final
 
 
@@ -56,8 +73,10 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in found if name.isdigit())
 
 
-def find(folder: Path, step: int | None = None) -> tuple[Path, dict, list[str]]:
+def find(folder: Path, step: int | None = None, ranks: Ranks | None = None) -> tuple[Path, dict, list[str]]:
     """The newest checkpoint that verifies (or the one of ``step``), its manifest, and what is wrong with those passed over (also logged).
+
+    With ``ranks`` (and a process group) every rank hashes its share of the files, and all come to the same answer.
 
     Raises
     ------
@@ -70,40 +89,48 @@ def find(folder: Path, step: int | None = None) -> tuple[Path, dict, list[str]]:
     problems = []
     for candidate in [step] if step is not None else reversed(known):
         path = folder / f"step-{candidate}"
-        try:
-            manifest = json.loads((path / "MANIFEST.json").read_text())
-            problem = _damage(path, manifest)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            problem = f"{path / 'MANIFEST.json'} is damaged."
+        manifest, problem = _verified(path, ranks)
         if problem is None:
-            for passed_over in problems:
+            for passed_over in problems if ranks is None or ranks.main else []:
                 log.warning("%s Going back to %s.", passed_over, path)
             return path, manifest, problems
         problems.append(problem)
     raise UserError(f"{folder}: no usable checkpoint. {' '.join(problems)}".strip(), "Start the run anew with `fastft train`.")
 
 
-def load(engine, path: Path, manifest: dict, ranks: Ranks) -> dict:
-    """Restore model, optimizer and this rank's RNG from a verified checkpoint; returns the loop's state."""
-    if manifest["world_size"] != ranks.world:
-        raise UserError(f"{path}: was written by {manifest['world_size']} ranks, this run has {ranks.world}.",
-                        f"Resume with {manifest['world_size']} ranks, or export the model and start from it.")
+def load(engine, path: Path, manifest: dict, ranks: Ranks, converted: Path | None = None) -> dict:
+    """Restore model, optimizer and this rank's RNG from a verified checkpoint; returns the loop's state.
+
+    ``converted``: where ``reshard.convert`` put what DeepSpeed is to load instead, for another number of ranks or ZeRO stage.
+    """
+    source = converted or path
     try:
-        loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
+        if converted:
+            reshard.load(engine, converted)
+        else:
+            loaded, _ = engine.load_checkpoint(str(source), tag=TAG)
+            if loaded is None:
+                raise UserError(f"{path}: DeepSpeed could not load it.", "See the log above.")
     except (RuntimeError, KeyError, ValueError, FileNotFoundError) as e:
+        if isinstance(e, UserError):
+            raise
         raise UserError(f"{path}: does not fit this run's model or settings: {str(e).strip()[:300]}",
                         "Resume with the configuration that the run began with (config.yaml in its folder).") from None
-    if loaded is None:
-        raise UserError(f"{path}: DeepSpeed could not load it.", "See the log above.")
-    rng = torch.load(path / f"rng-{ranks.rank}.pt", weights_only=True)
+    if manifest["world_size"] == ranks.world:
+        _restore_rng(torch.load(path / f"rng-{ranks.rank}.pt", weights_only=True), ranks.device)
+    else:  # the old ranks' dropout masks are of no use to other ranks; what these draw follows from the step and the rank
+        torch.manual_seed((manifest["step"] << 20) + ranks.rank)
+    return manifest["state"]
+
+
+def _restore_rng(rng: dict, device: torch.device) -> None:
     torch.set_rng_state(rng["torch"])
     version, keys, position, gauss, cached = rng["numpy"]
     np.random.set_state((version, keys.numpy(), position, gauss, cached))
     version, internal, gauss = rng["python"]
     random.setstate((version, tuple(internal), gauss))
-    if ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(rng["cuda"], ranks.device)
-    return manifest["state"]
+    if device.type == "cuda" and "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"], device)
 
 
 def _rng_state(device: torch.device) -> dict:
@@ -116,8 +143,23 @@ def _rng_state(device: torch.device) -> dict:
     return state
 
 
-def _damage(path: Path, manifest: dict) -> str | None:
-    for name, entry in manifest["files"].items():
+def _verified(path: Path, ranks: Ranks | None) -> tuple[dict, str | None]:
+    """The manifest, and what is wrong with the checkpoint (None: nothing), the same on all ranks."""
+    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    try:
+        manifest = json.loads((path / "MANIFEST.json").read_text())
+        problem = _damage(path, manifest, rank, world)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        manifest, problem = {}, f"{path / 'MANIFEST.json'} is damaged."
+    if world > 1:
+        every: list[str | None] = [None] * world
+        dist.all_gather_object(every, problem)
+        problem = next((p for p in every if p), None)
+    return manifest, problem
+
+
+def _damage(path: Path, manifest: dict, rank: int = 0, world: int = 1) -> str | None:
+    for name, entry in sorted(manifest["files"].items())[rank::world]:
         file = path / name
         if not file.is_file():
             return f"{file} is missing."

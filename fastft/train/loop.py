@@ -2,7 +2,6 @@
 
 import math
 import platform
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,16 +24,17 @@ from fastft.ops import backends
 from fastft.optim import FusedAdamW
 from fastft.optim.schedules import learning_rate
 from fastft.tasks import TASKS, Batch, Split, Task
-from fastft.train import checkpoint, engine, export, health
+from fastft.train import checkpoint, engine, export, health, reshard, run_folder
 from fastft.train.engine import Ranks, Stepper
 from fastft.train.evaluation import evaluate
 from fastft.train.heartbeat import Heartbeat
 from fastft.train.signals import StopRequest
 from fastft.train.telemetry import Telemetry
+from fastft.train.writer import Writer
 
 
 # What a resumed run may not change: the sample order and the layout of the state depend on it.
-SETTLED = ("task", "batch.size", "batch.global_tokens", "data.seed", "model.dtype", "parallel.zero", "optim.state_dtype", "optim.master")
+SETTLED = ("task", "batch.size", "batch.global_tokens", "data.seed", "model.dtype", "optim.state_dtype", "optim.master")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
         load.go_offline()
     ranks = engine.environment(config)
     if not resume:
-        _check_run_dir(run_dir, config, overwrite)
+        run_folder.check(run_dir, config, overwrite)
     task = TASKS.get(config.task)(config)
     split, evals = task.train_split(), task.eval_splits()  # all tokenising is done before there is a process group
     schedule = Schedule.of(config, len(split), task.max_length)
@@ -99,19 +99,58 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     optimizer = engine.build_optimizer(model, config)
     engine.start_process_group()
     health.check_agreement(config, split.data.key, ranks)
-    model_engine = engine.build_engine(model, optimizer, engine.deepspeed_config(config, ranks), config.parallel.fused_step)
+    found = _found(config, split, schedule, ranks) if resume else None
+    settings = engine.deepspeed_config(config, ranks)
+    if found and found.converted:
+        settings["checkpoint"] = {**settings.get("checkpoint", {}), **reshard.SETTINGS}
+    model_engine = engine.build_engine(model, optimizer, settings, config.parallel.fused_step)
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
         run = _Run(config, task, split, evals, schedule, ranks, model_engine, optimizer, stop)
-        if resume:
-            run.resume()
+        cleanup.callback(run.writer.close)
+        if found:
+            run.resume(found)
         if ranks.main:
-            _claim(run_dir, config, resume)
+            run_folder.claim(run_dir, config, resume)
         log = run.log = Telemetry(run_dir, ranks.main, schedule.total)
         cleanup.callback(log.close)
-        log.record("run", zero_step=model_engine.fastft_step, passed_over=run.passed_over,
+        log.record("run", zero_step=model_engine.fastft_step, resumed_from=found and found.record(),
                    **_record(config, ranks, split, evals, schedule, model, frozen, drawn, settled, run.step))
         return run.loop()
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The checkpoint to go on from."""
+
+    path: Path
+    manifest: dict
+    passed_over: list[str]  # what is wrong with newer ones
+    converted: Path | None  # its form for this number of ranks and ZeRO stage, when it was written by another
+
+    def record(self) -> dict:
+        return {"path": str(self.path), "world_size": self.manifest["world_size"], "zero": self.manifest["zero"], "converted": self.converted is not None,
+                "passed_over": self.passed_over}
+
+
+def _found(config: Config, split: Split, schedule: Schedule, ranks: Ranks) -> _Found:
+    """The newest usable checkpoint, once it is known that the rest would be the rest of this run; converted where that is needed."""
+    path, manifest, passed_over = checkpoint.find(Path(config.run.dir) / "checkpoints", ranks=ranks)
+    if manifest["state"]["data"] != split.data.key:
+        raise UserError(f"{path}: the training data, tokenizer or data settings changed since this checkpoint.",
+                        "Put the old data back, or start a new run from the exported model.")
+    before = yaml.safe_load(manifest["state"]["config"])
+    for key in SETTLED:
+        section, _, name = key.rpartition(".")
+        then, now = (c[section].get(name) if section else c.get(name) for c in (before, config.model_dump(mode="json")))
+        if then != now:
+            raise UserError(f"{path}: was written with {key} = {then}, this run has {now}.",
+                            f"Resume with {key}={then}, or start a new run from the exported model.")
+    if manifest["step"] > schedule.total:
+        raise UserError(f"{path}: is at step {manifest['step']}, the run would end at {schedule.total}.", "Raise train.steps or train.epochs.")
+    sharded = config.parallel.zero > 0 or config.model.dtype == "bf16"
+    converted = reshard.convert(path, checkpoint.TAG, ranks) if reshard.needed(manifest, config.parallel.zero, sharded, ranks) else None
+    return _Found(path, manifest, passed_over, converted)
 
 
 class _Run:
@@ -129,7 +168,7 @@ class _Run:
         self.throughput = _Throughput()
         self.heart, self.pace = Heartbeat(), health.Pace(ranks.device)
         self.chosen: list | dict = []
-        self.passed_over: list[str] = []  # damaged checkpoints, newer than the one resumed from
+        self.writer = Writer(ranks)
 
     def loop(self) -> dict:
         self.engine.train()
@@ -185,9 +224,9 @@ class _Run:
             self.log.progress(self.step)
         if (settings.eval_every and self.step % settings.eval_every == 0) or last:
             self._evaluate()
-        signum = self.stop.agreed(self.ranks.device, self.ranks.world)
+        signum = self._agreed()
         if signum or last or (self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0):
-            self._save()
+            self._save(wait=bool(signum) or last or not self.config.checkpoint.background)
         if signum and not last:
             self.log.record("interrupted", step=self.step, signal=signum)
             raise Interrupted(signum, self.step, self.config.run.dir)
@@ -226,33 +265,33 @@ class _Run:
                 self.log.record("eval", step=self.step, set=name, **self.metrics[name])
                 self.log.say(f"step {self.step}  {name}: " + "  ".join(f"{k} {v:.4g}" for k, v in self.metrics[name].items()))
 
-    def _save(self) -> None:
+    def _agreed(self) -> int:
+        """The signal that any rank has seen (0: none). Raises UserError on every rank when any could not write its part of a checkpoint."""
+        signum, failed = self.stop.agreed(self.ranks.device, self.ranks.world, bool(self.writer.problem))
+        if failed:
+            problems = [self.writer.problem] * self.ranks.world
+            if self.ranks.world > 1:
+                dist.all_gather_object(problems, self.writer.problem)
+            raise UserError("; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem),
+                            f"The older checkpoints are whole: go on with `fastft resume {self.config.run.dir}` once it is mended.")
+        return signum
+
+    def _save(self, wait: bool) -> None:
+        start = time.perf_counter()
         with self.throughput.paused():
             state = {"step": self.step, "skipped_in_a_row": self.skipped_in_a_row, "skipped_total": self.skipped_total,
                      "data": self.split.data.key, "task": self.task.state(), "config": configuration.dump(self.config)}
-            path = checkpoint.save(self.engine, self.folder, self.step, state, self.ranks, self.config.checkpoint.keep)
-            self.log.record("checkpoint", step=self.step, path=str(path))
+            path = checkpoint.save(self.engine, self.writer, self.folder, self.step, state, self.config.checkpoint.keep)
+            if wait:
+                self.writer.wait()
+                self._agreed()
+            self.log.record("checkpoint", step=self.step, path=str(path), stall_seconds=time.perf_counter() - start)
 
-    def resume(self) -> None:
-        path, manifest, self.passed_over = checkpoint.find(self.folder)
-        if manifest["state"]["data"] != self.split.data.key:
-            raise UserError(f"{path}: the training data, tokenizer or data settings changed since this checkpoint.",
-                            "Put the old data back, or start a new run from the exported model.")
-        self._check_same_run(path, manifest["state"])
-        state = checkpoint.load(self.engine, path, manifest, self.ranks)
+    def resume(self, found: _Found) -> None:
+        state = checkpoint.load(self.engine, found.path, found.manifest, self.ranks, found.converted)
+        if found.converted:
+            reshard.done(found.converted, self.ranks)
         self.step, self.skipped_in_a_row, self.skipped_total = state["step"], state["skipped_in_a_row"], state["skipped_total"]
-
-    def _check_same_run(self, path: Path, state: dict) -> None:
-        """Refuse settings under which the rest would not be the rest of this run."""
-        before = yaml.safe_load(state["config"])
-        for key in SETTLED:
-            section, _, name = key.rpartition(".")
-            then, now = (c[section].get(name) if section else c.get(name) for c in (before, self.config.model_dump(mode="json")))
-            if then != now:
-                raise UserError(f"{path}: was written with {key} = {then}, this run has {now}.",
-                                f"Resume with {key}={then}, or start a new run from the exported model.")
-        if state["step"] > self.schedule.total:
-            raise UserError(f"{path}: is at step {state['step']}, the run would end at {self.schedule.total}.", "Raise train.steps or train.epochs.")
 
     def _finish(self) -> dict:
         if not self.metrics:
@@ -260,7 +299,7 @@ class _Run:
         self.heart.rest()
         folder = export.save_engine(self.engine, self.task, Path(self.config.run.dir) / "model", self.config.model.dtype, self.ranks)
         if self.ranks.main:
-            _drop_old(Path(self.config.run.dir))
+            run_folder.drop_old(Path(self.config.run.dir))
         summary = {"step": self.step, "model": str(folder), "eval": self.metrics, **self.throughput.overall(self.ranks)}
         self.log.record("end", **summary)
         return summary
@@ -314,52 +353,6 @@ def _sum_over_ranks(values: list[float], ranks: Ranks) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=ranks.device)
     dist.all_reduce(total)
     return total.tolist()
-
-
-OF_A_RUN = ("checkpoints", "model", "metrics.jsonl", "config.yaml")  # what a run writes into its folder, beside prepared data
-
-
-def _check_run_dir(run_dir: Path, config: Config, overwrite: bool) -> None:
-    """A new run may take an empty folder, or with --overwrite that of an older run; never anybody else's files."""
-    there = [name for name in OF_A_RUN if (run_dir / name).exists()]
-    if "metrics.jsonl" not in there:
-        if there:
-            raise UserError(f"run.dir: {run_dir} holds {', '.join(there)}, but is not the folder of a run.", "Choose another run.dir; nothing was touched.")
-        return
-    if not overwrite:
-        raise UserError(f"run.dir: {run_dir} already holds a run.",
-                        f"Go on with `fastft resume {run_dir}`, choose another run.dir, or start over with --overwrite.")
-    inputs = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer, "data.labels": config.data.labels}
-    inputs |= {f"data.train[{i}]": s.path for i, s in enumerate(config.data.train)}
-    inputs |= {f"data.eval.{name}": s.path for name, sources in config.data.eval.items() for s in sources}
-    for key, path in inputs.items():
-        if path and Path(path).exists() and run_dir.resolve() in Path(path).resolve().parents:
-            raise UserError(f"{key}: {path} lies in run.dir, which --overwrite starts over.", "Choose another run.dir, or copy it out first.")
-
-
-def _claim(run_dir: Path, config: Config, resume: bool) -> None:
-    """Take the run folder, now that nothing is left to refuse: keep the whole configuration, put an overwritten run aside until this one is done."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not resume and (run_dir / "metrics.jsonl").exists():
-        failed_before = (run_dir / "metrics.jsonl.old").exists()  # then what lies aside is the last good run, and stays
-        for name in filter(lambda n: (run_dir / n).exists(), OF_A_RUN):
-            path, aside = run_dir / name, run_dir / f"{name}.old"
-            if not failed_before:
-                path.rename(aside)
-            elif path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-    (run_dir / "config.yaml").write_text(configuration.dump(configuration.absolute(config)), encoding="utf-8")
-
-
-def _drop_old(run_dir: Path) -> None:
-    """Remove what an overwritten run left aside."""
-    if not (run_dir / "metrics.jsonl.old").exists():
-        return  # nothing of ours
-    for name in OF_A_RUN:
-        old = run_dir / f"{name}.old"
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
 
 def _record(config: Config, ranks: Ranks, split: Split, evals: dict[str, Split], schedule: Schedule, model: torch.nn.Module, frozen: int,

@@ -30,10 +30,11 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signum = signum
 
-    def agreed(self, device: torch.device, world: int) -> int:
-        """The signal that any rank has seen (0: none), the same on all ranks."""
+    def agreed(self, device: torch.device, world: int, failed: bool) -> tuple[int, bool]:
+        """The signal that any rank has seen (0: none), and whether any rank has failed: the same on all ranks."""
         if world == 1:
-            return self.signum
-        seen = torch.tensor([self.signum], dtype=torch.int32, device=device)
+            return self.signum, failed
+        seen = torch.tensor([self.signum, failed], dtype=torch.int32, device=device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        return int(seen.item())
+        signum, failures = seen.tolist()
+        return signum, bool(failures)

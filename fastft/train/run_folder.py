@@ -1,0 +1,50 @@
+"""The folder of a run: who may take it, and what becomes of the run that was in it."""
+
+from pathlib import Path
+
+from fastft import config as configuration
+from fastft.config import Config
+from fastft.errors import UserError
+from fastft.files import remove
+
+OF_A_RUN = ("checkpoints", "model", "metrics.jsonl", "config.yaml")  # what a run writes into its folder, beside prepared data
+
+
+def check(run_dir: Path, config: Config, overwrite: bool) -> None:
+    """A new run may take an empty folder, or with --overwrite that of an older run; never anybody else's files."""
+    there = [name for name in OF_A_RUN if (run_dir / name).exists()]
+    if "metrics.jsonl" not in there:
+        if there:
+            raise UserError(f"run.dir: {run_dir} holds {', '.join(there)}, but is not the folder of a run.", "Choose another run.dir; nothing was touched.")
+        return
+    if not overwrite:
+        raise UserError(f"run.dir: {run_dir} already holds a run.",
+                        f"Go on with `fastft resume {run_dir}`, choose another run.dir, or start over with --overwrite.")
+    inputs = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer, "data.labels": config.data.labels}
+    inputs |= {f"data.train[{i}]": s.path for i, s in enumerate(config.data.train)}
+    inputs |= {f"data.eval.{name}": s.path for name, sources in config.data.eval.items() for s in sources}
+    for key, path in inputs.items():
+        if path and Path(path).exists() and run_dir.resolve() in Path(path).resolve().parents:
+            raise UserError(f"{key}: {path} lies in run.dir, which --overwrite starts over.", "Choose another run.dir, or copy it out first.")
+
+
+def claim(run_dir: Path, config: Config, resume: bool) -> None:
+    """Take the run folder, now that nothing is left to refuse: keep the whole configuration, put an overwritten run aside until this one is done."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not resume and (run_dir / "metrics.jsonl").exists():
+        failed_before = (run_dir / "metrics.jsonl.old").exists()  # then what lies aside is the last good run, and stays
+        for name in filter(lambda n: (run_dir / n).exists(), OF_A_RUN):
+            path, aside = run_dir / name, run_dir / f"{name}.old"
+            if not failed_before:
+                path.rename(aside)
+            else:
+                remove(path)
+    (run_dir / "config.yaml").write_text(configuration.dump(configuration.absolute(config)), encoding="utf-8")
+
+
+def drop_old(run_dir: Path) -> None:
+    """Remove what an overwritten run left aside."""
+    if not (run_dir / "metrics.jsonl.old").exists():
+        return  # nothing of ours
+    for name in OF_A_RUN:
+        remove(run_dir / f"{name}.old")

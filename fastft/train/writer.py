@@ -1,0 +1,164 @@
+"""Writing checkpoints beside the training: a snapshot in memory, then a thread per rank that writes, hashes and syncs it.
+
+The threads of a job meet through files, for a collective in a thread would get between those of the training: each leaves
+``rank-N.json`` (its files' sizes and hashes) in the scratch folder when its part is on the disk, and rank 0's, once all are there, writes
+the manifest, renames the folder and replaces LATEST. Until then the checkpoint does not exist.
+"""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+from fastft.data.prepared import sha256_file
+from fastft.errors import UserError
+from fastft.files import fsync, replacing
+from fastft.train.engine import Ranks
+
+POLL = 0.02  # seconds
+
+
+def point(name: str, rank: int) -> None:
+    """A named moment of a save, at which tests have a rank killed: FASTFT_KILL_AT=name:rank."""
+    if os.environ.get("FASTFT_KILL_AT") == f"{name}:{rank}":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Snapshots(CheckpointEngine):
+    """DeepSpeed's place for writing files: keeps copies of what it is given instead, in host memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken: dict[str, object] = {}  # path -> state
+
+    def create(self, info) -> None:
+        pass
+
+    def save(self, state_dict, path: str) -> None:
+        self.taken[path] = _copied(state_dict)
+
+    def load(self, path: str, map_location=None):
+        return torch.load(path, map_location=map_location, weights_only=False)  # verified against the manifest before
+
+    def commit(self, info) -> bool:
+        return True
+
+    def preserves_storage_sharing(self) -> bool:
+        return False  # DeepSpeed would copy once more to cut views loose; ours are cut already
+
+    def take(self) -> dict[str, object]:
+        taken, self.taken = self.taken, {}
+        return taken
+
+
+def _copied(value):
+    """A copy with every tensor in host memory of its own."""
+    if torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True).contiguous()
+    if type(value) in (dict, OrderedDict):
+        copied = type(value)((k, _copied(v)) for k, v in value.items())
+        if hasattr(value, "_metadata"):  # versions of a module's state
+            copied._metadata = value._metadata
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(_copied(v) for v in value)
+    return copy.deepcopy(value)
+
+
+def bytes_of(value) -> int:
+    """Bytes of all tensors in it."""
+    if torch.is_tensor(value):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(bytes_of, value.values()))
+    return sum(map(bytes_of, value)) if isinstance(value, (list, tuple)) else 0
+
+
+class Writer:
+    """At most one checkpoint on its way to the disk.
+
+    Attributes
+    ----------
+    problem : str
+        Why this rank's last write failed; empty: it did not.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.problem = ""
+        self.thread: threading.Thread | None = None
+        self.abandoned = threading.Event()
+
+    def write(self, files: dict[Path, object], scratch: Path, finish: Callable[[dict[str, dict]], None]) -> None:
+        """Begin to write ``files`` (path -> state) into ``scratch``; on rank 0 ``finish(manifest's files)`` follows when all ranks are done.
+
+        Waits for the write before this one.
+        """
+        self.wait()
+        self.thread = threading.Thread(target=self._run, args=(files, scratch, finish), name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def close(self) -> None:
+        """Stop waiting for other ranks: the run is over."""
+        self.abandoned.set()
+        self.wait()
+
+    def _run(self, files: dict[Path, object], scratch: Path, finish: Callable[[dict[str, dict]], None]) -> None:
+        try:
+            self._check_space(files, scratch)
+            entries = {}
+            for path, state in files.items():
+                point("before-file", self.ranks.rank)
+                torch.save(state, path)
+                point("after-file", self.ranks.rank)
+                fsync(path)
+                entries[str(path.relative_to(scratch))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            point("before-report", self.ranks.rank)
+            with replacing(scratch / f"rank-{self.ranks.rank}.json") as report:
+                report.write_text(json.dumps(entries))
+                fsync(report)
+            point("after-report", self.ranks.rank)
+            if self.ranks.main and (every := self._reports(scratch)) is not None:
+                finish(every)
+        except UserError as e:
+            self.problem = str(e)
+        except Exception as e:  # torch.save of a full disk raises RuntimeError, others OSError; the training must hear of all
+            self.problem = f"{scratch}: writing the checkpoint failed: {e}"
+
+    def _check_space(self, files: dict[Path, object], scratch: Path) -> None:
+        local = self.ranks.local_world if self.ranks.local_world > 1 else 1
+        need, free = int(1.02 * bytes_of(list(files.values())) * local), shutil.disk_usage(scratch).free
+        if need > free:
+            raise UserError(f"{scratch.parent}: the checkpoint needs {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left; the older checkpoints are whole.",
+                            "Make room, or lower checkpoint.keep; then resume.")
+
+    def _reports(self, scratch: Path) -> dict[str, dict] | None:
+        """What all ranks have written, when all have; None when the run ends before."""
+        entries: dict[str, dict] = {}
+        for rank in range(self.ranks.world):
+            report = scratch / f"rank-{rank}.json"
+            while not report.exists():
+                if self.abandoned.is_set():
+                    return None
+                time.sleep(POLL)
+            entries |= json.loads(report.read_text())
+        for rank in range(self.ranks.world):
+            (scratch / f"rank-{rank}.json").unlink()
+        for path in sorted(p for p in scratch.rglob("*") if p.is_file() and str(p.relative_to(scratch)) not in entries):  # DeepSpeed's script
+            fsync(path)
+            entries[str(path.relative_to(scratch))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        return entries
