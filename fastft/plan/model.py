@@ -138,8 +138,12 @@ class Step:
     setup: Setup
     compute: float
     communication: float  # all of it, hidden or not
+    waited: float  # for the communication that nothing hides
     optimizer: float
-    seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.waited + self.optimizer + self.setup.stall
 
     @property
     def tokens_per_second(self) -> float:
@@ -148,8 +152,8 @@ class Step:
 
     @property
     def communication_share(self) -> float:
-        """Share of the step in which the GPU waits for communication: all that is not compute, optimizer and stall."""
-        return (self.seconds - self.compute - self.optimizer - self.setup.stall) / self.seconds
+        """Share of the step in which the GPU waits for communication."""
+        return self.waited / self.seconds
 
     @property
     def mfu(self) -> float:
@@ -238,9 +242,8 @@ def step(setup: Setup, constants: Constants) -> Step:
     compute = setup.accumulation * compute_seconds(setup, constants)
     overlappable, between = communication_seconds(setup, constants)
     exposed = constants.exposed_share * overlappable
-    optimizer = optimizer_seconds(setup)
-    seconds = max(compute, overlappable - exposed) + exposed + between + optimizer + setup.stall
-    return Step(setup, compute, overlappable + between, optimizer, seconds)
+    outlasting = max(0.0, overlappable - exposed - compute)  # max(compute, overlapped) without the compute
+    return Step(setup, compute, overlappable + between, outlasting + exposed + between, optimizer_seconds(setup))
 
 
 def memory(setup: Setup) -> Memory:

@@ -39,7 +39,7 @@ LLM_FOUNDRY = (
 )  # fmt: skip
 
 # variant -> tokens/s/GPU on 8 and on 128 GPUs
-TORCHTITAN = {"eager": (5762, 5605), "compiled": (6667, 6514), "compiled, float8": (8532, 8380)}
+TORCHTITAN = {"eager": (5762, 5605), "compiled": (6667, 6514)}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from fastft.config import Model
 from fastft.errors import UserError, did_you_mean
-from fastft.models import load
 from fastft.plan.failures import reliability
 from fastft.plan.fit import calibrated
 from fastft.plan.model import HARDWARE, Hardware, Setup, Shape, memory, step
@@ -67,15 +66,20 @@ def shape(model: str | None, params: float | None) -> Shape:
 
 
 def _shape_of_config(path: str) -> Shape:
-    import torch
+    import torch  # seconds, which --params does without
     import transformers
 
+    from fastft.models import load
+
     config = load.config(Model(path=path))
+    saved = getattr(transformers, (config.architectures or [""])[0], None)  # the class that wrote the folder
     with torch.device("meta"):
-        try:
+        if isinstance(saved, type) and issubclass(saved, transformers.PreTrainedModel):
+            model = saved(config)
+        elif type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
             model = transformers.AutoModelForCausalLM.from_config(config)
-        except ValueError:  # no language model
-            model = transformers.AutoModel.from_config(config)
+        else:
+            raise UserError(f"model path {path}: its config.json names no architecture that transformers knows.", "Give --params instead.")
     text = config.get_text_config()
     layers, hidden = (getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size"))
     if not layers or not hidden:
@@ -99,8 +103,8 @@ def plan(model: Shape, request: Request) -> dict:
         kept = rate * failures.goodput
         rows.append({
             "zero": stage, "memory": held.total, "states": held.states, "activations": held.activations, "fits": held.total <= hardware.memory,
-            "step_seconds": predicted.seconds, "tokens_per_second": rate, "mfu": predicted.mfu, "communication_share": predicted.communication_share,
-            "save_interval": failures.save_interval, "goodput": failures.goodput,
+            "step_seconds": predicted.seconds, "tokens_per_second": rate, "mfu": predicted.mfu, "communication_seconds": predicted.communication,
+            "communication_share": predicted.communication_share, "save_interval": failures.save_interval, "goodput": failures.goodput,
             "days": request.tokens / kept / 86400 if request.tokens and kept else None,
         })  # fmt: skip
     return {"model": dataclasses.asdict(model), "gpus": request.gpus, "hardware": dataclasses.asdict(hardware), "constants": dataclasses.asdict(constants),
