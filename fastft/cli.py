@@ -169,7 +169,7 @@ def plan(model: Annotated[Optional[str], typer.Argument(help="Model folder or hu
          save_seconds: Annotated[float, typer.Option(help="Seconds that training stands still per checkpoint.")] = 60.0,
          restart_seconds: Annotated[float, typer.Option(help="Seconds from a failure to the next step.")] = 600.0,
          stall: Annotated[float, typer.Option(help="Seconds per step that nothing hides (data, logging).")] = 0.0,
-         efficiency: Annotated[Optional[float], typer.Option(help="Share of peak FLOP/s in matrix products; default: as published for H100.")] = None,
+         efficiency: Annotated[Optional[float], typer.Option(help="Share of peak FLOP/s in matrix products; default: fitted on H100 runs.")] = None,
          gpus_per_node: Annotated[Optional[int], typer.Option(help="Default: 8.")] = None,
          node_gbits: Annotated[Optional[float], typer.Option(help="Gbit/s and direction between nodes, all cards of a node together.")] = None,
          as_json: JsonOpt = False) -> None:
