@@ -201,12 +201,12 @@ def launch(arguments: Annotated[list[str], typer.Argument(help="train CONFIG [OV
     if hostfile is not None and nproc is not None:
         raise UserError("--hostfile and --nproc exclude each other.", "The host file's slots say how many ranks a host has.")
     hosts = hosts_of.read(hostfile) if hostfile else [hosts_of.Host("localhost", nproc or _gpus() or 1)]
-    plan = launcher.plan(arguments, hosts, _run_dir_of(arguments), master_addr=master_addr, master_port=master_port, max_restarts=max_restarts,
+    chosen = launcher.plan(arguments, hosts, _run_dir_of(arguments), master_addr=master_addr, master_port=master_port, max_restarts=max_restarts,
                          backoff=backoff, watchdog=watchdog)
     if dry_run:
-        print("\n".join(launcher.describe(plan)))
+        print("\n".join(launcher.describe(chosen)))
         return
-    raise typer.Exit(launcher.launch(plan))
+    raise typer.Exit(launcher.launch(chosen))
 
 
 def _gpus() -> int:
@@ -222,14 +222,49 @@ def _run_dir_of(arguments: list[str]) -> Path:
     return Path(given[0]) if verb == "resume" else Path(configuration.load(given[0], given[1:]).run.dir)
 
 
+def plan(model: Annotated[Optional[str], typer.Argument(help="Model folder or hub id; or give --params.")] = None,
+         params: Annotated[Optional[float], typer.Option(help="Number of parameters, such as 7e9, of a dense decoder of usual shape.")] = None,
+         gpus: Annotated[int, typer.Option(help="GPUs, all data-parallel.")] = 8,
+         zero: Annotated[Optional[list[int]], typer.Option(help="ZeRO stage; can be given several times; default: all.")] = None,
+         hardware: Annotated[str, typer.Option(help="a100, h100, h200, b200.")] = "h100",
+         micro_batch: Annotated[int, typer.Option(help="Sequences per GPU and micro-step.")] = 1,
+         sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 2048,
+         accumulation: Annotated[int, typer.Option(help="Micro-steps per optimizer step.")] = 1,
+         recompute: Annotated[bool, typer.Option("--recompute", help="Full activation recomputation.")] = False,
+         tokens: Annotated[Optional[float], typer.Option(help="Tokens to train on, such as 1e12.")] = None,
+         save_seconds: Annotated[float, typer.Option(help="Seconds that training stands still per checkpoint.")] = 60.0,
+         restart_seconds: Annotated[float, typer.Option(help="Seconds from a failure to the next step.")] = 600.0,
+         stall: Annotated[float, typer.Option(help="Seconds per step that nothing hides (data, logging).")] = 0.0,
+         efficiency: Annotated[Optional[float], typer.Option(help="Share of peak FLOP/s in matrix products; default: fitted on H100 runs.")] = None,
+         gpus_per_node: Annotated[Optional[int], typer.Option(help="Default: 8.")] = None,
+         node_gbits: Annotated[Optional[float], typer.Option(help="Gbit/s and direction between nodes, all cards of a node together.")] = None,
+         as_json: JsonOpt = False) -> None:
+    """Memory, step time, communication and days of a run on more GPUs than are here."""
+    from fastft.plan import report
+
+    request = report.Request(gpus, tuple(zero or (0, 1, 2, 3)), hardware, micro_batch, sequence_length, accumulation, recompute, tokens, save_seconds,
+                             restart_seconds, stall, efficiency, gpus_per_node, node_gbits)
+    result = report.plan(report.shape(model, params), request)
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table(*report.COLUMNS)
+    for row in result["stages"]:
+        table.add_row(*report.cells(row, gpus))
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+    shape = result["model"]
+    console.print(f"{shape['parameters']:,} parameters, {shape['layers']} layers of {shape['hidden']:,}; {gpus:,} {hardware}, a failure every "
+                  f"{report.duration(result['mtbf'])}. The constants are those of published H100 runs (benchmarks/results/plan.md).", highlight=False)
+
+
 def schema() -> None:
     """The configuration's JSON Schema: every key, its type, default and meaning."""
     print(json.dumps(configuration.Config.model_json_schema(), indent=2))
 
 
 VERBS = {"train": train, "resume": resume, "eval": evaluate, "predict": predict, "export": export, "validate": validate, "doctor": doctor,
-         "quickstart": quickstart, "launch": launch, "trace": trace,
-         "verify-resume": verify_resume}
+         "quickstart": quickstart, "launch": launch, "trace": trace, "verify-resume": verify_resume, "plan": plan}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,8 +3,8 @@
 import ast
 from pathlib import Path
 
-FLOORS = {"errors": -1, "files": -1, "launch": 0, "registry": 0, "config": 0, "ops": 1, "data": 1, "optim": 2, "models": 2, "tasks": 3, "train": 4, "evaluate": 5, "quickstart": 6,
-          "doctor": 5, "cli": 7, "__main__": 8}
+FLOORS = {"errors": -1, "files": -1, "launch": 0, "registry": 0, "config": 0, "ops": 1, "data": 1, "optim": 2, "models": 2, "tasks": 3, "train": 4, "evaluate": 5,
+          "quickstart": 6, "doctor": 5, "plan": 5, "cli": 7, "__main__": 8}
 PACKAGE = Path(__file__).parent.parent / "fastft"
 
 
