@@ -148,8 +148,7 @@ def _found(config: Config, split: Split, schedule: Schedule, ranks: Ranks) -> _F
                             f"Resume with {key}={then}, or start a new run from the exported model.")
     if manifest["step"] > schedule.total:
         raise UserError(f"{path}: is at step {manifest['step']}, the run would end at {schedule.total}.", "Raise train.steps or train.epochs.")
-    sharded = config.parallel.zero > 0 or config.model.dtype == "bf16"
-    converted = reshard.convert(path, checkpoint.TAG, ranks) if reshard.needed(manifest, config.parallel.zero, sharded, ranks) else None
+    converted = reshard.convert(path, checkpoint.TAG, config.parallel.zero, ranks) if reshard.needed(manifest, config.parallel.zero, ranks) else None
     return _Found(path, manifest, passed_over, converted)
 
 

@@ -14,24 +14,19 @@ from fastft.files import remove
 from fastft.optim import FusedAdamW
 from fastft.train.engine import Ranks
 
-SETTINGS = {"checkpoint": {"load_universal": True}}  # of the DeepSpeed engine that is to load what convert() made
+SETTINGS = {"load_universal": True}  # checkpoint settings of the DeepSpeed engine that is to load what convert() made
 
 
-def needed(manifest: dict, stage: int, sharded: bool, ranks: Ranks) -> bool:
+def needed(manifest: dict, stage: int, ranks: Ranks) -> bool:
     """Whether a checkpoint must be converted before this run can load it.
-
-    Parameters
-    ----------
-    sharded : bool
-        Whether this run's optimizer state is cut up between ranks: ZeRO 1-3, and stage 0 in bf16.
 
     Raises
     ------
     UserError
-        Between stage 0 in fp32, whose state is whole, and the others.
+        Between stage 0, whose state is whole, and the others.
     """
     before = manifest["zero"]
-    if before == stage and (manifest["world_size"] == ranks.world or not sharded):
+    if before == stage and (manifest["world_size"] == ranks.world or stage == 0):
         return False
     if before != stage and 0 in (before, stage):
         raise UserError(f"The checkpoint was written with parallel.zero = {before}, this run has {stage}.",
@@ -39,8 +34,8 @@ def needed(manifest: dict, stage: int, sharded: bool, ranks: Ranks) -> bool:
     return True
 
 
-def convert(path: Path, tag: str, ranks: Ranks) -> Path:
-    """Write the universal form of a verified checkpoint beside it (rank 0); all ranks return its folder, which ``done`` removes."""
+def convert(path: Path, tag: str, stage: int, ranks: Ranks) -> Path:
+    """Write the universal form of a verified checkpoint beside it (rank 0), for this stage; all ranks return its folder, which ``done`` removes."""
     folder = path.with_name(f"{path.name}.universal.tmp")
     problem = [""]
     if ranks.main:
@@ -51,12 +46,43 @@ def convert(path: Path, tag: str, ranks: Ranks) -> Path:
         run = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if run.returncode:
             problem = [run.stdout[-1500:]]
+        else:
+            _fit(folder / tag, stage, ranks.world)
     if ranks.world > 1:
         dist.broadcast_object_list(problem, src=0)
     if problem[0]:
         raise UserError(f"{path}: DeepSpeed could not convert it for this number of ranks or ZeRO stage:\n{problem[0]}",
                         "Resume with the ranks and the stage that it was written with.")
     return folder
+
+
+def _fit(folder: Path, stage: int, world: int) -> None:
+    """Put what DeepSpeed reads beside the universal weights where this stage looks for it, and as it reads it.
+
+    Its converter writes it for the stage that the checkpoint came from: the counters in one file or in one per rank, the step per parameter or
+    once, the groups' settings on their own or with the state, the weights flat or in shape.
+    """
+    found = sorted(folder.glob("*model_states.pt"))
+    counters = torch.load(found[0], map_location="cpu", weights_only=False)  # its hash was verified
+    counters["module"] = {}  # the weights come from the universal folder
+    for file in found:
+        file.unlink()
+    for name in [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world)] if stage == 3 else ["mp_rank_00_model_states.pt"]:
+        torch.save(counters, folder / name)
+
+    weights = folder / "zero"
+    before = torch.load(weights / "optimizer_state.pt", map_location="cpu", weights_only=False)
+    trained = [file.parent for file in weights.glob("*/exp_avg.pt")]
+    step = before["optimizer_state_dict"]["state"][0]["step"] if "optimizer_state_dict" in before else torch.load(trained[0] / "step.pt")
+    after = {key: before[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow", "param_groups")}
+    after |= {"ds_version": counters["ds_version"], "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": before["param_groups"]}}
+    torch.save(after, weights / "optimizer_state.pt")
+    shapes = {name: shape for group in counters["param_shapes"] for name, shape in group.items()}
+    for parameter in trained:
+        torch.save(step, parameter / "step.pt")
+        for file in (parameter / f"{name}.pt" for name in ("fp32", "exp_avg", "exp_avg_sq")):
+            if torch.is_tensor(value := torch.load(file, map_location="cpu", weights_only=False)):  # stage 3's: flat, bare
+                torch.save({"param": value[:shapes[parameter.name].numel()].view(shapes[parameter.name])}, file)
 
 
 def done(folder: Path, ranks: Ranks) -> None:

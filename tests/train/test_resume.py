@@ -1,6 +1,5 @@
 """A resumed run is the run that was never interrupted, bit for bit; damaged checkpoints are seen before they are used."""
 
-import copy
 import json
 import shutil
 import signal
@@ -140,17 +139,11 @@ def test_an_unfinished_save_is_not_a_checkpoint(finished):
     assert checkpoint.steps(folder) == [2]
 
 
-def test_resume_refuses_what_cannot_be_exact(finished, lm_config, tmp_path):
+def test_resume_refuses_what_cannot_be_exact(finished, tmp_path):
     code, output = launch.fastft("resume", finished, "data.max_length=32", check=False)
     assert code == 1 and "changed since this checkpoint" in output
     code, output = launch.fastft("resume", tmp_path / "nowhere", check=False)
     assert code == 1 and "not a run folder" in output
-    two = copy.deepcopy(lm_config)
-    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
-    processes = [launch.start([sys.executable, "-m", "fastft", "resume", two["run"]["dir"], "train.steps=6"],
-                              {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2", **port}) for r in range(2)]
-    outputs = [launch.finish(p, 90) for p in processes]
-    assert all(p.returncode == 1 for p in processes) and "was written by 1 ranks, this run has 2" in outputs[0]
 
 
 def test_a_run_is_not_written_over(finished, tmp_path):
