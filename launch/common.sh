@@ -27,11 +27,11 @@ number() {
     [[ ${!1} =~ ^[0-9]+$ ]] || die "$1=${!1} is not a number."
 }
 
-# Sends signal $2 to every rank of launch $1 on this machine and prints how many there were. A rank is known by its environment, so it is
-# found even after its launcher was killed. A string for sh, because other nodes get it through ssh.
+# Sends signal $2 to every process of launch $1 on this machine whose environment has a line that begins with $3, and prints how many there
+# were. RANK= means the ranks: they are found even after their launcher was killed. A string for sh, because other nodes get it through ssh.
 # shellcheck disable=SC2016
-SIGNAL_RANKS='n=0; for e in $(grep -lazx "FASTFT_LAUNCH_ID=$1" /proc/[0-9]*/environ 2>/dev/null); do
-    grep -qaz "^RANK=" "$e" 2>/dev/null || continue
+SIGNAL='n=0; for e in $(grep -lazx "FASTFT_LAUNCH_ID=$1" /proc/[0-9]*/environ 2>/dev/null); do
+    grep -qaz "^$3" "$e" 2>/dev/null || continue
     p=${e#/proc/}; kill "-$2" "${p%/environ}" 2>/dev/null && n=$((n + 1))
 done; echo "$n"'
 
@@ -39,32 +39,50 @@ new_launch_id() {
     printf '%s-%s-%s%s' "${HOSTNAME:-host}" "$$" "$RANDOM" "$RANDOM"
 }
 
-signal_ranks() {
-    sh -c "$SIGNAL_RANKS" sh "$launch_id" "$1"
+# signal_processes SIGNAL [LINE]: of this launch; prints how many there were. multinode.sh has one of its own.
+signal_processes() {
+    sh -c "$SIGNAL" sh "$launch_id" "$1" "${2-RANK=}"
 }
 
 # A stop goes to the ranks, not to the launcher: deepspeed would leave its ranks behind, torchrun and launch.py kill them after 30 s, before
-# a large model is saved. With no rank there yet, the launcher's process group is ended instead.
+# a large model is saved. With no rank there yet, the launchers are ended instead.
 stop() {
     stopped=1
-    [[ $(signal_ranks TERM) != 0 ]] || kill -TERM -- "-$launcher" 2>/dev/null || true
+    [[ $(signal_processes TERM) != 0 ]] || signal_processes TERM '' >/dev/null
+}
+
+# Ranks that outlived their launcher, or another node's failure, get STOP_GRACE seconds. Prints how many there were.
+end_ranks() {
+    local waited=0 found
+    found=$(signal_processes TERM)
+    if ((found)); then
+        while [[ $(signal_processes 0) != 0 ]] && ((waited++ < ${STOP_GRACE:-120})); do sleep 1; done
+        signal_processes KILL >/dev/null
+    fi
+    printf '%s' "$found"
 }
 
 # run COMMAND...: the launcher in a process group of its own, its exit code read as the ranks': 143 after SIGTERM and a save. $summary, where
 # it is set, names a file for stderr: torchrun ends with 1 whatever happened, and says in its summary what the first failed rank ended with.
 run() {
-    local code before left=0
-    : "${summary:=}" "${on_stop:=stop}" "${launch_id:=$(new_launch_id)}"
+    local code before launcher waited=0
+    : "${summary:=}" "${launch_id:=$(new_launch_id)}"
     set -m
     (
+        set +m
         trap '' USR1 # Slurm's warning reaches every process of a step; only this script acts on it
-        trap : TERM INT
-        [[ -n $summary ]] || exec env -u RANK FASTFT_LAUNCH_ID="$launch_id" "$@"
-        env -u RANK FASTFT_LAUNCH_ID="$launch_id" "$@" 2>&1 >&3 3>&- | (trap '' TERM INT; exec tee "$summary") >&2 || exit "${PIPESTATUS[0]}"
-    ) 3>&1 </dev/null &
+        unset RANK
+        export FASTFT_LAUNCH_ID="$launch_id"
+        if [[ $(type -t "$1") == function ]]; then
+            "$@"
+            exit
+        fi
+        [[ -n $summary ]] || exec "$@"
+        exec "$@" 2> >(trap '' TERM INT; tee "$summary" >&2; : >"$summary.whole")
+    ) </dev/null &
     launcher=$!
     set +m
-    trap '"$on_stop"' TERM INT USR1
+    trap stop TERM INT USR1
     code=127
     while :; do
         stopped=0 before=$code code=0
@@ -72,24 +90,18 @@ run() {
         ((stopped)) || break
     done
     if ((code == 127)); then code=$before; fi # the signal came after the launcher's end
+    # deepspeed ends with 0 when launch.py was killed, and the ranks train on.
+    if [[ $(end_ranks) != 0 ]]; then
+        printf '%s: the launcher ended before its ranks; they were ended too.\n' "${0##*/}" >&2
+        ((code)) || code=1
+    fi
     if [[ -n $summary && $code == 1 ]]; then
+        while [[ ! -e $summary.whole ]] && ((waited++ < 50)); do sleep 0.1; done
         code=$(sed -nE 's/^ *exitcode *: (-?[0-9]+).*/\1/p' "$summary" | tail -n 1)
         code=$(((${code:-1} + 256) % 256))
     fi
     # Python's sys.exit(-N), a rank ended by signal N, arrives as 256 - N; a shell says 128 + N.
     if ((code > 192)); then code=$((384 - code)); fi
-    # deepspeed ends with 0 when launch.py was killed, and the ranks train on.
-    if [[ $(signal_ranks TERM) != 0 ]]; then
-        printf '%s: the launcher ended before its ranks; ending them.\n' "${0##*/}" >&2
-        while [[ $(signal_ranks 0) != 0 ]] && ((left++ < ${STOP_GRACE:-120})); do sleep 1; done
-        signal_ranks KILL >/dev/null
-        ((code)) || code=1
-    fi
     trap - TERM INT USR1
     return "$code"
-}
-
-# Where the run of `train CONFIG OVERRIDES...` keeps its checkpoints.
-run_dir() {
-    "${PYTHON:-python}" -c 'import sys; from fastft import config; print(config.load(sys.argv[1], sys.argv[2:]).run.dir)' "$@"
 }

@@ -58,5 +58,5 @@ fi
 need torchrun "activate the environment that fastft is installed in."
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_GRACE:-120} # torchrun kills its ranks after 30 s otherwise, when a signal reaches it directly
 summary=$(mktemp)
-trap 'rm -f "$summary"' EXIT
+trap 'rm -f "$summary" "$summary.whole"' EXIT
 run "${command[@]}"
