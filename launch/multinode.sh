@@ -104,7 +104,8 @@ remote() {
     while IFS= read -r line; do
         printf -v text '%sexport %s=%q; ' "$text" "${line%%=*}" "${line#*=}"
     done < <(printf '%s\n' "$variables"; [[ -z ${!names:-} ]] || printf 'PYTHONPATH=%s\n' "$PYTHONPATH")
-    printf '%scd %q && exec %s' "$text" "$PWD" "$(show env -u RANK FASTFT_LAUNCH_ID="$launch_id" "${common[@]}" --no_ssh --node_rank "$1" --module fastft "${@:2}")"
+    line=$(show env -u RANK FASTFT_LAUNCH_ID="$launch_id" "${common[@]}" --no_ssh --node_rank "$1" --module fastft "${@:2}")
+    printf '%scd %q && exec %s' "$text" "$PWD" "$line"
 }
 
 launch_id=$(new_launch_id)

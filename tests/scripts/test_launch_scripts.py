@@ -134,7 +134,8 @@ def started(name: str, arguments: list) -> subprocess.Popen:
 
 def left(run: Path) -> list[str]:
     """Processes that still hold the run's folder in their command."""
-    return [p.name for p in Path("/proc").glob("[0-9]*") if str(run).encode() in (p / "cmdline").read_bytes()] if run else []
+    found = subprocess.run(["grep", "-la", str(run), *Path("/proc").glob("[0-9]*/cmdline")], capture_output=True, text=True).stdout.split()
+    return [name for name in found if Path(name).exists()]  # without the grep itself
 
 
 def losses(run: Path) -> list[tuple]:
