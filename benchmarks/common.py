@@ -121,7 +121,8 @@ def record(name: str, args: argparse.Namespace, rows: list[dict], columns: dict[
     with open(RESULTS / f"{name}.jsonl", "a") as file:
         for row in rows:
             file.write(json.dumps({**run, **row}) + "\n")
-    _rewrite(RESULTS / f"{name}.md", name, f"## {args.threads} threads, heap {run['heap']}", run, table)
+    forced = f", {os.environ['FASTFT_CPU']} forced" if "FASTFT_CPU" in os.environ else ""
+    _rewrite(RESULTS / f"{name}.md", name, f"## {args.threads} threads, heap {run['heap']}{forced}", run, table)
 
 
 def _installed(package: str) -> bool:

@@ -154,6 +154,20 @@ def trace(target: Annotated[Path, typer.Argument(help="Run folder or configurati
         print(f"sample {sample['sample']}: " + "; ".join(sample["documents"]))
 
 
+def replay(run_dir: Annotated[Path, typer.Argument(help="run.dir of the run.")], step: Annotated[int, typer.Option(min=1, help="Optimizer step, counted from 1.")],
+           as_json: JsonOpt = False) -> None:
+    """Loss and gradient norm of every sample of a step, with the weights of the checkpoint before it."""
+    from fastft.evaluate.replay import replay as run
+
+    found = run(run_dir, step)
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"weights: {found['weights']}")
+    for s in found["samples"]:
+        print(f"sample {s['sample']}  loss {s['loss']:.4f}  grad_norm {s['grad_norm']:.4g}  {'; '.join(s['documents'])}")
+
+
 def verify_resume(config: ConfigArg, overrides: OverridesArg = None,
                   folder: Annotated[Path, typer.Option(help="New folder for both runs.")] = Path("runs/verify-resume"),
                   nproc: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
@@ -207,6 +221,28 @@ def launch(arguments: Annotated[list[str], typer.Argument(help="train CONFIG [OV
         print("\n".join(launcher.describe(chosen)))
         return
     raise typer.Exit(launcher.launch(chosen))
+
+
+def preflight(config: ConfigArg, overrides: OverridesArg = None,
+              hostfile: Annotated[Optional[Path], typer.Option(help="Lines of `name slots=N`; default: this machine.")] = None,
+              master_addr: Annotated[Optional[str], typer.Option(help="The first host's address for the others.")] = None,
+              master_port: Annotated[int, typer.Option(min=1, max=65535)] = 29500, as_json: JsonOpt = False) -> None:
+    """Whether the hosts can train this configuration together: versions, code, clocks, disks, network."""
+    from fastft.launch import hostfile as hosts_of, launcher, preflight as checks
+
+    loaded = configuration.load(config, overrides or [])
+    hosts = hosts_of.read(hostfile) if hostfile else [hosts_of.Host("localhost", _gpus() or 1)]
+    chosen = launcher.plan([], hosts, Path(loaded.run.dir), master_addr=master_addr, master_port=master_port)
+    found, wrong = checks.preflight(chosen, checks.checkpoint_bytes(Path(loaded.model.path), loaded.model.dtype))
+    if as_json:
+        print(json.dumps({"hosts": found, "problems": wrong}))
+    else:
+        table = Table(*checks.COLUMNS)
+        for row in checks.describe(found):
+            table.add_row(*row)
+        (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
+        print("\n".join(wrong) if wrong else f"{len(hosts)} host{'s' * (len(hosts) > 1)}: nothing is wrong.")
+    raise typer.Exit(1 if wrong else 0)
 
 
 def _gpus() -> int:
@@ -264,7 +300,7 @@ def schema() -> None:
 
 
 VERBS = {"train": train, "resume": resume, "eval": evaluate, "predict": predict, "export": export, "validate": validate, "doctor": doctor,
-         "quickstart": quickstart, "launch": launch, "trace": trace, "verify-resume": verify_resume, "plan": plan}
+         "quickstart": quickstart, "launch": launch, "preflight": preflight, "trace": trace, "replay": replay, "verify-resume": verify_resume, "plan": plan}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -139,6 +139,7 @@ class Train(Section):
     steps: int | None = Field(None, ge=1, le=10**12, description="Optimizer steps; instead of epochs.")
     eval_every: int | None = Field(None, ge=1, description="Evaluate every N steps (and always at the end); null: only at the end.")
     log_every: int = Field(10, ge=1, description="Telemetry every N steps.")
+    spike_factor: float | None = Field(None, gt=1, description="Stop when a step's loss is more than this many times the median of the 50 before it; null: never.")
     max_skipped: int = Field(10, ge=0, description="Stop after more than this many consecutive steps skipped for NaN or Inf gradients.")
 
     @model_validator(mode="after")

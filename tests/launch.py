@@ -1,6 +1,7 @@
 """Starting real ranks and commands with a time limit, and leaving nothing behind."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,9 +20,16 @@ def write_config(path: Path, config: dict) -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that is free now, and that no other test process is given: outside the range that the kernel hands out, a stretch per process."""
+    stretch = 15_000 + 250 * (os.getpid() % 64)
+    while True:
+        port = stretch + random.randrange(250)
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def start(command: list[str], env: dict | None = None, **kwargs) -> subprocess.Popen:

@@ -83,6 +83,32 @@ FASTFT_INLINE void adamw_vector(const AdamWChunk& c, const AdamWVectors& s, cons
   put_param<P, kStore, kAll>(c, e.p, random, i, k);
 }
 
+// The same for kCount vectors at once, each array in one stretch: all loads before the first store.
+template <class P, class G, int kCount>
+FASTFT_INLINE void adamw_vectors(const AdamWChunk& c, const AdamWVectors& s, std::int64_t i) {
+  float *m = static_cast<float*>(c.m), *v = static_cast<float*>(c.v);
+  P* p = static_cast<P*>(c.param);
+  Elements e[kCount];
+  V g[kCount];
+#pragma GCC unroll 8
+  for (int u = 0; u < kCount; ++u) e[u].p = load(p + i + u * kWidth);
+#pragma GCC unroll 8
+  for (int u = 0; u < kCount; ++u) g[u] = load(static_cast<const G*>(c.grad) + i + u * kWidth);
+#pragma GCC unroll 8
+  for (int u = 0; u < kCount; ++u) e[u].m = load(m + i + u * kWidth);
+#pragma GCC unroll 8
+  for (int u = 0; u < kCount; ++u) e[u].v = load(v + i + u * kWidth);
+#pragma GCC unroll 8
+  for (int u = 0; u < kCount; ++u) update<true>(e[u], g[u], static_cast<float*>(nullptr), s, i, kWidth);
+#pragma GCC unroll 8
+  for (int u = 0; u < kCount; ++u) {
+    store(p + i + u * kWidth, e[u].p);
+    store(m + i + u * kWidth, e[u].m);
+    store(v + i + u * kWidth, e[u].v);
+    if (c.copy) store(c.copy + i + u * kWidth, e[u].p);
+  }
+}
+
 // What a block's new state waits in until its largest number, and with it the scale, is known: 4 KiB of the first-level cache
 struct BlockScratch {
   alignas(64) float m[kStateBlock], v[kStateBlock];
@@ -152,6 +178,10 @@ void adamw_chunk(const AdamWChunk& chunk, const AdamWScalars& given) {
     adamw_blocks<P, G, kStore>(c, s, keys);
   } else {
     std::int64_t i = 0;
+    if constexpr (sizeof(S) == 4 && kStore == ParamStore::nearest) {
+      constexpr int kUnroll = 4;
+      for (; !c.vmax && i + kUnroll * kWidth <= c.n; i += kUnroll * kWidth) adamw_vectors<P, G, kUnroll>(c, s, i);
+    }
     for (; i + kWidth <= c.n; i += kWidth) {
       adamw_vector<P, G, kStore, S, true>(c, s, keys, i, kWidth);
     }

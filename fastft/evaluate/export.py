@@ -30,14 +30,15 @@ def export_checkpoint(run_dir: Path, to: Path, step: int | None, dtype: str | No
     task.load_state(manifest["state"]["task"])
     shape = config.model.model_copy(update={"init": "random"})  # the checkpoint brings the weights
     model, _ = load.build(shape, task.auto_class, (), config.run.seed, **task.model_overrides())
-    state, own = _weights(path, config.parallel.zero), model.state_dict()
+    state, own = weights_of(path, manifest["zero"]), model.state_dict()
     there = {own[name].data_ptr() for name in state if name in own}  # tied weights stand in a checkpoint once
     if missing := [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in there]:
         raise UserError(f"{path}: holds no {', '.join(missing[:5])}.", "Export the run's own folder instead: <run.dir>/model.")
     return save(model, state, task, to, dtype or config.model.dtype)
 
 
-def _weights(path: Path, stage: int) -> dict[str, torch.Tensor]:
+def weights_of(path: Path, stage: int) -> dict[str, torch.Tensor]:
+    """The weights in a verified checkpoint by name: under ZeRO 1-3 the float32 masters."""
     if stage:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

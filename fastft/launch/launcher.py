@@ -21,6 +21,7 @@ FORWARDED = ("CUDA_", "DS_", "FASTFT_", "GLOO_", "HF_", "LD_LIBRARY_PATH", "NCCL
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2")
 BEAT = 5.0  # seconds between two words to the agents
 STOP_LIMIT = 90.0  # seconds that the agents get to end their ranks
+AGENT = "fastft.launch.agent"
 MISTAKE, STOPPED, FAILED = "mistake", "stopped", "failed"
 
 
@@ -59,7 +60,7 @@ def plan(arguments: list[str], hosts: list[Host], run_dir: Path, *, master_addr:
 
 def describe(plan: Plan) -> list[str]:
     """The command of every host, one a line, without environment values."""
-    return [f"{host.name}: {shlex.join(_command(plan, host))}  # ranks {first} to {first + host.slots - 1}: {shlex.join(plan.arguments)}"
+    return [f"{host.name}: {shlex.join(remote_command(plan, host, AGENT))}  # ranks {first} to {first + host.slots - 1}: {shlex.join(plan.arguments)}"
             for host, first in zip(plan.hosts, _firsts(plan.hosts), strict=True)]
 
 
@@ -159,7 +160,7 @@ class _Attempt:
         return self.outcome or _Outcome(0)
 
     def _start(self, host: Host, spec: Spec) -> _Node:
-        process = subprocess.Popen(_command(self.plan, host), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        process = subprocess.Popen(remote_command(self.plan, host, AGENT), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         node = _Node(host, process)
         threading.Thread(target=self._read, args=(node,), daemon=True).start()
         _write(process, spec.to_json())
@@ -241,9 +242,10 @@ def _write(process: subprocess.Popen, line: str) -> None:
         pass  # its end is seen where its output is read
 
 
-def _command(plan: Plan, host: Host) -> list[str]:
-    agent = [plan.python, "-m", "fastft.launch.agent"]
-    if len(plan.hosts) == 1 and host.name == "localhost" or is_here(host.name):
+def remote_command(plan: Plan, host: Host, module: str) -> list[str]:
+    """The command that runs a module on a host: through ssh, unless the host is this one."""
+    agent = [plan.python, "-m", module]
+    if is_here(host.name):
         return agent
     where = f"cd {shlex.quote(os.getcwd())} && "
     path = f"PYTHONPATH={shlex.quote(os.environ['PYTHONPATH'])} " if os.environ.get("PYTHONPATH") else ""

@@ -2,8 +2,10 @@
 
 import math
 import platform
+import statistics
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -165,6 +167,7 @@ class _Run:
         self.step, self.skipped_in_a_row, self.skipped_total = 0, 0, 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.throughput = _Throughput()
+        self.recent: deque[float] = deque(maxlen=50)  # losses, where train.spike_factor asks for them
         self.heart, self.pace = Heartbeat(), health.Pace(ranks.device)
         self.chosen: list | dict = []
         self.writer = Writer(ranks)
@@ -214,6 +217,7 @@ class _Run:
     def _after_step(self, loss: torch.Tensor) -> None:
         settings, last = self.config.train, self.step == self.schedule.total
         self._count_skips()
+        self._watch_for_spikes(loss)
         every = self.config.parallel.verify_every
         if every and self.step % every == 0 and self.ranks.world > 1 and self.config.parallel.zero < 3:
             health.check_weights(self.engine.module, self.ranks, self.step)
@@ -241,14 +245,32 @@ class _Run:
             raise UserError(f"{self.skipped_in_a_row} steps in a row had NaN or Inf gradients (the last at step {self.step}).",
                             "Lower optim.lr, check the data (the samples stand in metrics.jsonl), or raise train.max_skipped.")
 
+    def _watch_for_spikes(self, loss: torch.Tensor) -> None:
+        factor = self.config.train.spike_factor
+        if factor is None:
+            return
+        value = self._over_ranks(loss)
+        usual = statistics.median(self.recent) if len(self.recent) == self.recent.maxlen else math.inf
+        self.recent.append(value)
+        if value > factor * usual:
+            samples = self.schedule.ids(self.step - 1, len(self.split), self.config.data.seed).tolist()
+            self.log.record("spike", step=self.step, loss=value, usual=usual, samples=samples)
+            raise UserError(f"step {self.step}: the loss {value:.4g} is more than {factor} times the usual {usual:.4g}; samples {', '.join(map(str, samples[:8]))}"
+                            f"{', ...' if len(samples) > 8 else ''}.",
+                            f"`fastft replay {self.config.run.dir} --step {self.step}` shows each sample; `fastft resume` goes back to the checkpoint before it.")
+
+    def _over_ranks(self, loss: torch.Tensor) -> float:
+        """The step's loss, from every rank's share of it."""
+        if self.ranks.world > 1:
+            loss = loss.clone()
+            dist.all_reduce(loss)
+        return float(loss) / self.ranks.world
+
     def _log(self, loss: torch.Tensor) -> None:
         if not self.chosen:  # known once every op has run
             self.chosen = backends.choices()
             self.log.record("backends", chosen=self.chosen)
-        if self.ranks.world > 1:
-            loss = loss.clone()
-            dist.all_reduce(loss)
-        value = float(loss) / self.ranks.world
+        value = self._over_ranks(loss)
         rates = self.throughput.read(self.ranks)
         if self.ranks.world > 1 and (slow := self.pace.slow_ranks(self.ranks)):
             self.log.record("slow_ranks", step=self.step, times=slow)

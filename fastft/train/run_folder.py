@@ -13,6 +13,8 @@ OF_A_RUN = ("checkpoints", "model", "metrics.jsonl", "config.yaml")  # what a ru
 def check(run_dir: Path, config: Config, overwrite: bool) -> None:
     """A new run may take an empty folder, or with --overwrite that of an older run; never anybody else's files."""
     there = [name for name in OF_A_RUN if (run_dir / name).exists()]
+    if "checkpoints" in there and not any((run_dir / "checkpoints").iterdir()):  # a disk of its own, mounted there
+        there.remove("checkpoints")
     if "metrics.jsonl" not in there:
         if there:
             raise UserError(f"run.dir: {run_dir} holds {', '.join(there)}, but is not the folder of a run.", "Choose another run.dir; nothing was touched.")

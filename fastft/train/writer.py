@@ -25,12 +25,20 @@ from fastft.files import fsync, replacing
 from fastft.train.engine import Ranks
 
 POLL = 0.02  # seconds
+POINTS = ("begin", "snapshot", "before-file", "after-file", "before-report", "after-report", "before-manifest", "before-rename", "before-latest", "before-prune")
 
 
 def point(name: str, rank: int) -> None:
-    """A named moment of a save, at which tests have a rank killed: FASTFT_KILL_AT=name:rank."""
-    if os.environ.get("FASTFT_KILL_AT") == f"{name}:{rank}":
-        os.kill(os.getpid(), signal.SIGKILL)
+    """A named moment of a save, at which a test has a rank killed: FASTFT_KILL_AT=name:rank, or name:rank:file for once (the file marks it)."""
+    wanted = os.environ.get("FASTFT_KILL_AT", "").split(":", 2)
+    if wanted[:2] != [name, str(rank)]:
+        return
+    if len(wanted) == 3:
+        try:
+            os.close(os.open(wanted[2], os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Snapshots(CheckpointEngine):

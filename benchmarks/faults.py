@@ -1,0 +1,356 @@
+"""What becomes of a run when something breaks: the real fault, injected into real ranks under `fastft launch`, over ZeRO stages and dtypes.
+
+survived   the run ended by itself (or after one `fastft resume`, where the fault is meant to end it) with weights bit-identical to those of an
+           undisturbed run
+seen       seconds from the fault to the launcher's word about it, largest of the tries
+lost       steps that had to be done again, largest of the tries; a checkpoint is written every 5 steps
+
+    python benchmarks/faults.py [--machine NAME] [--tries 5] [--stages 0 1 2 3] [--only NAME ...]
+"""
+
+import argparse
+import itertools
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import common
+import yaml
+
+from fastft.data.prepared import sha256_file
+from fastft.train import telemetry
+from fastft.train.writer import POINTS
+
+STEPS, EVERY = 30, 5
+WATCHDOG = 4.0
+COLUMNS = {"fault": "s", "ZeRO": "s", "dtype": "s", "tries": "d", "survived": "d", "seen s": ".1f", "lost": "d", "how": "s"}
+
+
+@dataclass
+class Outcome:
+    survived: bool
+    seen: float | None = None  # seconds
+    lost: int = 0  # steps
+    how: str = ""
+
+
+@dataclass
+class Process:
+    """A launcher, and what it said when."""
+
+    popen: subprocess.Popen
+    said: list[tuple[float, str]] = field(default_factory=list)
+
+    def when(self, part: str, timeout: float = 120.0) -> float:
+        """Time at which a line with ``part`` was said; waits for it."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            for at, line in list(self.said):
+                if part in line:
+                    return at
+            if self.popen.poll() is not None and not any(part in line for _, line in self.said):
+                time.sleep(0.5)
+                if not any(part in line for _, line in self.said):
+                    break
+            time.sleep(0.02)
+        raise AssertionError(f"never said {part!r}:\n" + self.text())
+
+    def text(self) -> str:
+        return "\n".join(line for _, line in self.said[-60:])
+
+    def wait(self, timeout: float = 180.0) -> int:
+        self.popen.wait(timeout)
+        return self.popen.returncode
+
+
+class Bench:
+    """A tiny model and text under a folder, and runs of it."""
+
+    def __init__(self, folder: Path, ranks: int = 2):
+        self.folder, self.ranks, self.numbers = folder, ranks, itertools.count()
+        self.whole: dict[tuple[int, str], str] = {}
+        write_model(folder)
+
+    def config(self, run: Path, zero: int, dtype: str, **train) -> Path:
+        config = {"task": "causal_lm", "model": {"path": str(self.folder / "model"), "dtype": dtype},
+                  "data": {"train": str(self.folder / "train.jsonl"), "max_length": 128, "overlength": "split", "cache": str(self.folder / "prepared")},
+                  "batch": {"size": 8}, "optim": {"lr": 1e-3}, "train": {"steps": STEPS, "log_every": 1, **train}, "checkpoint": {"every": EVERY},
+                  "parallel": {"zero": zero}, "run": {"dir": str(run), "offline": True, "device": "cpu", "threads": 1}}
+        path = run.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    def run_dir(self) -> Path:
+        return self.folder / f"run-{next(self.numbers)}"
+
+    def start(self, *arguments: str | Path, env: dict | None = None, **options: float) -> Process:
+        options = {"nproc": self.ranks, "backoff": 0.2, "watchdog": WATCHDOG, **options}
+        command = [sys.executable, "-m", "fastft", "launch", *itertools.chain(*((f"--{k.replace('_', '-')}", str(v)) for k, v in options.items())), *map(str, arguments)]
+        popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                                 env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})})
+        process = Process(popen)
+        threading.Thread(target=lambda: process.said.extend((time.time(), line.rstrip()) for line in popen.stdout), daemon=True).start()
+        return process
+
+    def undisturbed(self, zero: int, dtype: str) -> str:
+        """Hash of the weights after all steps."""
+        if (zero, dtype) not in self.whole:
+            run = self.run_dir()
+            process = self.start("train", self.config(run, zero, dtype))
+            assert process.wait() == 0, process.text()
+            self.whole[zero, dtype] = weights(run)
+        return self.whole[zero, dtype]
+
+
+def write_model(folder: Path) -> None:
+    """A small Llama with dropout (so that a lost RNG state shows), and the language reference to read."""
+    import json
+    from pydoc_data.topics import topics
+
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    texts = [text[:1500] for _, text in sorted(topics.items())]
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=600, special_tokens=["<eos>", "<pad>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                 max_position_embeddings=256, attention_dropout=0.1, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                                 bos_token_id=None)).save_pretrained(folder / "model")
+
+
+def weights(run: Path) -> str:
+    return sha256_file(run / "model" / "model.safetensors")
+
+
+def reached(run: Path) -> int:
+    """The last step that was logged."""
+    return max((r["step"] for r in telemetry.read(run) if r["kind"] == "train"), default=0) if (run / "metrics.jsonl").exists() else 0
+
+
+def rank_pid(run: Path, rank: int) -> int | None:
+    """Process id of a rank of this run, by the log that it writes to."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            log = Path(os.readlink(process / "fd" / "1"))
+        except OSError:
+            continue
+        if log.name == f"rank-{rank}.log" and run in log.parents:
+            return int(process.name)
+    return None
+
+
+def left(run: Path) -> list[int]:
+    """Processes that still have something to do with a run."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(run).encode() in (process / "cmdline").read_bytes() or run in Path(os.readlink(process / "fd" / "1")).parents:
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], object], process: Process, timeout: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline and process.popen.poll() is None, process.text()
+        time.sleep(0.01)
+
+
+def lost_steps(run: Path, at: int) -> int:
+    """Steps done again after a fault at step ``at``: from the step that the last start began with."""
+    return max(0, at - [r for r in telemetry.read(run) if r["kind"] == "run"][-1]["start_step"])
+
+
+def killed_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
+    """SIGKILL of a random rank at a random step."""
+    truth, run, rank, step = bench.undisturbed(zero, dtype), bench.run_dir(), random.randrange(bench.ranks), random.randrange(1, STEPS - 3)
+    process = bench.start("train", bench.config(run, zero, dtype))
+    wait_for(lambda: reached(run) >= step, process)
+    at, now = reached(run), time.time()
+    os.kill(rank_pid(run, rank), signal.SIGKILL)
+    seen = process.when("was ended by SIGKILL") - now
+    code = process.wait()
+    return Outcome(code == 0 and weights(run) == truth, seen, lost_steps(run, at))
+
+
+def killed_in_a_save(point: str) -> Callable[[Bench, int, str], Outcome]:
+    """SIGKILL of rank 0 (of rank 1 where both pass) at one moment of a save."""
+
+    def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
+        truth, run = bench.undisturbed(zero, dtype), bench.run_dir()
+        rank = 0 if point.startswith(("before-manifest", "before-rename", "before-latest", "before-prune")) else random.randrange(bench.ranks)
+        if zero == 0 and "file" in point:
+            rank = 0  # the others write no more than their RNG state, which passes these points too, but later
+        process = bench.start("train", bench.config(run, zero, dtype), env={"FASTFT_KILL_AT": f"{point}:{rank}:{run}.marker"})
+        now_at = process.when("was ended by SIGKILL")
+        at = reached(run)
+        code = process.wait()
+        return Outcome(code == 0 and weights(run) == truth and Path(f"{run}.marker").exists(), now_at - Path(f"{run}.marker").stat().st_mtime, lost_steps(run, at))
+
+    return fault
+
+
+def stopped_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
+    """SIGSTOP of a rank: the watchdog names it and shows its stack."""
+    truth, run, rank = bench.undisturbed(zero, dtype), bench.run_dir(), random.randrange(bench.ranks)
+    process = bench.start("train", bench.config(run, zero, dtype))
+    wait_for(lambda: reached(run) >= 3, process)
+    at, now = reached(run), time.time()
+    os.kill(rank_pid(run, rank), signal.SIGSTOP)
+    seen = process.when(f"rank {rank} on localhost has taken no step") - now
+    named = any(f"rank {rank} on localhost has taken no step" in line and "it is stopped" in line for _, line in process.said)
+    code = process.wait()
+    return Outcome(code == 0 and named and weights(run) == truth, seen, lost_steps(run, at), f"watchdog {WATCHDOG:.0f} s")
+
+
+def killed_launcher(bench: Bench, zero: int, dtype: str) -> Outcome:
+    """SIGKILL of the launcher: no rank stays; resume ends as if nothing had been. Seen: until the last process is gone."""
+    truth, run = bench.undisturbed(zero, dtype), bench.run_dir()
+    process = bench.start("train", bench.config(run, zero, dtype))
+    wait_for(lambda: reached(run) >= 7, process)
+    at, now = reached(run), time.time()
+    process.popen.kill()
+    process.popen.wait()
+    while left(run) and time.time() - now < 30:
+        time.sleep(0.05)
+    seen = time.time() - now
+    again = bench.start("resume", run)
+    code = again.wait()
+    return Outcome(seen < 10 and process.popen.returncode != 0 and code == 0 and weights(run) == truth, seen, lost_steps(run, at), "then resume")
+
+
+def terminated(bench: Bench, zero: int, dtype: str) -> Outcome:
+    """SIGTERM while one rank is stopped, so that the others wait inside a collective; it goes on a second later. Seen: until all is saved and left."""
+    truth, run, rank = bench.undisturbed(zero, dtype), bench.run_dir(), random.randrange(bench.ranks)
+    process = bench.start("train", bench.config(run, zero, dtype))
+    wait_for(lambda: reached(run) >= 4, process)
+    pid = rank_pid(run, rank)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.3)
+    now = time.time()
+    process.popen.send_signal(signal.SIGTERM)
+    time.sleep(1.0)
+    os.kill(pid, signal.SIGCONT)
+    code = process.wait(60)
+    seen, at = time.time() - now, reached(run)
+    again = bench.start("resume", run)
+    done = again.wait()
+    return Outcome(code == 143 and seen < 30 and done == 0 and weights(run) == truth, seen, lost_steps(run, at), "exit 143, then resume")
+
+
+def broken_disk(kind: str) -> Callable[[Bench, int, str], Outcome]:
+    """A disk (a tmpfs) that is full, or read-only, at the second save: all ranks end with its name, the first checkpoint stays. Needs root."""
+
+    def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
+        truth, run = bench.undisturbed(zero, dtype), bench.run_dir()
+        disk = run / "checkpoints"
+        disk.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", disk], check=True)
+        try:
+            process = bench.start("train", bench.config(run, zero, dtype), "checkpoint.every=10", max_restarts=0)
+            wait_for(lambda: (disk / "step-10" / "MANIFEST.json").exists(), process)
+            if kind == "full":
+                used = sum(f.stat().st_size for f in disk.rglob("*") if f.is_file())
+                subprocess.run(["mount", "-o", f"remount,size={int(used * 1.3)}", disk], check=True)
+            else:
+                subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            code = process.wait()
+            kept = sorted(p.name for p in disk.glob("step-*") if (p / "MANIFEST.json").exists())
+            told = "needs" in process.text() if kind == "full" else "Read-only" in process.text()
+            subprocess.run(["mount", "-o", "remount,rw,size=256m", disk], check=True)
+            done = bench.start("resume", run).wait()
+            return Outcome(code not in (0, None) and told and "step-10" in kept and done == 0 and weights(run) == truth, None, lost_steps(run, 20), "named, then resume")
+        finally:
+            subprocess.run(["umount", "-l", disk], check=False)
+
+    return fault
+
+
+def always_crashing(bench: Bench, zero: int, dtype: str) -> Outcome:
+    """A rank that is killed at every start: a bounded number of tries, each after a longer wait, then the true exit code."""
+    run = bench.run_dir()
+    process = bench.start("train", bench.config(run, zero, dtype), env={"FASTFT_KILL_AT": "begin:1"}, max_restarts=2)
+    code = process.wait()
+    waits = [line for _, line in process.said if "launch: restart" in line]
+    return Outcome(code == 137 and len(waits) == 2 and "giving up" in process.text() and not left(run), None, 0, f"exit {code} after {len(waits)} restarts")
+
+
+def slow_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
+    """A rank that is stopped three quarters of the time: named within 20 steps. lost: those steps."""
+    run, rank = bench.run_dir(), random.randrange(bench.ranks)
+    process = bench.start("train", bench.config(run, zero, dtype, steps=4 * STEPS, log_every=10))
+    wait_for(lambda: reached(run) >= 10, process)
+    start, now, pid = reached(run), time.time(), rank_pid(run, rank)
+    found: list[dict] = []
+    while not found and process.popen.poll() is None and reached(run) < start + 60:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.06)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.02)
+        found = [r for r in telemetry.read(run) if r["kind"] == "slow_ranks" and str(rank) in r["times"]]
+    seen = time.time() - now
+    process.popen.send_signal(signal.SIGTERM)
+    process.wait()
+    return Outcome(bool(found) and found[0]["step"] <= start + 20, seen, found[0]["step"] - start if found else 0, "lost: steps until it was named")
+
+
+FAULTS: dict[str, Callable[[Bench, int, str], Outcome]] = {
+    "rank killed": killed_rank, "rank stopped": stopped_rank, "launcher killed": killed_launcher, "SIGTERM in a collective": terminated,
+    "disk full": broken_disk("full"), "disk read-only": broken_disk("read-only"), "crash at every start": always_crashing, "slow rank": slow_rank,
+    **{f"killed in a save: {point}": killed_in_a_save(point) for point in POINTS},
+}
+ONCE = ("crash at every start", "slow rank", "disk full", "disk read-only")  # the same at every stage: not tried at all of them
+
+
+def measure(bench: Bench, name: str, zero: int, dtype: str, tries: int) -> dict:
+    outcomes = [FAULTS[name](bench, zero, dtype) for _ in range(tries)]
+    seen = [o.seen for o in outcomes if o.seen is not None]
+    row = {"fault": name, "ZeRO": str(zero), "dtype": dtype, "tries": tries, "survived": sum(o.survived for o in outcomes), "seen s": max(seen) if seen else None,
+           "lost": max(o.lost for o in outcomes), "how": outcomes[-1].how}
+    if seen:
+        row["seen median s"] = statistics.median(seen)
+    return row
+
+
+def main() -> None:
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--tries", type=int, default=5)
+        parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+        parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS))
+
+    args = common.arguments(__doc__.splitlines()[0], more=more)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        for zero in args.stages:
+            dtype = "fp32" if zero % 2 == 0 else "bf16"
+            for name in args.only:
+                if name in ONCE and zero != args.stages[0] or name.startswith("disk") and os.geteuid():
+                    continue
+                tries = args.tries if name == "rank killed" else 1
+                rows.append(measure(bench, name, zero, dtype, tries))
+                print(rows[-1], flush=True)
+    if not args.quick:
+        common.record("faults", args, rows, COLUMNS)
+    if bad := [r for r in rows if r["survived"] < r["tries"]]:
+        raise SystemExit(f"not survived: {bad}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""`fastft preflight`: whether these hosts can train together, before a job on them hangs or comes out wrong."""
+
+import json
+import statistics
+import subprocess
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from fastft.launch.hostfile import Host, address
+from fastft.launch.launcher import Plan, remote_command
+
+MAX_SKEW = 1.0  # seconds between clocks
+MIN_BANDWIDTH = 0.8  # of the median of all pairs
+MIN_SHM = 1 << 30  # bytes of /dev/shm: what data loaders and NCCL's shared-memory transport expect
+BLOCKS = 64  # MiB sent from a host to the next
+
+
+class Probe:
+    """A conversation with one host."""
+
+    def __init__(self, plan: Plan, host: Host):
+        self.host = host
+        self.process = subprocess.Popen(remote_command(plan, host, "fastft.launch.probe"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                        start_new_session=True)
+
+    def ask(self, **order) -> dict:
+        """The answer; ``error`` in it when there is none."""
+        try:
+            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (OSError, json.JSONDecodeError):
+            self.process.kill()
+            said = self.process.stderr.read().strip().splitlines()
+            return {"error": said[-1] if said else f"no answer (exit code {self.process.wait()})"}
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def preflight(plan: Plan, need_bytes: int) -> tuple[list[dict], list[str]]:
+    """Facts of every host, and what is wrong, each sentence with the host's name (empty: nothing).
+
+    Parameters
+    ----------
+    need_bytes : int
+        Free disk that two checkpoints take; 0: not known.
+    """
+    marker = f".fastft-preflight-{uuid.uuid4().hex}"
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    (plan.run_dir / marker).touch()
+    probes = [Probe(plan, host) for host in plan.hosts]
+    try:
+        found = _all(probes, do="facts", run_dir=str(plan.run_dir), port=plan.master_port or 29500, marker=marker)
+        for probe, facts in zip(probes, found, strict=True):
+            facts["name"] = probe.host.name
+            facts["skew"] = _skew(probe) if "error" not in facts else None
+        _bandwidths(probes, found)
+    finally:
+        (plan.run_dir / marker).unlink()
+        for probe in probes:
+            probe.close()
+    return found, problems(found, need_bytes, plan)
+
+
+def _all(probes: list[Probe], **order) -> list[dict]:
+    """Every host's answer to the same question, asked at once."""
+    answers: list[dict] = [{}] * len(probes)
+
+    def ask(i: int) -> None:
+        answers[i] = probes[i].ask(**order)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(probes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def _skew(probe: Probe) -> float | None:
+    """Seconds that its clock is ahead of ours, of the quickest of three answers (NTP's rule: the middle of the round trip)."""
+    best = None
+    for _ in range(3):
+        start = time.time()
+        answer = probe.ask(do="clock")
+        end = time.time()
+        if "clock" in answer and (best is None or end - start < best[0]):
+            best = end - start, answer["clock"] - (start + end) / 2
+    return best[1] if best else None
+
+
+def _bandwidths(probes: list[Probe], found: list[dict]) -> None:
+    """From every host to the next, one after the other; the last sends to the first."""
+    good = [i for i, facts in enumerate(found) if "error" not in facts]
+    if len(good) < 2:
+        return
+    for sender, receiver in zip(good, good[1:] + good[:1], strict=True):
+        port = probes[receiver].ask(do="serve").get("port")
+        sent: dict = {}
+        thread = threading.Thread(target=lambda s=sender, r=receiver, p=port: sent.update(
+            probes[s].ask(do="send", address=address(probes[r].host.name), port=p, blocks=BLOCKS)))
+        thread.start()
+        answer = probes[receiver].ask(do="receive")
+        thread.join()
+        found[sender]["to"] = probes[receiver].host.name
+        found[sender]["bandwidth"] = answer.get("bytes_per_second") if "error" not in sent else None
+
+
+def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
+    """What is wrong with these facts, a sentence each."""
+    wrong = [f"{f['name']}: cannot be asked: {f['error']}" for f in found if "error" in f]
+    good = [f for f in found if "error" not in f]
+    speeds = [f["bandwidth"] for f in good if f.get("bandwidth")]
+    for f in good:
+        name, first = f["name"], good[0]
+        wrong += [f"{name}: {key} {f[key]}, {first['name']} has {first[key]}" for key in ("python", "code", "gpus") if f[key] != first[key]]
+        wrong += [f"{name}: {package} {f['packages'][package]}, {first['name']} has {version}" for package, version in first["packages"].items()
+                  if f["packages"][package] != version]
+        if f["skew"] is not None and abs(f["skew"]) > MAX_SKEW:
+            wrong.append(f"{name}: its clock is {f['skew']:+.1f} s off")
+        if f["disk_error"]:
+            wrong.append(f"{name}: {f['disk_error']}")
+        elif not f["shared"]:
+            wrong.append(f"{name}: sees another {plan.run_dir}: run.dir must be on a disk that all hosts share")
+        elif need_bytes and f["disk_free"] < need_bytes:
+            wrong.append(f"{name}: {f['disk_free'] / 1e9:.1f} GB free in {plan.run_dir}, two checkpoints need {need_bytes / 1e9:.1f} GB")
+        if f["gpus"] and (f["shm"] or 0) < MIN_SHM:
+            wrong.append(f"{name}: /dev/shm has {(f['shm'] or 0) / 1e9:.2f} GB free, NCCL wants {MIN_SHM / 1e9:.0f} GB")
+        if "to" in f and not f["bandwidth"]:
+            wrong.append(f"{name}: cannot send to {f['to']}")
+        elif "to" in f and f["bandwidth"] < MIN_BANDWIDTH * statistics.median(speeds):
+            wrong.append(f"{name}: {f['bandwidth'] / 1e6:,.0f} MB/s to {f['to']}, the median is {statistics.median(speeds) / 1e6:,.0f}")
+        slots = next(h.slots for h in plan.hosts if h.name == name)
+        if f["gpus"] and slots > len(f["gpus"]):
+            wrong.append(f"{name}: {slots} slots for {len(f['gpus'])} GPUs")
+    if good and not good[0]["port_free"]:
+        wrong.append(f"{good[0]['name']}: port {plan.master_port or 29500} is taken")
+    return wrong
+
+
+def checkpoint_bytes(model: Path, dtype: str) -> int:
+    """About what two checkpoints of a local model take: weights, and fp32 master and moments. 0 where its files do not say."""
+    files = list(model.glob("*.safetensors")) if model.is_dir() else []
+    stored = sum(f.stat().st_size for f in files)
+    per = {"fp32": 4, "bf16": 2}[dtype]
+    return 2 * int(stored / per * (per + 12)) if stored else 0
+
+
+def describe(found: list[dict]) -> list[list[str]]:
+    """Rows of a table: host, python, torch, code, GPUs, disk free, disk write, bandwidth, clock."""
+    rows = []
+    for f in found:
+        if "error" in f:
+            rows.append([f["name"], "-", "-", "-", "-", "-", "-", "-", f["error"]])
+            continue
+        rate = f"{f['bandwidth'] / 1e6:,.0f} MB/s to {f['to']}" if f.get("bandwidth") else "-"
+        disk = ("-", "-") if f["disk_error"] else (f"{f['disk_free'] / 1e9:,.0f} GB", f"{f['disk_write'] / 1e6:,.0f} MB/s")
+        rows.append([f["name"], f["python"], str(f["packages"]["torch"]), f["code"], str(len(f["gpus"])), *disk, rate, f"{f['skew']:+.3f} s" if f["skew"] is not None else "-"])
+    return rows
+
+
+COLUMNS = ("host", "python", "torch", "code", "GPUs", "disk free", "disk write", "bandwidth", "clock")

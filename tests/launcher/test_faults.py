@@ -1,0 +1,34 @@
+"""The fault matrix with one try of each: real faults into real ranks. ``benchmarks/faults.py`` is the same over all stages, and writes the table."""
+
+import importlib.util
+import os
+import sys
+
+import launch
+import pytest
+
+sys.path.insert(0, str(launch.ROOT / "benchmarks"))
+spec = importlib.util.spec_from_file_location("faults", launch.ROOT / "benchmarks" / "faults.py")
+faults = importlib.util.module_from_spec(spec)
+sys.modules["faults"] = faults
+spec.loader.exec_module(faults)
+
+# (ZeRO stage, dtype) that each fault is tried at here
+WHERE = {"rank killed": (3, "bf16"), "rank stopped": (1, "fp32"), "launcher killed": (2, "bf16"), "SIGTERM in a collective": (2, "fp32")}
+SEEN = {"rank killed": 5.0, "rank stopped": faults.WATCHDOG + 5.0, "launcher killed": 10.0, "SIGTERM in a collective": 30.0}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return faults.Bench(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize("name", list(faults.FAULTS))
+def test_nothing_is_lost(bench, name):
+    if name.startswith("disk") and os.geteuid():
+        pytest.skip("mounting a disk of a test's own needs root")
+    zero, dtype = WHERE.get(name, (1, "fp32"))
+    outcome = faults.FAULTS[name](bench, zero, dtype)
+    assert outcome.survived, outcome
+    assert outcome.seen is None or outcome.seen <= SEEN.get(name, 60.0), outcome
+    assert outcome.lost <= (20 if name == "slow rank" else 2 * faults.EVERY), outcome

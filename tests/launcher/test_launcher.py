@@ -1,0 +1,112 @@
+"""`fastft launch`: host files, plans, and real ranks that end together."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import launch
+import pytest
+
+from fastft.errors import UserError
+from fastft.launch import hostfile, launcher
+from fastft.launch.hostfile import Host
+
+
+def test_host_file(tmp_path):
+    (tmp_path / "hosts").write_text("# a comment\nnode1 slots=8\n\nnode-2.cluster  slots = 4 # the small one\n10.0.0.3 slots=1\n")
+    assert hostfile.read(tmp_path / "hosts") == [Host("node1", 8), Host("node-2.cluster", 4), Host("10.0.0.3", 1)]
+
+
+@pytest.mark.parametrize("text, message", [("", "names no host"), ("node1\n", ":1: expected `name slots=N`"), ("a slots=0\n", ":1: expected"),
+                                           ("a slots=1\nb slots=x\n", ":2: expected"), ("a slots=1\na slots=2\n", ":2: a stands twice"),
+                                           ("-oProxyCommand=x slots=1\n", "expected|no host name")])
+def test_host_files_that_are_wrong(tmp_path, text, message):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match=message):
+        hostfile.read(tmp_path / "hosts")
+
+
+def test_plans(tmp_path):
+    with pytest.raises(UserError, match="no such host file"):
+        hostfile.read(tmp_path / "none")
+    with pytest.raises(UserError, match="host no-such-host.invalid"):
+        launcher.plan(["train", "c.yaml"], [Host("no-such-host.invalid", 1)], tmp_path)
+    with pytest.raises(UserError, match="cannot reach"):
+        launcher.plan(["train", "c.yaml"], [Host("localhost", 1), Host("127.0.0.2", 1)], tmp_path)
+    plan = launcher.plan(["train", "a b.yaml"], [Host("localhost", 2), Host("192.0.2.7", 3)], tmp_path, master_addr="192.0.2.1")
+    here, there = launcher.describe(plan)
+    assert here.startswith(f"localhost: {sys.executable} -m fastft.launch.agent") and "ranks 0 to 1" in here
+    assert "ssh" in there and "192.0.2.7" in there and "ranks 2 to 4: train 'a b.yaml'" in there
+
+
+@pytest.mark.parametrize("arguments, message", [(["eval", "x"], "starts `train CONFIG`"), (["train"], "starts `train CONFIG`"), (["train", "none.yaml"], "no such configuration"),
+                                                (["--hostfile", "h", "--nproc", "2", "train", "c"], "exclude each other"), (["--hostfile", "none", "train", "c"], "no such host file")])
+def test_what_cannot_be_launched(arguments, message):
+    code, output = launch.fastft("launch", *arguments, check=False)
+    assert code == 1 and message in output and "Traceback" not in output
+
+
+def test_ranks_run_as_under_any_launcher(lm_config, tmp_path):
+    """Two ranks, ZeRO-2: the losses of the same ranks started by hand; a log per rank; rank 0's lines are passed on; a mistake is not tried again."""
+    from fastft.train import telemetry
+
+    lm_config["train"] = {"steps": 3, "log_every": 1}
+    lm_config["parallel"] = {"zero": 2}
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    _, output = launch.fastft("launch", "--nproc", "2", "train", path, f"run.dir={tmp_path}/one")
+    launch.ranks(2, ["-m", "fastft", "train", path, f"run.dir={tmp_path}/two"])
+    one, two = ([r["loss"] for r in telemetry.read(tmp_path / name) if r["kind"] == "train"] for name in ("one", "two"))
+    assert one == two and len(one) == 3 and "step 3/3" in output
+    assert sorted(p.name for p in (tmp_path / "one" / "logs" / "attempt-1").glob("*.log")) == ["rank-0.log", "rank-1.log"]
+    code, output = launch.fastft("launch", "--nproc", "2", "train", path, f"run.dir={tmp_path}/one", check=False)
+    assert code == 1 and "already holds a run" in output and "restart" not in output
+    assert not (tmp_path / "one" / "logs" / "attempt-2").exists()
+
+
+def test_an_agent_that_is_not_heard_kills_its_ranks(lm_config, tmp_path):
+    """The launcher's end of the pipe closes: as when it, or the ssh connection, is gone."""
+    lm_config["train"] = {"steps": 4000}
+    spec = {"arguments": ["train", str(launch.write_config(tmp_path / "c.yaml", lm_config))], "node": 0, "first_rank": 0, "ranks": 2, "world": 2,
+            "master_addr": "127.0.0.1", "master_port": launch.free_port(), "env": {}, "logs": str(tmp_path / "logs"), "watchdog": 0.0}
+    agent = launch.start([sys.executable, "-m", "fastft.launch.agent"], stdin=launch.subprocess.PIPE)
+    agent.stdin.write(json.dumps(spec) + "\n")
+    agent.stdin.flush()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not metrics.exists():
+        assert time.monotonic() < deadline and agent.poll() is None
+        time.sleep(0.05)
+    agent.stdin.close()
+    agent.stdin = None
+    launch.finish(agent, 10)
+    assert agent.returncode == 1
+    assert "the launcher is gone" in (tmp_path / "logs" / "rank-1.log").read_text()
+    assert not [p for p in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in _command_line(p)]
+
+
+def test_a_killed_agent_takes_its_ranks_with_it(lm_config, tmp_path):
+    """SIGKILL of the agent itself: the kernel ends the ranks (PR_SET_PDEATHSIG), and the launcher says so and goes on."""
+    lm_config["train"] = {"steps": 60, "log_every": 1}
+    lm_config["checkpoint"] = {"every": 10}
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    process = launch.start([sys.executable, "-m", "fastft", "launch", "--nproc", "2", "--backoff", "0", "train", path])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and '"kind": "train"' in metrics.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    agent = next(int(c) for c in children if b"fastft.launch.agent" in _command_line(Path("/proc") / c))
+    os.kill(agent, signal.SIGKILL)
+    output = launch.finish(process, 120)
+    assert process.returncode == 0 and "its agent ended (exit code -9)" in output and "restart 1 of 3" in output, output[-3000:]
+
+
+def _command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""

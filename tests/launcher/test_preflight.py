@@ -1,0 +1,55 @@
+"""What preflight finds, from facts as hosts give them; the conversation itself is tested over real hosts in tests/multinode."""
+
+import copy
+from pathlib import Path
+
+import launch
+import pytest
+
+from fastft.launch import launcher, preflight, probe
+from fastft.launch.hostfile import Host
+
+PLAN = launcher.Plan([], [Host("a", 2), Host("b", 2)], Path("/run"), "10.0.0.1", 29500)
+
+
+@pytest.fixture
+def good(tmp_path) -> list[dict]:
+    (tmp_path / "marker").touch()
+    facts = probe.facts(str(tmp_path), launch.free_port(), "marker")
+    assert facts["disk_write"] > 0 and facts["port_free"] and facts["packages"]["torch"]
+    found = [{**copy.deepcopy(facts), "name": name, "skew": 0.01, "to": other, "bandwidth": 1e9} for name, other in (("a", "b"), ("b", "a"))]
+    assert preflight.problems(found, 0, PLAN) == []
+    return found
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"python": "3.10.1"}, "b: python 3.10.1, a has"), ({"code": "0000"}, "b: code 0000, a has"), ({"gpus": ["H100, 550"]}, "b: gpus"),
+        ({"packages": {"torch": "2.0"}}, "b: torch 2.0, a has"), ({"skew": 3.0}, "b: its clock is +3.0 s off"), ({"shared": False}, "b: sees another /run"),
+        ({"disk_error": "/run: No space left on device"}, "b: /run: No space"), ({"disk_free": 10}, "b: 0.0 GB free in /run, two checkpoints need 5.0 GB"),
+        ({"bandwidth": 1e8}, "b: 100 MB/s to a, the median is"), ({"bandwidth": None}, "b: cannot send to a"), ({"error": "Connection refused"}, "b: cannot be asked: Connection"),
+    ],
+)
+def test_every_fault_names_its_host(good, change, message):
+    if "packages" in change:
+        change = {"packages": {**good[1]["packages"], **change["packages"]}}
+    good[1].update(change)
+    assert any(message in problem for problem in preflight.problems(good, 5_000_000_000, PLAN)), preflight.problems(good, 5_000_000_000, PLAN)
+
+
+def test_gpu_hosts(good):
+    for facts in good:
+        facts.update(gpus=["H100, 550"], shm=1000)
+    wrong = preflight.problems(good, 0, PLAN)
+    assert "a: 2 slots for 1 GPUs" in wrong and any("/dev/shm" in w for w in wrong)
+    good[0]["port_free"] = False
+    assert "a: port 29500 is taken" in preflight.problems(good, 0, PLAN)
+
+
+def test_this_machine(lm_config, tmp_path):
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    _, output = launch.fastft("preflight", path, "--master-port", str(launch.free_port()))
+    assert "1 host: nothing is wrong." in output
+    code, output = launch.fastft("preflight", path, "run.dir=/proc/nothing", check=False)
+    assert code == 1 and "/proc" in output and "Traceback" not in output
