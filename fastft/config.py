@@ -160,6 +160,7 @@ class Parallel(Section):
 class Checkpoint(Section):
     every: int | None = Field(None, ge=1, description="Save every N steps; null: only at the end and on SIGINT/SIGTERM.")
     keep: int = Field(2, ge=1, description="Checkpoints kept.")
+    best_by: str | None = Field(None, description="Keep the best checkpoint too, by SET.METRIC (domain.loss, test.accuracy) where both are due at a step; BEST names it.")
     background: bool = Field(True, description="Copy the state to memory and write it while training goes on; false: wait for the disk.")
 
 

@@ -27,13 +27,15 @@ log = logging.getLogger(__name__)
 TAG = "deepspeed"
 
 
-def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int) -> Path:
+def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int, best: bool = False) -> Path:
     """Begin to write step-N, all ranks together: copied to memory when this returns, on the disk when ``writer`` is done.
 
     Parameters
     ----------
     state : dict
         What the loop needs to go on, as plain JSON values.
+    best : bool
+        Whether this becomes the checkpoint that BEST names, which is kept beside the ``keep`` newest.
     """
     ranks = writer.ranks
     final, scratch = folder / f"step-{step}", folder / f"step-{step}.tmp"
@@ -60,6 +62,8 @@ def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int
         fsync(folder)
         point("before-latest", ranks.rank)
         _write_json(folder / "LATEST", {"step": step})
+        if best:
+            _write_json(folder / "BEST", state["best"])
         point("before-prune", ranks.rank)
         _prune(folder, keep)
 
@@ -169,8 +173,10 @@ def _damage(path: Path, manifest: dict, rank: int = 0, world: int = 1) -> str | 
 
 
 def _prune(folder: Path, keep: int) -> None:
+    best = json.loads((folder / "BEST").read_text())["step"] if (folder / "BEST").exists() else None
     for step in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step-{step}")
+        if step != best:
+            shutil.rmtree(folder / f"step-{step}")
     for stale in folder.glob("step-*.tmp"):
         shutil.rmtree(stale)
 

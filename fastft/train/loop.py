@@ -20,7 +20,7 @@ import fastft
 from fastft import config as configuration
 from fastft.config import Config
 from fastft.data import batches, order
-from fastft.errors import Interrupted, UserError
+from fastft.errors import Interrupted, UserError, did_you_mean
 from fastft.models import load
 from fastft.ops import backends
 from fastft.optim import FusedAdamW
@@ -32,6 +32,7 @@ from fastft.train.evaluation import evaluate
 from fastft.train.heartbeat import Heartbeat
 from fastft.train.signals import StopRequest
 from fastft.train.telemetry import Telemetry
+from fastft.train.throughput import Throughput
 from fastft.train.writer import Writer
 
 
@@ -166,11 +167,13 @@ class _Run:
         self.folder = Path(config.run.dir) / "checkpoints"
         self.step, self.skipped_in_a_row, self.skipped_total = 0, 0, 0
         self.metrics: dict[str, dict[str, float]] = {}
-        self.throughput = _Throughput()
+        self.throughput = Throughput()
         self.recent: deque[float] = deque(maxlen=50)  # losses, where train.spike_factor asks for them
         self.heart, self.pace = Heartbeat(), health.Pace(ranks.device)
         self.chosen: list | dict = []
         self.writer = Writer(ranks)
+        self.best: dict | None = None  # step, metric and value of the best checkpoint, where checkpoint.best_by asks for it
+        self.evaluated_at = -1
 
     def loop(self) -> dict:
         self.engine.train()
@@ -280,6 +283,7 @@ class _Run:
         self.log.progress(self.step, loss=value, rate=rates["tokens_per_second"])
 
     def _evaluate(self) -> None:
+        self.evaluated_at = self.step
         with self.throughput.paused():
             for name, split in self.evals.items():
                 self.metrics[name] = evaluate(self.engine, self.task, split, self.ranks, lambda: self.heart.beat(self.step))
@@ -300,18 +304,34 @@ class _Run:
     def _save(self, wait: bool) -> None:
         start = time.perf_counter()
         with self.throughput.paused():
-            state = {"step": self.step, "skipped_in_a_row": self.skipped_in_a_row, "skipped_total": self.skipped_total,
+            best = self._is_best()
+            state = {"step": self.step, "best": self.best, "skipped_in_a_row": self.skipped_in_a_row, "skipped_total": self.skipped_total,
                      "data": self.split.data.key, "task": self.task.state(), "config": configuration.dump(self.config)}
-            path = checkpoint.save(self.engine, self.writer, self.folder, self.step, state, self.config.checkpoint.keep)
+            path = checkpoint.save(self.engine, self.writer, self.folder, self.step, state, self.config.checkpoint.keep, best)
             if wait:
                 self.writer.wait()
                 self._agreed()
             self.log.record("checkpoint", step=self.step, path=str(path), stall_seconds=time.perf_counter() - start)
 
+    def _is_best(self) -> bool:
+        """Whether the metric of checkpoint.best_by, if it was measured at this step, is the best so far."""
+        name, _, metric = (self.config.checkpoint.best_by or "").rpartition(".")
+        if not metric or self.evaluated_at != self.step:
+            return False
+        if metric not in self.metrics.get(name, {}):
+            known = [f"{n}.{m}" for n, metrics in self.metrics.items() for m in metrics]
+            raise UserError(f"checkpoint.best_by: {name}.{metric} is not measured.", did_you_mean(f"{name}.{metric}", known))
+        value, smaller = self.metrics[name][metric], metric in ("loss", "perplexity")
+        if self.best is not None and (value >= self.best["value"] if smaller else value <= self.best["value"]):
+            return False
+        self.best = {"step": self.step, "metric": f"{name}.{metric}", "value": value}
+        return True
+
     def resume(self, found: _Found) -> None:
         state = checkpoint.load(self.engine, found.path, found.manifest, self.ranks, found.converted)
         if found.converted:
             reshard.done(found.converted, self.ranks)
+        self.best = state.get("best")
         self.step, self.skipped_in_a_row, self.skipped_total = state["step"], state["skipped_in_a_row"], state["skipped_total"]
 
     def _finish(self) -> dict:
@@ -324,56 +344,6 @@ class _Run:
         summary = {"step": self.step, "model": str(folder), "eval": self.metrics, **self.throughput.overall(self.ranks)}
         self.log.record("end", **summary)
         return summary
-
-
-class _Throughput:
-    """Tokens and samples per second over all ranks: since the last reading, and over the whole run."""
-
-    def __init__(self):
-        self.tokens = self.padded = self.samples = 0
-        self.all_tokens = self.all_samples = 0
-        self.all_seconds = 0.0
-        self.since = time.perf_counter()
-
-    def add(self, batch: Batch) -> None:
-        self.tokens += batch.tokens
-        self.padded += batch.padded
-        self.samples += batch.samples
-
-    def read(self, ranks: Ranks) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds, self.since = now - self.since, now
-        tokens, padded, samples = _sum_over_ranks([self.tokens, self.padded, self.samples], ranks)
-        self.all_tokens, self.all_samples, self.all_seconds = self.all_tokens + tokens, self.all_samples + samples, self.all_seconds + seconds
-        self.tokens = self.padded = self.samples = 0
-        return {"tokens_per_second": tokens / seconds, "samples_per_second": samples / seconds, "padding": 1 - tokens / max(padded, 1)}
-
-    def overall(self, ranks: Ranks) -> dict[str, float]:
-        seconds = max(self.all_seconds, 1e-9)
-        return {"train_seconds": self.all_seconds, "tokens_per_second": self.all_tokens / seconds, "samples_per_second": self.all_samples / seconds}
-
-    def paused(self) -> "_Pause":
-        """A context whose time does not count (evaluation, saving)."""
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, throughput: _Throughput):
-        self.throughput = throughput
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *exc) -> None:
-        self.throughput.since += time.perf_counter() - self.start
-
-
-def _sum_over_ranks(values: list[float], ranks: Ranks) -> list[float]:
-    if ranks.world == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=ranks.device)
-    dist.all_reduce(total)
-    return total.tolist()
 
 
 def _record(config: Config, ranks: Ranks, split: Split, evals: dict[str, Split], schedule: Schedule, model: torch.nn.Module, frozen: int,

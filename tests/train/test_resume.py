@@ -156,3 +156,18 @@ def test_export_of_a_checkpoint_is_the_model(finished, tmp_path):
     launch.fastft("export", finished, tmp_path / "hf", "--step", "4")
     first, second = (load_file(folder / "model.safetensors") for folder in (finished / "model", tmp_path / "hf"))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_the_best_checkpoint_stays(lm_config, tmp_path):
+    """The loss of a model at a rate of learning that ruins it is best at the first save: BEST names it, and it is kept beside the newest."""
+    lm_config["optim"]["lr"] = 0.5
+    lm_config["train"] = {"steps": 8, "eval_every": 2}
+    lm_config["checkpoint"] = {"every": 2, "keep": 1, "best_by": "eval.loss"}
+    launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config))
+    folder, run = tmp_path / "run" / "checkpoints", Path(lm_config["run"]["dir"])
+    losses = {r["step"]: r["loss"] for r in telemetry.read(run) if r["kind"] == "eval"}
+    best = json.loads((folder / "BEST").read_text())
+    assert best["step"] == min(losses, key=losses.get) and best["value"] == losses[best["step"]] and best["metric"] == "eval.loss"
+    assert checkpoint.steps(folder) == sorted({best["step"], 8})
+    code, output = launch.fastft("train", tmp_path / "c.yaml", "--overwrite", "checkpoint.best_by=eval.los", check=False)
+    assert code == 1 and "eval.los is not measured" in output and "eval.loss" in output
