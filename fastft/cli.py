@@ -233,7 +233,7 @@ def preflight(config: ConfigArg, overrides: OverridesArg = None,
     loaded = configuration.load(config, overrides or [])
     hosts = hosts_of.read(hostfile) if hostfile else [hosts_of.Host("localhost", _gpus() or 1)]
     chosen = launcher.plan([], hosts, Path(loaded.run.dir), master_addr=master_addr, master_port=master_port)
-    found, wrong = checks.preflight(chosen, checks.checkpoint_bytes(Path(loaded.model.path), loaded.model.dtype))
+    found, wrong = checks.preflight(chosen, checks.checkpoint_bytes(Path(loaded.model.path), loaded.model.dtype, loaded.checkpoint.keep))
     if as_json:
         print(json.dumps({"hosts": found, "problems": wrong}))
     else:

@@ -104,5 +104,7 @@ def _differing_steps(whole: Path, broken: Path) -> list[str]:
 
 
 def _differing_files(whole: Path, broken: Path) -> list[str]:
+    if not list(whole.glob("*.safetensors")):
+        return [f"{whole} holds no weights"]
     names = sorted({p.name for folder in (whole, broken) for p in folder.glob("*.safetensors")})
     return [f"{name} differs" for name in names if not all((f / name).exists() for f in (whole, broken)) or sha256_file(whole / name) != sha256_file(broken / name)]

@@ -24,7 +24,7 @@ from pathlib import Path
 
 BEAT = struct.Struct("<qd")  # step (-1: nothing to watch), Unix time
 GRACE = 2.0  # seconds that the other ranks get to say why they fail, once one has
-GRACE_STOPPING = 60.0  # the same after a signal that asked them to save and leave
+GRACE_STOPPING = 600.0  # the same after a signal that asked them to save and leave
 SILENCE = 30.0  # seconds without a word from the launcher
 
 
@@ -202,7 +202,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which decides
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     spec = Spec(**json.loads(sys.stdin.readline()))
-    code = Agent(spec).run()
+    agent = Agent(spec)
+    # A SIGTERM to every process of a job (a service manager, a shutdown) must not take the ranks from under their save.
+    signal.signal(signal.SIGTERM, lambda *_: agent.orders.put({"signal": int(signal.SIGTERM)}))
+    code = agent.run()
     sys.exit(code if code >= 0 else 128 - code)
 
 

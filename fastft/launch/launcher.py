@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from fastft.launch.hostfile import Host, address, free_port, is_here
 FORWARDED = ("CUDA_", "DS_", "FASTFT_", "GLOO_", "HF_", "LD_LIBRARY_PATH", "NCCL_", "OMP_", "PATH", "PYTHONPATH", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "UCX_", "XDG_")
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2")
 BEAT = 5.0  # seconds between two words to the agents
-STOP_LIMIT = 90.0  # seconds that the agents get to end their ranks
+STOP_LIMIT = 660.0  # seconds that the agents get to end their ranks; a second signal ends them at once
 AGENT = "fastft.launch.agent"
 MISTAKE, STOPPED, FAILED = "mistake", "stopped", "failed"
 
@@ -40,8 +41,15 @@ class Plan:
     python: str = sys.executable  # on every host
     ssh: tuple[str, ...] = SSH
 
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # what the run's folder is marked with once its rank 0 has taken it
+
     def logs(self, attempt: int) -> Path:
         return self.run_dir / "logs" / f"attempt-{attempt}"
+
+    def claimed(self) -> bool:
+        """Whether the run in run_dir is the one that this launch began or went on with."""
+        mark = self.run_dir / "logs" / "claimed"
+        return mark.is_file() and mark.read_text() == self.id
 
 
 def plan(arguments: list[str], hosts: list[Host], run_dir: Path, *, master_addr: str | None = None, **more) -> Plan:
@@ -67,11 +75,12 @@ def describe(plan: Plan) -> list[str]:
 def launch(plan: Plan) -> int:
     """Run to the end, with restarts. Returns the exit code: 0, or the first failed rank's (128 + N for signal N)."""
     stop = _Signals()
-    attempt = failures = 0
+    attempt = max((int(p.name.removeprefix("attempt-")) for p in (plan.run_dir / "logs").glob("attempt-*")), default=0)  # older logs stay
+    first, failures = attempt + 1, 0
     reached = newest_step(plan.run_dir)
     while True:
         attempt += 1
-        outcome = _Attempt(plan, attempt, stop).run()
+        outcome = _Attempt(plan, attempt, attempt == first, stop).run()
         if outcome.code == 0 or outcome.kind != FAILED:
             return outcome.code
         failures = failures + 1 if newest_step(plan.run_dir) == reached else 1  # what got further may fail anew
@@ -80,7 +89,7 @@ def launch(plan: Plan) -> int:
             print(f"launch: failed {failures} times without a newer checkpoint; giving up. Logs: {plan.run_dir / 'logs'}", file=sys.stderr)
             return outcome.code
         wait = min(plan.backoff * 2 ** (failures - 1), 300.0)
-        print(f"launch: restart {failures} of {plan.max_restarts} in {wait:.0f} s, from {f'step {reached}' if reached else 'the start'}", file=sys.stderr)
+        print(f"launch: restart {failures} of {plan.max_restarts} in {wait:.0f} s, from {f'step {reached}' if reached and plan.claimed() else 'the start'}", file=sys.stderr)
         if stop.wait(wait):
             return 128 + stop.signum
 
@@ -95,13 +104,14 @@ class _Signals:
     """The signals that end a launcher, remembered."""
 
     def __init__(self):
-        self.signum = 0
+        self.signum = self.count = 0
         self.seen = threading.Event()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._catch)
 
     def _catch(self, signum: int, frame) -> None:
         self.signum = signum
+        self.count += 1
         self.seen.set()
 
     def wait(self, seconds: float) -> bool:
@@ -125,8 +135,8 @@ class _Node:
 class _Attempt:
     """One start of all ranks, until all of them have ended."""
 
-    def __init__(self, plan: Plan, attempt: int, stop: _Signals):
-        self.plan, self.attempt, self.stop = plan, attempt, stop
+    def __init__(self, plan: Plan, attempt: int, first: bool, stop: _Signals):
+        self.plan, self.attempt, self.first, self.stop = plan, attempt, first, stop
         self.events: queue.Queue[tuple[_Node, dict | None]] = queue.Queue()
         self.outcome: _Outcome | None = None  # of the first thing that went wrong
         self.deadline: float | None = None
@@ -135,8 +145,8 @@ class _Attempt:
     def run(self) -> _Outcome:
         plan = self.plan
         port = plan.master_port or (free_port(plan.master_addr) if is_here(plan.master_addr) else 29500 + self.attempt)
-        arguments = plan.arguments if self.attempt == 1 else _again(plan)
-        env = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+        arguments = plan.arguments if self.first else _again(plan)
+        env = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)} | {"FASTFT_LAUNCH": plan.id}
         self.nodes = []
         for number, (host, first) in enumerate(zip(plan.hosts, _firsts(plan.hosts), strict=True)):
             spec = Spec(arguments, number, first, host.slots, sum(h.slots for h in plan.hosts), plan.master_addr, port, env, str(plan.logs(self.attempt)), plan.watchdog)
@@ -160,20 +170,22 @@ class _Attempt:
         return self.outcome or _Outcome(0)
 
     def _start(self, host: Host, spec: Spec) -> _Node:
-        process = subprocess.Popen(remote_command(self.plan, host, AGENT), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        process = subprocess.Popen(remote_command(self.plan, host, AGENT), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
         node = _Node(host, process)
         threading.Thread(target=self._read, args=(node,), daemon=True).start()
         _write(process, spec.to_json())
         return node
 
     def _read(self, node: _Node) -> None:
-        for line in node.process.stdout:
-            try:
-                event = json.loads(line)
-                self.events.put((node, event if isinstance(event, dict) and "event" in event else {"event": "told", "text": line}))
-            except json.JSONDecodeError:
-                self.events.put((node, {"event": "told", "text": line}))
-        self.events.put((node, None))
+        try:
+            for line in node.process.stdout:
+                try:
+                    event = json.loads(line)
+                    self.events.put((node, event if isinstance(event, dict) and "event" in event else {"event": "told", "text": line}))
+                except json.JSONDecodeError:
+                    self.events.put((node, {"event": "told", "text": line}))
+        finally:
+            self.events.put((node, None))
 
     def _took(self, node: _Node, event: dict | None) -> None:
         if event is None:
@@ -220,9 +232,9 @@ class _Attempt:
             print(f"launch: {message}", file=sys.stderr)
 
     def _pass_signal_on(self) -> None:
-        if self.stop.signum and self.passed_on != self.stop.signum:
-            self.passed_on = self.stop.signum
-            self._tell({"signal": self.stop.signum})
+        if self.stop.count > self.passed_on:
+            self.passed_on = self.stop.count
+            self._tell({"signal": self.stop.signum if self.stop.count == 1 else int(signal.SIGKILL)})
             self.deadline = time.monotonic() + STOP_LIMIT
 
     def _tell(self, order: dict, delay: float = 0.0) -> None:
@@ -258,8 +270,8 @@ def _firsts(hosts: list[Host]) -> list[int]:
 
 
 def _again(plan: Plan) -> list[str]:
-    """The command that goes on: resume from the newest checkpoint, or from the start over the run that we began."""
-    if plan.arguments[0] == "train":
+    """The command that goes on: resume from the newest checkpoint, or from the start over the run that this launch began; before that, the same again."""
+    if plan.arguments[0] == "train" and plan.claimed():  # else run_dir may hold somebody else's run
         if newest_step(plan.run_dir):
             return ["resume", str(plan.run_dir)]
         return plan.arguments if "--overwrite" in plan.arguments else [*plan.arguments, "--overwrite"]

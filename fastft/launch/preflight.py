@@ -22,7 +22,7 @@ class Probe:
 
     def __init__(self, plan: Plan, host: Host):
         self.host = host
-        self.process = subprocess.Popen(remote_command(plan, host, "fastft.launch.probe"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        self.process = subprocess.Popen(remote_command(plan, host, "fastft.launch.probe"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
                                         start_new_session=True)
 
     def ask(self, **order) -> dict:
@@ -50,7 +50,7 @@ def preflight(plan: Plan, need_bytes: int) -> tuple[list[dict], list[str]]:
     Parameters
     ----------
     need_bytes : int
-        Free disk that two checkpoints take; 0: not known.
+        Free disk that the checkpoints take; 0: not known.
     """
     marker = f".fastft-preflight-{uuid.uuid4().hex}"
     plan.run_dir.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
         elif not f["shared"]:
             wrong.append(f"{name}: sees another {plan.run_dir}: run.dir must be on a disk that all hosts share")
         elif need_bytes and f["disk_free"] < need_bytes:
-            wrong.append(f"{name}: {f['disk_free'] / 1e9:.1f} GB free in {plan.run_dir}, two checkpoints need {need_bytes / 1e9:.1f} GB")
+            wrong.append(f"{name}: {f['disk_free'] / 1e9:.1f} GB free in {plan.run_dir}, the checkpoints need {need_bytes / 1e9:.1f} GB")
         if f["gpus"] and (f["shm"] or 0) < MIN_SHM:
             wrong.append(f"{name}: /dev/shm has {(f['shm'] or 0) / 1e9:.2f} GB free, NCCL wants {MIN_SHM / 1e9:.0f} GB")
         if "to" in f and not f["bandwidth"]:
@@ -145,12 +145,12 @@ def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
     return wrong
 
 
-def checkpoint_bytes(model: Path, dtype: str) -> int:
-    """About what two checkpoints of a local model take: weights, and fp32 master and moments. 0 where its files do not say."""
+def checkpoint_bytes(model: Path, dtype: str, keep: int) -> int:
+    """About what ``keep`` checkpoints of a local model and the one being written take: weights, fp32 master and moments. 0 where its files do not say."""
     files = list(model.glob("*.safetensors")) if model.is_dir() else []
     stored = sum(f.stat().st_size for f in files)
     per = {"fp32": 4, "bf16": 2}[dtype]
-    return 2 * int(stored / per * (per + 12)) if stored else 0
+    return (keep + 1) * int(stored / per * (per + 12)) if stored else 0
 
 
 def describe(found: list[dict]) -> list[list[str]]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fastft.data.prepared import sha256_file
+from fastft.data.prepared import digest, sha256_file
 from fastft.errors import UserError
 from fastft.files import fsync, remove, replacing
 from fastft.train import reshard
@@ -39,7 +39,6 @@ def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int
     """
     ranks = writer.ranks
     final, scratch = folder / f"step-{step}", folder / f"step-{step}.tmp"
-    writer.wait()
     point("begin", ranks.rank)
     if ranks.main:
         remove(scratch)
@@ -55,7 +54,8 @@ def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int
 
     def finish(entries: dict[str, dict]) -> None:
         point("before-manifest", ranks.rank)
-        _write_json(scratch / "MANIFEST.json", {"step": step, "world_size": ranks.world, "zero": engine.zero_optimization_stage(), "state": state, "files": entries})
+        manifest = {"step": step, "world_size": ranks.world, "zero": engine.zero_optimization_stage(), "state": state, "files": entries}
+        _write_json(scratch / "MANIFEST.json", {**manifest, "digest": digest(manifest)})
         point("before-rename", ranks.rank)
         remove(final)
         scratch.rename(final)
@@ -65,7 +65,7 @@ def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int
         if best:
             _write_json(folder / "BEST", state["best"])
         point("before-prune", ranks.rank)
-        _prune(folder, keep)
+        _prune(folder, step, keep)
 
     writer.write(files, scratch, finish)
     return final
@@ -152,9 +152,12 @@ def _verified(path: Path, ranks: Ranks | None) -> tuple[dict, str | None]:
     rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text())
-        problem = _damage(path, manifest, rank, world)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        whole = manifest.pop("digest") == digest(manifest)
+        problem = _damage(path, manifest, rank, world) if whole else f"{path / 'MANIFEST.json'} does not match its own digest."
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         manifest, problem = {}, f"{path / 'MANIFEST.json'} is damaged."
+    except OSError as e:
+        manifest, problem = {}, f"{e.filename or path}: {e.strerror}."
     if world > 1:
         every: list[str | None] = [None] * world
         dist.all_gather_object(every, problem)
@@ -172,10 +175,13 @@ def _damage(path: Path, manifest: dict, rank: int = 0, world: int = 1) -> str | 
     return None
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, current: int, keep: int) -> None:
+    """Keep the newest up to the one just written, and the best. A later step is one that the run went back past, because it was damaged."""
     best = json.loads((folder / "BEST").read_text())["step"] if (folder / "BEST").exists() else None
-    for step in steps(folder)[:-keep]:
-        if step != best:
+    known = steps(folder)
+    kept = [step for step in known if step <= current][-keep:]
+    for step in known:
+        if step not in (*kept, best):
             shutil.rmtree(folder / f"step-{step}")
     for stale in folder.glob("step-*.tmp"):
         shutil.rmtree(stale)

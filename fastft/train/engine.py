@@ -6,12 +6,14 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fastft.config import Config
+from fastft.data.prepared import digest
 from fastft.errors import UserError, did_you_mean
 from fastft.optim import FusedAdamW, set_offset, zero_step
 from fastft.optim.groups import parameter_groups
@@ -192,6 +194,12 @@ def build_optimizer(model: torch.nn.Module, config: Config) -> FusedAdamW:
                       seed=config.run.seed)
 
 
+def layout(model: torch.nn.Module, optimizer: FusedAdamW) -> str:
+    """A digest of the trained parameters in the optimizer's order, by group: what a flat shard's positions mean."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return digest([[[names[p], list(p.shape)] for p in group["params"]] for group in optimizer.param_groups])
+
+
 def build_engine(model: torch.nn.Module, optimizer: FusedAdamW, settings: dict, fused_step: bool = True):
     """A DeepSpeed engine over the model with our optimizer as its client optimizer.
 
@@ -265,11 +273,13 @@ class Stepper:
         # Stage 0 in fp32 hands gradients straight to our optimizer, and checks nothing.
         self.fused_clip = engine.optimizer is optimizer
         self.grad_norm: torch.Tensor | float = 0.0
+        self.before_step: Callable[[], None] = lambda: None
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Accumulate; the last micro-step of an optimizer step also reduces gradients over the ranks."""
         self.engine.backward(loss, scale_wrt_gas=False)
         if last:
+            self.before_step()
             self._step()
 
     def boundary(self, last: bool) -> None:

@@ -15,6 +15,7 @@ from fastft.errors import UserError
 from fastft.train.engine import Ranks
 
 SLOW = 1.5  # times the median of all ranks
+SLOW_SECONDS = 0.05  # and so much longer between two readings: less is the noise of short steps
 
 
 def check_agreement(config: Config, data_key: str, ranks: Ranks) -> None:
@@ -55,7 +56,7 @@ def check_weights(model: torch.nn.Module, ranks: Ranks, step: int) -> None:
     Raises
     ------
     UserError
-        On every rank: names the ranks in the minority.
+        On every rank: names the ranks in the minority, where there is a majority.
     """
     total = torch.zeros((), dtype=torch.int64, device=ranks.device)
     for i, parameter in enumerate(model.parameters()):
@@ -66,7 +67,8 @@ def check_weights(model: torch.nn.Module, ranks: Ranks, step: int) -> None:
     values = [int(s) for s in sums]
     usual = max(set(values), key=values.count)
     if odd := [rank for rank, value in enumerate(values) if value != usual]:
-        raise UserError(f"step {step}: the weights of rank {', '.join(map(str, odd))} differ from those of the other {ranks.world - len(odd)}.",
+        named = f"the weights of rank {', '.join(map(str, odd))} differ from those of the other {ranks.world - len(odd)}"
+        raise UserError(f"step {step}: {named if values.count(usual) > ranks.world / 2 else 'the weights differ between ranks, and no majority says which are right'}.",
                         "Resume from the newest checkpoint before this step, and have that machine's memory checked.")
 
 
@@ -102,4 +104,4 @@ class Pace:
         dist.all_gather(every, mine)
         seconds = torch.cat(every)
         others = torch.stack([torch.cat([seconds[:r], seconds[r + 1:]]).median() for r in range(ranks.world)])
-        return {r: round(float(seconds[r] / others[r]), 2) for r in range(ranks.world) if seconds[r] > SLOW * others[r]}
+        return {r: round(float(seconds[r] / others[r]), 2) for r in range(ranks.world) if seconds[r] > max(SLOW * others[r], others[r] + SLOW_SECONDS)}

@@ -90,6 +90,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     ranks = engine.environment(config)
     if not resume:
         run_folder.check(run_dir, config, overwrite)
+    held = run_folder.lock(run_dir) if ranks.main else None  # noqa: F841  (as long as this function runs)
     task = TASKS.get(config.task)(config)
     split, evals = task.train_split(), task.eval_splits()  # all tokenising is done before there is a process group
     schedule = Schedule.of(config, len(split), task.max_length)
@@ -100,16 +101,19 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     if config.parallel.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = engine.build_optimizer(model, config)
+    layout = engine.layout(model, optimizer)
+    heart = Heartbeat()
+    heart.beat(0)  # from here on ranks wait for each other
     engine.start_process_group()
     health.check_agreement(config, split.data.key, ranks)
-    found = _found(config, split, schedule, ranks) if resume else None
+    found = _found(config, split, schedule, layout, ranks) if resume else None
     settings = engine.deepspeed_config(config, ranks)
     if found and found.converted:
         settings["checkpoint"] = {**settings.get("checkpoint", {}), **reshard.SETTINGS}
     model_engine = engine.build_engine(model, optimizer, settings, config.parallel.fused_step)
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
-        run = _Run(config, task, split, evals, schedule, ranks, model_engine, optimizer, stop)
+        run = _Run(config, task, split, evals, schedule, ranks, model_engine, optimizer, layout, stop, heart)
         cleanup.callback(run.writer.close)
         if found:
             run.resume(found)
@@ -136,7 +140,7 @@ class _Found:
                 "passed_over": self.passed_over}
 
 
-def _found(config: Config, split: Split, schedule: Schedule, ranks: Ranks) -> _Found:
+def _found(config: Config, split: Split, schedule: Schedule, layout: str, ranks: Ranks) -> _Found:
     """The newest usable checkpoint, once it is known that the rest would be the rest of this run; converted where that is needed."""
     path, manifest, passed_over = checkpoint.find(Path(config.run.dir) / "checkpoints", ranks=ranks)
     if manifest["state"]["data"] != split.data.key:
@@ -149,6 +153,9 @@ def _found(config: Config, split: Split, schedule: Schedule, ranks: Ranks) -> _F
         if then != now:
             raise UserError(f"{path}: was written with {key} = {then}, this run has {now}.",
                             f"Resume with {key}={then}, or start a new run from the exported model.")
+    if manifest["state"]["layout"] != layout:  # DeepSpeed restores flat shards by position: layers would take each other's weights
+        raise UserError(f"{path}: was written with other trained parameters or parameter groups (model.freeze, optim.weight_decay 0 or not).",
+                        "Resume with the settings that the run began with, or start a new run from the exported model.")
     if manifest["step"] > schedule.total:
         raise UserError(f"{path}: is at step {manifest['step']}, the run would end at {schedule.total}.", "Raise train.steps or train.epochs.")
     converted = reshard.convert(path, checkpoint.TAG, config.parallel.zero, ranks) if reshard.needed(manifest, config.parallel.zero, ranks) else None
@@ -159,9 +166,9 @@ class _Run:
     """The state of a run: everything the loop touches, in one place."""
 
     def __init__(self, config: Config, task: Task, split: Split, evals: dict[str, Split], schedule: Schedule, ranks: Ranks, model_engine,
-                 optimizer: FusedAdamW, stop: StopRequest):
+                 optimizer: FusedAdamW, layout: str, stop: StopRequest, heart: Heartbeat):
         self.config, self.task, self.split, self.evals, self.schedule, self.ranks = config, task, split, evals, schedule, ranks
-        self.engine, self.optimizer, self.stop = model_engine, optimizer, stop
+        self.engine, self.optimizer, self.layout, self.stop = model_engine, optimizer, layout, stop
         self.log: Telemetry | None = None  # opened once everything that can be refused has been
         self.stepper = Stepper(model_engine, optimizer, config.optim.grad_clip)
         self.folder = Path(config.run.dir) / "checkpoints"
@@ -169,7 +176,8 @@ class _Run:
         self.metrics: dict[str, dict[str, float]] = {}
         self.throughput = Throughput()
         self.recent: deque[float] = deque(maxlen=50)  # losses, where train.spike_factor asks for them
-        self.heart, self.pace = Heartbeat(), health.Pace(ranks.device)
+        self.heart, self.pace = heart, health.Pace(ranks.device)
+        self.stepper.before_step = self._check_weights
         self.chosen: list | dict = []
         self.writer = Writer(ranks)
         self.best: dict | None = None  # step, metric and value of the best checkpoint, where checkpoint.best_by asks for it
@@ -221,9 +229,6 @@ class _Run:
         settings, last = self.config.train, self.step == self.schedule.total
         self._count_skips()
         self._watch_for_spikes(loss)
-        every = self.config.parallel.verify_every
-        if every and self.step % every == 0 and self.ranks.world > 1 and self.config.parallel.zero < 3:
-            health.check_weights(self.engine.module, self.ranks, self.step)
         if self.step % settings.log_every == 0 or last or self.step == 1:
             self._log(loss)
         else:
@@ -247,6 +252,12 @@ class _Run:
         if self.skipped_in_a_row > self.config.train.max_skipped:
             raise UserError(f"{self.skipped_in_a_row} steps in a row had NaN or Inf gradients (the last at step {self.step}).",
                             "Lower optim.lr, check the data (the samples stand in metrics.jsonl), or raise train.max_skipped.")
+
+    def _check_weights(self) -> None:
+        """Before the update: after it ZeRO 1 and 2 have just written all replicated weights anew from the shards."""
+        every, step = self.config.parallel.verify_every, self.step + 1
+        if every and step % every == 0 and self.ranks.world > 1 and self.config.parallel.zero < 3:
+            health.check_weights(self.engine.module, self.ranks, step)
 
     def _watch_for_spikes(self, loss: torch.Tensor) -> None:
         factor = self.config.train.spike_factor
@@ -306,12 +317,22 @@ class _Run:
         with self.throughput.paused():
             best = self._is_best()
             state = {"step": self.step, "best": self.best, "skipped_in_a_row": self.skipped_in_a_row, "skipped_total": self.skipped_total,
-                     "data": self.split.data.key, "task": self.task.state(), "config": configuration.dump(self.config)}
+                     "data": self.split.data.key, "layout": self.layout, "task": self.task.state(), "config": configuration.dump(self.config)}
+            self._settle()
             path = checkpoint.save(self.engine, self.writer, self.folder, self.step, state, self.config.checkpoint.keep, best)
             if wait:
-                self.writer.wait()
-                self._agreed()
+                self._settle()
             self.log.record("checkpoint", step=self.step, path=str(path), stall_seconds=time.perf_counter() - start)
+
+    def _settle(self) -> None:
+        """Wait, all ranks together, until everyone's part of the last checkpoint is on the disk; raises on every rank when any failed."""
+        while True:
+            self._agreed()
+            if not self.stop.any(self.writer.busy(), self.ranks.device, self.ranks.world):
+                break
+            self.heart.beat(self.step)
+            time.sleep(0.02)
+        self._agreed()
 
     def _is_best(self) -> bool:
         """Whether the metric of checkpoint.best_by, if it was measured at this step, is the best so far."""

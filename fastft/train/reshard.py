@@ -1,13 +1,14 @@
 """A checkpoint of another number of ranks or another ZeRO stage: through DeepSpeed's universal format, by itself."""
 
+import argparse
 import contextlib
-import os
-import subprocess
+import io
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
 
 from fastft.errors import UserError
 from fastft.files import remove
@@ -40,12 +41,13 @@ def convert(path: Path, tag: str, stage: int, ranks: Ranks) -> Path:
     problem = [""]
     if ranks.main:
         remove(folder)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(path / tag), "--output_folder", str(folder / tag),
-                   "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
-        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-        run = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if run.returncode:
-            problem = [run.stdout[-1500:]]
+        what = argparse.Namespace(input_folder=str(path / tag), output_folder=str(folder / tag), num_extract_workers=1, num_merge_workers=1,
+                                  keep_temp_folder=False, strict=True, inject_missing_state=True)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints as it goes
+                ds_to_universal.main(what)
+        except Exception as e:  # whatever it meets, every rank must hear of it
+            problem = [f"{type(e).__name__}: {e}"]
         else:
             _fit(folder / tag, stage, ranks.world)
     if ranks.world > 1:

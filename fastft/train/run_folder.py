@@ -1,6 +1,9 @@
 """The folder of a run: who may take it, and what becomes of the run that was in it."""
 
+import fcntl
+import os
 from pathlib import Path
+from typing import TextIO
 
 from fastft import config as configuration
 from fastft.config import Config
@@ -30,6 +33,19 @@ def check(run_dir: Path, config: Config, overwrite: bool) -> None:
             raise UserError(f"{key}: {path} lies in run.dir, which --overwrite starts over.", "Choose another run.dir, or copy it out first.")
 
 
+def lock(run_dir: Path) -> TextIO:
+    """Hold the folder for this process, until it ends. UserError when another has it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = open(run_dir / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"run.dir: another process is training in {run_dir}.", "Wait for it, end it, or choose another run.dir.") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 def claim(run_dir: Path, config: Config, resume: bool) -> None:
     """Take the run folder, now that nothing is left to refuse: keep the whole configuration, put an overwritten run aside until this one is done."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -41,6 +57,9 @@ def claim(run_dir: Path, config: Config, resume: bool) -> None:
                 path.rename(aside)
             else:
                 remove(path)
+    if launch := os.environ.get("FASTFT_LAUNCH"):  # so that a launcher that restarts knows this run for its own
+        (run_dir / "logs").mkdir(exist_ok=True)
+        (run_dir / "logs" / "claimed").write_text(launch)
     (run_dir / "config.yaml").write_text(configuration.dump(configuration.absolute(config)), encoding="utf-8")
 
 

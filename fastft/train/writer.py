@@ -109,27 +109,33 @@ class Writer:
     def write(self, files: dict[Path, object], scratch: Path, finish: Callable[[dict[str, dict]], None]) -> None:
         """Begin to write ``files`` (path -> state) into ``scratch``; on rank 0 ``finish(manifest's files)`` follows when all ranks are done.
 
-        Waits for the write before this one.
+        The write before this one must be done.
         """
-        self.wait()
+        assert not self.busy()
         self.thread = threading.Thread(target=self._run, args=(files, scratch, finish), name="checkpoint", daemon=True)
         self.thread.start()
 
+    def busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
     def wait(self) -> None:
+        """Until this rank's part is done (on rank 0: all ranks'). Not where another rank may have failed; see _Run._settle."""
         if self.thread is not None:
             self.thread.join()
-            self.thread = None
 
     def close(self) -> None:
-        """Stop waiting for other ranks: the run is over."""
+        """The run is over: the other ranks get a moment to finish what rank 0 waits for, then it is given up."""
+        if self.thread is not None:
+            self.thread.join(timeout=10)
         self.abandoned.set()
         self.wait()
 
     def _run(self, files: dict[Path, object], scratch: Path, finish: Callable[[dict[str, dict]], None]) -> None:
+        path = scratch
         try:
             self._check_space(files, scratch)
             entries = {}
-            for path, state in files.items():
+            for path, state in files.items():  # noqa: B007  (named in the message below)
                 point("before-file", self.ranks.rank)
                 torch.save(state, path)
                 point("after-file", self.ranks.rank)
@@ -145,14 +151,14 @@ class Writer:
         except UserError as e:
             self.problem = str(e)
         except Exception as e:  # torch.save of a full disk raises RuntimeError, others OSError; the training must hear of all
-            self.problem = f"{scratch}: writing the checkpoint failed: {e}"
+            self.problem = f"{path}: writing the checkpoint failed: {e}"
 
     def _check_space(self, files: dict[Path, object], scratch: Path) -> None:
         local = self.ranks.local_world if self.ranks.local_world > 1 else 1
         need, free = int(1.02 * bytes_of(list(files.values())) * local), shutil.disk_usage(scratch).free
         if need > free:
-            raise UserError(f"{scratch.parent}: the checkpoint needs {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left; the older checkpoints are whole.",
-                            "Make room, or lower checkpoint.keep; then resume.")
+            raise UserError(f"{scratch.parent}: the checkpoint needs {need / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left.",
+                            "Make room, or lower checkpoint.keep (one more than it is on the disk during a save).")
 
     def _reports(self, scratch: Path) -> dict[str, dict] | None:
         """What all ranks have written, when all have; None when the run ends before."""

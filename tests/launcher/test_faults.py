@@ -1,4 +1,7 @@
-"""The fault matrix with one try of each: real faults into real ranks. ``benchmarks/faults.py`` is the same over all stages, and writes the table."""
+"""The fault matrix with one try of each, and four moments of a save: real faults into real ranks.
+
+``benchmarks/faults.py`` is the same over all stages and all moments, and writes the table.
+"""
 
 import importlib.util
 import os
@@ -23,7 +26,10 @@ def bench(tmp_path_factory):
     return faults.Bench(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("name", list(faults.FAULTS))
+MOMENTS = ("begin", "after-file", "before-rename", "before-latest")
+
+
+@pytest.mark.parametrize("name", [name for name in faults.FAULTS if not name.startswith("killed in a save") or name.endswith(MOMENTS)])
 def test_nothing_is_lost(bench, name):
     if name.startswith("disk") and os.geteuid():
         pytest.skip("mounting a disk of a test's own needs root")

@@ -63,7 +63,7 @@ def test_ranks_run_as_under_any_launcher(lm_config, tmp_path):
     assert sorted(p.name for p in (tmp_path / "one" / "logs" / "attempt-1").glob("*.log")) == ["rank-0.log", "rank-1.log"]
     code, output = launch.fastft("launch", "--nproc", "2", "train", path, f"run.dir={tmp_path}/one", check=False)
     assert code == 1 and "already holds a run" in output and "restart" not in output
-    assert not (tmp_path / "one" / "logs" / "attempt-2").exists()
+    assert sorted(p.name for p in (tmp_path / "one" / "logs").glob("attempt-*")) == ["attempt-1", "attempt-2"], "older logs stay, and a mistake is tried once"
 
 
 def test_an_agent_that_is_not_heard_kills_its_ranks(lm_config, tmp_path):
@@ -110,3 +110,80 @@ def _command_line(process: Path) -> bytes:
         return (process / "cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock" and "logs" not in p.parts}
+
+
+def test_a_restart_takes_nobody_elses_run(lm_config, tmp_path):
+    """A rank that dies before it has looked at run.dir, which holds another run: the next try is the same command again, and is refused."""
+    lm_config["train"] = {"steps": 2}
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    launch.fastft("train", path)
+    before = files(tmp_path / "run")
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "if 'RANK' in os.environ and not os.path.exists(os.environ['MARK']):\n    open(os.environ['MARK'], 'w'); os.kill(os.getpid(), signal.SIGKILL)\n")
+    env = {"PYTHONPATH": f"{tmp_path}/hook:{launch.ENV['PYTHONPATH']}", "MARK": str(tmp_path / "mark")}
+    code, output = launch.fastft("launch", "--nproc", "1", "--backoff", "0", "train", path, "train.steps=5", env=env, check=False)
+    assert code == 1 and "restart 1 of 3 in 0 s, from the start" in output and "already holds a run" in output, output
+    assert files(tmp_path / "run") == before
+
+
+def started(path: Path, run: Path, *options, env: dict | None = None) -> "launch.subprocess.Popen":
+    process = launch.start([sys.executable, "-m", "fastft", "launch", "--nproc", "2", "--max-restarts", "0", *options, "train", path], env)
+    deadline = time.monotonic() + 90
+    while not ((run / "metrics.jsonl").exists() and '"kind": "train"' in (run / "metrics.jsonl").read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    return process
+
+
+def test_sigterm_to_every_process_of_a_job_saves(lm_config, tmp_path):
+    lm_config["train"] = {"steps": 100000, "log_every": 1}
+    process = started(launch.write_config(tmp_path / "c.yaml", lm_config), tmp_path / "run")
+    for folder in Path("/proc").glob("[0-9]*"):
+        if str(tmp_path).encode() in _command_line(folder) or b"fastft.launch.agent" in _command_line(folder):
+            os.kill(int(folder.name), signal.SIGTERM)
+    output = launch.finish(process, 60)
+    assert process.returncode == 143 and "saved at step" in output, output[-2000:]
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/MANIFEST.json"))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_rank_that_cannot_write_ends_all_with_its_reason(lm_config, tmp_path, background):
+    """Rank 1's disk fails, at a save that the run waits for and at one that it does not."""
+    lm_config["train"] = {"steps": 100000, "log_every": 1}
+    lm_config["checkpoint"] = {"every": 40, "background": background}
+    process = started(launch.write_config(tmp_path / "c.yaml", lm_config), tmp_path / "run")
+    while process.poll() is None:
+        for scratch in (tmp_path / "run" / "checkpoints").glob("step-*.tmp"):
+            try:
+                (scratch / "rng-1.pt").mkdir()
+            except OSError:
+                pass
+        time.sleep(0.001)
+    output = launch.finish(process, 10)
+    assert process.returncode == 1 and "rank 1:" in output and "rng-1.pt" in output, output[-2000:]
+
+
+def test_what_ssh_prints_in_another_encoding_hangs_nothing(lm_config, tmp_path):
+    lm_config["train"] = {"steps": 1}
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ssh").write_text("#!/bin/bash\nprintf 'Gr\\xfc\\xdfe\\n'\nexec bash -c \"${@: -1}\"\n")
+    (tmp_path / "bin" / "ssh").chmod(0o755)
+    (tmp_path / "hosts").write_text("192.0.2.9 slots=1\n")
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    launch.fastft("launch", "--hostfile", tmp_path / "hosts", "--master-addr", "127.0.0.1", "train", path, env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+
+
+def test_a_second_process_is_refused(lm_config, tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, output = launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config), check=False)
+    assert code == 1 and "another process is training in" in output and "Traceback" not in output

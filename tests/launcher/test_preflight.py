@@ -27,7 +27,7 @@ def good(tmp_path) -> list[dict]:
     [
         ({"python": "3.10.1"}, "b: python 3.10.1, a has"), ({"code": "0000"}, "b: code 0000, a has"), ({"gpus": ["H100, 550"]}, "b: gpus"),
         ({"packages": {"torch": "2.0"}}, "b: torch 2.0, a has"), ({"skew": 3.0}, "b: its clock is +3.0 s off"), ({"shared": False}, "b: sees another /run"),
-        ({"disk_error": "/run: No space left on device"}, "b: /run: No space"), ({"disk_free": 10}, "b: 0.0 GB free in /run, two checkpoints need 5.0 GB"),
+        ({"disk_error": "/run: No space left on device"}, "b: /run: No space"), ({"disk_free": 10}, "b: 0.0 GB free in /run, the checkpoints need 5.0 GB"),
         ({"bandwidth": 1e8}, "b: 100 MB/s to a, the median is"), ({"bandwidth": None}, "b: cannot send to a"), ({"error": "Connection refused"}, "b: cannot be asked: Connection"),
     ],
 )

@@ -171,3 +171,36 @@ def test_the_best_checkpoint_stays(lm_config, tmp_path):
     assert checkpoint.steps(folder) == sorted({best["step"], 8})
     code, output = launch.fastft("train", tmp_path / "c.yaml", "--overwrite", "checkpoint.best_by=eval.los", check=False)
     assert code == 1 and "eval.los is not measured" in output and "eval.loss" in output
+
+
+def test_pruning_keeps_what_was_just_written(tmp_path):
+    """Steps 15 and 20 are damaged: the run went back past them, so they go, and 10 and 12 stay."""
+    for step in (5, 10, 12, 15, 20):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}" / "MANIFEST.json").write_text("{}")
+    checkpoint._prune(tmp_path, 12, 2)
+    assert checkpoint.steps(tmp_path) == [10, 12]
+    (tmp_path / "BEST").write_text('{"step": 10}')
+    checkpoint._prune(tmp_path, 12, 1)
+    assert checkpoint.steps(tmp_path) == [10, 12]
+
+
+def test_a_manifest_vouches_for_itself(finished):
+    path = finished / "checkpoints" / "step-4" / "MANIFEST.json"
+    manifest = json.loads(path.read_text())
+    for change in ({"step": 0}, {"files": {}}, {"digest": None}):
+        path.write_text(json.dumps({**manifest, **change}))
+        assert checkpoint.find(finished / "checkpoints")[0].name == "step-2"
+    del manifest["state"]
+    path.write_text(json.dumps(manifest))
+    assert checkpoint.find(finished / "checkpoints")[0].name == "step-2"
+
+
+def test_other_trained_parameters_are_refused(lm_config, tmp_path):
+    """Flat shards are restored by position: another layer frozen, of the same size, would take the first one's weights."""
+    lm_config["model"]["freeze"] = ["model.layers.0.*"]
+    lm_config["parallel"] = {"zero": 1}
+    lm_config["train"] = {"steps": 1}
+    launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config))
+    code, output = launch.fastft("resume", tmp_path / "run", "model.freeze=['model.layers.1.*']", "train.steps=2", check=False)
+    assert code == 1 and "other trained parameters" in output and "Traceback" not in output
