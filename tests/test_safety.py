@@ -332,7 +332,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(trained, tmp_path):
 
     records = telemetry.read(run)
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 4]
-    assert "does not match its hash" in [r for r in records if r["kind"] == "run"][-1]["passed_over"][0]
+    assert "does not match its hash" in [r for r in records if r["kind"] == "run"][-1]["resumed_from"]["passed_over"][0]
 
 
 def test_a_run_goes_on_from_any_working_directory(classification_config, tmp_path, monkeypatch):
