@@ -7,10 +7,10 @@ import launch
 
 def test_verify_resume_proves_equality_and_finds_a_difference(lm_config, tmp_path):
     lm_config["train"] = {"steps": 30}
-    lm_config["checkpoint"] = {"every": 5}
+    lm_config["checkpoint"] = {"every": 4}
     path = launch.write_config(tmp_path / "c.yaml", lm_config)
     for name, more in (("term", []), ("kill", ["--kill"])):
-        _, output = launch.fastft("verify-resume", path, "--folder", tmp_path / name, "--nproc", "2", *more, "--json")
+        _, output = launch.fastft("verify-resume", path, "--folder", tmp_path / name, "--nproc", "2", "--at", "5", *more, "--json")
         found = json.loads(output.splitlines()[-1])
         assert found["equal"] and found["steps"] == 30 and 1 <= found["interrupted_after"] < 30
     from fastft.evaluate import verify_resume

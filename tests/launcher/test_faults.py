@@ -17,7 +17,7 @@ sys.modules["faults"] = faults
 spec.loader.exec_module(faults)
 
 # (ZeRO stage, dtype) that each fault is tried at here
-WHERE = {"rank killed": (3, "bf16"), "rank stopped": (1, "fp32"), "launcher killed": (2, "bf16"), "SIGTERM in a collective": (2, "fp32")}
+WHERE = {"rank killed": (3, "bf16"), "launcher killed": (3, "bf16")}
 SEEN = {"rank killed": 5.0, "rank stopped": faults.WATCHDOG + 5.0, "launcher killed": 10.0, "SIGTERM in a collective": 30.0}
 
 
