@@ -25,6 +25,7 @@ from pathlib import Path
 BEAT = struct.Struct("<qd")  # step (-1: nothing to watch), Unix time
 GRACE = 2.0  # seconds that the other ranks get to say why they fail, once one has
 GRACE_STOPPING = 600.0  # the same after a signal that asked them to save and leave
+FIRST = 5.0  # times the watchdog: process groups, engines and checkpoints take longer than a step
 SILENCE = 30.0  # seconds without a word from the launcher
 
 
@@ -166,7 +167,7 @@ class Agent:
 
     def _watch(self, open_ranks: set[Rank]) -> None:
         beats = {rank: rank.last_beat() for rank in open_ranks}
-        silent = [rank for rank, (step, when) in beats.items() if step >= 0 and time.time() - when > self.spec.watchdog]
+        silent = [rank for rank, (step, when) in beats.items() if step >= 0 and time.time() - when > self.spec.watchdog * (1.0 if step else FIRST)]
         if not silent:
             return
         states = {rank: rank.state() for rank in silent}  # before SIGUSR1, which a stopped process only gets when it goes on
