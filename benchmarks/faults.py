@@ -27,6 +27,7 @@ import common
 import yaml
 
 from fastft.data.prepared import sha256_file
+from fastft.launch.agent import find_rank
 from fastft.train import telemetry
 from fastft.train.writer import POINTS
 
@@ -141,18 +142,6 @@ def reached(run: Path) -> int:
     return max((r["step"] for r in telemetry.read(run) if r["kind"] == "train"), default=0) if (run / "metrics.jsonl").exists() else 0
 
 
-def rank_pid(run: Path, rank: int) -> int | None:
-    """Process id of a rank of this run, by the log that it writes to."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            log = Path(os.readlink(process / "fd" / "1"))
-        except OSError:
-            continue
-        if log.name == f"rank-{rank}.log" and run in log.parents:
-            return int(process.name)
-    return None
-
-
 def left(run: Path) -> list[int]:
     """Processes that still have something to do with a run."""
     found = []
@@ -183,7 +172,7 @@ def killed_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
     process = bench.start("train", bench.config(run, zero, dtype))
     wait_for(lambda: reached(run) >= step, process)
     at, now = reached(run), time.time()
-    os.kill(rank_pid(run, rank), signal.SIGKILL)
+    os.kill(find_rank(run, rank), signal.SIGKILL)
     seen = process.when("was ended by SIGKILL") - now
     code = process.wait()
     return Outcome(code == 0 and weights(run) == truth, seen, lost_steps(run, at))
@@ -212,7 +201,7 @@ def stopped_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
     process = bench.start("train", bench.config(run, zero, dtype))
     wait_for(lambda: reached(run) >= 3, process)
     at, now = reached(run), time.time()
-    os.kill(rank_pid(run, rank), signal.SIGSTOP)
+    os.kill(find_rank(run, rank), signal.SIGSTOP)
     seen = process.when(f"rank {rank} on localhost has taken no step") - now
     named = any(f"rank {rank} on localhost has taken no step" in line and "it is stopped" in line for _, line in process.said)
     code = process.wait()
@@ -240,7 +229,7 @@ def terminated(bench: Bench, zero: int, dtype: str) -> Outcome:
     truth, run, rank = bench.undisturbed(zero, dtype), bench.run_dir(), random.randrange(bench.ranks)
     process = bench.start("train", bench.config(run, zero, dtype))
     wait_for(lambda: reached(run) >= 4, process)
-    pid = rank_pid(run, rank)
+    pid = find_rank(run, rank)
     os.kill(pid, signal.SIGSTOP)
     time.sleep(0.3)
     now = time.time()
@@ -296,7 +285,7 @@ def slow_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
     run, rank = bench.run_dir(), random.randrange(bench.ranks)
     process = bench.start("train", bench.config(run, zero, dtype, steps=4 * STEPS, log_every=10))
     wait_for(lambda: reached(run) >= 10, process)
-    start, now, pid = reached(run), time.time(), rank_pid(run, rank)
+    start, now, pid = reached(run), time.time(), find_rank(run, rank)
     found: list[dict] = []
     while not found and process.popen.poll() is None and reached(run) < start + 60:
         os.kill(pid, signal.SIGSTOP)

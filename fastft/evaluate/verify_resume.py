@@ -11,6 +11,7 @@ from pathlib import Path
 from fastft.config import Config, absolute, dump
 from fastft.data.prepared import sha256_file
 from fastft.errors import UserError
+from fastft.launch.agent import find_rank
 from fastft.train import telemetry
 
 LIMIT = 24 * 3600  # seconds for a run; whoever verifies longer ones sets train.steps lower
@@ -75,7 +76,7 @@ def _interrupt(process: subprocess.Popen, run: Path, after: int, kill: bool) -> 
     if process.poll() is not None:
         raise UserError(f"the run ended before it could be interrupted after step {after}.", "Give an earlier --at, or a longer run.")
     if kill:
-        os.kill(_a_rank(run), signal.SIGKILL)
+        os.kill(find_rank(run), signal.SIGKILL)
         _finish(process, "the run after its rank was killed")
     else:
         process.send_signal(signal.SIGTERM)
@@ -84,17 +85,6 @@ def _interrupt(process: subprocess.Popen, run: Path, after: int, kill: bool) -> 
 
 def _reached(run: Path, step: int) -> bool:
     return (run / "metrics.jsonl").exists() and any(r["kind"] == "train" and r["step"] >= step for r in telemetry.read(run))
-
-
-def _a_rank(run: Path) -> int:
-    """Process id of a rank of this run, by its log: it has it open."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if Path(os.readlink(folder / "fd" / "1")).parent.parent == run.absolute() / "logs":
-                return int(folder.name)
-        except OSError:
-            continue
-    raise UserError(f"{run}: no rank is running.")
 
 
 def _differing_steps(whole: Path, broken: Path) -> list[str]:

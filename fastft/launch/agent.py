@@ -192,6 +192,18 @@ class Agent:
             say("output", text=line)
 
 
+def find_rank(run_dir: Path, rank: int | None = None) -> int | None:
+    """Process id of a rank of a run on this host (of any, without a number), by the log that it writes to."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            log = Path(os.readlink(process / "fd" / "1"))
+        except OSError:
+            continue
+        if run_dir.absolute() in log.parents and log.name in (f"rank-{rank}.log", log.name if rank is None else ""):
+            return int(process.name)
+    return None
+
+
 def say(event: str, **fields) -> None:
     try:
         print(json.dumps({"event": event, **fields}), flush=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastft.ops import backends, linear_cross_entropy_chunks, linear_cross_entropy_reference, native, triton
-from fastft.ops.cross_entropy import _CUDA, _bad_row_op, _compute_dtype, _inverse_denominator, _times, _total, check_options
+from fastft.ops.cross_entropy import _CUDA, _bad_row_op, _compute_dtype, _inverse_denominator, _times, _total
+from fastft.ops.cross_entropy_check import check_options
 from fastft.ops.cross_entropy_reference import logsumexp
 
 OP = "linear_cross_entropy"

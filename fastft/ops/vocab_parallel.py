@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastft.ops import backends
-from fastft.ops.cross_entropy import _bad_row_op, _check, _contiguous_rows, _inverse_denominator, _run, _times, _total
+from fastft.ops import backends, cross_entropy_check
+from fastft.ops.cross_entropy import _bad_row_op, _contiguous_rows, _inverse_denominator, _run, _times, _total
 
 
 _IGNORED = -100  # within a shard: no class there is negative
@@ -44,7 +44,7 @@ def vocab_parallel_cross_entropy(
 
     Raises what cross_entropy raises; ValueError when only one of vocab_start and vocab_size is given.
     """
-    _check(logits, target, None, token_weight, label_smoothing, reduction, softcap, False)
+    cross_entropy_check.check(logits, target, None, token_weight, label_smoothing, reduction, softcap, False)
     if (vocab_start is None) != (vocab_size is None):
         raise ValueError("give both vocab_start and vocab_size, or neither for equal shares")
     shard, rows = logits.shape[-1], logits.reshape(-1, logits.shape[-1])

@@ -107,12 +107,11 @@ def load(engine, path: Path, manifest: dict, ranks: Ranks, converted: Path | Non
 
     ``converted``: where ``reshard.convert`` put what DeepSpeed is to load instead, for another number of ranks or ZeRO stage.
     """
-    source = converted or path
     try:
         if converted:
-            reshard.load(engine, converted)
+            reshard.load(engine, converted, TAG)
         else:
-            loaded, _ = engine.load_checkpoint(str(source), tag=TAG)
+            loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
             if loaded is None:
                 raise UserError(f"{path}: DeepSpeed could not load it.", "See the log above.")
     except (RuntimeError, KeyError, ValueError, FileNotFoundError) as e:

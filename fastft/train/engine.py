@@ -4,7 +4,6 @@ import ctypes
 import json
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from fastft.config import Config
 from fastft.data.prepared import digest
 from fastft.errors import UserError, did_you_mean
+from fastft.launch.hostfile import free_port
 from fastft.optim import FusedAdamW, set_offset, zero_step
 from fastft.optim.groups import parameter_groups
 
@@ -44,10 +44,7 @@ def environment(config: Config) -> Ranks:
     """Read (or, without a launcher, set) the torch.distributed environment, and settle threads and device. Starts nothing."""
     env = os.environ
     if "RANK" not in env:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     world = int(env["WORLD_SIZE"])
     local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or (world if env["MASTER_ADDR"] in ("127.0.0.1", "localhost") else 1))
     env.setdefault("LOCAL_SIZE", str(local_world))  # DeepSpeed's CPU accelerator counts devices by it

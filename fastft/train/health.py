@@ -3,7 +3,6 @@
 import hashlib
 import platform
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +11,7 @@ import fastft
 from fastft import config as configuration
 from fastft.config import Config
 from fastft.errors import UserError
+from fastft.launch.probe import code_hash
 from fastft.train.engine import Ranks
 
 SLOW = 1.5  # times the median of all ranks
@@ -41,12 +41,9 @@ def _facts(config: Config, data_key: str) -> dict[str, str]:
     import deepspeed
     import transformers
 
-    code = hashlib.sha256()
-    for path in sorted(Path(fastft.__file__).parent.rglob("*.py")):
-        code.update(path.read_bytes())
     settings = configuration.dump(config)
     return {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-            "fastft": f"{fastft.__version__} (code {code.hexdigest()[:12]})", "seed": str(config.run.seed), "data": data_key,
+            "fastft": f"{fastft.__version__} (code {code_hash()})", "seed": str(config.run.seed), "data": data_key,
             "settings": hashlib.sha256(settings.encode()).hexdigest()[:12]}
 
 

@@ -90,7 +90,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     ranks = engine.environment(config)
     if not resume:
         run_folder.check(run_dir, config, overwrite)
-    held = run_folder.lock(run_dir) if ranks.main else None  # noqa: F841  (as long as this function runs)
+    held = run_folder.lock(run_dir) if ranks.main else None
     task = TASKS.get(config.task)(config)
     split, evals = task.train_split(), task.eval_splits()  # all tokenising is done before there is a process group
     schedule = Schedule.of(config, len(split), task.max_length)
@@ -114,6 +114,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
         run = _Run(config, task, split, evals, schedule, ranks, model_engine, optimizer, layout, stop, heart)
+        if held:
+            cleanup.callback(held.close)
         cleanup.callback(run.writer.close)
         if found:
             run.resume(found)

@@ -135,7 +135,7 @@ class Writer:
         try:
             self._check_space(files, scratch)
             entries = {}
-            for path, state in files.items():  # noqa: B007  (named in the message below)
+            for path, state in files.items():
                 point("before-file", self.ranks.rank)
                 torch.save(state, path)
                 point("after-file", self.ranks.rank)
@@ -154,8 +154,7 @@ class Writer:
             self.problem = f"{path}: writing the checkpoint failed: {e}"
 
     def _check_space(self, files: dict[Path, object], scratch: Path) -> None:
-        local = self.ranks.local_world if self.ranks.local_world > 1 else 1
-        need, free = int(1.02 * bytes_of(list(files.values())) * local), shutil.disk_usage(scratch).free
+        need, free = int(1.02 * bytes_of(list(files.values())) * self.ranks.local_world), shutil.disk_usage(scratch).free
         if need > free:
             raise UserError(f"{scratch.parent}: the checkpoint needs {need / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left.",
                             "Make room, or lower checkpoint.keep (one more than it is on the disk during a save).")
