@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.optim import optimizer as torch_optimizer
 
 from fastft.ops import backends
 from fastft.optim import FusedAdamW
@@ -322,3 +323,39 @@ def unused_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def test_step_hooks_and_the_profiler_see_every_step():
+    """torch wraps step() for them; FusedAdamW does it itself, only where one is listening."""
+    param = torch.nn.Parameter(torch.ones(8))
+    optimizer, seen = FusedAdamW([param]), []
+    handles = [optimizer.register_step_pre_hook(lambda *_: seen.append("before")), optimizer.register_step_post_hook(lambda *_: seen.append("after")),
+               torch_optimizer.register_optimizer_step_post_hook(lambda *_: seen.append("everywhere"))]  # fmt: skip
+    param.grad = torch.ones(8)
+    optimizer.step()
+    assert seen == ["before", "after", "everywhere"]
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert len(seen) == 3
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert "Optimizer.step#FusedAdamW.step" in {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("sizes", [(1,), (100_003,), (5, 17, 40_000)])
+def test_the_short_way_is_the_long_way(sizes):
+    """Contiguous float32 on the CPU skips the lists and groups of the general way; a tensor for lr does not."""
+    found = []
+    for lr in (2.0**-7, torch.tensor(2.0**-7)):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n)) for n in sizes]
+        optimizer = FusedAdamW(params, lr=lr, weight_decay=0.1, backend="native")
+        for _ in range(3):
+            versions = [p._version for p in params]
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            optimizer.step(grad_scale=torch.tensor(0.5), found_inf=torch.zeros(()))
+            assert all(p._version > v for p, v in zip(params, versions, strict=True))
+        found.append([t for p in params for t in (p.detach(), *optimizer.state[p].values())])
+    assert all(torch.equal(short, long) for short, long in zip(*found, strict=True))
