@@ -12,7 +12,9 @@ import argparse
 import itertools
 import os
 import random
+import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -78,7 +80,7 @@ class Bench:
 
     def __init__(self, folder: Path, ranks: int = 2):
         self.folder, self.ranks, self.numbers = folder, ranks, itertools.count()
-        self.whole: dict[tuple[int, str], str] = {}
+        self.whole: dict[tuple[int, str], Path] = {}
         write_model(folder)
 
     def config(self, run: Path, zero: int, dtype: str, **train) -> Path:
@@ -108,12 +110,12 @@ class Bench:
             run = self.run_dir()
             process = self.start("train", self.config(run, zero, dtype))
             assert process.wait() == 0, process.text()
-            self.whole[zero, dtype] = weights(run)
-        return self.whole[zero, dtype]
+            self.whole[zero, dtype] = run
+        return weights(self.whole[zero, dtype])
 
 
-def write_model(folder: Path) -> None:
-    """A small Llama with dropout (so that a lost RNG state shows), and the language reference to read."""
+def write_model(folder: Path, dropout: float = 0.1) -> None:
+    """A small Llama, with dropout so that a lost RNG state shows, and the language reference to read."""
     import json
     from pydoc_data.topics import topics
 
@@ -129,7 +131,7 @@ def write_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                 max_position_embeddings=256, attention_dropout=0.1, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                                 max_position_embeddings=256, attention_dropout=dropout, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
                                  bos_token_id=None)).save_pretrained(folder / "model")
 
 
@@ -299,12 +301,101 @@ def slow_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
     return Outcome(bool(found) and found[0]["step"] <= start + 20, seen, found[0]["step"] - start if found else 0, "lost: steps until it was named")
 
 
+def damaged(kind: str) -> Callable[[Bench, int, str], Outcome]:
+    """A random file of the newest checkpoint with a bit flipped, cut short, or gone: found before use, and the checkpoint before is taken."""
+
+    def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
+        truth, run = bench.undisturbed(zero, dtype), bench.run_dir()
+        shutil.copytree(bench.whole[zero, dtype], run, ignore=shutil.ignore_patterns("model"))
+        newest = run / "checkpoints" / f"step-{STEPS}"
+        file = random.choice(sorted(f for f in newest.rglob("*") if f.is_file()))
+        if kind == "missing":
+            file.unlink()
+        else:
+            content = bytearray(file.read_bytes())
+            content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+            file.write_bytes(content if kind == "bit flip" else content[:-1])
+        process = bench.start("resume", run)
+        code = process.wait()
+        return Outcome(code == 0 and weights(run) == truth and file.name in process.text(), None, lost_steps(run, STEPS), "the one before is taken")
+
+    return fault
+
+
+# Python imports this by itself at the start of every process that has its folder in PYTHONPATH.
+POISON = """
+import os
+
+if os.environ.get("RANK") == "1":
+    import torch
+
+    calls = 0
+
+    def poison(module, given, output):
+        global calls
+        if type(module).__name__ == "LlamaMLP":
+            calls += 1
+            if {begin} <= calls < {end}:
+                return output * float("nan")
+
+    torch.nn.modules.module.register_module_forward_hook(poison)
+"""
+
+
+def poisoned(begin: int, end: int) -> Callable[[Bench, int, str], Outcome]:
+    """NaN out of one rank's layers (two to a step) from one call on: the step is skipped on all ranks; after more than max_skipped in a row, the run stops."""
+
+    def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
+        run = bench.run_dir()
+        folder = Path(f"{run}-poison")
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(POISON.format(begin=begin, end=end))
+        path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+        process = bench.start("train", bench.config(run, zero, dtype, max_skipped=3), env={"PYTHONPATH": path}, max_restarts=0)
+        code = process.wait()
+        skipped = [r for r in telemetry.read(run) if r["kind"] == "skipped"]
+        named = all(len(r["samples"]) == 8 for r in skipped)
+        if end - begin <= 2:
+            return Outcome(code == 0 and named and len(skipped) == 1 and finite(run / "model" / "model.safetensors"), None, len(skipped), "skipped on all ranks")
+        return Outcome(code == 1 and named and len(skipped) == 4 and "4 steps in a row had NaN" in process.text(), None, len(skipped), "stopped, samples named")
+
+    return fault
+
+
+def finite(file: Path) -> bool:
+    from safetensors.torch import load_file
+
+    return all(bool(tensor.isfinite().all()) for tensor in load_file(file).values())
+
+
+def differing(key: str, values: tuple) -> Callable[[Bench, int, str], Outcome]:
+    """Two ranks that were given other settings: both refuse before the first step, and name the rank."""
+
+    def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
+        run = bench.run_dir()
+        path = bench.config(run, zero, dtype)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        ranks = [subprocess.Popen([sys.executable, "-m", "fastft", "train", str(path), f"{key}={value}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2",
+                                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for r, value in enumerate(values)]
+        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+        return Outcome(all(rank.returncode == 1 for rank in ranks) and all("rank 1" in text for text in said) and reached(run) == 0, None, 0, "refused")
+
+    return fault
+
+
 FAULTS: dict[str, Callable[[Bench, int, str], Outcome]] = {
     "rank killed": killed_rank, "rank stopped": stopped_rank, "launcher killed": killed_launcher, "SIGTERM in a collective": terminated,
     "disk full": broken_disk("full"), "disk read-only": broken_disk("read-only"), "crash at every start": always_crashing, "slow rank": slow_rank,
+    **{f"checkpoint file: {kind}": damaged(kind) for kind in ("bit flip", "cut short", "missing")},
+    "NaN on one rank": poisoned(21, 23), "NaN on one rank for good": poisoned(21, 1 << 60),
+    "ranks differ: learning rate": differing("optim.lr", (1e-3, 2e-3)), "ranks differ: seed": differing("run.seed", (1, 2)),
     **{f"killed in a save: {point}": killed_in_a_save(point) for point in POINTS},
 }
-ONCE = ("crash at every start", "slow rank", "disk full", "disk read-only")  # the same at every stage: not tried at all of them
+MORE = ("rank killed", "checkpoint file")  # tried several times: they fall on random steps and files
+ONCE = ("crash at every start", "slow rank", "disk full", "disk read-only", "ranks differ: learning rate", "ranks differ: seed")  # the same at every stage: not tried at all of them
 
 
 def measure(bench: Bench, name: str, zero: int, dtype: str, tries: int) -> dict:
@@ -332,7 +423,7 @@ def main() -> None:
             for name in args.only:
                 if name in ONCE and zero != args.stages[0] or name.startswith("disk") and os.geteuid():
                     continue
-                tries = args.tries if name == "rank killed" else 1
+                tries = args.tries if name.startswith(MORE) else 1
                 rows.append(measure(bench, name, zero, dtype, tries))
                 print(rows[-1], flush=True)
     if not args.quick:

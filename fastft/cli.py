@@ -227,13 +227,14 @@ def preflight(config: ConfigArg, overrides: OverridesArg = None,
               hostfile: Annotated[Optional[Path], typer.Option(help="Lines of `name slots=N`; default: this machine.")] = None,
               master_addr: Annotated[Optional[str], typer.Option(help="The first host's address for the others.")] = None,
               master_port: Annotated[int, typer.Option(min=1, max=65535)] = 29500, as_json: JsonOpt = False) -> None:
-    """Whether the hosts can train this configuration together: versions, code, clocks, disks, network."""
+    """Whether the hosts can train this configuration together: versions, code, model and data, clocks, disks, network."""
     from fastft.launch import hostfile as hosts_of, launcher, preflight as checks
 
     loaded = configuration.load(config, overrides or [])
     hosts = hosts_of.read(hostfile) if hostfile else [hosts_of.Host("localhost", _gpus() or 1)]
     chosen = launcher.plan([], hosts, Path(loaded.run.dir), master_addr=master_addr, master_port=master_port)
-    found, wrong = checks.preflight(chosen, checks.checkpoint_bytes(Path(loaded.model.path), loaded.model.dtype, loaded.checkpoint.keep))
+    found, wrong = checks.preflight(chosen, checks.checkpoint_bytes(Path(loaded.model.path), loaded.model.dtype, loaded.checkpoint.keep),
+                                    configuration.inputs(loaded))
     if as_json:
         print(json.dumps({"hosts": found, "problems": wrong}))
     else:

@@ -261,6 +261,15 @@ def absolute(config: Config) -> Config:
     return Config.model_validate(raw)
 
 
+def inputs(config: Config) -> list[Path]:
+    """Every local file and folder that a run reads. model.path and model.tokenizer are hub ids where there is no such folder."""
+    model, data = config.model, config.data
+    sources = [source.path for group in (data.train, *data.eval.values()) for source in group]
+    folders = [path for path in (model.path, model.tokenizer) if path and Path(path).exists()]
+    more = [path for path in (data.labels, config.parallel.deepspeed) if isinstance(path, str)]
+    return [Path(path) for path in dict.fromkeys([*folders, *sources, *more])]
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """yaml.SafeLoader that refuses a key written twice (YAML itself would keep the last in silence), and reads 2e-5 as a number."""
 

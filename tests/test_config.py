@@ -95,3 +95,11 @@ def test_every_key_is_documented():
 def test_loading_a_config_needs_no_torch():
     code = "import sys, fastft.config; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_inputs_are_the_local_files(tmp_path):
+    """Model and data, but no hub id, and settings written out are no file."""
+    (tmp_path / "model").mkdir()
+    loaded = config.validate({"task": "causal_lm", "model": {"path": str(tmp_path / "model"), "tokenizer": "org/name"}, "parallel": {"deepspeed": {"wall_clock_breakdown": True}},
+                              "data": {"train": ["a.txt", "b.txt"], "eval": {"x": "c.txt", "y": "a.txt"}}})
+    assert config.inputs(loaded) == [tmp_path / "model", Path("a.txt"), Path("b.txt"), Path("c.txt")]

@@ -28,8 +28,7 @@ def validate_run(config: Config) -> dict:
     task.attach(model, ranks.device)
     load.freeze(model, config.model.freeze)
     engine.deepspeed_config(config, ranks)
-    report = {name: {"sequences": len(s), "tokens": int(s.lengths.sum()), "targets": int(s.targets.sum()), "longest": int(s.lengths.max()),
-                     "counts": s.data.meta["counts"]} for name, s in splits.items()}
+    report = {name: {"sequences": len(s), **s.totals, "counts": s.data.meta["counts"]} for name, s in splits.items()}
     return {"splits": report, "steps": schedule.total, "sequences_per_step": schedule.size, "max_length": task.max_length,
             "parameters": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "drawn_anew": drawn}

@@ -15,6 +15,7 @@ MAX_SKEW = 1.0  # seconds between clocks
 MIN_BANDWIDTH = 0.8  # of the median of all pairs
 MIN_SHM = 1 << 30  # bytes of /dev/shm: what data loaders and NCCL's shared-memory transport expect
 BLOCKS = 64  # MiB sent from a host to the next
+LIMIT = 60.0  # seconds for an answer: nvidia-smi, or a dead network disk, can hang for good
 
 
 class Probe:
@@ -26,15 +27,21 @@ class Probe:
                                         start_new_session=True)
 
     def ask(self, **order) -> dict:
-        """The answer; ``error`` in it when there is none."""
+        """The answer; ``error`` in it when there is none within LIMIT."""
+        limit = threading.Timer(LIMIT, self.process.kill)
+        limit.start()
         try:
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
         except (OSError, json.JSONDecodeError):
+            if limit.finished.is_set():
+                return {"error": f"no answer to '{order['do']}' within {LIMIT:.0f} s: a hanging driver or disk?"}
             self.process.kill()
             said = self.process.stderr.read().strip().splitlines()
             return {"error": said[-1] if said else f"no answer (exit code {self.process.wait()})"}
+        finally:
+            limit.cancel()
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -44,20 +51,22 @@ class Probe:
             self.process.kill()
 
 
-def preflight(plan: Plan, need_bytes: int) -> tuple[list[dict], list[str]]:
+def preflight(plan: Plan, need_bytes: int, inputs: list[Path]) -> tuple[list[dict], list[str]]:
     """Facts of every host, and what is wrong, each sentence with the host's name (empty: nothing).
 
     Parameters
     ----------
     need_bytes : int
         Free disk that the checkpoints take; 0: not known.
+    inputs : list of Path
+        Files and folders that every host must have, with the same bytes in all.
     """
     marker = f".fastft-preflight-{uuid.uuid4().hex}"
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     (plan.run_dir / marker).touch()
     probes = [Probe(plan, host) for host in plan.hosts]
     try:
-        found = _all(probes, do="facts", run_dir=str(plan.run_dir), port=plan.master_port or 29500, marker=marker)
+        found = _all(probes, do="facts", run_dir=str(plan.run_dir), port=plan.master_port or 29500, marker=marker, inputs=[str(path) for path in inputs])
         for probe, facts in zip(probes, found, strict=True):
             facts["name"] = probe.host.name
             facts["skew"] = _skew(probe) if "error" not in facts else None
@@ -123,6 +132,11 @@ def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
         wrong += [f"{name}: {key} {f[key]}, {first['name']} has {first[key]}" for key in ("python", "code", "gpus") if f[key] != first[key]]
         wrong += [f"{name}: {package} {f['packages'][package]}, {first['name']} has {version}" for package, version in first["packages"].items()
                   if f["packages"][package] != version]
+        for path, size in f["inputs"].items():
+            if size is None:
+                wrong.append(f"{name}: {path} is not there, or cannot be read")
+            elif first["inputs"][path] not in (None, size):
+                wrong.append(f"{name}: {path} has {size:,} bytes, on {first['name']} {first['inputs'][path]:,}")
         if f["skew"] is not None and abs(f["skew"]) > MAX_SKEW:
             wrong.append(f"{name}: its clock is {f['skew']:+.1f} s off")
         if f["disk_error"]:

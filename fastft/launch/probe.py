@@ -16,11 +16,11 @@ PACKAGES = ("torch", "deepspeed", "transformers", "triton", "nvidia-nccl-cu12", 
 BLOCK = 1 << 20
 
 
-def facts(run_dir: str, port: int, marker: str) -> dict:
-    """Versions, code, clock, disk, shared memory, GPUs, and whether the run's folder is the one that the first host sees."""
+def facts(run_dir: str, port: int, marker: str, inputs: list[str]) -> dict:
+    """Versions, code, clock, disk, shared memory, GPUs, the size of every input, and whether the run's folder is the one that the first host sees."""
     return {"host": socket.gethostname(), "python": platform.python_version(), "packages": {name: _version(name) for name in PACKAGES},
             "code": code_hash(), "clock": time.time(), "cpus": len(os.sched_getaffinity(0)), "gpus": _gpus(), "shm": _free("/dev/shm"), "port_free": _port_free(port),
-            **_disk(Path(run_dir), marker)}
+            "inputs": {path: _size(Path(path)) for path in inputs}, **_disk(Path(run_dir), marker)}
 
 
 def code_hash() -> str:
@@ -28,6 +28,13 @@ def code_hash() -> str:
     for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file, or of all files in a folder; None: not there, or not to be read."""
+    if path.is_dir():
+        return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if os.access(path, os.R_OK | os.X_OK) else None
+    return path.stat().st_size if os.access(path, os.R_OK) else None
 
 
 def _version(package: str) -> str | None:
@@ -107,7 +114,7 @@ def main() -> None:
         try:
             match order["do"]:
                 case "facts":
-                    answer = facts(order["run_dir"], order["port"], order["marker"])
+                    answer = facts(order["run_dir"], order["port"], order["marker"], order["inputs"])
                 case "clock":
                     answer = {"clock": time.time()}
                 case "serve":

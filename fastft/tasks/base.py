@@ -13,7 +13,7 @@ import torch
 from fastft import __version__
 from fastft.config import Config, Source
 from fastft.data import formats
-from fastft.data.prepared import Prepared, digest, prepare, sha256_file
+from fastft.data.prepared import Prepared, digest, prepare
 from fastft.errors import UserError, did_you_mean
 from fastft.models import load
 from fastft.registry import Registry
@@ -41,22 +41,22 @@ class Counts:
             self.overlong.append(f"{where} ({length} tokens)")
 
 
-@dataclass
 class Split:
     """A prepared set: what the loop needs to know of every sequence, without touching its tokens.
 
     Attributes
     ----------
-    lengths : (n,) int64
+    lengths : (n,) int64, memory-mapped
         Tokens of each sequence before padding.
-    targets : (n,) float64
+    targets : (n,) float64, memory-mapped
         What each sequence contributes to the loss's denominator (target tokens, or 1 per classified text).
+    totals : dict
+        ``tokens`` and ``targets``, summed, and ``longest``; see ``write_sizes``.
     """
 
-    name: str
-    data: Prepared
-    lengths: np.ndarray
-    targets: np.ndarray
+    def __init__(self, name: str, data: Prepared):
+        self.name, self.data = name, data
+        self.lengths, self.targets, self.totals = data["lengths"], data["targets"], data.meta["totals"]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -88,7 +88,7 @@ class Task(ABC):
 
     auto_class: str
     new_parameters: tuple[str, ...] = ()
-    code_version = 2
+    code_version = 3
 
     def __init__(self, config: Config):
         self.config = config
@@ -100,11 +100,10 @@ class Task(ABC):
 
     @abstractmethod
     def build(self, folder: Path, sources: list[Source], training: bool) -> dict:
-        """Write the columns of a split into folder; return its meta, with ``counts``. Raises UserError on bad rows."""
+        """Write the columns of a split into folder, those of ``write_sizes`` among them; return its meta, with ``counts`` and ``totals``.
 
-    @abstractmethod
-    def describe(self, data: Prepared) -> tuple[np.ndarray, np.ndarray]:
-        """(lengths, targets) of every sequence; see Split."""
+        Raises UserError on bad rows.
+        """
 
     @abstractmethod
     def collate(self, split: Split, ids: np.ndarray) -> Batch:
@@ -171,13 +170,12 @@ class Task(ABC):
             raise UserError(f"data.eval: {name.removeprefix('eval-')!r} is no name for a set: it becomes a folder's name.", "Use a name without slashes.")
         cache = Path(self.config.data.cache or Path(self.config.run.dir) / "prepared")
         files = [str(f) for source in sources for f in formats.files_of(source)]
-        key = digest([self.preparation_key(training), [s.model_dump(exclude={"path"}) for s in sources], [_file_key(f) for f in files]])
-        data = prepare(cache / name, key, files, lambda folder: self.build(folder, sources, training))
-        lengths, targets = self.describe(data)
-        if len(lengths) == 0 or targets.sum() == 0:
-            raise UserError(f"data set {name!r} is empty: {data.meta['counts']['rows']} rows read from {', '.join(files[:3])}, nothing left to learn from.",
-                            f"Counts: {data.meta['counts']}.")
-        return Split(name, data, lengths, targets)
+        settings = digest([self.preparation_key(training), [s.model_dump(exclude={"path"}) for s in sources]])
+        split = Split(name, prepare(cache / name, settings, files, lambda folder: self.build(folder, sources, training)))
+        if not split.totals["targets"]:
+            counts = split.data.meta["counts"]
+            raise UserError(f"data set {name!r} is empty: {counts['rows']} rows read from {', '.join(files[:3])}, nothing left to learn from.", f"Counts: {counts}.")
+        return split
 
     def preparation_key(self, training: bool) -> dict:
         """What prepared data depends on beside the files."""
@@ -257,11 +255,11 @@ def counts_dict(counts: Counts) -> dict:
     return asdict(counts)
 
 
-def _file_key(path: str) -> str:
-    p = Path(path)
-    if p.is_dir():  # a saved data set: its arrow files
-        return digest([[f.name, sha256_file(f)] for f in sorted(p.rglob("*")) if f.is_file()])
-    return sha256_file(p)
+def write_sizes(folder: Path, lengths: np.ndarray, targets: np.ndarray) -> dict:
+    """Columns ``lengths`` and ``targets`` (see Split), and their totals: a resume reads neither, and there may be 10^9."""
+    np.save(folder / "lengths.npy", lengths.astype(np.int64))
+    np.save(folder / "targets.npy", targets.astype(np.float64))
+    return {"tokens": int(lengths.sum()), "targets": targets.sum().item(), "longest": int(lengths.max(initial=0))}
 
 
 TASKS: Registry[type[Task]] = Registry("task")

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from fastft.errors import UserError
 from fastft.models.head import FusedHead, install
 from fastft.models.isolation import check_isolation
 from fastft.ops import cross_entropy
-from fastft.tasks.base import TASKS, Batch, Counts, Metrics, Split, Task, counts_dict
+from fastft.tasks.base import TASKS, Batch, Counts, Metrics, Split, Task, counts_dict, write_sizes
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class CausalLM(Task):
 
     def build(self, folder: Path, sources: list[Source], training: bool) -> dict:
         counts, tokens, origins = Counts(), RaggedWriter(folder, "tokens"), OriginsWriter(folder)
-        pieces: list[tuple[int, int, int]] = []
+        pieces = {"piece_doc": array("q"), "piece_start": array("q"), "piece_length": array("q")}
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         characters, document = 0, 0
         for chunk in self.chunks(self.read(sources, [self.config.data.text], counts)):
@@ -41,15 +42,18 @@ class CausalLM(Task):
                 ids = ids if end and ids and ids[-1] == end[0] else ids + end
                 tokens.append(ids)
                 origins.append(where)
-                pieces += [(document, start, length) for start, length in self._pieces(where, len(ids), counts)]
+                for start, length in self._pieces(where, len(ids), counts):
+                    for column, value in zip(pieces.values(), (document, start, length), strict=True):
+                        column.append(value)
                 characters += len(text)
                 document += 1
-        lengths = tokens.close().lengths()
+        documents = tokens.close()
         self.settle_overlength(counts)
-        for name, column in zip(("piece_doc", "piece_start", "piece_length"), zip(*pieces, strict=True) if pieces else ([], [], []), strict=True):
-            np.save(folder / f"{name}.npy", np.asarray(column, dtype=np.int64))
-        self._write_packs(folder, np.asarray([p[2] for p in pieces], dtype=np.int64))
-        return {"counts": counts_dict(counts), "origins": origins.close(), "documents": document, "tokens": int(lengths.sum()), "characters": characters}
+        for name, column in pieces.items():
+            np.save(folder / f"{name}.npy", np.asarray(column))
+        totals = self._write_packs(folder, np.asarray(pieces["piece_length"]))
+        return {"counts": counts_dict(counts), "totals": totals, "origins": origins.close(), "documents": document, "tokens": len(documents.values),
+                "characters": characters}
 
     def _pieces(self, where: str, length: int, counts: Counts) -> list[tuple[int, int]]:
         """(start, length) of the parts a document is used in, by the overlength policy."""
@@ -69,22 +73,17 @@ class CausalLM(Task):
                 counts.dropped += 1
         return []  # drop; and error, which is raised when all is counted
 
-    def _write_packs(self, folder: Path, lengths: np.ndarray) -> None:
-        packs = RaggedWriter(folder, "packs")
-        for pieces in best_fit_decreasing(lengths, self.max_length) if self.config.data.packing == "isolated" else [[i] for i in range(len(lengths))]:
-            packs.append(pieces)
-        packs.close()
+    def _write_packs(self, folder: Path, piece_lengths: np.ndarray) -> dict:
+        """The packs and their sizes; returns the totals."""
+        writer = RaggedWriter(folder, "packs")
+        for pieces in best_fit_decreasing(piece_lengths, self.max_length) if self.config.data.packing == "isolated" else ([i] for i in range(len(piece_lengths))):
+            writer.append(pieces)
+        packs = writer.close()
+        lengths = np.add.reduceat(piece_lengths[packs.values], packs.offsets[:-1]) if len(packs) else np.zeros(0, np.int64)  # no pack is empty
+        return write_sizes(folder, lengths, lengths - packs.lengths())  # a piece's first token is no target
 
     def overlength_choices(self) -> list[str]:
         return ["split", "truncate", "drop"]
-
-    def describe(self, data: Prepared) -> tuple[np.ndarray, np.ndarray]:
-        packs, piece_length = data["packs"], np.asarray(data["piece_length"])
-        if len(packs) == 0:
-            return np.zeros(0, np.int64), np.zeros(0)
-        used = piece_length[packs.values]  # (pieces,) in pack order; no pack is empty
-        lengths = np.add.reduceat(used, packs.offsets[:-1])
-        return lengths, (lengths - packs.lengths()).astype(np.float64)  # a piece's first token is no target
 
     def collate(self, split: Split, ids: np.ndarray) -> Batch:
         rows = [self._pack(split.data, int(i)) for i in ids] or [[np.zeros(1, dtype=np.int32)]]

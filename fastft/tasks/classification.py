@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 from fastft.config import Source
 from fastft.data.formats.base import open_text
-from fastft.data.prepared import OriginsWriter, Prepared, RaggedWriter
+from fastft.data.prepared import OriginsWriter, RaggedWriter
 from fastft.errors import UserError, did_you_mean
 from fastft.models import load
 from fastft.ops import cross_entropy
-from fastft.tasks.base import TASKS, Batch, Counts, Metrics, Split, Task, counts_dict
+from fastft.tasks.base import TASKS, Batch, Counts, Metrics, Split, Task, counts_dict, write_sizes
 
 IGNORE = -100
 
@@ -91,14 +91,14 @@ class Classification(Task):
                 if segments:
                     segments.append(row["token_type_ids"])
                 found.append((where, self._labels_of(where, record[data.label])))
-        tokens.close()
+        lengths = tokens.close().lengths()
         if segments:
             segments.close()
         self.settle_overlength(counts)
         names = self.labels if self.labels is not None else (_label_names(found) if training else None)
         assert names is not None, "an evaluation set is prepared before its training set"
         np.save(folder / "labels.npy", self._indices(found, names))
-        return {"counts": counts_dict(counts), "labels": names, "origins": origins.close()}
+        return {"counts": counts_dict(counts), "totals": write_sizes(folder, lengths, np.ones(len(lengths), np.int64)), "labels": names, "origins": origins.close()}
 
     def _encode(self, records: list[dict], **truncation) -> dict[str, list[list[int]]]:
         texts = [r[self.config.data.text] for r in records]
@@ -171,9 +171,6 @@ class Classification(Task):
 
     def check_model(self, model: torch.nn.Module, device: torch.device) -> None:
         self.takes_segments = load.takes(model, "token_type_ids")
-
-    def describe(self, data: Prepared) -> tuple[np.ndarray, np.ndarray]:
-        return data["tokens"].lengths(), np.ones(len(data["tokens"]))
 
     def collate(self, split: Split, ids: np.ndarray) -> Batch:
         data = split.data

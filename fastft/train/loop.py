@@ -379,7 +379,7 @@ def _record(config: Config, ranks: Ranks, split: Split, evals: dict[str, Split],
         "config": config.model_dump(mode="json"), "command": sys.argv[1:], "start_step": start, "total_steps": schedule.total,
         "sequences_per_step": schedule.size, "world_size": ranks.world, "device": str(ranks.device), "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()), "frozen": frozen, "drawn_anew": drawn, **settled,
-        "data": {s.name: {"sequences": len(s), "tokens": int(s.lengths.sum()), **s.data.meta["counts"]} for s in [split, *evals.values()]},
+        "data": {s.name: {"sequences": len(s), "tokens": s.totals["tokens"], **s.data.meta["counts"]} for s in [split, *evals.values()]},
         "python": platform.python_version(), "machine": platform.machine(),
         "versions": {"fastft": fastft.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "deepspeed": deepspeed.__version__},
     }

@@ -1,10 +1,14 @@
+import os
+
 import numpy as np
 import pytest
 
-from fastft.data.prepared import RaggedWriter, check, prepare, verify
+from fastft.data import prepared
+from fastft.data.prepared import RaggedWriter, check, digest, fingerprint, prepare, verify
 from fastft.errors import UserError
 
 ROWS = [[1, 2, 3], [], [70_000]]
+KEY = digest(["k", []])  # of settings "k" and no sources
 
 
 def build(folder):
@@ -17,7 +21,8 @@ def build(folder):
 
 
 def test_round_trip(tmp_path):
-    data = prepare(tmp_path / "d", "k", ["in.txt"], build)
+    (tmp_path / "in.txt").write_text("text")
+    data = prepare(tmp_path / "d", "k", [str(tmp_path / "in.txt")], build)
     assert [list(data["tokens"][i]) for i in range(3)] == ROWS and data["labels"].tolist() == [0, 1, 2] and data.meta == {"note": "x"}
 
 
@@ -37,19 +42,19 @@ def test_a_cut_file_is_built_again_and_what_has_no_manifest_is_not_ours(tmp_path
     folder = tmp_path / "d"
     prepare(folder, "k", [], build)
     (folder / "tokens.values.bin").write_bytes(b"")
-    assert "cut short" in check(folder, "k")
+    assert "cut short" in check(folder, KEY)
     assert list(prepare(folder, "k", [], build)["tokens"][0]) == [1, 2, 3]
     (folder / "MANIFEST.json").unlink()
-    assert check(folder, "k") == "not there"
+    assert check(folder, KEY) == "not there"
     with pytest.raises(UserError, match="holds other files"):
         prepare(folder, "k", [], build)
     (folder / "MANIFEST.json").write_text("{")
-    assert check(folder, "k") == "manifest is broken"
+    assert check(folder, KEY) == "manifest is broken"
     prepare(folder, "k", [], build)
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
         prepare(folder, "another", [], build)
-    assert (folder / "notes.txt").exists() and check(folder, "k") is None
+    assert (folder / "notes.txt").exists() and check(folder, KEY) is None
 
 
 def test_a_failed_build_leaves_nothing_that_looks_done(tmp_path):
@@ -59,7 +64,7 @@ def test_a_failed_build_leaves_nothing_that_looks_done(tmp_path):
 
     with pytest.raises(UserError):
         prepare(tmp_path / "d", "k", [], fail)
-    assert check(tmp_path / "d", "k") == "not there"
+    assert check(tmp_path / "d", KEY) == "not there"
 
 
 def test_verify_finds_a_flipped_bit(tmp_path):
@@ -79,3 +84,41 @@ def test_no_rows_at_all(tmp_path):
         return {}
 
     assert len(prepare(tmp_path / "d", "k", [], nothing)["tokens"]) == 0
+
+
+def test_sources_are_read_again_only_when_they_changed(tmp_path, monkeypatch):
+    """By their bytes; a file left alone is known by its size and times, so that a resume does not read the corpus again."""
+    folder, reads, builds = tmp_path / "d", [], []
+    sha256_file = prepared.sha256_file
+    monkeypatch.setattr(prepared, "sha256_file", lambda path: reads.append(path.name) or sha256_file(path))
+    monkeypatch.setattr(prepared, "SETTLED", -1.0)  # a test does not wait
+    source = tmp_path / "corpus"
+    source.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (source / name).write_text(name)
+
+    def opened() -> tuple[list[str], bool]:
+        reads.clear()
+        before = len(builds)
+        prepare(folder, "k", [str(source)], lambda scratch: builds.append(1) or build(scratch))
+        return [name for name in reads if name.endswith(".txt")], len(builds) > before
+
+    assert opened() == (["a.txt", "b.txt"], True)
+    assert opened() == ([], False)
+    (source / "b.txt").touch()
+    assert opened() == (["b.txt"], False)  # the same bytes
+    assert opened() == ([], False)
+    times = os.stat(source / "a.txt")
+    (source / "a.txt").write_text("A.txt")  # as many bytes, and the old time of modification
+    os.utime(source / "a.txt", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert opened() == (["a.txt"], True)
+    (source / "c.txt").write_text("c")
+    assert opened() == (["c.txt"], True)
+
+
+def test_a_file_that_was_just_written_is_not_known_by_its_times(tmp_path):
+    (tmp_path / "new.txt").write_text("x")
+    found = fingerprint([str(tmp_path / "new.txt")], {})
+    assert list(found[str(tmp_path / "new.txt")]) == ["sha256"]
+    os.utime(tmp_path / "new.txt", ns=(0, 0))  # the inode's own change is no older for that
+    assert list(fingerprint([str(tmp_path / "new.txt")], {})[str(tmp_path / "new.txt")]) == ["sha256"]

@@ -1,6 +1,7 @@
 """What preflight finds, from facts as hosts give them; the conversation itself is tested over real hosts in tests/multinode."""
 
 import copy
+import sys
 from pathlib import Path
 
 import launch
@@ -15,7 +16,10 @@ PLAN = launcher.Plan([], [Host("a", 2), Host("b", 2)], Path("/run"), "10.0.0.1",
 @pytest.fixture
 def good(tmp_path) -> list[dict]:
     (tmp_path / "marker").touch()
-    facts = probe.facts(str(tmp_path), launch.free_port(), "marker")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "part.txt").write_text("12345")
+    facts = probe.facts(str(tmp_path), launch.free_port(), "marker", [str(tmp_path / "data"), str(tmp_path / "marker")])
+    assert list(facts["inputs"].values()) == [5, 0]
     assert facts["disk_write"] > 0 and facts["port_free"] and facts["packages"]["torch"]
     found = [{**copy.deepcopy(facts), "name": name, "skew": 0.01, "to": other, "bandwidth": 1e9} for name, other in (("a", "b"), ("b", "a"))]
     assert preflight.problems(found, 0, PLAN) == []
@@ -29,11 +33,14 @@ def good(tmp_path) -> list[dict]:
         ({"packages": {"torch": "2.0"}}, "b: torch 2.0, a has"), ({"skew": 3.0}, "b: its clock is +3.0 s off"), ({"shared": False}, "b: sees another /run"),
         ({"disk_error": "/run: No space left on device"}, "b: /run: No space"), ({"disk_free": 10}, "b: 0.0 GB free in /run, the checkpoints need 5.0 GB"),
         ({"bandwidth": 1e8}, "b: 100 MB/s to a, the median is"), ({"bandwidth": None}, "b: cannot send to a"), ({"error": "Connection refused"}, "b: cannot be asked: Connection"),
+        ({"inputs": {"data": None, "marker": 0}}, "/data is not there"), ({"inputs": {"data": 4, "marker": 0}}, "/data has 4 bytes, on a 5"),
     ],
 )
 def test_every_fault_names_its_host(good, change, message):
     if "packages" in change:
         change = {"packages": {**good[1]["packages"], **change["packages"]}}
+    if "inputs" in change:
+        change = {"inputs": dict(zip(good[1]["inputs"], change["inputs"].values(), strict=True))}
     good[1].update(change)
     assert any(message in problem for problem in preflight.problems(good, 5_000_000_000, PLAN)), preflight.problems(good, 5_000_000_000, PLAN)
 
@@ -53,3 +60,14 @@ def test_this_machine(lm_config, tmp_path):
     assert "1 host: nothing is wrong." in output
     code, output = launch.fastft("preflight", path, "run.dir=/proc/nothing", check=False)
     assert code == 1 and "/proc" in output and "Traceback" not in output
+
+
+def test_a_host_that_hangs_is_named(tmp_path, monkeypatch):
+    """As behind a driver or a disk that never answers: a process that reads the question and says nothing."""
+    silent = tmp_path / "silent"
+    silent.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(600)\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(preflight, "LIMIT", 1.0)
+    plan = launcher.Plan([], [Host("localhost", 1)], tmp_path / "run", "127.0.0.1", launch.free_port(), python=str(silent))
+    _, wrong = preflight.preflight(plan, 0, [])
+    assert wrong == ["localhost: cannot be asked: no answer to 'facts' within 1 s: a hanging driver or disk?"]
