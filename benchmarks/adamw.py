@@ -161,11 +161,11 @@ def low_byte(name, n, rounds) -> dict:
 
 
 def main():
-    args = common.arguments(__doc__.splitlines()[0])
+    args = common.arguments(__doc__.splitlines()[0], rounds=31)
     torch.manual_seed(0)
     ours, theirs = errors()
     flat = [n // 1000 for n in FLAT] if args.quick else FLAT
-    rows = [fp32("flat", [n], args.rounds) for n in flat]
+    rows = [fp32("flat", [n], args.rounds * (10 if n < 10**7 else 1)) for n in flat]
     rows.append(fp32(f"tiny ({TINY[0]} tensors)", [TINY[1]] * TINY[0], args.rounds))
     rows.append(bf16_out(flat[1], args.rounds))
     rows += [low_byte(name, flat[1], args.rounds) for name in LOW_BYTE]

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -53,11 +54,15 @@ def default_machine() -> str:
 def interleave(
     contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2, prepare: dict[str, Callable[[], object]] | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; the order turns by one from round to round. `prepare` runs before each, untimed."""
-    names = list(contenders)
+    """Seconds of each contender in each round, in another order in each: who comes after whom finds other things in the caches.
+
+    `prepare` runs before each, untimed.
+    """
+    names, shuffle = list(contenders), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in names}
     for r in range(-warmup, rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
+        shuffle(names)
+        for name in names:
             if prepare:
                 prepare[name]()
             start = time.perf_counter()
