@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from warm import Warm
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "DS_ACCELERATOR": "cpu"}
@@ -38,7 +39,14 @@ def start(command: list[str], env: dict | None = None, **kwargs) -> subprocess.P
                             stderr=subprocess.STDOUT, **kwargs)
 
 
-def finish(process: subprocess.Popen, timeout: float) -> str:
+def start_python(arguments: list, env: dict[str, str]) -> "subprocess.Popen | Warm":
+    """`python ARGUMENTS` with variables that no import reads; FASTFT_TEST_COLD=1: always a new interpreter."""
+    if os.environ.get("FASTFT_TEST_COLD") == "1" or arguments[0] == "-c":
+        return start([sys.executable, *arguments], env)
+    return Warm(arguments, {**ENV, **env})
+
+
+def finish(process: "subprocess.Popen | Warm", timeout: float) -> str:
     """Wait, return the output; past the limit, kill the group and fail with what was printed."""
     try:
         return process.communicate(timeout=timeout)[0]
@@ -47,7 +55,7 @@ def finish(process: subprocess.Popen, timeout: float) -> str:
         raise AssertionError(f"{process.args} ran past {timeout} s:\n{process.communicate()[0][-4000:]}") from None
 
 
-def kill_group(process: subprocess.Popen) -> None:
+def kill_group(process: "subprocess.Popen | Warm") -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -56,7 +64,7 @@ def kill_group(process: subprocess.Popen) -> None:
 
 def fastft(*arguments, timeout: float = 180, env: dict | None = None, check: bool = True) -> tuple[int, str]:
     """Run the command line in a process of its own: (exit code, output)."""
-    process = start([sys.executable, "-m", "fastft", *arguments], env)
+    process = start([sys.executable, "-m", "fastft", *arguments], env) if env else start_python(["-m", "fastft", *arguments], {})
     output = finish(process, timeout)
     if check:
         assert process.returncode == 0, output[-4000:]
@@ -66,8 +74,8 @@ def fastft(*arguments, timeout: float = 180, env: dict | None = None, check: boo
 def ranks(count: int, arguments: list, timeout: float = 240) -> list[str]:
     """Run ``python ARGUMENTS`` as ``count`` ranks of one process group; all must succeed."""
     port = str(free_port())
-    processes = [start([sys.executable, *arguments], {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-                                                      "LOCAL_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    processes = [start_python(arguments, {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+                                           "LOCAL_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
                  for r in range(count)]
     try:
         outputs = [finish(p, timeout) for p in processes]
