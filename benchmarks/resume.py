@@ -80,7 +80,7 @@ def enlarge(prepared: Path, samples: int, steps: range) -> float:
 
 
 def train_from(path: Path, step: int) -> None:
-    """The run up to its last step, from ``step`` instead of 0."""
+    """In a process of its own: the run up to its last step, from ``step`` instead of 0."""
     begin = loop._Run.__init__
 
     def at_step(self, *given) -> None:
@@ -88,10 +88,7 @@ def train_from(path: Path, step: int) -> None:
         self.step = step
 
     loop._Run.__init__ = at_step
-    try:
-        loop.train(configuration.load(path), overwrite=True)
-    finally:
-        loop._Run.__init__ = begin
+    loop.train(configuration.load(path), overwrite=True)
 
 
 def resume(run: Path, keep: Path, steps: int) -> float:
@@ -109,6 +106,9 @@ def resume(run: Path, keep: Path, steps: int) -> float:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--train-from"]:
+        return train_from(Path(sys.argv[3]), int(sys.argv[2]))
+
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--samples", type=int, default=10**9)
         parser.add_argument("--step", type=int, default=10**6)
@@ -124,7 +124,7 @@ def main() -> None:
             if run == "large":
                 shutil.copytree(folder / "small" / "prepared", folder / "large" / "prepared")
                 size = enlarge(folder / "large" / "prepared" / "train", args.samples, range(last - 2, last + 2))
-            train_from(path, last - 2)
+            subprocess.run([sys.executable, __file__, "--train-from", str(last - 2), path], check=True, stdout=subprocess.DEVNULL)
             shutil.move(folder / run / "checkpoints", folder / f"{run}-checkpoints")
             (folder / run / "checkpoints").mkdir()
         for r in range(-1, args.rounds):
@@ -134,7 +134,9 @@ def main() -> None:
                     times[run].append(seconds)
     row = {"samples": args.samples, "step": args.step, "data GB": size, "small s": min(times["small"]), "large s": min(times["large"]), "rounds": args.rounds,
            "beyond s": statistics.median(b - a for a, b in zip(times["small"], times["large"], strict=True))}
-    common.record("resume", args, [row], COLUMNS)
+    if not args.quick:
+        common.record("resume", args, [row], COLUMNS)
+    print(row)
 
 
 if __name__ == "__main__":
