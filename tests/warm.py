@@ -24,7 +24,9 @@ class Warm:
 
     def __init__(self, arguments: list, env: dict[str, str]):
         self.args, self.returncode = [str(a) for a in arguments], None
-        self.output = Path(tempfile.mkstemp(prefix="warm-")[1])
+        handle, name = tempfile.mkstemp(dir=_server().folder.name)
+        os.close(handle)
+        self.output = Path(name)
         self.pid = _server().start({"argv": self.args, "env": env, "cwd": os.getcwd(), "output": str(self.output)})
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
@@ -43,6 +45,7 @@ class _Server:
     """The client's end: one process per test session, which ends with it."""
 
     def __init__(self):
+        self.folder = tempfile.TemporaryDirectory(prefix="fastft-warm-")
         ours, theirs = socket.socketpair()
         self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True,
                                         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)})
