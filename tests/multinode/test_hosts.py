@@ -135,10 +135,7 @@ def on_one_host(config: dict, tmp_path: Path) -> tuple[Path, list[float]]:
 def test_two_hosts_give_the_losses_of_one(hosts, config, tmp_path, zero):
     config["parallel"] = {"zero": zero}
     path, truth = on_one_host(config, tmp_path)
-    process = hosts.start(0, sys.executable, "-m", "fastft", "launch", "--hostfile", hosts.folder / "hosts", "train", path, f"run.dir={tmp_path}/there")
-    output = launch.finish(process, 120)
-    assert process.returncode == 0, output[-3000:]
-    assert losses(tmp_path / "there") == truth and len(truth) == 4
+    assert between_hosts(hosts, path, tmp_path) == truth and len(truth) == 4
     assert not hosts.pids(1, "fastft")
 
 
@@ -165,11 +162,33 @@ def test_a_slow_or_lossy_network_changes_nothing_but_time(hosts, config, tmp_pat
     if (tc := hosts.inside(hosts.names[1], "tc", "qdisc", "add", "dev", "eth0", "root", *trouble.split(), check=False)).returncode:
         pytest.skip(f"this kernel has no {trouble.split()[0]}: {tc.stderr.strip()}")
     try:
-        process = hosts.start(0, sys.executable, "-m", "fastft", "launch", "--hostfile", hosts.folder / "hosts", "train", path, f"run.dir={tmp_path}/there")
-        output = launch.finish(process, 150)
+        assert between_hosts(hosts, path, tmp_path) == truth
     finally:
         hosts.inside(hosts.names[1], "tc", "qdisc", "del", "dev", "eth0", "root")
-    assert process.returncode == 0 and losses(tmp_path / "there") == truth, output[-3000:]
+
+
+def test_lost_packets_change_nothing_but_time(hosts, config, tmp_path):
+    """Every fiftieth packet between the hosts, at random, is dropped; also where the kernel has no netem."""
+    if not shutil.which("iptables"):
+        pytest.skip("needs iptables")
+    rule = ["INPUT", "-i", "eth0", "-m", "statistic", "--mode", "random", "--probability", "0.02", "-j", "DROP"]
+    path, truth = on_one_host(config, tmp_path)
+    if (made := hosts.inside(hosts.names[1], "iptables", "-A", *rule, check=False)).returncode:
+        pytest.skip(f"this kernel's iptables has no statistic match: {made.stderr.strip()}")
+    try:
+        assert between_hosts(hosts, path, tmp_path) == truth
+        dropped = int(hosts.inside(hosts.names[1], "iptables", "-L", "INPUT", "-v", "-n", "-x").stdout.splitlines()[2].split()[0])
+        assert dropped > 0
+    finally:
+        hosts.inside(hosts.names[1], "iptables", "-D", *rule)
+
+
+def between_hosts(hosts, path: Path, tmp_path: Path) -> list[float]:
+    """The losses of the configuration under `fastft launch` over both hosts."""
+    process = hosts.start(0, sys.executable, "-m", "fastft", "launch", "--hostfile", hosts.folder / "hosts", "train", path, f"run.dir={tmp_path}/there")
+    output = launch.finish(process, 150)
+    assert process.returncode == 0, output[-3000:]
+    return losses(tmp_path / "there")
 
 
 def started(hosts, config: dict, tmp_path: Path, *options: str) -> subprocess.Popen:
