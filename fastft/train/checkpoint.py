@@ -73,7 +73,12 @@ def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int
 
 def steps(folder: Path) -> list[int]:
     """Steps of complete checkpoints, ascending."""
-    found = [p.name.removeprefix("step-") for p in folder.glob("step-*") if (p / "MANIFEST.json").is_file()]
+    return [step for step in _folders(folder) if (folder / f"step-{step}" / "MANIFEST.json").is_file()]
+
+
+def _folders(folder: Path) -> list[int]:
+    """Steps of all checkpoints, ascending: one without a manifest was whole once, since it has its name from when it was."""
+    found = [p.name.removeprefix("step-") for p in folder.glob("step-*")]
     return sorted(int(name) for name in found if name.isdigit())
 
 
@@ -87,7 +92,7 @@ def find(folder: Path, step: int | None = None, ranks: Ranks | None = None) -> t
     UserError
         There is none, or (when a step was asked for) it is damaged: names the file.
     """
-    known = steps(folder)
+    known = _folders(folder)
     if step is not None and step not in known:
         raise UserError(f"{folder}: no checkpoint of step {step}.", f"There are: {known}." if known else "There is none at all.")
     problems = []

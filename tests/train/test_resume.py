@@ -125,6 +125,9 @@ def test_damage_is_found_before_use(finished):
             checkpoint.find(folder, step=4)
         file.write_bytes(good)
     assert checkpoint.find(folder)[0].name == "step-4"
+    (folder / "step-4" / "MANIFEST.json").rename(folder / "aside")
+    assert checkpoint.find(folder)[2] == [f"{folder / 'step-4' / 'MANIFEST.json'}: No such file or directory."]  # passed over, but not in silence
+    (folder / "aside").rename(folder / "step-4" / "MANIFEST.json")
     for step in (2, 4):
         (folder / f"step-{step}" / "rng-0.pt").unlink()
     with pytest.raises(UserError, match="rng-0.pt is missing"):
