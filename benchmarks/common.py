@@ -102,8 +102,11 @@ def check(name: str, got: torch.Tensor, peer: torch.Tensor, truth: torch.Tensor,
     return ours, theirs
 
 
-def record(name: str, args: argparse.Namespace, rows: list[dict], columns: dict[str, str]) -> None:
-    """Appends the rows to results/<name>.jsonl, rewrites results/<name>.md from the last run of each setting, and prints it."""
+def record(name: str, args: argparse.Namespace, rows: list[dict], columns: dict[str, str], shown: list[dict] | None = None) -> None:
+    """Appends the rows to results/<name>.jsonl, rewrites results/<name>.md from the last run of each setting, and prints it.
+
+    shown: what the table is to hold instead of the rows, where they replace some of an earlier run's.
+    """
     from fastft import _C
 
     versions = {p: metadata.version(p) for p in ("torch", "deepspeed") if _installed(p)}
@@ -118,7 +121,7 @@ def record(name: str, args: argparse.Namespace, rows: list[dict], columns: dict[
         "python": platform.python_version(),
         **versions,
     }
-    table = _markdown(rows, columns)
+    table = _markdown(shown or rows, columns)
     print(table)
     if args.quick:
         return

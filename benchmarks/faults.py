@@ -10,6 +10,7 @@ lost       steps that had to be done again, largest of the tries; a checkpoint i
 
 import argparse
 import itertools
+import json
 import os
 import random
 import shutil
@@ -116,7 +117,6 @@ class Bench:
 
 def write_model(folder: Path, dropout: float = 0.1) -> None:
     """A small Llama, with dropout so that a lost RNG state shows, and the language reference to read."""
-    import json
     from pydoc_data.topics import topics
 
     import torch
@@ -408,10 +408,20 @@ def measure(bench: Bench, name: str, zero: int, dtype: str, tries: int) -> dict:
     return row
 
 
+def merged(rows: list[dict]) -> list[dict]:
+    """The newest row of every fault, stage and dtype, in the order of the table."""
+    newest: dict[tuple, dict] = {}
+    for row in [*map(json.loads, (common.RESULTS / "faults.jsonl").read_text().splitlines()), *rows]:
+        newest[row["ZeRO"], row["fault"], row["dtype"]] = row
+    order = list(FAULTS)
+    return sorted((row for row in newest.values() if row["fault"] in order), key=lambda row: (row["ZeRO"], order.index(row["fault"])))
+
+
 def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--tries", type=int, default=5)
         parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+        parser.add_argument("--update", action="store_true", help="the table keeps the rows of results/faults.jsonl that this run does not make anew")
         parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS))
 
     args = common.arguments(__doc__.splitlines()[0], more=more)
@@ -427,7 +437,7 @@ def main() -> None:
                 rows.append(measure(bench, name, zero, dtype, tries))
                 print(rows[-1], flush=True)
     if not args.quick:
-        common.record("faults", args, rows, COLUMNS)
+        common.record("faults", args, rows, COLUMNS, merged(rows) if args.update else None)
     if bad := [r for r in rows if r["survived"] < r["tries"]]:
         raise SystemExit(f"not survived: {bad}")
 
