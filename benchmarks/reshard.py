@@ -39,7 +39,7 @@ class Reshard(Bench):
             raise SystemExit(process.text())
         return [r["loss"] for r in telemetry.read(run) if r["kind"] == "train"]
 
-    def whole(self, ranks: int, zero: int, dtype: str) -> tuple[Path, list[float]]:
+    def unchanged(self, ranks: int, zero: int, dtype: str) -> tuple[Path, list[float]]:
         run = self.run_dir()
         config = self.config(run, zero, dtype, steps=self.before + self.after)
         return run, self.train(run, ranks, "train", config, f"checkpoint.every={self.before}", "checkpoint.keep=9")
@@ -53,7 +53,7 @@ class Reshard(Bench):
 def measure(bench: Reshard, dtype: str) -> list[dict]:
     rows = []
     for (ranks, zero), others in CASES[dtype].items():
-        whole, truth = bench.whole(ranks, zero, dtype)
+        whole, truth = bench.unchanged(ranks, zero, dtype)
         weights = load_file(whole / "model" / "model.safetensors")
         for other_ranks, other_zero in others:
             run, rest = bench.go_on(whole, other_ranks, other_zero)
@@ -76,6 +76,8 @@ def main() -> None:
         bench = Reshard(Path(folder), 10, args.steps)
         rows = [row for dtype in CASES for row in measure(bench, dtype)]
     common.record("reshard", args, rows, COLUMNS)
+    if bad := [r for r in rows if not r["largest loss difference"] <= r["goal"]]:
+        raise SystemExit(f"beyond the goal: {bad}")
 
 
 if __name__ == "__main__":

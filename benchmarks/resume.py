@@ -27,6 +27,7 @@ from faults import write_model
 
 from fastft import config as configuration
 from fastft.data import order
+from fastft.data.prepared import write_manifest
 from fastft.train import loop, telemetry
 
 SIZE, LENGTH, SEED = 8, 128, 17
@@ -45,6 +46,7 @@ def write_config(folder: Path, run: Path, steps: int) -> Path:
 def enlarge(prepared: Path, samples: int, steps: range) -> float:
     """Turn a prepared split into one of ``samples`` documents of one pack each, with tokens in those that the steps ask for; returns its GB."""
     manifest = json.loads((prepared / "MANIFEST.json").read_text())
+    del manifest["digest"]
     tokens = np.fromfile(prepared / "tokens.values.bin", dtype="<i4")[:LENGTH]
     ids = np.sort(order.sample_ids(samples, SEED, steps.start * SIZE, steps.stop * SIZE))
 
@@ -75,7 +77,7 @@ def enlarge(prepared: Path, samples: int, steps: range) -> float:
     ids.astype("<i4").tofile(prepared / "packs.values.bin")
     for name, entry in manifest["files"].items():
         entry["bytes"] = (prepared / name).stat().st_size
-    (prepared / "MANIFEST.json").write_text(json.dumps(manifest))
+    write_manifest(prepared, manifest)
     return sum(entry["bytes"] for entry in manifest["files"].values()) / 1e9
 
 

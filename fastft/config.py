@@ -262,10 +262,10 @@ def absolute(config: Config) -> Config:
 
 
 def inputs(config: Config) -> list[Path]:
-    """Every local file and folder that a run reads. model.path and model.tokenizer are hub ids where there is no such folder."""
+    """Every local file and folder that a run reads. model.path and model.tokenizer are hub ids unless they are there or can only be a path."""
     model, data = config.model, config.data
     sources = [source.path for group in (data.train, *data.eval.values()) for source in group]
-    folders = [path for path in (model.path, model.tokenizer) if path and Path(path).exists()]
+    folders = [path for path in (model.path, model.tokenizer) if path and (Path(path).exists() or path.startswith(("/", ".", "~")))]
     more = [path for path in (data.labels, config.parallel.deepspeed) if isinstance(path, str)]
     return [Path(path) for path in dict.fromkeys([*folders, *sources, *more])]
 

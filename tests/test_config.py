@@ -102,4 +102,10 @@ def test_inputs_are_the_local_files(tmp_path):
     (tmp_path / "model").mkdir()
     loaded = config.validate({"task": "causal_lm", "model": {"path": str(tmp_path / "model"), "tokenizer": "org/name"}, "parallel": {"deepspeed": {"wall_clock_breakdown": True}},
                               "data": {"train": ["a.txt", "b.txt"], "eval": {"x": "c.txt", "y": "a.txt"}}})
+    loaded.model.tokenizer = str(tmp_path / "modle")  # no hub id: whether it is there is for the hosts to say
+    assert config.inputs(loaded)[1] == tmp_path / "modle"
+    loaded.model.tokenizer = None
+    loaded.model.tokenizer = str(tmp_path / "modle")  # no hub id: whether it is there is for the hosts to say
+    assert config.inputs(loaded)[1] == tmp_path / "modle"
+    loaded.model.tokenizer = None
     assert config.inputs(loaded) == [tmp_path / "model", Path("a.txt"), Path("b.txt"), Path("c.txt")]

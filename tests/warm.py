@@ -2,9 +2,11 @@
 
 Importing takes three seconds, three quarters of what most tests of the command line need. What runs is `python -m fastft ARGUMENTS` or a script all the
 same: in a process and a session of its own, with its own environment, working directory and standard streams, left by the same exit. Whatever is read
-when a module is imported is read once, so a test that sets such a variable starts a real process (launch.start), as all tests of launchers do.
+when a module is imported is read once, so a test that sets such a variable starts a real process (launch.start), as all tests of launchers do. The seed of Python's hashes is
+the same in all, so what may depend on the order of a set is tested cold, too (launch.ranks, FASTFT_TEST_COLD=1).
 """
 
+import atexit
 import json
 import os
 import select
@@ -13,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -36,9 +39,24 @@ class Warm:
                 raise subprocess.TimeoutExpired(self.args, timeout)
             time.sleep(POLL)
         self.returncode = code
+        self._leaves_nothing()
         text = self.output.read_text(errors="replace")
         self.output.unlink()
         return text, None
+
+
+    def _leaves_nothing(self) -> None:
+        """A pipe would stay open for as long as a process that it has started lives on."""
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                os.killpg(self.pid, 0)
+            except ProcessLookupError:
+                return
+            if time.monotonic() > deadline:
+                os.killpg(self.pid, signal.SIGKILL)
+                raise AssertionError(f"{self.args} left processes behind")
+            time.sleep(POLL)
 
 
 class _Server:
@@ -125,6 +143,7 @@ def run(order: dict) -> None:
     import traceback
 
     import numpy as np
+    import torch
 
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -137,6 +156,7 @@ def run(order: dict) -> None:
     os.environ.update(order["env"])
     random.seed()
     np.random.seed()
+    torch.seed()
     code = 0
     try:
         if order["argv"][:2] == ["-m", "fastft"]:
@@ -148,9 +168,13 @@ def run(order: dict) -> None:
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

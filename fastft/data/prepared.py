@@ -12,6 +12,7 @@ import re
 import time
 from array import array
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ class Prepared:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        manifest = _manifest(folder)
         self.key, self.meta = manifest["key"], manifest["meta"]
         self.columns: dict[str, np.ndarray | Ragged] = {}
         for name in manifest["files"]:
@@ -108,7 +109,7 @@ class Prepared:
         return self.columns[name]
 
     def origin(self, document: int) -> str:
-        """Where a document was read: file and line."""
+        """Where a document was read: file and line, as the file was called then."""
         name, row = self.meta["origins"][int(self["origin_file"][document])], int(self["origin_row"][document])
         return f"{name}{row}" if row >= 0 else name
 
@@ -131,57 +132,68 @@ def prepare(folder: Path, settings: str, sources: list[str], build: Callable[[Pa
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(folder.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        recorded = _recorded(folder)
-        found = fingerprint(sources, recorded)
-        key = digest([settings, [entry["sha256"] for entry in found.values()]])
+        files = _files(sources)
+        recorded = (_manifest(folder) or {}).get("sources", {})
+        found = fingerprint(files, recorded)
+        key = digest([settings, [found[str(file)]["sha256"] for file in files]])
         if (problem := check(folder, key)) is not None:
             if not _may_replace(folder):
                 raise UserError(f"{folder}: is where prepared data goes, but holds other files.", "Choose another data.cache; nothing was touched.")
             with replacing(folder) as scratch:
                 scratch.mkdir()
                 meta = build(scratch)
-                files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(scratch.iterdir())}
-                _write_manifest(scratch, {"format": FORMAT, "key": key, "sources": found, "made_because": problem, "meta": meta, "files": files})
+                made = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(scratch.iterdir())}
+                write_manifest(scratch, {"format": FORMAT, "key": key, "sources": found, "made_because": problem, "meta": meta, "files": made})
         elif found != recorded:  # the same bytes under new times
-            _write_manifest(folder, {**json.loads((folder / "MANIFEST.json").read_text()), "sources": found})
+            with suppress(OSError):  # a folder that may not be written is as good: its sources are read again next time
+                write_manifest(folder, {**_manifest(folder), "sources": found})
         return Prepared(folder)
 
 
-def fingerprint(sources: list[str], known: dict[str, dict]) -> dict[str, dict]:
-    """SHA-256 of every file (of a folder: of every file in it), by path.
+def _files(sources: list[str]) -> list[Path]:
+    """The sources in their order, each folder as the files in it; what is given twice stands there twice."""
+    found = []
+    for source in (Path(s).absolute() for s in sources):
+        found += sorted(f for f in source.rglob("*") if f.is_file()) if source.is_dir() else [source]
+    return found
 
-    Reading a terabyte again at every resume would take longer than losing the steps: a file that stands in ``known`` with its size and times of
-    modification and of the inode's change is not read. Times are kept only of files that had been left alone for SETTLED before they were read to the end.
+
+def fingerprint(files: list[Path], known: dict[str, dict]) -> dict[str, dict]:
+    """SHA-256 of every file, by path.
+
+    Reading a terabyte again at every resume would take longer than losing the steps: a file that stands in ``known`` as the same inode with its size and
+    times of modification and of the inode's change is not read. This is kept only of files that had been left alone for SETTLED before they were read
+    to the end. What is written through a memory map may keep a file's times until it reaches the disk.
 
     Returns
     -------
     dict
-        Per file ``sha256``, and ``stat`` (bytes, mtime_ns, ctime_ns) where it may be relied on.
+        Per file ``sha256``, and ``stat`` (bytes, mtime_ns, ctime_ns, inode, device) where it may be relied on.
     """
     found = {}
-    for source in map(Path, sources):
-        for file in sorted(f for f in source.rglob("*") if f.is_file()) if source.is_dir() else [source]:
-            before, entry = _stat(file), known.get(str(file), {})
-            if entry.get("stat") != before:
-                entry = {"sha256": sha256_file(file)}
-                if _stat(file) == before and time.time() - max(before[1:]) / 1e9 > SETTLED:
-                    entry["stat"] = before
-            found[str(file)] = entry
+    for file in files:
+        before, entry = _stat(file), known.get(str(file), {})
+        if entry.get("stat") != before:
+            entry = {"sha256": sha256_file(file)}
+            if _stat(file) == before and time.time() - max(before[1:3]) / 1e9 > SETTLED:
+                entry["stat"] = before
+        found[str(file)] = entry
     return found
 
 
 def _stat(file: Path) -> list[int]:
     stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
-def _recorded(folder: Path) -> dict[str, dict]:
-    """The fingerprint in a prepared folder's manifest."""
+def _manifest(folder: Path) -> dict | None:
+    """The manifest of a prepared folder; None when there is none that matches its own digest and is in today's format."""
     try:
-        manifest = json.loads((folder / "MANIFEST.json").read_text())
-        return manifest["sources"] if manifest["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError):
-        return {}
+        manifest = json.loads((folder / "MANIFEST.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(manifest, dict) and manifest.get("format") == FORMAT and manifest.pop("digest", None) == digest(manifest)
+    return manifest if whole else None
 
 
 def _may_replace(folder: Path) -> bool:
@@ -195,14 +207,11 @@ def _may_replace(folder: Path) -> bool:
 
 def check(folder: Path, key: str) -> str | None:
     """Why a prepared folder cannot be used for this key; None when it can. Sizes are checked here, hashes by ``verify``."""
-    path = folder / "MANIFEST.json"
-    if not path.is_file():
+    if not (folder / "MANIFEST.json").is_file():
         return "not there"
-    try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        return "manifest is broken"
-    if manifest.get("format") != FORMAT or manifest.get("key") != key:
+    if (manifest := _manifest(folder)) is None:
+        return "manifest is broken, or another version's"
+    if manifest["key"] != key:
         return "inputs, tokenizer or settings changed"
     for name, entry in manifest["files"].items():
         file = folder / name
@@ -213,7 +222,8 @@ def check(folder: Path, key: str) -> str | None:
 
 def verify(folder: Path) -> None:
     """Re-hash every file against the manifest. UserError names the first that differs."""
-    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    if (manifest := _manifest(folder)) is None:
+        raise UserError(f"{folder / 'MANIFEST.json'}: does not match its own digest.", f"Delete {folder}; it will be made anew.")
     for name, entry in manifest["files"].items():
         if sha256_file(folder / name) != entry["sha256"]:
             raise UserError(f"{folder / name}: does not match its hash in MANIFEST.json.", f"Delete {folder}; it will be made anew.")
@@ -234,8 +244,8 @@ def _ragged(values: Path, offsets: Path) -> Ragged:
     return Ragged(np.zeros(0, RAGGED_DTYPE) if empty else np.memmap(values, dtype=RAGGED_DTYPE, mode="r"), np.load(offsets, mmap_mode="r"))
 
 
-def _write_manifest(folder: Path, manifest: dict) -> None:
+def write_manifest(folder: Path, manifest: dict) -> None:
     with replacing(folder / "MANIFEST.json") as scratch, open(scratch, "w") as f:
-        json.dump(manifest, f, indent=1)
+        json.dump({**manifest, "digest": digest(manifest)}, f, indent=1)
         f.flush()
         os.fsync(f.fileno())

@@ -1,11 +1,14 @@
 """`fastft preflight`: whether these hosts can train together, before a job on them hangs or comes out wrong."""
 
 import json
+import os
+import signal
 import statistics
 import subprocess
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from fastft.launch.hostfile import Host, address
@@ -28,27 +31,41 @@ class Probe:
 
     def ask(self, **order) -> dict:
         """The answer; ``error`` in it when there is none within LIMIT."""
-        limit = threading.Timer(LIMIT, self.process.kill)
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            self.kill()
+
+        limit = threading.Timer(LIMIT, stop)
         limit.start()
+        other = ""
         try:
-            self.process.stdin.write(json.dumps(order) + "\n")
-            self.process.stdin.flush()
-            return json.loads(self.process.stdout.readline())
-        except (OSError, json.JSONDecodeError):
-            if limit.finished.is_set():
+            with suppress(OSError):
+                self.process.stdin.write(json.dumps(order) + "\n")
+                self.process.stdin.flush()
+                for line in self.process.stdout:
+                    if isinstance(answer := _json(line), dict):
+                        return answer
+                    other = line.strip() or other  # what a login shell prints
+            if late.is_set():
                 return {"error": f"no answer to '{order['do']}' within {LIMIT:.0f} s: a hanging driver or disk?"}
-            self.process.kill()
-            said = self.process.stderr.read().strip().splitlines()
-            return {"error": said[-1] if said else f"no answer (exit code {self.process.wait()})"}
+            said = self.process.stderr.read().strip().splitlines() or [other]
+            return {"error": said[-1] or f"no answer (exit code {self.process.wait()})"}
         finally:
             limit.cancel()
 
+    def kill(self) -> None:
+        """The process and what it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def close(self) -> None:
-        self.process.stdin.close()
-        try:
+        with suppress(OSError):  # what was not read by a process that is gone
+            self.process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        self.kill()
 
 
 def preflight(plan: Plan, need_bytes: int, inputs: list[Path]) -> tuple[list[dict], list[str]]:
@@ -59,7 +76,7 @@ def preflight(plan: Plan, need_bytes: int, inputs: list[Path]) -> tuple[list[dic
     need_bytes : int
         Free disk that the checkpoints take; 0: not known.
     inputs : list of Path
-        Files and folders that every host must have, with the same bytes in all.
+        Files and folders that every host must have, with as many bytes as on the first.
     """
     marker = f".fastft-preflight-{uuid.uuid4().hex}"
     plan.run_dir.mkdir(parents=True, exist_ok=True)
@@ -76,6 +93,14 @@ def preflight(plan: Plan, need_bytes: int, inputs: list[Path]) -> tuple[list[dic
         for probe in probes:
             probe.close()
     return found, problems(found, need_bytes, plan)
+
+
+def _json(line: str) -> object:
+    """None when it is not JSON."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 def _all(probes: list[Probe], **order) -> list[dict]:
@@ -135,6 +160,8 @@ def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
         for path, size in f["inputs"].items():
             if size is None:
                 wrong.append(f"{name}: {path} is not there, or cannot be read")
+            elif size == 0:
+                wrong.append(f"{name}: {path} is empty")
             elif first["inputs"][path] not in (None, size):
                 wrong.append(f"{name}: {path} has {size:,} bytes, on {first['name']} {first['inputs'][path]:,}")
         if f["skew"] is not None and abs(f["skew"]) > MAX_SKEW:

@@ -31,10 +31,19 @@ def code_hash() -> str:
 
 
 def _size(path: Path) -> int | None:
-    """Bytes of a file, or of all files in a folder; None: not there, or not to be read."""
-    if path.is_dir():
-        return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if os.access(path, os.R_OK | os.X_OK) else None
-    return path.stat().st_size if os.access(path, os.R_OK) else None
+    """Bytes of a file, or of all files in a folder; None: not there, or something that cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    try:
+        files = [path]
+        if path.is_dir():
+            files = [file for folder, _, names in os.walk(path, onerror=fail) for name in names if (file := Path(folder, name)).is_file()]
+        sizes = [file.stat().st_size for file in files]
+    except OSError:
+        return None
+    return sum(sizes) if all(os.access(file, os.R_OK) for file in files) else None
 
 
 def _version(package: str) -> str | None:

@@ -68,7 +68,8 @@ def adamw(
     if not len(params):
         return
     extra = max_exp_avg_sqs or copies or remainders or exp_avg_scales or exp_avg_sq_scales or offsets or stochastic_rounding or type(lr) is not float
-    if not extra and _is_everyday(params, grads, exp_avgs, exp_avg_sqs, steps, grad_scale, found_inf) and not _is_recorded(params, grads):
+    recorded = _is_recorded(params, grads)
+    if not (extra or recorded) and _is_everyday(params, grads, exp_avgs, exp_avg_sqs, steps, grad_scale, found_inf):
         if backends.select("adamw", backend, "cpu", (_F32, _F32)) == "native":
             native.adamw(
                 params, grads, exp_avgs, exp_avg_sqs, (), steps, (), (), (), (), [], lr=lr, lr_tensor=None, beta1=beta1, beta2=beta2, eps=eps,
@@ -92,7 +93,7 @@ def adamw(
     kinds = adamw_check.check(lists, stochastic_rounding, seed)
     # The dispatcher costs 100 us a call and 3 us a tensor, more than the whole update of small tensors; where nothing records the
     # call (torch.compile, make_fx, fake tensors), it adds nothing to what _apply does.
-    run = _op if _is_recorded(params, grads) else _apply
+    run = _op if recorded else _apply
     for device, param_dtype, grad_dtype, members in _groups(lists, kinds):
         chosen = backends.select("adamw", backend, device.type, (param_dtype, grad_dtype))
         lr_tensor = lr.to(device, torch.float32, non_blocking=True).reshape(()) if isinstance(lr, Tensor) else None
@@ -142,7 +143,7 @@ def _is_everyday(
             p.dtype is g.dtype is m.dtype is v.dtype is s.dtype is _F32
             and p.shape == g.shape == m.shape == v.shape
             and p.is_cpu and g.is_cpu and m.is_cpu and v.is_cpu and s.is_cpu and s.ndim == 0
-            and g.layout is torch.strided and p.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
+            and g.layout is torch.strided and not g.is_neg() and p.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
         ):  # fmt: skip
             return False
     return True
@@ -200,6 +201,7 @@ def _apply(
     """One device, one dtype per list. Hands the backend tensors of equal, dense layout, through copies where they are not."""
     if lr_tensor is not None and lr_tensor.device.type == "cpu":
         lr, lr_tensor = lr_tensor.item(), None
+    grads = [grad.resolve_neg() for grad in grads]  # a view may stand for the numbers with the other sign
     given = (grads, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, remainders)
     dense = given
     if not all(map(Tensor.is_contiguous, chain.from_iterable(given))):

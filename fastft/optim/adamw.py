@@ -130,7 +130,10 @@ class FusedAdamW(torch.optim.Optimizer):
 
         Raises RuntimeError for sparse or complex gradients.
         """
-        return (_watched_step if _is_watched(self) else FusedAdamW._step)(self, closure, grad_scale=grad_scale, found_inf=found_inf)
+        if _is_watched(self):
+            given = {name: value for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)) if value is not None}
+            return _watched_step(self, *(() if closure is None else (closure,)), **given)
+        return self._step(closure, grad_scale=grad_scale, found_inf=found_inf)
 
     # torch would wrap step itself for its profiler and its hooks. Where nobody uses them, that costs 0.1 ms after a large step, with cold caches.
     step.hooked = True
@@ -379,11 +382,11 @@ _watched_step = torch_optimizer.Optimizer.profile_hook_step(FusedAdamW._step)
 
 
 def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a profiler or a step hook wants to know of this step."""
-    return bool(
+    """Whether a profiler or a step hook wants to know of this step. A subclass's own step is wrapped by torch."""
+    return type(optimizer).step is FusedAdamW.step and bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or torch_optimizer._global_optimizer_pre_hooks
         or torch_optimizer._global_optimizer_post_hooks
-        or torch._C._autograd._profiler_enabled()
+        or (not torch.compiler.is_compiling() and torch._C._autograd._profiler_enabled())
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastft import __version__
 from fastft.config import Config, Source
 from fastft.data import formats
 from fastft.data.prepared import Prepared, digest, prepare
@@ -83,7 +82,7 @@ class Task(ABC):
     """One fine-tuning task, bound to a configuration.
 
     Class attributes: ``auto_class`` (transformers Auto class), ``new_parameters`` (name parts of weights that may be drawn anew),
-    ``code_version`` (raise it when prepared data changes shape), ``best_metric`` (what "better" means, None: loss).
+    ``code_version`` (raise it when the same input gives other samples), ``best_metric`` (what "better" means, None: loss).
     """
 
     auto_class: str
@@ -170,7 +169,8 @@ class Task(ABC):
             raise UserError(f"data.eval: {name.removeprefix('eval-')!r} is no name for a set: it becomes a folder's name.", "Use a name without slashes.")
         cache = Path(self.config.data.cache or Path(self.config.run.dir) / "prepared")
         files = [str(f) for source in sources for f in formats.files_of(source)]
-        settings = digest([self.preparation_key(training), [s.model_dump(exclude={"path"}) for s in sources]])
+        read_as = [formats.format_of(Path(f)) for f in files]  # a name decides it, where a source says nothing
+        settings = digest([self.preparation_key(training), [s.model_dump(exclude={"path"}) for s in sources], read_as])
         split = Split(name, prepare(cache / name, settings, files, lambda folder: self.build(folder, sources, training)))
         if not split.totals["targets"]:
             counts = split.data.meta["counts"]
@@ -182,7 +182,7 @@ class Task(ABC):
         tok = self.tokenizer
         vocabulary = tok.backend_tokenizer.to_str() if tok.is_fast else repr(sorted(tok.get_vocab().items()))
         data = self.config.data.model_dump(exclude={"train", "eval", "cache", "seed", "max_length"})
-        return {"task": self.config.task, "code": [self.code_version, __version__], "data": data, "max_length": self.max_length,
+        return {"task": self.config.task, "code": self.code_version, "data": data, "max_length": self.max_length,
                 "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(), "special": {k: str(v) for k, v in tok.special_tokens_map.items()}}
 
     def read(self, sources: list[Source], columns: list[str], counts: Counts, texts: list[str] | None = None) -> Iterator[tuple[str, dict]]:

@@ -146,8 +146,8 @@ def _found(config: Config, split: Split, schedule: Schedule, layout: str, ranks:
     """The newest usable checkpoint, once it is known that the rest would be the rest of this run; converted where that is needed."""
     path, manifest, passed_over = checkpoint.find(Path(config.run.dir) / "checkpoints", ranks=ranks)
     if manifest["state"]["data"] != split.data.key:
-        raise UserError(f"{path}: the training data, tokenizer or data settings changed since this checkpoint.",
-                        "Put the old data back, or start a new run from the exported model.")
+        raise UserError(f"{path}: the training data, tokenizer or data settings changed since this checkpoint, or it is from a fastft that read data otherwise.",
+                        "Put the old data back, go on with the fastft that began the run, or start a new run from the exported model.")
     before = yaml.safe_load(manifest["state"]["config"])
     for key in SETTLED:
         section, _, name = key.rpartition(".")

@@ -49,7 +49,7 @@ def test_a_cut_file_is_built_again_and_what_has_no_manifest_is_not_ours(tmp_path
     with pytest.raises(UserError, match="holds other files"):
         prepare(folder, "k", [], build)
     (folder / "MANIFEST.json").write_text("{")
-    assert check(folder, KEY) == "manifest is broken"
+    assert check(folder, KEY).startswith("manifest is broken")
     prepare(folder, "k", [], build)
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
@@ -118,7 +118,39 @@ def test_sources_are_read_again_only_when_they_changed(tmp_path, monkeypatch):
 
 def test_a_file_that_was_just_written_is_not_known_by_its_times(tmp_path):
     (tmp_path / "new.txt").write_text("x")
-    found = fingerprint([str(tmp_path / "new.txt")], {})
+    found = fingerprint([tmp_path / "new.txt"], {})
     assert list(found[str(tmp_path / "new.txt")]) == ["sha256"]
     os.utime(tmp_path / "new.txt", ns=(0, 0))  # the inode's own change is no older for that
-    assert list(fingerprint([str(tmp_path / "new.txt")], {})[str(tmp_path / "new.txt")]) == ["sha256"]
+    assert list(fingerprint([tmp_path / "new.txt"], {})[str(tmp_path / "new.txt")]) == ["sha256"]
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"format": 2}', '{"format": 2, "sources": [], "files": {}, "meta": {}}', "\x00\xff"])
+def test_a_manifest_that_is_none_is_made_anew(tmp_path, content):
+    folder = tmp_path / "d"
+    prepare(folder, "k", [], build)
+    (folder / "MANIFEST.json").write_bytes(content.encode("latin-1"))
+    assert "broken" in check(folder, KEY)
+    assert list(prepare(folder, "k", [], build)["tokens"][0]) == [1, 2, 3] and check(folder, KEY) is None
+
+
+def test_what_is_given_twice_counts_twice(tmp_path):
+    a, b = (str(tmp_path / name) for name in ("a", "b"))
+    for name in (a, b):
+        with open(name, "w") as f:
+            f.write(name)
+    keys = [prepare(tmp_path / "d", "k", sources, build).key for sources in ([a, b, a], [a, b, b], [a, a, b], [a, b])]
+    assert len(set(keys)) == 4
+
+
+def test_another_file_of_the_same_name_is_seen(tmp_path, monkeypatch):
+    """A folder renamed, or a link that leads elsewhere: neither changes a time of the file."""
+    monkeypatch.setattr(prepared, "SETTLED", -1.0)
+    for version in ("v1", "v2"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "x.txt").write_text(version)
+        os.utime(tmp_path / version / "x.txt", ns=(0, 0))
+    known = fingerprint([tmp_path / "v1" / "x.txt"], {})
+    (tmp_path / "v1").rename(tmp_path / "v0")
+    (tmp_path / "v2").rename(tmp_path / "v1")
+    found = fingerprint([tmp_path / "v1" / "x.txt"], known)
+    assert found != known

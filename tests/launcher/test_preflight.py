@@ -15,11 +15,11 @@ PLAN = launcher.Plan([], [Host("a", 2), Host("b", 2)], Path("/run"), "10.0.0.1",
 
 @pytest.fixture
 def good(tmp_path) -> list[dict]:
-    (tmp_path / "marker").touch()
+    (tmp_path / "marker").write_text("1")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "part.txt").write_text("12345")
     facts = probe.facts(str(tmp_path), launch.free_port(), "marker", [str(tmp_path / "data"), str(tmp_path / "marker")])
-    assert list(facts["inputs"].values()) == [5, 0]
+    assert list(facts["inputs"].values()) == [5, 1]
     assert facts["disk_write"] > 0 and facts["port_free"] and facts["packages"]["torch"]
     found = [{**copy.deepcopy(facts), "name": name, "skew": 0.01, "to": other, "bandwidth": 1e9} for name, other in (("a", "b"), ("b", "a"))]
     assert preflight.problems(found, 0, PLAN) == []
@@ -33,7 +33,7 @@ def good(tmp_path) -> list[dict]:
         ({"packages": {"torch": "2.0"}}, "b: torch 2.0, a has"), ({"skew": 3.0}, "b: its clock is +3.0 s off"), ({"shared": False}, "b: sees another /run"),
         ({"disk_error": "/run: No space left on device"}, "b: /run: No space"), ({"disk_free": 10}, "b: 0.0 GB free in /run, the checkpoints need 5.0 GB"),
         ({"bandwidth": 1e8}, "b: 100 MB/s to a, the median is"), ({"bandwidth": None}, "b: cannot send to a"), ({"error": "Connection refused"}, "b: cannot be asked: Connection"),
-        ({"inputs": {"data": None, "marker": 0}}, "/data is not there"), ({"inputs": {"data": 4, "marker": 0}}, "/data has 4 bytes, on a 5"),
+        ({"inputs": {"data": None, "marker": 1}}, "/data is not there"), ({"inputs": {"data": 0, "marker": 1}}, "/data is empty"), ({"inputs": {"data": 4, "marker": 1}}, "/data has 4 bytes, on a 5"),
     ],
 )
 def test_every_fault_names_its_host(good, change, message):
@@ -71,3 +71,23 @@ def test_a_host_that_hangs_is_named(tmp_path, monkeypatch):
     plan = launcher.Plan([], [Host("localhost", 1)], tmp_path / "run", "127.0.0.1", launch.free_port(), python=str(silent))
     _, wrong = preflight.preflight(plan, 0, [])
     assert wrong == ["localhost: cannot be asked: no answer to 'facts' within 1 s: a hanging driver or disk?"]
+
+
+def test_inputs_that_cannot_be_read(tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert probe._size(tmp_path / "folder") == 0 and probe._size(tmp_path / "nowhere") is None
+    (tmp_path / "folder" / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder" / "file").write_text("123")
+    assert probe._size(tmp_path / "folder") == 3
+
+
+def test_a_shell_that_prints_and_one_that_is_gone(tmp_path, monkeypatch):
+    """Lines that are no answer are passed over, JSON or not; a host whose process ends before it is asked is named with its last words."""
+    real = [launch.sys.executable, "-m", "fastft.launch.probe"]
+    chatty = ["sh", "-c", f"echo Welcome; echo 12; cd {launch.ROOT}; exec {' '.join(real)}"]
+    plan = launcher.Plan([], [Host("localhost", 1)], tmp_path / "run", "127.0.0.1", launch.free_port())
+    monkeypatch.setattr(preflight, "remote_command", lambda *_: chatty)
+    assert preflight.preflight(plan, 0, [])[1] == []
+    monkeypatch.setattr(preflight, "remote_command", lambda *_: ["sh", "-c", "echo boom >&2; exit 3"])
+    monkeypatch.setattr(preflight, "_all", lambda probes, _all=preflight._all, **order: probes[0].process.wait() and _all(probes, **order))
+    assert preflight.preflight(plan, 0, [])[1] == ["localhost: cannot be asked: boom"]

@@ -360,3 +360,37 @@ def test_the_short_way_is_the_long_way(sizes):
             assert all(p._version > v for p, v in zip(params, versions, strict=True))
         found.append([t for p in params for t in (p.detach(), *optimizer.state[p].values())])
     assert all(torch.equal(short, long) for short, long in zip(*found, strict=True))
+
+
+def test_hooks_of_a_subclass_run_once():
+    class Mine(FusedAdamW):
+        def step(self, *args, **kwargs):
+            return super().step(*args, **kwargs)
+
+    param, seen = torch.nn.Parameter(torch.ones(8)), []
+    param.grad = torch.ones(8)
+    for kind in (Mine, FusedAdamW):
+        optimizer = kind([param])
+        optimizer.register_step_post_hook(lambda optimizer, args, kwargs: seen.append((args[1:], kwargs)))
+        optimizer.step()
+    assert seen == [((), {})] * 2
+
+
+def test_a_compiler_takes_the_step_in_one_piece():
+    param = torch.nn.Parameter(torch.randn(4, 8))
+    optimizer = FusedAdamW([param])
+    param.grad = torch.randn(4, 8)
+    optimizer.step()
+    before = param.detach().clone()
+    torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+    assert not torch.equal(before, param)
+
+
+def test_a_gradient_with_its_sign_in_a_flag():
+    found = []
+    for flag in (False, True):
+        param = torch.nn.Parameter(torch.ones(64))
+        param.grad = torch._neg_view(torch.ones(64)) if flag else -torch.ones(64)
+        FusedAdamW([param]).step()
+        found.append(param.detach().clone())
+    assert torch.equal(*found)

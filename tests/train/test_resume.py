@@ -50,8 +50,10 @@ LOW_BYTE = [(3, "bf16", 2, {"state_dtype": "int8", "master": "remainder"})]
 
 
 @pytest.mark.parametrize("zero, dtype, world, optim", [*((*case, {}) for case in CASES), *LOW_BYTE])
-def test_resume_is_bit_exact(lm_config, tmp_path, zero, dtype, world, optim):
+def test_resume_is_bit_exact(lm_config, tmp_path, monkeypatch, zero, dtype, world, optim):
     """Weights, optimizer state, RNG (the model has dropout), losses and norms, after 6 steps resumed from 3 in a new process."""
+    if (zero, dtype, world) in ((0, "fp32", 1), (3, "bf16", 2)):
+        monkeypatch.setenv("FASTFT_TEST_COLD", "1")  # with hash seeds of their own
     lm_config["optim"] |= optim
     lm_config["train"] = {"steps": 6, "log_every": 1}
     lm_config["checkpoint"] = {"every": 3, "keep": 9}
