@@ -3,8 +3,8 @@
 * TrainJob, and the pod templates of all: the models of kubeflow-trainer-api (in the `test` extra). They ignore unknown fields, so each
   manifest must come back whole from them.
 * PyTorchJob outside its pods: the models of kubeflow-training, where it is installed (with its dependencies it takes 59 MB, so it is in no extra).
-* MPIJob v2beta1 has no package. With FASTFT_MPIJOB_CRD naming mpi-operator's manifests/base/kubeflow.org_mpijobs.yaml its fields are
-  compared with that; its pods are checked in any case.
+* MPIJob v2beta1 and PyTorchJob v1 in whole: their CRDs, where FASTFT_MPIJOB_CRD names mpi-operator's manifests/base/kubeflow.org_mpijobs.yaml and
+  FASTFT_PYTORCHJOB_CRD training-operator's manifests/base/crds/kubeflow.org_pytorchjobs.yaml (they are in no package); their pods are checked in any case.
 """
 
 import os
@@ -77,11 +77,14 @@ def test_pytorchjob_matches_its_model():
     check(load("pytorchjob.yaml"), "KubeflowOrgV1PyTorchJob", "pytorchjob")
 
 
-def test_mpijob_matches_its_crd():
-    path = os.environ.get("FASTFT_MPIJOB_CRD")
+@pytest.mark.parametrize("name", ["mpijob", "pytorchjob"])
+def test_manifest_matches_its_crd(name):
+    variable = f"FASTFT_{name.upper()}_CRD"
+    path = os.environ.get(variable)
     if not path:
-        pytest.skip("FASTFT_MPIJOB_CRD does not name mpi-operator's CRD")
-    version, = [v for v in yaml.safe_load(Path(path).read_text())["spec"]["versions"] if v["name"] == "v2beta1"]
+        pytest.skip(f"{variable} does not name the CRD")
+    manifest = load(f"{name}.yaml")
+    version, = [v for v in yaml.safe_load(Path(path).read_text())["spec"]["versions"] if v["name"] == manifest["apiVersion"].split("/")[1]]
 
     def check(value, schema: dict, where: str) -> None:
         kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
@@ -99,7 +102,9 @@ def test_mpijob_matches_its_crd():
         for i, item in enumerate(value if isinstance(value, list) else []):
             check(item, schema["items"], f"{where}[{i}]")
 
-    check(load("mpijob.yaml"), version["schema"]["openAPIV3Schema"], "mpijob")
+    check(manifest, version["schema"]["openAPIV3Schema"], name)
+    with pytest.raises(AssertionError, match="nonsense is unknown"):
+        check({**manifest, "spec": {**manifest["spec"], "nonsense": 1}}, version["schema"]["openAPIV3Schema"], name)
 
 
 @pytest.mark.parametrize("name", [p.name for p in FILES])
