@@ -437,19 +437,20 @@ def main() -> None:
         parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS))
 
     args = common.arguments(__doc__.splitlines()[0], more=more)
-    rows = []
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         for zero in args.stages:
-            dtype = "fp32" if zero % 2 == 0 else "bf16"
+            dtype, stage = "fp32" if zero % 2 == 0 else "bf16", []
             for name in args.only:
                 if name in ONCE and zero != args.stages[0] or name.startswith("disk") and os.geteuid():
                     continue
                 tries = args.tries if name.startswith(MORE) else 1
-                rows.append(measure(bench, name, zero, dtype, tries))
-                print(rows[-1], flush=True)
-    if not args.quick:
-        common.record("faults", args, rows, COLUMNS, merged(rows) if args.update else None)
+                stage.append(measure(bench, name, zero, dtype, tries))
+                print(stage[-1], flush=True)
+            rows += stage
+            if not args.quick:  # after each stage: the whole takes half an hour
+                common.record("faults", args, stage, COLUMNS, merged(stage) if args.update else rows)
     if bad := [r for r in rows if r["survived"] < r["tries"]]:
         raise SystemExit(f"not survived: {bad}")
 
