@@ -131,20 +131,33 @@ def _skew(probe: Probe) -> float | None:
 
 
 def _bandwidths(probes: list[Probe], found: list[dict]) -> None:
-    """From every host to the next, one after the other; the last sends to the first."""
+    """From every host to the next, one after the other; the last sends to the first. What looks slow is measured again: hosts may be busy for a moment."""
     good = [i for i, facts in enumerate(found) if "error" not in facts]
     if len(good) < 2:
         return
-    for sender, receiver in zip(good, good[1:] + good[:1], strict=True):
-        port = probes[receiver].ask(do="serve").get("port")
-        sent: dict = {}
-        thread = threading.Thread(target=lambda s=sender, r=receiver, p=port: sent.update(
-            probes[s].ask(do="send", address=address(probes[r].host.name), port=p, blocks=BLOCKS)))
-        thread.start()
-        answer = probes[receiver].ask(do="receive")
-        thread.join()
+    pairs = dict(zip(good, good[1:] + good[:1], strict=True))
+    for sender, receiver in pairs.items():
         found[sender]["to"] = probes[receiver].host.name
-        found[sender]["bandwidth"] = answer.get("bytes_per_second") if "error" not in sent else None
+        found[sender]["bandwidth"] = _bandwidth(probes[sender], probes[receiver])
+    for _ in range(2):
+        for sender in [i for i in good if _is_slow(found[i], found)]:
+            found[sender]["bandwidth"] = max(found[sender]["bandwidth"], _bandwidth(probes[sender], probes[pairs[sender]]) or 0.0)
+
+
+def _bandwidth(sender: Probe, receiver: Probe) -> float | None:
+    """Bytes per second; None when nothing comes through."""
+    port = receiver.ask(do="serve").get("port")
+    sent: dict = {}
+    thread = threading.Thread(target=lambda: sent.update(sender.ask(do="send", address=address(receiver.host.name), port=port, blocks=BLOCKS)))
+    thread.start()
+    answer = receiver.ask(do="receive")
+    thread.join()
+    return answer.get("bytes_per_second") if "error" not in sent else None
+
+
+def _is_slow(facts: dict, found: list[dict]) -> bool:
+    speeds = [f["bandwidth"] for f in found if f.get("bandwidth")]
+    return bool(facts.get("bandwidth")) and facts["bandwidth"] < MIN_BANDWIDTH * statistics.median(speeds)
 
 
 def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
@@ -176,7 +189,7 @@ def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
             wrong.append(f"{name}: /dev/shm has {(f['shm'] or 0) / 1e9:.2f} GB free, NCCL wants {MIN_SHM / 1e9:.0f} GB")
         if "to" in f and not f["bandwidth"]:
             wrong.append(f"{name}: cannot send to {f['to']}")
-        elif "to" in f and f["bandwidth"] < MIN_BANDWIDTH * statistics.median(speeds):
+        elif _is_slow(f, good):
             wrong.append(f"{name}: {f['bandwidth'] / 1e6:,.0f} MB/s to {f['to']}, the median is {statistics.median(speeds) / 1e6:,.0f}")
         slots = next(h.slots for h in plan.hosts if h.name == name)
         if f["gpus"] and slots > len(f["gpus"]):
