@@ -9,33 +9,28 @@ lost       steps that had to be done again, largest of the tries; a checkpoint i
 """
 
 import argparse
-import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import common
-import yaml
+from launched import STEPS, WATCHDOG, Bench, left, reached, wait_for, weights
 
-from fastft.data.prepared import sha256_file
 from fastft.launch.agent import find_rank
+from fastft.launch.hostfile import free_port
 from fastft.train import telemetry
 from fastft.train.writer import POINTS
 
-STEPS, EVERY = 30, 5
-WATCHDOG = 4.0
 COLUMNS = {"fault": "s", "ZeRO": "s", "dtype": "s", "tries": "d", "survived": "d", "seen s": ".1f", "lost": "d", "how": "s"}
 
 
@@ -45,122 +40,6 @@ class Outcome:
     seen: float | None = None  # seconds
     lost: int = 0  # steps
     how: str = ""
-
-
-@dataclass
-class Process:
-    """A launcher, and what it said when."""
-
-    popen: subprocess.Popen
-    said: list[tuple[float, str]] = field(default_factory=list)
-
-    def when(self, part: str, timeout: float = 120.0) -> float:
-        """Time at which a line with ``part`` was said; waits for it."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            for at, line in list(self.said):
-                if part in line:
-                    return at
-            if self.popen.poll() is not None and not any(part in line for _, line in self.said):
-                time.sleep(0.5)
-                if not any(part in line for _, line in self.said):
-                    break
-            time.sleep(0.02)
-        raise AssertionError(f"never said {part!r}:\n" + self.text())
-
-    def text(self) -> str:
-        return "\n".join(line for _, line in self.said[-60:])
-
-    def wait(self, timeout: float = 180.0) -> int:
-        self.popen.wait(timeout)
-        return self.popen.returncode
-
-
-class Bench:
-    """A tiny model and text under a folder, and runs of it."""
-
-    def __init__(self, folder: Path, ranks: int = 2):
-        self.folder, self.ranks, self.numbers = folder, ranks, itertools.count()
-        self.whole: dict[tuple[int, str], Path] = {}
-        write_model(folder)
-
-    def config(self, run: Path, zero: int, dtype: str, **train) -> Path:
-        config = {"task": "causal_lm", "model": {"path": str(self.folder / "model"), "dtype": dtype},
-                  "data": {"train": str(self.folder / "train.jsonl"), "max_length": 128, "overlength": "split", "cache": str(self.folder / "prepared")},
-                  "batch": {"size": 8}, "optim": {"lr": 1e-3}, "train": {"steps": STEPS, "log_every": 1, **train}, "checkpoint": {"every": EVERY},
-                  "parallel": {"zero": zero}, "run": {"dir": str(run), "offline": True, "device": "cpu", "threads": 1}}
-        path = run.with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(config))
-        return path
-
-    def run_dir(self) -> Path:
-        return self.folder / f"run-{next(self.numbers)}"
-
-    def start(self, *arguments: str | Path, env: dict | None = None, **options: float) -> Process:
-        options = {"nproc": self.ranks, "backoff": 0.2, "watchdog": WATCHDOG, **options}
-        command = [sys.executable, "-m", "fastft", "launch", *itertools.chain(*((f"--{k.replace('_', '-')}", str(v)) for k, v in options.items())), *map(str, arguments)]
-        popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                                 env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})})
-        process = Process(popen)
-        threading.Thread(target=lambda: process.said.extend((time.time(), line.rstrip()) for line in popen.stdout), daemon=True).start()
-        return process
-
-    def undisturbed(self, zero: int, dtype: str) -> str:
-        """Hash of the weights after all steps."""
-        if (zero, dtype) not in self.whole:
-            run = self.run_dir()
-            process = self.start("train", self.config(run, zero, dtype))
-            assert process.wait() == 0, process.text()
-            self.whole[zero, dtype] = run
-        return weights(self.whole[zero, dtype])
-
-
-def write_model(folder: Path, dropout: float = 0.1) -> None:
-    """A small Llama, with dropout so that a lost RNG state shows, and the language reference to read."""
-    from pydoc_data.topics import topics
-
-    import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    texts = [text[:1500] for _, text in sorted(topics.items())]
-    (folder / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=600, special_tokens=["<eos>", "<pad>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>")
-    tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                 max_position_embeddings=256, attention_dropout=dropout, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-                                 bos_token_id=None)).save_pretrained(folder / "model")
-
-
-def weights(run: Path) -> str:
-    return sha256_file(run / "model" / "model.safetensors")
-
-
-def reached(run: Path) -> int:
-    """The last step that was logged."""
-    return max((r["step"] for r in telemetry.read(run) if r["kind"] == "train"), default=0) if (run / "metrics.jsonl").exists() else 0
-
-
-def left(run: Path) -> list[int]:
-    """Processes that still have something to do with a run."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(run).encode() in (process / "cmdline").read_bytes() or run in Path(os.readlink(process / "fd" / "1")).parents:
-                found.append(int(process.name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_for(condition: Callable[[], object], process: Process, timeout: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline and process.popen.poll() is None, process.text()
-        time.sleep(0.01)
 
 
 def lost_steps(run: Path, at: int) -> int:
@@ -374,9 +253,7 @@ def differing(key: str, values: tuple) -> Callable[[Bench, int, str], Outcome]:
     def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
         run = bench.run_dir()
         path = bench.config(run, zero, dtype)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         ranks = [subprocess.Popen([sys.executable, "-m", "fastft", "train", str(path), f"{key}={value}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                   env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2",
                                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for r, value in enumerate(values)]
@@ -385,7 +262,7 @@ def differing(key: str, values: tuple) -> Callable[[Bench, int, str], Outcome]:
         finally:
             for rank in ranks:
                 rank.kill()
-        return Outcome(all(rank.returncode == 1 for rank in ranks) and all("rank 1 has" in text or "seed" in text for text in said) and reached(run) == 0, None, 0, "refused")
+        return Outcome(all(rank.returncode == 1 for rank in ranks) and all("rank 1 has" in text for text in said) and reached(run) == 0, None, 0, "refused")
 
     return fault
 

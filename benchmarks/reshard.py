@@ -11,7 +11,7 @@ from pathlib import Path
 
 import common
 import torch
-from faults import Bench, write_model
+from launched import Bench
 from safetensors.torch import load_file
 
 from fastft.train import telemetry
@@ -29,9 +29,8 @@ class Reshard(Bench):
     """Runs of a model without dropout, whose masks would differ with the ranks."""
 
     def __init__(self, folder: Path, before: int, after: int):
-        super().__init__(folder)
+        super().__init__(folder, dropout=0.0)
         self.before, self.after = before, after
-        write_model(folder, dropout=0.0)
 
     def train(self, run: Path, ranks: int, *arguments: str | Path) -> list[float]:
         process = self.start(*arguments, nproc=ranks, watchdog=120)

@@ -23,7 +23,7 @@ from pathlib import Path
 import common
 import numpy as np
 import yaml
-from faults import write_model
+from launched import write_model
 
 from fastft import config as configuration
 from fastft.data import order

@@ -105,7 +105,4 @@ def test_inputs_are_the_local_files(tmp_path):
     loaded.model.tokenizer = str(tmp_path / "modle")  # no hub id: whether it is there is for the hosts to say
     assert config.inputs(loaded)[1] == tmp_path / "modle"
     loaded.model.tokenizer = None
-    loaded.model.tokenizer = str(tmp_path / "modle")  # no hub id: whether it is there is for the hosts to say
-    assert config.inputs(loaded)[1] == tmp_path / "modle"
-    loaded.model.tokenizer = None
     assert config.inputs(loaded) == [tmp_path / "model", Path("a.txt"), Path("b.txt"), Path("c.txt")]

@@ -44,7 +44,6 @@ class Warm:
         self.output.unlink()
         return text, None
 
-
     def _leaves_nothing(self) -> None:
         """A pipe would stay open for as long as a process that it has started lives on."""
         deadline = time.monotonic() + 5

@@ -51,9 +51,9 @@ class RaggedWriter:
         self.offsets = array("q", [0])
 
     def append(self, values: Iterable[int]) -> None:
-        array = np.asarray(values, dtype=RAGGED_DTYPE)
-        self.file.write(array.tobytes())
-        self.offsets.append(self.offsets[-1] + len(array))
+        row = np.asarray(values, dtype=RAGGED_DTYPE)
+        self.file.write(row.tobytes())
+        self.offsets.append(self.offsets[-1] + len(row))
 
     def close(self) -> Ragged:
         self.file.close()

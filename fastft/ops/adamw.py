@@ -67,7 +67,7 @@ def adamw(
     """
     if not len(params):
         return
-    extra = max_exp_avg_sqs or copies or remainders or exp_avg_scales or exp_avg_sq_scales or offsets or stochastic_rounding or type(lr) is not float
+    extra = max_exp_avg_sqs or copies or remainders or exp_avg_scales or exp_avg_sq_scales or offsets or stochastic_rounding or type(lr) is not float or not 0 <= seed < 2**63
     recorded = _is_recorded(params, grads)
     if not (extra or recorded) and _is_everyday(params, grads, exp_avgs, exp_avg_sqs, steps, grad_scale, found_inf):
         if backends.select("adamw", backend, "cpu", (_F32, _F32)) == "native":

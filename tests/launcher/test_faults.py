@@ -3,7 +3,6 @@
 ``benchmarks/faults.py`` is the same over all stages and all moments, and writes the table.
 """
 
-import importlib.util
 import os
 import sys
 
@@ -11,24 +10,20 @@ import launch
 import pytest
 
 sys.path.insert(0, str(launch.ROOT / "benchmarks"))
-spec = importlib.util.spec_from_file_location("faults", launch.ROOT / "benchmarks" / "faults.py")
-faults = importlib.util.module_from_spec(spec)
-sys.modules["faults"] = faults
-spec.loader.exec_module(faults)
+import faults  # noqa: E402
+from launched import EVERY, WATCHDOG, Bench  # noqa: E402
 
 # (ZeRO stage, dtype) that each fault is tried at here
 WHERE = {"rank killed": (3, "bf16"), "launcher killed": (3, "bf16")}
-SEEN = {"rank killed": 5.0, "rank stopped": faults.WATCHDOG + 5.0, "launcher killed": 10.0, "SIGTERM in a collective": 30.0}
+SEEN = {"rank killed": 5.0, "rank stopped": WATCHDOG + 5.0, "launcher killed": 10.0, "SIGTERM in a collective": 30.0}
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    return faults.Bench(tmp_path_factory.mktemp("faults"))
+    return Bench(tmp_path_factory.mktemp("faults"))
 
 
 MOMENTS = ("begin", "after-file", "before-rename", "before-latest")
-
-
 ELSEWHERE = ("checkpoint file: cut short", "checkpoint file: missing", "ranks differ: seed", "ranks differ: learning rate")  # tests/train/test_resume.py, test_health.py
 
 
@@ -40,4 +35,4 @@ def test_nothing_is_lost(bench, name):
     outcome = faults.FAULTS[name](bench, zero, dtype)
     assert outcome.survived, outcome
     assert outcome.seen is None or outcome.seen <= SEEN.get(name, 60.0), outcome
-    assert outcome.lost <= (20 if name == "slow rank" else 2 * faults.EVERY), outcome
+    assert outcome.lost <= (20 if name == "slow rank" else 2 * EVERY), outcome
