@@ -19,6 +19,7 @@ import common
 import torch
 
 from fastft import config as configuration
+from fastft.cli import leave
 from fastft.data import order
 from fastft.optim import FusedAdamW
 from fastft.train import checkpoint, engine
@@ -89,6 +90,7 @@ def main() -> None:
     rows = [measure(zero, dtype, 64 if args.quick else args.width, args.rounds) for zero, dtype in ((0, "fp32"), (1, "bf16"), (2, "bf16"))]
     common.record("checkpoint", args, rows, COLUMNS)
     engine.stop_process_group()
+    leave(0)  # gloo's threads may abort an interpreter that shuts down
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import sys
 import common
 import torch
 
+from fastft.cli import leave
 from fastft.config import validate
 from fastft.optim import FusedAdamW
 from fastft.train import engine
@@ -122,7 +123,8 @@ def measure(stage: int, millions: int, rounds: int) -> dict:
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:  # in a process of its own: DeepSpeed's engines do not give their memory back
         print(json.dumps(measure(*map(int, sys.argv[2:]))))
-        return engine.stop_process_group()
+        engine.stop_process_group()
+        leave(0)  # gloo's threads may abort an interpreter that shuts down
     args = common.arguments(__doc__.splitlines()[0], more=lambda parser: parser.add_argument("--parameters", type=int, nargs="+", default=[100, 200]))
     rows = []
     for millions in [40] if args.quick else args.parameters:

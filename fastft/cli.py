@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, NoReturn, Optional
 
 import typer
 from rich.console import Console
@@ -342,7 +342,7 @@ def command() -> None:
         leave(e.code or 0)
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End this process at once, with its exit handlers run and its output written.
 
     Gloo's threads outlive their process group wherever something (DeepSpeed, a graph) still holds it. Such a thread, letting go of a tensor

@@ -4,7 +4,13 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples in every run; with FASTFT_TEST_SEED=random fresh ones (the C++ tests read it too).
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+if os.environ.get("FASTFT_TEST_SEED") != "random":
+    hypothesis.settings.load_profile("repeatable")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -4,6 +4,7 @@
 
 #include "fastft/adamw.h"
 
+#include "adamw_truth.h"
 #include "check.h"
 
 using check::Array;
@@ -75,6 +76,7 @@ struct Tensor {
     for (float& s : v_scale) s = 0.03125f;
     for (std::int64_t i = 0; i < n; ++i) {
       remainder[i] = static_cast<std::int16_t>(rest(check::rng()));
+      if (param.get(i) == 0) remainder[i] &= 0x7fff;  // as a number that rounds to 0 leaves it; less than 0 would be a NaN
       if (c.state == StateStore::u8) {
         m_bytes[i] = static_cast<std::uint8_t>(upto(check::rng()) | sign(check::rng()) << 7);
         v_bytes[i] = static_cast<std::uint8_t>(codes(check::rng()));
@@ -141,20 +143,21 @@ double spacing(double x, double scale, bool with_sign) {
   return std::ldexp(scale, exponent - 4);
 }
 
-void compare_state(const Tensor& t, std::int64_t i, double m, double v, const Case& c, std::int64_t n) {
-  const double noise_m = 3e-8, noise_v = 1e-10 + 7e-7 * v;
+void compare_state(const Tensor& t, std::int64_t i, const check::AdamWTruth& want, const Case& c) {
+  const double m = want.m, v = want.v;
+  double got_m, got_v, m_rounding, v_rounding;
   if (c.state == StateStore::u8) {
-    const double m_scale = t.m_scale[i / 256], v_scale = t.v_scale[i / 256];
-    const double got_m = decode(t.m_bytes[i], t.m_scale[i / 256], true), got_v = decode(t.v_bytes[i], t.v_scale[i / 256], false);
-    CHECK(std::fabs(got_m - m) <= spacing(m, m_scale, true) + noise_m, "m %g want %g scale %g, n %lld", got_m, m, m_scale, (long long)n);
-    CHECK(std::fabs(got_v - v) <= spacing(v, v_scale, false) + noise_v, "v %g want %g scale %g, n %lld", got_v, v, v_scale, (long long)n);
+    const float m_scale = t.m_scale[i / 256], v_scale = t.v_scale[i / 256];
+    got_m = decode(t.m_bytes[i], m_scale, true), got_v = decode(t.v_bytes[i], v_scale, false);
+    m_rounding = spacing(m, m_scale, true), v_rounding = spacing(v, v_scale, false);
     CHECK(v == 0.0 || got_v > 0.0, "v %g became 0", v);
-    return;
+  } else {
+    const double unit = c.state == StateStore::bf16 ? 0.0079 : 0.0;  // stochastic rounding: to either neighbour
+    got_m = Tensor::get(t.m_bytes, i, c.state), got_v = Tensor::get(t.v_bytes, i, c.state);
+    m_rounding = unit * std::fabs(m), v_rounding = unit * v;
   }
-  const double unit = c.state == StateStore::bf16 ? 0.0079 : 1e-6;
-  const double got_m = Tensor::get(t.m_bytes, i, c.state), got_v = Tensor::get(t.v_bytes, i, c.state);
-  CHECK(std::fabs(got_m - m) <= unit * std::fabs(m) + noise_m, "m %g want %g, n %lld", got_m, m, (long long)n);
-  CHECK(std::fabs(got_v - v) <= unit * v + noise_v, "v %g want %g, n %lld", got_v, v, (long long)n);
+  CHECK(std::fabs(got_m - m) <= m_rounding + 1.01 * want.m_error, "m %g want %g, n %lld", got_m, m, (long long)t.n);
+  CHECK(std::fabs(got_v - v) <= v_rounding + 1.01 * want.v_error, "v %g want %g, n %lld", got_v, v, (long long)t.n);
 }
 
 void run(const Case& c) {
@@ -164,22 +167,19 @@ void run(const Case& c) {
   const std::vector<Tensor> before = tensors;
   std::vector<fastft::AdamWTensor> views;
   for (Tensor& t : tensors) views.push_back(t.view(c));
-  fastft::adamw_cpu(views.data(), views.size(), options(c), 2);
+  const fastft::AdamWOptions o = options(c);
+  fastft::adamw_cpu(views.data(), views.size(), o, 2);
   for (int k = 0; k < kCount; ++k) {
     Tensor& t = tensors[k];
     Tensor old = before[k];
     CHECK(t.step == old.step + 1.0f, "step %g", t.step);
     for (std::int64_t i = 0; i < t.n; ++i) {
-      const double p = old.value(i, c), g = old.grad.get(i);
-      const double m = kBeta1 * old.m[i] + (1 - kBeta1) * g, v = kBeta2 * old.v[i] + (1 - kBeta2) * g * g;
-      const double denom = std::sqrt(v) / std::sqrt(1 - std::pow(kBeta2, t.step)) + kEps;
-      const double update = kLr / (1 - std::pow(kBeta1, t.step)) * m / denom, want = p * (1 - kLr * kDecay) - update;
+      const double v = old.v[i];
+      const check::AdamWTruth want = check::adamw_truth({old.value(i, c), old.grad.get(i), old.m[i], v, v}, o, t.step, false);
       const bool wide = c.param == DType::f32 || c.store == ParamStore::remainder;
-      // The terms of m may cancel, and each is rounded.
-      const double terms = kLr / (1 - std::pow(kBeta1, t.step)) * (kBeta1 * std::fabs(old.m[i]) + (1 - kBeta1) * std::fabs(g)) / denom;
-      const double tolerance = (wide ? 4e-7 : 0.0079) * std::fabs(want) + 4e-7 * (std::fabs(p) + terms);
-      CHECK(std::fabs(t.value(i, c) - want) <= tolerance, "p %g want %g, n %lld i %lld", t.value(i, c), want, (long long)t.n, (long long)i);
-      compare_state(t, i, m, v, c, t.n);
+      const double tolerance = want.p_error + (wide ? 0.0 : 0.0079 * (std::fabs(want.p) + want.p_error));
+      CHECK(std::fabs(t.value(i, c) - want.p) <= tolerance, "p %g want %g, n %lld i %lld", t.value(i, c), want.p, (long long)t.n, (long long)i);
+      compare_state(t, i, want, c);
     }
     for (std::size_t i = static_cast<std::size_t>(t.n) * (c.state == StateStore::u8 ? 1 : c.state == StateStore::bf16 ? 2 : 4); i < t.m_bytes.size(); ++i) {
       CHECK(t.m_bytes[i] == 0 && t.v_bytes[i] == 0, "written past the end of %lld", (long long)t.n);

@@ -7,6 +7,7 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+from fastft.cli import leave
 from fastft.optim import FusedAdamW
 from fastft.optim.adamw import _decoded_state
 from fastft.train import engine as engines
@@ -66,3 +67,4 @@ def main(verb: str, stage: str, dtype: str, state: str, folder: str) -> None:
 if __name__ == "__main__":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     main(*sys.argv[1:])
+    leave(0)  # gloo's threads may abort an interpreter that shuts down
