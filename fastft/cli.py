@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, NoReturn, Optional
 
@@ -88,7 +89,11 @@ def predict(model: Annotated[str, typer.Argument(help="Run folder, exported mode
         for record in results:
             print(json.dumps(record, ensure_ascii=False))
         return
-    with replacing(out) as scratch, open(scratch, "w", encoding="utf-8") as stream:
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder.", "Name a file in it.")
+    out = out.resolve()  # a link stays one, and what it points to is written
+    whole = replacing(out) if out.is_file() or not out.exists() else nullcontext(out)  # a pipe or a device is written as it is
+    with whole as scratch, open(scratch, "w", encoding="utf-8") as stream:
         for record in results:
             print(json.dumps(record, ensure_ascii=False), file=stream)
 

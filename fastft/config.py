@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fastft.errors import UserError, did_you_mean
 
@@ -20,6 +20,15 @@ Path_ = str  # paths stay strings: they may be hub ids, and they go back into YA
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_is_a_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        """`yes` for a number is a mistake, not 1."""
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError(f"{str(value).lower()} is no value for it (on, off, yes, no, true and false are booleans in YAML)")
+        return value
 
 
 class Model(Section):

@@ -106,3 +106,10 @@ def test_inputs_are_the_local_files(tmp_path):
     assert config.inputs(loaded)[1] == tmp_path / "modle"
     loaded.model.tokenizer = None
     assert config.inputs(loaded) == [tmp_path / "model", Path("a.txt"), Path("b.txt"), Path("c.txt")]
+
+
+@pytest.mark.parametrize("override", ["optim.lr=true", "train.steps=yes", "batch.micro=on", "run.threads=true", "optim.warmup=true"])
+def test_a_boolean_is_no_number(tmp_path, override):
+    with pytest.raises(UserError, match="boolean|no value"):
+        load(tmp_path, MINIMAL, [override])
+    assert load(tmp_path, MINIMAL, ["checkpoint.background=no"]).checkpoint.background is False

@@ -145,6 +145,13 @@ def in_process(capsys, *arguments) -> tuple[int, str]:
     return stopped.value.code or 0, captured.out + captured.err
 
 
+def test_predict_does_not_replace_a_folder(trained, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").write_text("a")
+    code, output = in_process(capsys, "predict", trained[1] / "model", "--text", "x", "--out", tmp_path / "mine")
+    assert code == 1 and "is a folder" in output and (tmp_path / "mine" / "a.txt").read_text() == "a"
+
+
 def test_predict_keeps_the_file_that_is_there(trained, tmp_path, capsys):
     keep = tmp_path / "keep.jsonl"
     keep.write_text("mine\n")

@@ -20,6 +20,7 @@ def validate_run(config: Config) -> dict:
     if config.run.offline:
         load.go_offline()
     task = TASKS.get(config.task)(config)
+    task.check_best_by()
     train = task.train_split()
     splits = {"train": train, **task.eval_splits()}
     schedule = Schedule.of(config, len(train), task.max_length)

@@ -82,12 +82,13 @@ class Task(ABC):
     """One fine-tuning task, bound to a configuration.
 
     Class attributes: ``auto_class`` (transformers Auto class), ``new_parameters`` (name parts of weights that may be drawn anew),
-    ``code_version`` (raise it when the same input gives other samples), ``best_metric`` (what "better" means, None: loss).
+    ``code_version`` (raise it when the same input gives other samples), ``metric_names`` (what ``new_metrics`` measures that has a better and a worse).
     """
 
     auto_class: str
     new_parameters: tuple[str, ...] = ()
     code_version = 3
+    metric_names: tuple[str, ...]
 
     def __init__(self, config: Config):
         self.config = config
@@ -152,6 +153,14 @@ class Task(ABC):
 
     def check_model(self, model: torch.nn.Module, device: torch.device) -> None:
         """Refuse a model that would compute something else than the task says. Raises UserError."""
+
+    def check_best_by(self) -> None:
+        """Refuse a checkpoint.best_by that no evaluation will measure, before anything is trained for it."""
+        wanted = self.config.checkpoint.best_by
+        known = [f"{name}.{metric}" for name in self.config.data.eval for metric in self.metric_names]
+        if wanted is not None and wanted not in known:
+            raise UserError(f"checkpoint.best_by: {wanted} is not measured.",
+                            f"{did_you_mean(wanted, known)} Known: {', '.join(known)}." if known else "Give an evaluation set in data.eval.")
 
     def train_split(self) -> Split:
         if not self.config.data.train:

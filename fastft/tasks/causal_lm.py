@@ -28,6 +28,7 @@ class CausalLM(Task):
     ``piece_length`` (parts of documents no longer than max_length) and ``packs`` (pieces per training sequence)."""
 
     auto_class = "AutoModelForCausalLM"
+    metric_names = ("loss", "perplexity")
     head: FusedHead | None = None  # set by attach
 
     def build(self, folder: Path, sources: list[Source], training: bool) -> dict:

@@ -28,6 +28,7 @@ class Classification(Task):
 
     def __init__(self, config):
         super().__init__(config)
+        self.metric_names = ("loss", "accuracy", "f1_macro", *(["f1_micro"] if config.data.multi_label else []))
         if config.data.overlength == "split":
             raise UserError("data.overlength: split makes no sense for classification (a label belongs to the whole text).",
                             "Choose truncate, drop or error.")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from fastft.errors import UserError
 from fastft.files import replacing
@@ -37,8 +38,11 @@ def save(model: torch.nn.Module, state: dict[str, torch.Tensor], task: Task, fol
         raise UserError(f"{folder}: not written: {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} hold NaN or Inf.",
                         "The training diverged; export an older checkpoint with `fastft export --step`.")
     with replacing(folder) as scratch:
-        model.save_pretrained(scratch, state_dict=dict(state))  # which takes tensors out of the mapping that it is given
-        task.tokenizer.save_pretrained(scratch)
+        try:
+            model.save_pretrained(scratch, state_dict=dict(state))  # which takes tensors out of the mapping that it is given
+            task.tokenizer.save_pretrained(scratch)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{folder}: could not be written: {e}.", "Mend the disk, then `fastft resume` (a run) or `fastft export` writes it; the checkpoints are whole.") from None
         _compare(scratch, state, model)
     return folder
 

@@ -20,7 +20,7 @@ import fastft
 from fastft import config as configuration
 from fastft.config import Config
 from fastft.data import batches, order
-from fastft.errors import Interrupted, UserError, did_you_mean
+from fastft.errors import Interrupted, UserError
 from fastft.models import load
 from fastft.ops import backends
 from fastft.optim import FusedAdamW
@@ -92,6 +92,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
         run_folder.check(run_dir, config, overwrite)
     held = run_folder.lock(run_dir) if ranks.main else None
     task = TASKS.get(config.task)(config)
+    task.check_best_by()
     split, evals = task.train_split(), task.eval_splits()  # all tokenising is done before there is a process group
     schedule = Schedule.of(config, len(split), task.max_length)
     model, drawn = load.build(config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides())
@@ -204,7 +205,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, self.step, self.schedule.total)
         # DeepSpeed averages gradients over ranks, so the sum over all ranks and micro-steps wants world / targets.
-        scale = torch.tensor(self.ranks.world / denominator, dtype=torch.float32, device=self.ranks.device)
+        scale = torch.tensor(self.ranks.world / (denominator or 1.0), dtype=torch.float32, device=self.ranks.device)
         total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         for i, batch in enumerate(step_batches):
             last = i == len(step_batches) - 1
@@ -341,17 +342,19 @@ class _Run:
         name, _, metric = (self.config.checkpoint.best_by or "").rpartition(".")
         if not metric or self.evaluated_at != self.step:
             return False
-        if metric not in self.metrics.get(name, {}):
-            known = [f"{n}.{m}" for n, metrics in self.metrics.items() for m in metrics]
-            raise UserError(f"checkpoint.best_by: {name}.{metric} is not measured.", did_you_mean(f"{name}.{metric}", known))
         value, smaller = self.metrics[name][metric], metric in ("loss", "perplexity")
+        if not math.isfinite(value):  # NaN is neither better nor worse than anything
+            return False
         if self.best is not None and (value >= self.best["value"] if smaller else value <= self.best["value"]):
             return False
         self.best = {"step": self.step, "metric": f"{name}.{metric}", "value": value}
         return True
 
     def resume(self, found: _Found) -> None:
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         state = checkpoint.load(self.engine, found.path, found.manifest, self.ranks, found.converted)
+        for group, given in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(given)  # the configuration's, not the checkpoint's (of which stage 3 gives every group the first one's: weight decay on biases)
         if found.converted:
             reshard.done(found.converted, self.ranks)
         self.best = state.get("best")

@@ -99,11 +99,8 @@ def load(engine, folder: Path, tag: str) -> None:
     """Load what ``convert`` made, and mend what DeepSpeed's loading leaves wrong."""
     optimizer = engine.optimizer.optimizer
     assert isinstance(optimizer, FusedAdamW)
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     with contextlib.redirect_stdout(sys.stderr):
         engine.load_checkpoint(str(folder), tag=tag)
-    for group, before in zip(optimizer.param_groups, settings, strict=True):
-        group.update(before)  # stage 3 gives every group the settings of the first: weight decay on biases
     for state in optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()  # one tensor for all groups would be counted up once for each

@@ -8,7 +8,7 @@ from typing import TextIO
 from fastft import config as configuration
 from fastft.config import Config
 from fastft.errors import UserError
-from fastft.files import remove
+from fastft.files import fsync, remove, replacing
 
 OF_A_RUN = ("checkpoints", "model", "metrics.jsonl", "config.yaml")  # what a run writes into its folder, beside prepared data
 
@@ -60,7 +60,9 @@ def claim(run_dir: Path, config: Config, resume: bool) -> None:
     if launch := os.environ.get("FASTFT_LAUNCH"):  # so that a launcher that restarts knows this run for its own
         (run_dir / "logs").mkdir(exist_ok=True)
         (run_dir / "logs" / "claimed").write_text(launch)
-    (run_dir / "config.yaml").write_text(configuration.dump(configuration.absolute(config)), encoding="utf-8")
+    with replacing(run_dir / "config.yaml") as scratch:  # never a part of it: nothing could go on from that
+        scratch.write_text(configuration.dump(configuration.absolute(config)), encoding="utf-8")
+        fsync(scratch)
 
 
 def drop_old(run_dir: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 import launch
 from fastft.errors import UserError
-from fastft.train import checkpoint, telemetry
+from fastft.train import checkpoint, loop, telemetry
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 
@@ -175,7 +176,29 @@ def test_the_best_checkpoint_stays(lm_config, tmp_path):
     assert best["step"] == min(losses, key=losses.get) and best["value"] == losses[best["step"]] and best["metric"] == "eval.loss"
     assert checkpoint.steps(folder) == sorted({best["step"], 8})
     code, output = launch.fastft("train", tmp_path / "c.yaml", "--overwrite", "checkpoint.best_by=eval.los", check=False)
-    assert code == 1 and "eval.los is not measured" in output and "eval.loss" in output
+    assert code == 1 and "eval.los is not measured" in output and "eval.loss" in output and checkpoint.steps(folder)  # refused before anything was touched
+
+
+def test_nan_is_not_the_best():
+    run = loop._Run.__new__(loop._Run)
+    run.config = SimpleNamespace(checkpoint=SimpleNamespace(best_by="eval.loss"))
+    run.step = run.evaluated_at = 4
+    run.best = {"step": 2, "metric": "eval.loss", "value": 1.0}
+    for value, better in ((float("nan"), False), (float("inf"), False), (2.0, False), (0.5, True)):
+        run.metrics = {"eval": {"loss": value}}
+        assert run._is_best() is better
+    assert run.best == {"step": 4, "metric": "eval.loss", "value": 0.5}
+
+
+def test_a_resume_takes_the_optimizers_settings_of_the_configuration(lm_config, tmp_path):
+    lm_config["checkpoint"] = {"every": 2}
+    launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config))
+    run = Path(lm_config["run"]["dir"])
+    shutil.copytree(run, tmp_path / "other")
+    launch.fastft("resume", run, "train.steps=6")
+    launch.fastft("resume", tmp_path / "other", f"run.dir={tmp_path / 'other'}", "train.steps=6", "optim.weight_decay=0.9")
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (run, tmp_path / "other"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_pruning_keeps_what_was_just_written(tmp_path):
