@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from fastft.data.prepared import sha256_file
+from fastft.files import sha256_file
 from fastft.train import telemetry
 
 STEPS, EVERY = 30, 5  # of a run; of its checkpoints

@@ -1,10 +1,20 @@
-"""Writing files and folders so that a path holds the old content or the whole new one, never a part."""
+"""Files and folders on disk: a path holds the old content or the whole new one, never a part; one writer at a time; digests."""
 
+import errno
+import fcntl
+import hashlib
+import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # flock's answers on a file system without locks: Lustre as often mounted, some of FUSE
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+TOUCHED, ABANDONED = 5.0, 60.0  # seconds: how often a held folder is touched, and after how long without it nobody holds it
 
 
 @contextmanager
@@ -45,3 +55,68 @@ def fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Wait for a file's lock and hold it; yields False, holding nothing, where the path may not be written.
+
+    Where the file system has no locks a hidden folder beside the path stands for one: made by whoever holds it and touched all the time, so that the one
+    of a killed process is seen to be nobody's.
+    """
+    with ExitStack() as held:
+        try:
+            file = held.enter_context(open(path, "w"))
+        except OSError as e:
+            if e.errno not in READ_ONLY:
+                raise
+            yield False
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as e:
+            if e.errno not in NO_LOCKS:
+                raise
+            held.enter_context(_locked_by_folder(path.with_name(f".{path.name}.fastft-held")))
+        yield True
+
+
+@contextmanager
+def _locked_by_folder(folder: Path) -> Iterator[None]:
+    seen, since = None, 0.0
+    while True:
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+        with suppress(FileNotFoundError):
+            touched = folder.stat().st_mtime_ns
+            if touched != seen:  # by this process's clock alone: hosts need not agree on the time
+                seen, since = touched, time.monotonic()
+            elif time.monotonic() - since > ABANDONED:
+                folder.rmdir()
+                continue
+        time.sleep(0.1)
+    done = threading.Event()
+
+    def touch() -> None:
+        while not done.wait(TOUCHED):
+            os.utime(folder)
+
+    thread = threading.Thread(target=touch, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        folder.rmdir()
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest(value: object) -> str:
+    """A short stable digest of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

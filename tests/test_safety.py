@@ -188,6 +188,16 @@ def test_prepared_data_goes_over_nobodys_folder(trained, tmp_path):
     assert "without slashes" in refused("validate", trained[0], f"data.eval={{../../x: {trained[0].parent}/train.jsonl}}", f"run.dir={tmp_path}/run")
 
 
+def test_a_run_reads_nothing_that_it_writes(trained, tmp_path):
+    """A folder as training data with run.dir or data.cache in it: metrics.jsonl would be data at the next resume."""
+    shutil.copy(trained[0].parent / "train.jsonl", tmp_path)
+    given = (f"data.train={tmp_path}", f"run.dir={tmp_path}/run")
+    assert "holds run.dir" in refused("train", trained[0], *given)
+    assert "holds run.dir" in refused("validate", trained[0], *given)
+    assert "holds data.cache" in refused("train", trained[0], f"data.train={tmp_path}", f"run.dir={tmp_path.parent}/elsewhere", f"data.cache={tmp_path}")
+    assert [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]
+
+
 def test_two_failed_overwrites_keep_the_last_good_run_and_others_old_files(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained[1], run)

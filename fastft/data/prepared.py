@@ -5,11 +5,9 @@ A folder holds ``<column>.npy`` (one value per row), or ``<column>.values.bin`` 
 long for 10^9 rows as for ten.
 """
 
-import hashlib
 import json
 import os
 import re
-import time
 from array import array
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fastft.data.sources import files_in, fingerprint, unchanged
 from fastft.errors import UserError
-from fastft.files import replacing
+from fastft.files import digest, locked, replacing, sha256_file
 
 FORMAT = 2
 RAGGED_DTYPE = np.dtype("<i4")  # token ids and piece indices
-SETTLED = 1.0  # seconds that a file must have been left alone before its times stand for its content
 
 
 class Ragged:
@@ -127,63 +125,28 @@ def prepare(folder: Path, settings: str, sources: list[str], build: Callable[[Pa
     sources : list of str
         Input files and folders. Their bytes decide; see ``fingerprint``.
     """
-    import fcntl
-
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        files = _files(sources)
+    with locked(folder.with_name(folder.name + ".lock")) as writable:
+        files = files_in(sources)
         recorded = (_manifest(folder) or {}).get("sources", {})
         found = fingerprint(files, recorded)
         key = digest([settings, [found[str(file)]["sha256"] for file in files]])
         if (problem := check(folder, key)) is not None:
+            if not writable:
+                raise UserError(f"{folder}: cannot be used ({problem}), nor written.", "Choose another data.cache.")
             if not _may_replace(folder):
-                raise UserError(f"{folder}: is where prepared data goes, but holds other files.", "Choose another data.cache; nothing was touched.")
+                raise UserError(f"{folder}: is where prepared data goes, but holds other files.",
+                                "Choose another data.cache, or delete the folder if prepared data is all there was in it; nothing was touched.")
             with replacing(folder) as scratch:
                 scratch.mkdir()
                 meta = build(scratch)
+                found = unchanged(sources, found)
                 made = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(scratch.iterdir())}
                 write_manifest(scratch, {"format": FORMAT, "key": key, "sources": found, "made_because": problem, "meta": meta, "files": made})
         elif found != recorded:  # the same bytes under new times
             with suppress(OSError):  # a folder that may not be written is as good: its sources are read again next time
                 write_manifest(folder, {**_manifest(folder), "sources": found})
         return Prepared(folder)
-
-
-def _files(sources: list[str]) -> list[Path]:
-    """The sources in their order, each folder as the files in it; what is given twice stands there twice."""
-    found = []
-    for source in (Path(s).absolute() for s in sources):
-        found += sorted(f for f in source.rglob("*") if f.is_file()) if source.is_dir() else [source]
-    return found
-
-
-def fingerprint(files: list[Path], known: dict[str, dict]) -> dict[str, dict]:
-    """SHA-256 of every file, by path.
-
-    Reading a terabyte again at every resume would take longer than losing the steps: a file that stands in ``known`` as the same inode with its size and
-    times of modification and of the inode's change is not read. This is kept only of files that had been left alone for SETTLED before they were read
-    to the end. What is written through a memory map may keep a file's times until it reaches the disk.
-
-    Returns
-    -------
-    dict
-        Per file ``sha256``, and ``stat`` (bytes, mtime_ns, ctime_ns, inode, device) where it may be relied on.
-    """
-    found = {}
-    for file in files:
-        before, entry = _stat(file), known.get(str(file), {})
-        if entry.get("stat") != before:
-            entry = {"sha256": sha256_file(file)}
-            if _stat(file) == before and time.time() - max(before[1:3]) / 1e9 > SETTLED:
-                entry["stat"] = before
-        found[str(file)] = entry
-    return found
-
-
-def _stat(file: Path) -> list[int]:
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
 def _manifest(folder: Path) -> dict | None:
@@ -197,12 +160,18 @@ def _manifest(folder: Path) -> dict | None:
 
 
 def _may_replace(folder: Path) -> bool:
-    """Whether this is prepared data, or nothing at all."""
+    """Whether this is prepared data, in whatever state and of whatever version, or nothing at all."""
     if not folder.exists():
         return True
-    files = list(folder.iterdir())
-    return not files or ((folder / "MANIFEST.json").is_file() and all(
-        f.is_file() and (f.suffix in (".npy", ".bin", ".json") or f.name.startswith(".MANIFEST.json.fastft-")) for f in files))
+    names = {file.name for file in folder.iterdir() if not file.name.startswith(".MANIFEST.json.fastft-")}
+    if not names:
+        return True
+    try:
+        manifest = json.loads((folder / "MANIFEST.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    ours = isinstance(manifest, dict) and isinstance(manifest.get("key"), str) and isinstance(manifest.get("files"), dict)
+    return ours and names <= {"MANIFEST.json", *manifest["files"]}
 
 
 def check(folder: Path, key: str) -> str | None:
@@ -227,16 +196,6 @@ def verify(folder: Path) -> None:
     for name, entry in manifest["files"].items():
         if sha256_file(folder / name) != entry["sha256"]:
             raise UserError(f"{folder / name}: does not match its hash in MANIFEST.json.", f"Delete {folder}; it will be made anew.")
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def digest(value: object) -> str:
-    """A short stable digest of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _ragged(values: Path, offsets: Path) -> Ragged:

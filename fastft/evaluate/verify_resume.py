@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from fastft.config import Config, absolute, dump
-from fastft.data.prepared import sha256_file
 from fastft.errors import UserError
+from fastft.files import sha256_file
 from fastft.launch.agent import find_rank
 from fastft.train import telemetry
 

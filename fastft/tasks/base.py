@@ -12,8 +12,9 @@ import torch
 
 from fastft.config import Config, Source
 from fastft.data import formats
-from fastft.data.prepared import Prepared, digest, prepare
+from fastft.data.prepared import Prepared, prepare
 from fastft.errors import UserError, did_you_mean
+from fastft.files import digest
 from fastft.models import load
 from fastft.registry import Registry
 
@@ -176,7 +177,13 @@ class Task(ABC):
         """Prepare (or reopen) a split; empty ones are errors."""
         if "/" in name or "\\" in name:
             raise UserError(f"data.eval: {name.removeprefix('eval-')!r} is no name for a set: it becomes a folder's name.", "Use a name without slashes.")
-        cache = Path(self.config.data.cache or Path(self.config.run.dir) / "prepared")
+        run_dir = Path(self.config.run.dir)
+        cache = Path(self.config.data.cache or run_dir / "prepared")
+        for source in (Path(s.path).resolve() for s in sources):
+            for key, path in (("run.dir", run_dir), ("data.cache", cache)):
+                if source.is_dir() and source in (path.resolve(), *path.resolve().parents):
+                    raise UserError(f"data set {name!r}: the folder {source} holds {key} ({path}): the run would read what it writes.",
+                                    f"Put {key} elsewhere, or name the files to read one by one.")
         files = [str(f) for source in sources for f in formats.files_of(source)]
         read_as = [formats.format_of(Path(f)) for f in files]  # a name decides it, where a source says nothing
         settings = digest([self.preparation_key(training), [s.model_dump(exclude={"path"}) for s in sources], read_as])

@@ -122,7 +122,7 @@ class Classification(Task):
 
     def _labels_of(self, where: str, value: object) -> list[str]:
         """The label names of a cell: one, or any number when multi_label."""
-        if value is None or value != value or (value == "" and not self.config.data.multi_label):  # None, NaN, empty
+        if value is None or value != value or (isinstance(value, str) and not value.strip() and not self.config.data.multi_label):  # None, NaN, nothing
             raise UserError(f"{where}: the label is empty.", "Every row needs a label; remove the row or mend it.")
         if not self.config.data.multi_label:
             if isinstance(value, (list, dict)):

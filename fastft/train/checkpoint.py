@@ -15,9 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fastft.data.prepared import digest, sha256_file
 from fastft.errors import UserError
-from fastft.files import fsync, remove, replacing
+from fastft.files import digest, fsync, remove, replacing, sha256_file
 from fastft.train import reshard
 from fastft.train.engine import Ranks
 from fastft.train.writer import Snapshots, Writer, point

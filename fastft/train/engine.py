@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from fastft.config import Config
-from fastft.data.prepared import digest
 from fastft.errors import UserError, did_you_mean
+from fastft.files import digest
 from fastft.launch.hostfile import free_port
 from fastft.optim import FusedAdamW, set_offset, zero_step
 from fastft.optim.groups import parameter_groups

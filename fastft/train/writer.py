@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from fastft.data.prepared import sha256_file
 from fastft.errors import UserError
-from fastft.files import fsync, replacing
+from fastft.files import fsync, replacing, sha256_file
 from fastft.train.engine import Ranks
 
 POLL = 0.02  # seconds

@@ -65,9 +65,43 @@ def test_folder_reads_all_files_in_order(tmp_path):
     assert [r["text"] for _, r in read(tmp_path)] == ["a.txt", "b.txt"]
 
 
+def test_folder_is_read_through_links(tmp_path):
+    """To files and folders, once each where they lead back; a link to nothing is an error, not a file less."""
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("a")
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    (tmp_path / "corpus" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "corpus")
+    (tmp_path / "corpus" / "c.txt").symlink_to(tmp_path / "elsewhere" / "b.txt")
+    assert [r["text"] for _, r in read(tmp_path / "corpus")] == ["a", "b", "b"]
+    (tmp_path / "corpus" / "d.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="d.txt.*No such file"):
+        read(tmp_path / "corpus")
+
+
+def test_rows_of_csv_are_known_by_their_first_line(tmp_path):
+    """Blank lines, also before the header, are no rows, but are counted."""
+    path = tmp_path / "a.csv"
+    path.write_text('\n\ntext,label\n\n"two\nlines",a\nx,b\n')
+    assert read(path) == [(f"{path}:5", {"text": "two\nlines", "label": "a"}), (f"{path}:7", {"text": "x", "label": "b"})]
+
+
+def test_a_parquet_column_that_stands_twice(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="x.parquet: a column name stands twice: text"):
+        read(tmp_path / "x.parquet")
+
+
 @pytest.mark.parametrize("name, content, parts", [
     ("a.jsonl", '{"text": "x"}\n{"text": \n', ["a.jsonl:2", "broken JSON"]),
     ("a.jsonl", "[1]\n", ["a.jsonl:1", "object"]),
+    ("a.jsonl", '{"text": "x"}\n{"text": "y", "n": {"a": 1, "a": 2}}\n', ["a.jsonl:2", "'a' stands twice"]),
+    ("a.csv", "\n\n", ["is empty"]),
+    ("a.csv", 'text,label\n"x\ny",1\n"z\n\n', ["a.csv:4", "quoting: none"]),
     ("a.csv", "text,label\nx,y\nz\n", ["a.csv:3", "1 cells", "2 columns"]),
     ("a.csv", "text,text\n", ["stands twice"]),
     ("a.csv", "", ["is empty"]),

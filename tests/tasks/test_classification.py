@@ -50,6 +50,7 @@ def test_label_not_seen_in_training(task_of, tmp_path):
 
 @pytest.mark.parametrize("rows, part", [
     ([{"text": "x", "label": None}, {"text": "y", "label": "b"}], "the label is empty"),
+    ([{"text": "x", "label": " "}, {"text": "y", "label": "b"}], "the label is empty"),
     ([{"text": "x", "label": ["a", "b"]}], "multi_label: true"),
     ([{"text": "x", "label": "a"}, {"text": "y", "label": "a"}], "same label"),
     ([{"text": "x", "lable": "a"}], "Did you mean 'lable'"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from fastft.config import Source
 from fastft.data.formats import delimited, hf, jsonl, parquet, txt  # noqa: F401  (they register themselves)
 from fastft.data.formats.base import FORMATS, Record, format_of
+from fastft.data.sources import walk
 from fastft.errors import UserError
 
 
@@ -28,7 +29,7 @@ def files_of(source: Source) -> list[Path]:
         raise UserError(f"{path}: no such file or folder.", hint)
     if path.is_file() or hf.is_saved_dataset(path):
         return [path]
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and format_of(p) is not None]
+    files = [p for p in walk(path) if format_of(p) is not None]
     if not files:
         raise UserError(f"{path}: the folder holds no file of a known format.", f"Known: {', '.join(FORMATS.names())} (also .gz).")
     return files

@@ -23,20 +23,23 @@ def _read(path, source, delimiter):
     quoting = csv.QUOTE_NONE if source.quoting == "none" else csv.QUOTE_MINIMAL
     with open_text(path, newline="") as f:
         rows = csv.reader(f, delimiter=delimiter, quoting=quoting, strict=True)
+        end = 0  # the last line of the row before
         try:
-            header = source.header or next(rows, None)
+            header = source.header or next(filter(None, rows), None)
             if header is None:
                 raise UserError(f"{path}: the file is empty.", "The first line must name the columns, or set header in the source.")
             if len(set(header)) != len(header):
-                raise UserError(f"{path}:1: a column name stands twice: {header}.", "Rename one, or set header in the source.")
+                raise UserError(f"{path}:{rows.line_num or 1}: a column name stands twice: {header}.", "Rename one, or set header in the source.")
+            end = rows.line_num
             for row in rows:
+                line, end = end + 1, rows.line_num  # a row with line breaks in it is known by its first line
                 if not row:
                     continue
                 if len(row) != len(header):
                     raise UserError(
-                        f"{path}:{rows.line_num}: {len(row)} cells, but the header has {len(header)} columns ({', '.join(header)}).",
+                        f"{path}:{line}: {len(row)} cells, but the header has {len(header)} columns ({', '.join(header)}).",
                         "Quote cells that hold the delimiter; if quote characters are plain text here, set quoting: none.")
-                yield f"{path}:{rows.line_num}", dict(zip(header, row, strict=True))
+                yield f"{path}:{line}", dict(zip(header, row, strict=True))
         except csv.Error as e:
-            raise UserError(f"{path}:{rows.line_num}: broken {path.suffix or 'csv'}: {e}",
+            raise UserError(f"{path}:{end + 1}: broken {path.suffix or 'csv'}: {e}",
                             "If quote characters are plain text here, set quoting: none in the source.") from None

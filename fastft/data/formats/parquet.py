@@ -17,6 +17,9 @@ def read(path, source):
     opened = io.BytesIO(gzip.decompress(path.read_bytes())) if zipped else path
     try:
         file = pq.ParquetFile(opened)
+        names = file.schema_arrow.names
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"{path}: a column name stands twice: {', '.join(sorted(twice))}.", "Rename one.")
         row = 0
         for batch in file.iter_batches():
             for record in batch.to_pylist():

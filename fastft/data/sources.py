@@ -1,0 +1,79 @@
+"""The files that data comes from: which they are, and what is in them."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastft.errors import UserError
+from fastft.files import sha256_file
+
+SETTLED = 1.0  # seconds that a file must have been left alone before its times stand for its content
+
+
+def walk(folder: Path) -> list[Path]:
+    """All files under a folder, sorted, through links to files and folders; a link to a folder that it lies in leads nowhere new.
+
+    Links to nothing are among them: whoever reads them says so.
+    """
+    return sorted(_walk(folder, ()))
+
+
+def _walk(folder: Path, inside: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    stat = folder.stat()
+    here = (stat.st_dev, stat.st_ino)
+    if here in inside:
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _walk(path, (*inside, here))
+        elif path.is_file() or not path.exists():
+            yield path
+
+
+def files_in(sources: list[str]) -> list[Path]:
+    """The sources in their order, each folder as the files in it; what is given twice stands there twice."""
+    found = []
+    for source in (Path(s).absolute() for s in sources):
+        found += walk(source) if source.is_dir() else [source]
+    return found
+
+
+def fingerprint(files: list[Path], known: dict[str, dict]) -> dict[str, dict]:
+    """SHA-256 of every file, by path.
+
+    Reading a terabyte again at every resume would take longer than losing the steps: a file that stands in ``known`` as the same inode with its size and
+    times of modification and of the inode's change is not read. This is kept only of files that had been left alone for SETTLED before they were read
+    to the end. What is written through a memory map may keep a file's times until it reaches the disk.
+
+    Returns
+    -------
+    dict
+        Per file ``sha256``, and ``stat`` (bytes, mtime_ns, ctime_ns, inode, device) where it may be relied on.
+    """
+    found = {}
+    for file in files:
+        before, entry = _stat(file), known.get(str(file), {})
+        if entry.get("stat") != before:
+            entry = {"sha256": sha256_file(file)}
+            if _stat(file) == before and time.time() - max(before[1:3]) / 1e9 > SETTLED:
+                entry["stat"] = before
+        found[str(file)] = entry
+    return found
+
+
+def unchanged(sources: list[str], found: dict[str, dict]) -> dict[str, dict]:
+    """``fingerprint`` once more, after the sources were read. UserError when they are not as ``found``: what was read may be a part of each version."""
+    advice = "Run again when nothing writes to it any more."
+    now = files_in(sources)
+    if other := {str(file) for file in now} ^ set(found):
+        raise UserError(f"{min(other)}: came or went while the data was read.", advice)
+    again = fingerprint(now, found)
+    for file, entry in again.items():
+        if entry["sha256"] != found[file]["sha256"]:
+            raise UserError(f"{file}: changed while it was read.", advice)
+    return again
+
+
+def _stat(file: Path) -> list[int]:
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
