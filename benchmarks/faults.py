@@ -152,6 +152,39 @@ def broken_disk(kind: str) -> Callable[[Bench, int, str], Outcome]:
     return fault
 
 
+def hanging_disk(bench: Bench, zero: int, dtype: str) -> Outcome:
+    """A disk (an ext4 image) that stops to answer (fsfreeze) in the middle of a run: the watchdog sees that no save gets on. Needs root and loop devices."""
+    truth, run = bench.undisturbed(zero, dtype), bench.run_dir()
+    disk, image = run / "checkpoints", Path(f"{run}.img")
+    disk.mkdir(parents=True)
+    with open(image, "wb") as f:
+        f.truncate(256 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, disk], check=True)
+    frozen = False
+    try:
+        (disk / "lost+found").rmdir()
+        process = bench.start("train", bench.config(run, zero, dtype), "checkpoint.every=10")
+        wait_for(lambda: (disk / "step-10" / "MANIFEST.json").exists(), process)
+        at, now = reached(run), time.time()
+        subprocess.run(["fsfreeze", "-f", disk], check=True)
+        frozen = True
+        seen = process.when("waits for a disk") - now
+        code = process.wait()
+        told = "cannot be ended" in process.text()
+        subprocess.run(["fsfreeze", "-u", disk], check=True)
+        frozen = False
+        while left(run) and time.time() - now < 60:
+            time.sleep(0.05)
+        still = left(run)
+        done = bench.start("resume", run).wait()
+        return Outcome(code == 137 and told and not still and done == 0 and weights(run) == truth, seen, lost_steps(run, at), f"watchdog {WATCHDOG:.0f} s, then resume")
+    finally:
+        if frozen:
+            subprocess.run(["fsfreeze", "-u", disk], check=False)
+        subprocess.run(["umount", "-l", disk], check=False)
+
+
 def always_crashing(bench: Bench, zero: int, dtype: str) -> Outcome:
     """A rank that is killed at every start: a bounded number of tries, each after a longer wait, then the true exit code."""
     run = bench.run_dir()
@@ -269,22 +302,24 @@ def differing(key: str, values: tuple) -> Callable[[Bench, int, str], Outcome]:
 
 FAULTS: dict[str, Callable[[Bench, int, str], Outcome]] = {
     "rank killed": killed_rank, "rank stopped": stopped_rank, "launcher killed": killed_launcher, "SIGTERM in a collective": terminated,
-    "disk full": broken_disk("full"), "disk read-only": broken_disk("read-only"), "crash at every start": always_crashing, "slow rank": slow_rank,
+    "disk full": broken_disk("full"), "disk read-only": broken_disk("read-only"), "disk hangs": hanging_disk, "crash at every start": always_crashing, "slow rank": slow_rank,
     **{f"checkpoint file: {kind}": damaged(kind) for kind in ("bit flip", "cut short", "missing")},
     "NaN on one rank": poisoned(21, 23), "NaN on one rank for good": poisoned(21, 1 << 60),
     "ranks differ: learning rate": differing("optim.lr", (1e-3, 2e-3)), "ranks differ: seed": differing("run.seed", (1, 2)),
     **{f"killed in a save: {point}": killed_in_a_save(point) for point in POINTS},
 }
 MORE = ("rank killed", "checkpoint file")  # tried several times: they fall on random steps and files
-ONCE = ("crash at every start", "slow rank", "disk full", "disk read-only", "ranks differ: learning rate", "ranks differ: seed")  # the same at every stage: not tried at all of them
+ONCE = ("crash at every start", "slow rank", "disk full", "disk read-only", "disk hangs", "ranks differ: learning rate", "ranks differ: seed")  # the same at every stage: not tried at all of them
 
 
 def attempt(fault: Callable[[Bench, int, str], Outcome], bench: Bench, zero: int, dtype: str) -> Outcome:
-    """One try; what did not come to its end was not survived, and the others go on."""
+    """One try; what did not come to its end was not survived, leaves nothing running, and the others go on."""
     try:
         return fault(bench, zero, dtype)
-    except (AssertionError, subprocess.TimeoutExpired) as e:
-        return Outcome(False, None, 0, f"{str(e).splitlines()[0][:80]}")
+    except (AssertionError, OSError, subprocess.SubprocessError) as e:
+        return Outcome(False, None, 0, f"{type(e).__name__}: {e}".splitlines()[0][:80])
+    finally:
+        bench.end_all()
 
 
 def measure(bench: Bench, name: str, zero: int, dtype: str, tries: int) -> dict:

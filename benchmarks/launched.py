@@ -25,6 +25,7 @@ class Process:
     """A launcher, and what it said when."""
 
     popen: subprocess.Popen
+    reader: threading.Thread
     said: list[tuple[float, str]] = field(default_factory=list)
 
     def when(self, part: str, timeout: float = 120.0) -> float:
@@ -46,6 +47,7 @@ class Process:
 
     def wait(self, timeout: float = 180.0) -> int:
         self.popen.wait(timeout)
+        self.reader.join(10)  # what it said last
         return self.popen.returncode
 
 
@@ -55,6 +57,7 @@ class Bench:
     def __init__(self, folder: Path, ranks: int = 2, dropout: float = 0.1):
         self.folder, self.ranks, self.numbers = folder, ranks, itertools.count()
         self.whole: dict[tuple[int, str], Path] = {}
+        self.started: list[Process] = []
         write_model(folder, dropout)
 
     def config(self, run: Path, zero: int, dtype: str, **train) -> Path:
@@ -74,9 +77,19 @@ class Bench:
         command = [sys.executable, "-m", "fastft", "launch", *itertools.chain(*((f"--{k.replace('_', '-')}", str(v)) for k, v in options.items())), *map(str, arguments)]
         popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                                  env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})})
-        process = Process(popen)
-        threading.Thread(target=lambda: process.said.extend((time.time(), line.rstrip()) for line in popen.stdout), daemon=True).start()
-        return process
+        said: list[tuple[float, str]] = []
+        reader = threading.Thread(target=lambda: said.extend((time.time(), line.rstrip()) for line in popen.stdout), daemon=True)
+        reader.start()
+        self.started.append(Process(popen, reader, said))
+        return self.started[-1]
+
+    def end_all(self) -> None:
+        """Kill every launcher that still runs; its agents and ranks end with it."""
+        for process in self.started:
+            if process.popen.poll() is None:
+                process.popen.kill()
+                process.wait()
+        self.started.clear()
 
     def undisturbed(self, zero: int, dtype: str) -> str:
         """Hash of the weights after all steps."""

@@ -195,7 +195,7 @@ def test_a_run_reads_nothing_that_it_writes(trained, tmp_path):
     assert "holds run.dir" in refused("train", trained[0], *given)
     assert "holds run.dir" in refused("validate", trained[0], *given)
     assert "holds data.cache" in refused("train", trained[0], f"data.train={tmp_path}", f"run.dir={tmp_path.parent}/elsewhere", f"data.cache={tmp_path}")
-    assert [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]
+    assert not list(tmp_path.rglob("MANIFEST.json"))
 
 
 def test_two_failed_overwrites_keep_the_last_good_run_and_others_old_files(trained, tmp_path):

@@ -8,10 +8,9 @@ import torch
 from fastft import config as configuration
 from fastft.errors import UserError
 from fastft.evaluate.export import weights_of
+from fastft.evaluate.trace import samples
 from fastft.models import load
-from fastft.tasks import TASKS
 from fastft.train import checkpoint, engine
-from fastft.train.loop import Schedule
 
 
 def replay(run_dir: Path, step: int) -> dict:
@@ -28,7 +27,7 @@ def replay(run_dir: Path, step: int) -> dict:
     Raises
     ------
     UserError
-        Not a run folder, a step that the run does not have, a damaged checkpoint.
+        Not a run folder, a step that the run does not have, a damaged checkpoint, data that is not what this run has learnt from.
     """
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: not a run folder (no config.yaml).", "Give the run.dir of a run.")
@@ -36,11 +35,7 @@ def replay(run_dir: Path, step: int) -> dict:
     if config.run.offline:
         load.go_offline()
     ranks = engine.environment(config)
-    task = TASKS.get(config.task)(config)
-    split = task.train_split()
-    schedule = Schedule.of(config, len(split), task.max_length)
-    if not 1 <= step <= schedule.total:
-        raise UserError(f"--step {step}: the run has steps 1 to {schedule.total}.")
+    task, split, ids = samples(config, step, run_dir)
     model, _ = load.build(config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides())
     source = config.model.path
     if before := [s for s in checkpoint.steps(run_dir / "checkpoints") if s < step]:
@@ -50,8 +45,8 @@ def replay(run_dir: Path, step: int) -> dict:
     task.check_model(model, ranks.device)
     task.attach(model, ranks.device)
     model.to(ranks.device).eval()
-    samples = [_one(model, task, split, int(i), ranks.device) for i in schedule.ids(step - 1, len(split), config.data.seed)]
-    return {"weights": source, "samples": sorted(samples, key=lambda s: (s["loss"] == s["loss"] and s["grad_norm"] < float("inf"), -s["loss"]))}
+    found = [_one(model, task, split, int(i), ranks.device) for i in ids]
+    return {"weights": source, "samples": sorted(found, key=lambda s: (s["loss"] == s["loss"] and s["grad_norm"] < float("inf"), -s["loss"]))}
 
 
 def _one(model: torch.nn.Module, task, split, sample: int, device: torch.device) -> dict:

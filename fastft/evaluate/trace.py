@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from fastft import config as configuration
+from fastft.config import Config
 from fastft.errors import UserError
 from fastft.models import load
-from fastft.tasks import TASKS
+from fastft.tasks import TASKS, Split, Task
+from fastft.train import checkpoint
 from fastft.train.loop import Schedule
 
 
@@ -16,14 +20,32 @@ def trace(path: Path, overrides: list[str], step: int) -> list[dict]:
     ----------
     path : Path
         A run folder, or a configuration file.
+
+    Raises
+    ------
+    UserError
+        A step that the run does not have; data that is not what this run has learnt from.
     """
     config = configuration.load(path / "config.yaml" if path.is_dir() else path, overrides)
     if config.run.offline:
         load.go_offline()
+    task, split, ids = samples(config, step, path if path.is_dir() else None)
+    return [{"sample": int(i), "documents": task.documents(split, int(i))} for i in ids]
+
+
+def samples(config: Config, step: int, run_dir: Path | None) -> tuple[Task, Split, np.ndarray]:
+    """The task, its training data, and the ids of the samples of a step: of the run in ``run_dir`` as its newest checkpoint knows it, or of one that would begin.
+
+    Raises UserError as ``trace`` does.
+    """
     task = TASKS.get(config.task)(config)
     split = task.train_split()
-    schedule = Schedule.of(config, len(split), task.max_length)
+    knots: list = []
+    if run_dir is not None and (found := checkpoint.recorded(run_dir / "checkpoints")):
+        path, manifest = found
+        checkpoint.check_data(path, manifest, split.data.key)
+        knots = manifest["state"].get("knots", [])
+    schedule = Schedule.of(config, len(split), task.max_length, knots)
     if not 1 <= step <= schedule.total:
         raise UserError(f"--step {step}: the run has steps 1 to {schedule.total}.")
-    ids = schedule.ids(step - 1, len(split), config.data.seed)
-    return [{"sample": int(i), "documents": task.documents(split, int(i))} for i in ids]
+    return task, split, schedule.ids(step - 1, len(split), config.data.seed)

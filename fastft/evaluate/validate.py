@@ -1,6 +1,7 @@
 """`fastft validate`: everything that can be wrong before the first step, found without training."""
 
 from fastft.config import Config
+from fastft.data import prepared
 from fastft.models import load
 from fastft.tasks import TASKS
 from fastft.train import engine
@@ -8,7 +9,7 @@ from fastft.train.loop import Schedule
 
 
 def validate_run(config: Config) -> dict:
-    """Prepare every split, build the model and check it against the task.
+    """Prepare every split, or compare every byte of what is prepared with its hash; build the model and check it against the task.
 
     Returns
     -------
@@ -23,6 +24,8 @@ def validate_run(config: Config) -> dict:
     task.check_best_by()
     train = task.train_split()
     splits = {"train": train, **task.eval_splits()}
+    for split in splits.values():  # what a run only compares the sizes of
+        prepared.verify(split.data.folder)
     schedule = Schedule.of(config, len(train), task.max_length)
     model, drawn = load.build(config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides())
     task.check_model(model, ranks.device)

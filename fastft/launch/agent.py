@@ -6,6 +6,7 @@ network is gone: the ranks are killed. It answers on standard output, one JSON o
 
     output      ``text``: a line that rank 0 printed
     exit        ``rank``, ``code`` (negative: a signal), ``mistake`` (a UserError's text or null), ``tail`` (the end of its log)
+    stuck       ``rank``, which no signal ends: it waits for a disk that does not answer
     hang        ``rank``, ``step``, ``silent`` (seconds), ``state`` (of the process, as in /proc), ``stack``
     done        ``code``: of the first rank that failed, or 0
 """
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ BEAT = struct.Struct("<qd")  # step (-1: nothing to watch), Unix time
 GRACE = 2.0  # seconds that the other ranks get to say why they fail, once one has
 GRACE_STOPPING = 600.0  # the same after a signal that asked them to save and leave
 FIRST = 5.0  # times the watchdog: process groups, engines and checkpoints take longer than a step
+UNKILLABLE = 20.0  # seconds after SIGKILL until a rank that waits for a disk is left behind
 SILENCE = 30.0  # seconds without a word from the launcher
 
 
@@ -75,11 +78,12 @@ class Rank:
                 pass
 
     def state(self) -> str:
-        """R running, S sleeping, D waiting for a disk, T stopped, Z ended: proc(5)."""
-        try:
-            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return "Z"
+        """Of the main thread: R running, S sleeping, T stopped, Z ended (proc(5)); D where any thread waits for a disk."""
+        main, states = str(self.process.pid), {}
+        for stat in Path(f"/proc/{main}/task").glob("*/stat"):
+            with suppress(OSError):
+                states[stat.parent.name] = stat.read_text().rpartition(")")[2].split()[0]
+        return "D" if "D" in states.values() else states.get(main, "Z")
 
     def stack(self, frames: int = 15) -> str:
         """The main thread's innermost frames, from what SIGUSR1 made the rank write into its log."""
@@ -105,7 +109,7 @@ class Agent:
 
     def run(self) -> int:
         threading.Thread(target=self._listen, daemon=True).start()
-        open_ranks = set(self.ranks)
+        open_ranks, left_behind = set(self.ranks), set()
         try:
             while open_ranks:
                 self._obey()
@@ -117,10 +121,16 @@ class Agent:
                     self._watch(open_ranks)
                 if self.kill_at is not None and time.monotonic() >= self.kill_at:
                     self._signal(signal.SIGKILL)
+                    if time.monotonic() >= self.kill_at + UNKILLABLE and (stuck := {rank for rank in open_ranks if rank.state() == "D"}):
+                        for rank in stuck:
+                            say("stuck", rank=rank.rank)
+                        self.code = self.code or -signal.SIGKILL
+                        open_ranks -= stuck
+                        left_behind |= stuck
                 time.sleep(0.1)
         finally:
             self._signal(signal.SIGKILL)
-            for rank in self.ranks:
+            for rank in set(self.ranks) - left_behind:
                 rank.process.wait()
         self._relay()
         say("done", code=self.code)

@@ -199,6 +199,9 @@ class _Attempt:
         elif name == "hang":
             doing = {"T": "is stopped", "D": "waits for a disk", "R": "computes", "S": "waits"}.get(event["state"], f"is in state {event['state']}")
             self._failed(137, f"rank {event['rank']} {where} has taken no step for {event['silent']:.0f} s (after step {event['step']}); it {doing}.\n{event['stack']}")
+        elif name == "stuck":
+            self._failed(137, f"rank {event['rank']} {where} cannot be ended: it waits for a disk that does not answer. It ends when the disk does; "
+                              "nothing is restarted before.", MISTAKE)
         elif name == "exit" and event["code"]:
             self._rank_failed(event, where)
 

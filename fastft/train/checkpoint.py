@@ -106,6 +106,22 @@ def find(folder: Path, step: int | None = None, ranks: Ranks | None = None) -> t
     raise UserError(f"{folder}: no usable checkpoint. {' '.join(problems)}".strip(), "Start the run anew with `fastft train`.")
 
 
+def recorded(folder: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint whose manifest is whole, and it, for what that says of the run; its other files are not looked at. None: there is none."""
+    for step in reversed(_folders(folder)):
+        manifest, problem = _manifest(folder / f"step-{step}")
+        if problem is None:
+            return folder / f"step-{step}", manifest
+    return None
+
+
+def check_data(path: Path, manifest: dict, key: str) -> None:
+    """UserError when a run's prepared training data (its ``key``) is not what this checkpoint of it learnt from."""
+    if manifest["state"]["data"] != key:
+        raise UserError(f"{path}: the training data, tokenizer or data settings changed since this checkpoint, or it is from a fastft that read data otherwise.",
+                        "Put the old data back, go on with the fastft that began the run, or start a new run from the exported model.")
+
+
 def load(engine, path: Path, manifest: dict, ranks: Ranks, converted: Path | None = None) -> dict:
     """Restore model, optimizer and this rank's RNG from a verified checkpoint; returns the loop's state.
 
@@ -153,19 +169,29 @@ def _rng_state(device: torch.device) -> dict:
 def _verified(path: Path, ranks: Ranks | None) -> tuple[dict, str | None]:
     """The manifest, and what is wrong with the checkpoint (None: nothing), the same on all ranks."""
     rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    manifest, problem = _manifest(path)
     try:
-        manifest = json.loads((path / "MANIFEST.json").read_text())
-        whole = manifest.pop("digest") == digest(manifest)
-        problem = _damage(path, manifest, rank, world) if whole else f"{path / 'MANIFEST.json'} does not match its own digest."
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        manifest, problem = {}, f"{path / 'MANIFEST.json'} is damaged."
+        problem = problem or _damage(path, manifest, rank, world)
     except OSError as e:
-        manifest, problem = {}, f"{e.filename or path}: {e.strerror}."
+        problem = f"{e.filename or path}: {e.strerror}."
     if world > 1:
         every: list[str | None] = [None] * world
         dist.all_gather_object(every, problem)
         problem = next((p for p in every if p), None)
     return manifest, problem
+
+
+def _manifest(path: Path) -> tuple[dict, str | None]:
+    """A checkpoint's manifest, and what is wrong with it (None: nothing)."""
+    file = path / "MANIFEST.json"
+    try:
+        manifest = json.loads(file.read_text())
+        whole = manifest.pop("digest") == digest(manifest)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return {}, f"{file} is damaged."
+    except OSError as e:
+        return {}, f"{e.filename or path}: {e.strerror}."
+    return manifest, None if whole else f"{file} does not match its own digest."
 
 
 def _damage(path: Path, manifest: dict, rank: int = 0, world: int = 1) -> str | None:

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,15 +45,17 @@ SETTLED = ("task", "batch.size", "batch.global_tokens", "data.seed", "model.dtyp
 class Schedule:
     """How many sequences a step takes and how many steps there are.
 
-    Step s takes positions [s * size, (s + 1) * size) of the endless sample order; the last step of a run counted in epochs may be short.
+    A step takes the next ``size`` positions of the endless sample order; the last one of a run counted in epochs may be short. ``knots`` says where
+    a run went on after a short one: (steps, positions) done by then, ascending.
     """
 
     size: int
     total: int
     positions: int
+    knots: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, config: Config, n: int, max_length: int) -> "Schedule":
+    def of(cls, config: Config, n: int, max_length: int, knots: Iterable[Iterable[int]] = ()) -> "Schedule":
         size = config.batch.size
         if config.batch.global_tokens is not None:
             size = config.batch.global_tokens // max_length
@@ -60,13 +63,30 @@ class Schedule:
                 raise UserError(f"batch.global_tokens = {config.batch.global_tokens} is less than one sequence (data.max_length = {max_length}).",
                                 "Raise batch.global_tokens or lower data.max_length.")
         size = size or 32
+        knots = tuple((steps, taken) for steps, taken in knots)
+        steps, taken = knots[-1] if knots else (0, 0)
         if config.train.steps is not None:
-            return cls(size, config.train.steps, config.train.steps * size)
+            total = config.train.steps
+            return cls(size, total, taken + max(0, total - steps) * size, knots)
         positions = max(1, round((config.train.epochs or 1.0) * n))
-        return cls(size, math.ceil(positions / size), positions)
+        return cls(size, steps + max(0, math.ceil((positions - taken) / size)), positions, knots)
+
+    def taken(self, step: int) -> int:
+        """Positions that the first ``step`` steps take."""
+        knots = ((0, 0), *self.knots)
+        steps, taken = [knot for knot in knots if knot[0] <= step][-1]
+        end = taken + (step - steps) * self.size
+        return min(end, self.positions) if steps == knots[-1][0] < step else end
 
     def ids(self, step: int, n: int, seed: int) -> np.ndarray:
-        return order.sample_ids(n, seed, step * self.size, min((step + 1) * self.size, self.positions))
+        """Samples of the step after the first ``step``."""
+        return order.sample_ids(n, seed, self.taken(step), self.taken(step + 1))
+
+    def knots_at(self, step: int) -> list[tuple[int, int]]:
+        """What a run that goes on from here must know to take the position after the last one."""
+        steps, taken = self.knots[-1] if self.knots else (0, 0)
+        end = self.taken(step)
+        return [*self.knots, *([(step, end)] if end < taken + (step - steps) * self.size else [])]
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> dict:
@@ -94,7 +114,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     task = TASKS.get(config.task)(config)
     task.check_best_by()
     split, evals = task.train_split(), task.eval_splits()  # all tokenising is done before there is a process group
-    schedule = Schedule.of(config, len(split), task.max_length)
+    schedule = Schedule.of(config, len(split), task.max_length)  # of a run that begins; refused now if it cannot be
     model, drawn = load.build(config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides())
     task.check_model(model, ranks.device)
     settled = task.attach(model, ranks.device)
@@ -107,7 +127,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     heart.beat(0)  # from here on ranks wait for each other
     engine.start_process_group()
     health.check_agreement(config, split.data.key, ranks)
-    found = _found(config, split, schedule, layout, ranks) if resume else None
+    found = _found(config, split, task.max_length, layout, ranks) if resume else None
+    schedule = found.schedule if found else schedule
     settings = engine.deepspeed_config(config, ranks)
     if found and found.converted:
         settings["checkpoint"] = {**settings.get("checkpoint", {}), **reshard.SETTINGS}
@@ -135,6 +156,7 @@ class _Found:
 
     path: Path
     manifest: dict
+    schedule: Schedule  # of the rest of the run
     passed_over: list[str]  # what is wrong with newer ones
     converted: Path | None  # its form for this number of ranks and ZeRO stage, when it was written by another
 
@@ -143,12 +165,10 @@ class _Found:
                 "passed_over": self.passed_over}
 
 
-def _found(config: Config, split: Split, schedule: Schedule, layout: str, ranks: Ranks) -> _Found:
+def _found(config: Config, split: Split, max_length: int, layout: str, ranks: Ranks) -> _Found:
     """The newest usable checkpoint, once it is known that the rest would be the rest of this run; converted where that is needed."""
     path, manifest, passed_over = checkpoint.find(Path(config.run.dir) / "checkpoints", ranks=ranks)
-    if manifest["state"]["data"] != split.data.key:
-        raise UserError(f"{path}: the training data, tokenizer or data settings changed since this checkpoint, or it is from a fastft that read data otherwise.",
-                        "Put the old data back, go on with the fastft that began the run, or start a new run from the exported model.")
+    checkpoint.check_data(path, manifest, split.data.key)
     before = yaml.safe_load(manifest["state"]["config"])
     for key in SETTLED:
         section, _, name = key.rpartition(".")
@@ -159,10 +179,11 @@ def _found(config: Config, split: Split, schedule: Schedule, layout: str, ranks:
     if manifest["state"]["layout"] != layout:  # DeepSpeed restores flat shards by position: layers would take each other's weights
         raise UserError(f"{path}: was written with other trained parameters or parameter groups (model.freeze, optim.weight_decay 0 or not).",
                         "Resume with the settings that the run began with, or start a new run from the exported model.")
+    schedule = Schedule.of(config, len(split), max_length, manifest["state"].get("knots", ()))
     if manifest["step"] > schedule.total:
         raise UserError(f"{path}: is at step {manifest['step']}, the run would end at {schedule.total}.", "Raise train.steps or train.epochs.")
     converted = reshard.convert(path, checkpoint.TAG, config.parallel.zero, ranks) if reshard.needed(manifest, config.parallel.zero, ranks) else None
-    return _Found(path, manifest, passed_over, converted)
+    return _Found(path, manifest, schedule, passed_over, converted)
 
 
 class _Run:
@@ -292,7 +313,7 @@ class _Run:
         if self.ranks.world > 1 and (slow := self.pace.slow_ranks(self.ranks)):
             self.log.record("slow_ranks", step=self.step, times=slow)
             self.log.say(f"step {self.step}: slow: " + ", ".join(f"rank {rank} takes {times:.1f} times the others' time" for rank, times in slow.items()))
-        self.log.record("train", step=self.step, epoch=self.step * self.schedule.size / len(self.split), loss=value,
+        self.log.record("train", step=self.step, epoch=self.schedule.taken(self.step) / len(self.split), loss=value,
                         lr=self.optimizer.param_groups[0]["lr"], grad_norm=float(self.stepper.grad_norm), skipped=self.skipped_total, **rates)
         self.log.progress(self.step, loss=value, rate=rates["tokens_per_second"])
 
@@ -320,7 +341,7 @@ class _Run:
         with self.throughput.paused():
             best = self._is_best()
             state = {"step": self.step, "best": self.best, "skipped_in_a_row": self.skipped_in_a_row, "skipped_total": self.skipped_total,
-                     "data": self.split.data.key, "layout": self.layout, "task": self.task.state(), "config": configuration.dump(self.config)}
+                     "data": self.split.data.key, "knots": self.schedule.knots_at(self.step), "layout": self.layout, "task": self.task.state(), "config": configuration.dump(self.config)}
             self._settle()
             path = checkpoint.save(self.engine, self.writer, self.folder, self.step, state, self.config.checkpoint.keep, best)
             if wait:
@@ -328,12 +349,19 @@ class _Run:
             self.log.record("checkpoint", step=self.step, path=str(path), stall_seconds=time.perf_counter() - start)
 
     def _settle(self) -> None:
-        """Wait, all ranks together, until everyone's part of the last checkpoint is on the disk; raises on every rank when any failed."""
+        """Wait, all ranks together, until everyone's part of the last checkpoint is on the disk; raises on every rank when any failed.
+
+        Only who writes on, or has nothing to write, gives a sign of life: a disk that does not answer is for the watchdog.
+        """
+        moved = -1
         while True:
             self._agreed()
-            if not self.stop.any(self.writer.busy(), self.ranks.device, self.ranks.world):
+            busy = self.writer.busy()
+            if not self.stop.any(busy, self.ranks.device, self.ranks.world):
                 break
-            self.heart.beat(self.step)
+            if not busy or self.writer.moved != moved:
+                moved = self.writer.moved
+                self.heart.beat(self.step)
             time.sleep(0.02)
         self._agreed()
 

@@ -6,6 +6,7 @@ the manifest, renames the folder and replaces LATEST. Until then the checkpoint 
 """
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from fastft.files import fsync, replacing, sha256_file
 from fastft.train.engine import Ranks
 
 POLL = 0.02  # seconds
+PART, SYNC = 16 << 20, 64 << 20  # bytes written at a time, and before the disk is waited for
 POINTS = ("begin", "snapshot", "before-file", "after-file", "before-report", "after-report", "before-manifest", "before-rename", "before-latest", "before-prune")
 
 
@@ -90,6 +92,52 @@ def bytes_of(value) -> int:
     return sum(map(bytes_of, value)) if isinstance(value, (list, tuple)) else 0
 
 
+class _Stream:
+    """A new file for torch.save, synced and hashed as it is written.
+
+    An error is kept for ``finish``: torch writes once more where it cleans up after one, and would end the process.
+    """
+
+    def __init__(self, path: Path, moved: Callable[[], None]):
+        self.file, self.moved = open(path, "wb", buffering=0), moved
+        self.hash, self.bytes, self.unsynced = hashlib.sha256(), 0, 0
+        self.error: OSError | None = None
+
+    def write(self, data) -> int:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), PART):
+            if self.error:
+                break
+            try:
+                self._write(view[start:start + PART])
+            except OSError as e:
+                self.error = e
+        return len(view)
+
+    def _write(self, part: memoryview) -> None:
+        self.hash.update(part)
+        self.bytes += len(part)
+        self.unsynced += len(part)
+        while part:
+            part = part[self.file.write(part):]
+        if self.unsynced >= SYNC:
+            os.fdatasync(self.file.fileno())
+            self.unsynced = 0
+        self.moved()
+
+    def flush(self) -> None:
+        """torch asks for it; nothing is held back."""
+
+    def finish(self) -> dict:
+        """The manifest's entry of the file, which is on the disk now."""
+        with self.file:
+            if self.error:
+                raise self.error
+            os.fsync(self.file.fileno())
+        self.moved()
+        return {"bytes": self.bytes, "sha256": self.hash.hexdigest()}
+
+
 class Writer:
     """At most one checkpoint on its way to the disk.
 
@@ -97,11 +145,14 @@ class Writer:
     ----------
     problem : str
         Why this rank's last write failed; empty: it did not.
+    moved : int
+        Grows while the write gets on, also while it waits for other ranks; stands still when the disk does not answer.
     """
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.problem = ""
+        self.moved = 0
         self.thread: threading.Thread | None = None
         self.abandoned = threading.Event()
 
@@ -129,6 +180,9 @@ class Writer:
         self.abandoned.set()
         self.wait()
 
+    def _move(self) -> None:
+        self.moved += 1
+
     def _run(self, files: dict[Path, object], scratch: Path, finish: Callable[[dict[str, dict]], None]) -> None:
         path = scratch
         try:
@@ -136,10 +190,10 @@ class Writer:
             entries = {}
             for path, state in files.items():
                 point("before-file", self.ranks.rank)
-                torch.save(state, path)
+                stream = _Stream(path, self._move)
+                torch.save(state, stream)
                 point("after-file", self.ranks.rank)
-                fsync(path)
-                entries[str(path.relative_to(scratch))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                entries[str(path.relative_to(scratch))] = stream.finish()
             point("before-report", self.ranks.rank)
             with replacing(scratch / f"rank-{self.ranks.rank}.json") as report:
                 report.write_text(json.dumps(entries))
@@ -149,7 +203,7 @@ class Writer:
                 finish(every)
         except UserError as e:
             self.problem = str(e)
-        except Exception as e:  # torch.save of a full disk raises RuntimeError, others OSError; the training must hear of all
+        except Exception as e:  # the training must hear of all
             self.problem = f"{path}: writing the checkpoint failed: {e}"
 
     def _check_space(self, files: dict[Path, object], scratch: Path) -> None:
@@ -166,6 +220,7 @@ class Writer:
             while not report.exists():
                 if self.abandoned.is_set():
                     return None
+                self._move()
                 time.sleep(POLL)
             entries |= json.loads(report.read_text())
         for rank in range(self.ranks.world):

@@ -26,6 +26,20 @@ def test_a_spike_stops_the_run_and_replay_shows_its_samples(lm_config, tmp_path)
     assert found["samples"][0]["loss"] >= found["samples"][1]["loss"]
 
 
+def test_trace_and_replay_know_the_data_that_the_run_read(classification_config, tmp_path):
+    """Another row in the file makes other samples of the same ids."""
+    launch.fastft("train", launch.write_config(tmp_path / "c.yaml", classification_config))
+    run, data = Path(classification_config["run"]["dir"]), Path(classification_config["data"]["train"])
+    launch.fastft("trace", run, "--step", "2")
+    row = data.read_text().splitlines()[1]
+    with open(data, "a") as f:
+        f.write(row + "\n")
+    for verb in ("trace", "replay"):
+        code, output = launch.fastft(verb, run, "--step", "2", check=False)
+        assert code == 1 and "changed since this checkpoint" in output and "Traceback" not in output
+    launch.fastft("trace", tmp_path / "c.yaml", "--step", "2")  # of a run that would begin
+
+
 def test_replay_of_the_first_step_is_its_loss(classification_config, tmp_path):
     """No dropout and one sequence per step: the loss of step 1 is that of its sample under the model that the run began with; the head is drawn from the seed."""
     classification_config["batch"] = {"size": 1}

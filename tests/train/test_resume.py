@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import launch
+from fastft import config as configuration
+from fastft.data import order
 from fastft.errors import UserError
 from fastft.train import checkpoint, loop, telemetry
 
@@ -199,6 +201,34 @@ def test_a_resume_takes_the_optimizers_settings_of_the_configuration(lm_config, 
     launch.fastft("resume", tmp_path / "other", f"run.dir={tmp_path / 'other'}", "train.steps=6", "optim.weight_decay=0.9")
     one, other = (load_file(folder / "model" / "model.safetensors") for folder in (run, tmp_path / "other"))
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_more_epochs_go_on_where_the_last_step_ended(lm_config, tmp_path):
+    """The last step of a run counted in epochs is short; the steps that follow leave nothing out, and trace knows it."""
+    lm_config["batch"], lm_config["train"] = {"size": 7}, {"epochs": 1.0, "log_every": 1}
+    lm_config["checkpoint"] = {"every": 5}
+    launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config))
+    run = Path(lm_config["run"]["dir"])
+    record = next(r for r in telemetry.read(run) if r["kind"] == "run")
+    n, first = record["data"]["train"]["sequences"], record["total_steps"]
+    assert n % 7 and first == -(-n // 7), "the last step is short"
+    for epochs in (1.5, 2.0):
+        launch.fastft("resume", run, f"train.epochs={epochs}")
+    last = [r for r in telemetry.read(run) if r["kind"] == "train"][-1]
+    half = round(1.5 * n)
+    assert last["step"] == first + -(-(half - n) // 7) + -(-(2 * n - half) // 7) and last["epoch"] == 2.0
+
+    def traced(step: int) -> list[int]:
+        _, output = launch.fastft("trace", run, "--step", str(step), "--json")
+        return [s["sample"] for s in json.loads(output.splitlines()[-1])]
+
+    taken = [traced(step) for step in (first - 1, first, first + 1, last["step"])]
+    seed = configuration.load(run / "config.yaml").data.seed
+    every = order.sample_ids(n, seed, 0, 2 * n).tolist()
+    assert taken[0] == every[7 * (first - 2):7 * (first - 1)] and taken[1] == every[7 * (first - 1):n]
+    assert taken[2] == every[n:n + 7] and taken[3] == every[2 * n - len(taken[3]):]
+    launch.fastft("resume", run, "train.epochs=null", f"train.steps={last['step'] + 1}")
+    assert traced(last["step"] + 1) == order.sample_ids(n, seed, 2 * n, 2 * n + 7).tolist()
 
 
 def test_pruning_keeps_what_was_just_written(tmp_path):

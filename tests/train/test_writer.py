@@ -1,0 +1,92 @@
+"""The thread that writes checkpoints: files as torch.save writes them, errors that reach the training, and a sign of life only while the disk answers."""
+
+import errno
+import os
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastft.files import sha256_file
+from fastft.train import loop, writer
+from fastft.train.engine import Ranks
+from fastft.train.writer import Writer
+
+ALONE = Ranks(0, 0, 1, 1, torch.device("cpu"))
+STATE = {"w": torch.arange(3_000_000, dtype=torch.float32), "empty": torch.zeros(0), "view": torch.arange(10)[2:5], "n": 3}
+
+
+def written(folder, state, name="x.pt") -> tuple[Writer, dict]:
+    """What a writer makes of a state, and the manifest's entries."""
+    entries: dict = {}
+    found = Writer(ALONE)
+    found.write({folder / name: state}, folder, entries.update)
+    found.wait()
+    return found, entries
+
+
+def test_a_file_is_what_torch_save_writes(tmp_path, monkeypatch):
+    """In parts of any size; its size and hash, taken on the way, are those of the file."""
+    torch.save(STATE, tmp_path / "plain.pt")
+    for part, sync in ((16 << 20, 64 << 20), (1000, 5000)):
+        monkeypatch.setattr(writer, "PART", part)
+        monkeypatch.setattr(writer, "SYNC", sync)
+        found, entries = written(tmp_path, STATE)
+        assert not found.problem and found.moved > (1 if part > 1000 else 12_000)
+        path = tmp_path / "x.pt"
+        assert entries["x.pt"] == {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        again = torch.load(path, weights_only=True)
+        assert all(torch.equal(again[k], v) if torch.is_tensor(v) else again[k] == v for k, v in STATE.items())
+        assert abs(path.stat().st_size - (tmp_path / "plain.pt").stat().st_size) < 1000
+        path.unlink()
+
+
+@pytest.mark.parametrize("call", ["write", "fdatasync", "fsync"])
+def test_an_error_of_the_disk_reaches_the_training(tmp_path, monkeypatch, call):
+    """Also in the middle of a file, where torch, while it cleans up, writes once more."""
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    if call == "write":
+        class Full(writer._Stream):
+            def _write(self, part):
+                if self.bytes > 100_000:
+                    fail()
+                super()._write(part)
+
+        monkeypatch.setattr(writer, "_Stream", Full)
+        monkeypatch.setattr(writer, "PART", 50_000)
+    else:
+        monkeypatch.setattr(writer, "SYNC", 1000)
+        monkeypatch.setattr(os, call, fail)
+    found, entries = written(tmp_path, STATE)
+    assert "x.pt: writing the checkpoint failed: [Errno 5] Input/output error" in found.problem and not entries
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_sign_of_life_only_while_the_disk_answers(tmp_path, monkeypatch, answers):
+    """A pipe that is read slowly, or by nobody for two seconds, stands for the disk."""
+    monkeypatch.setattr(writer, "PART", 50_000)
+    os.mkfifo(tmp_path / "x.pt")
+    found, beats, turns = Writer(ALONE), [], []
+    run = loop._Run.__new__(loop._Run)
+    run.writer, run.ranks, run.step = found, ALONE, 7
+    run.heart = SimpleNamespace(beat=lambda step: beats.append(time.monotonic() - start))
+    run.stop = SimpleNamespace(any=lambda here, device, world: here)
+    run._agreed = lambda: turns.append(time.monotonic() - start)
+
+    def read() -> None:
+        if not answers:
+            time.sleep(2.0)
+        with open(tmp_path / "x.pt", "rb") as f:
+            while f.read(100_000):
+                time.sleep(0.02 if answers else 0.0)
+
+    start = time.monotonic()
+    threading.Thread(target=read, daemon=True).start()
+    found.write({tmp_path / "x.pt": STATE}, tmp_path, lambda entries: None)
+    run._settle()
+    assert sum(0.3 < at < 1.7 for at in turns) > 20
+    assert any(0.3 < at < 1.7 for at in beats) is answers
