@@ -19,6 +19,7 @@ MIN_BANDWIDTH = 0.8  # of the median of all pairs
 MIN_SHM = 1 << 30  # bytes of /dev/shm: what data loaders and NCCL's shared-memory transport expect
 BLOCKS = 64  # MiB sent from a host to the next
 LIMIT = 60.0  # seconds for an answer: nvidia-smi, or a dead network disk, can hang for good
+NEEDED = {"python", "packages", "code", "gpus", "shm", "port_free", "inputs", "shared", "disk_error", "disk_free", "disk_write"}  # of probe.facts
 
 
 class Probe:
@@ -86,6 +87,8 @@ def preflight(plan: Plan, need_bytes: int, inputs: list[Path]) -> tuple[list[dic
         found = _all(probes, do="facts", run_dir=str(plan.run_dir), port=plan.master_port or 29500, marker=marker, inputs=[str(path) for path in inputs])
         for probe, facts in zip(probes, found, strict=True):
             facts["name"] = probe.host.name
+            if "error" not in facts and (silent := NEEDED - facts.keys()):
+                facts["error"] = f"its fastft is another one (it says nothing of {', '.join(sorted(silent))})"
             facts["skew"] = _skew(probe) if "error" not in facts else None
         _bandwidths(probes, found)
     finally:
@@ -168,8 +171,8 @@ def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
     for f in good:
         name, first = f["name"], good[0]
         wrong += [f"{name}: {key} {f[key]}, {first['name']} has {first[key]}" for key in ("python", "code", "gpus") if f[key] != first[key]]
-        wrong += [f"{name}: {package} {f['packages'][package]}, {first['name']} has {version}" for package, version in first["packages"].items()
-                  if f["packages"][package] != version]
+        wrong += [f"{name}: {package} {f['packages'].get(package)}, {first['name']} has {version}" for package, version in first["packages"].items()
+                  if f["packages"].get(package) != version]
         for path, size in f["inputs"].items():
             if size is None:
                 wrong.append(f"{name}: {path} is not there, or cannot be read")

@@ -25,7 +25,7 @@ from fastft.files import fsync, replacing, sha256_file
 from fastft.train.engine import Ranks
 
 POLL = 0.02  # seconds
-PART, SYNC = 16 << 20, 64 << 20  # bytes written at a time, and before the disk is waited for
+PART, SYNC = 1 << 20, 256 << 20  # bytes written at a time, and before the disk is waited for
 POINTS = ("begin", "snapshot", "before-file", "after-file", "before-report", "after-report", "before-manifest", "before-rename", "before-latest", "before-prune")
 
 

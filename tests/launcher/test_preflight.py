@@ -62,6 +62,19 @@ def test_this_machine(lm_config, tmp_path):
     assert code == 1 and "/proc" in output and "Traceback" not in output
 
 
+def test_a_host_with_an_older_fastft_is_named(tmp_path, monkeypatch):
+    """It answers, but not all that is asked of it today."""
+    old = tmp_path / "old"
+    old.write_text(f"#!{sys.executable}\nimport sys\nfor line in sys.stdin:\n    print('{{\"host\": \"b\", \"python\": \"3.11\"}}', flush=True)\n")
+    old.chmod(0o755)
+    plan = launcher.Plan([], [Host("localhost", 1), Host("b", 1)], tmp_path / "run", "127.0.0.1", launch.free_port())
+    real = preflight.remote_command
+    monkeypatch.setattr(preflight, "remote_command", lambda plan, host, module: [str(old)] if host.name == "b" else real(plan, host, module))
+    found, wrong = preflight.preflight(plan, 0, [])
+    assert len(wrong) == 1 and wrong[0].startswith("b: cannot be asked: its fastft is another one") and "inputs" in wrong[0]
+    assert len(preflight.describe(found)) == 2
+
+
 def test_a_host_that_hangs_is_named(tmp_path, monkeypatch):
     """As behind a driver or a disk that never answers: a process that reads the question and says nothing."""
     silent = tmp_path / "silent"
