@@ -10,7 +10,7 @@ from fastft.errors import UserError
 from fastft.models import load
 from fastft.tasks import TASKS, Split, Task
 from fastft.train import checkpoint
-from fastft.train.loop import Schedule
+from fastft.train.schedule import Schedule
 
 
 def trace(path: Path, overrides: list[str], step: int) -> list[dict]:

@@ -5,7 +5,7 @@ from fastft.data import prepared
 from fastft.models import load
 from fastft.tasks import TASKS
 from fastft.train import engine
-from fastft.train.loop import Schedule
+from fastft.train.schedule import Schedule
 
 
 def validate_run(config: Config) -> dict:

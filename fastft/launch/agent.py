@@ -78,12 +78,12 @@ class Rank:
                 pass
 
     def state(self) -> str:
-        """Of the main thread: R running, S sleeping, T stopped, Z ended (proc(5)); D where any thread waits for a disk."""
+        """Of the main thread: R running, S sleeping, T stopped, Z ended (proc(5)); D where any thread of a process that is not stopped waits for a disk."""
         main, states = str(self.process.pid), {}
         for stat in Path(f"/proc/{main}/task").glob("*/stat"):
             with suppress(OSError):
                 states[stat.parent.name] = stat.read_text().rpartition(")")[2].split()[0]
-        return "D" if "D" in states.values() else states.get(main, "Z")
+        return "D" if "D" in states.values() and states.get(main) != "T" else states.get(main, "Z")
 
     def stack(self, frames: int = 15) -> str:
         """The main thread's innermost frames, from what SIGUSR1 made the rank write into its log."""

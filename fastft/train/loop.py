@@ -6,13 +6,11 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -20,7 +18,7 @@ import yaml
 import fastft
 from fastft import config as configuration
 from fastft.config import Config
-from fastft.data import batches, order
+from fastft.data import batches
 from fastft.errors import Interrupted, UserError
 from fastft.models import load
 from fastft.ops import backends
@@ -31,6 +29,7 @@ from fastft.train import checkpoint, engine, export, health, reshard, run_folder
 from fastft.train.engine import Ranks, Stepper
 from fastft.train.evaluation import evaluate
 from fastft.train.heartbeat import Heartbeat
+from fastft.train.schedule import Schedule
 from fastft.train.signals import StopRequest
 from fastft.train.telemetry import Telemetry
 from fastft.train.throughput import Throughput
@@ -39,54 +38,6 @@ from fastft.train.writer import Writer
 
 # What a resumed run may not change: the sample order and the layout of the state depend on it.
 SETTLED = ("task", "batch.size", "batch.global_tokens", "data.seed", "model.dtype", "optim.state_dtype", "optim.master")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How many sequences a step takes and how many steps there are.
-
-    A step takes the next ``size`` positions of the endless sample order; the last one of a run counted in epochs may be short. ``knots`` says where
-    a run went on after a short one: (steps, positions) done by then, ascending.
-    """
-
-    size: int
-    total: int
-    positions: int
-    knots: tuple[tuple[int, int], ...] = ()
-
-    @classmethod
-    def of(cls, config: Config, n: int, max_length: int, knots: Iterable[Iterable[int]] = ()) -> "Schedule":
-        size = config.batch.size
-        if config.batch.global_tokens is not None:
-            size = config.batch.global_tokens // max_length
-            if size == 0:
-                raise UserError(f"batch.global_tokens = {config.batch.global_tokens} is less than one sequence (data.max_length = {max_length}).",
-                                "Raise batch.global_tokens or lower data.max_length.")
-        size = size or 32
-        knots = tuple((steps, taken) for steps, taken in knots)
-        steps, taken = knots[-1] if knots else (0, 0)
-        if config.train.steps is not None:
-            total = config.train.steps
-            return cls(size, total, taken + max(0, total - steps) * size, knots)
-        positions = max(1, round((config.train.epochs or 1.0) * n))
-        return cls(size, steps + max(0, math.ceil((positions - taken) / size)), positions, knots)
-
-    def taken(self, step: int) -> int:
-        """Positions that the first ``step`` steps take."""
-        knots = ((0, 0), *self.knots)
-        steps, taken = [knot for knot in knots if knot[0] <= step][-1]
-        end = taken + (step - steps) * self.size
-        return min(end, self.positions) if steps == knots[-1][0] < step else end
-
-    def ids(self, step: int, n: int, seed: int) -> np.ndarray:
-        """Samples of the step after the first ``step``."""
-        return order.sample_ids(n, seed, self.taken(step), self.taken(step + 1))
-
-    def knots_at(self, step: int) -> list[tuple[int, int]]:
-        """What a run that goes on from here must know to take the position after the last one."""
-        steps, taken = self.knots[-1] if self.knots else (0, 0)
-        end = self.taken(step)
-        return [*self.knots, *([(step, end)] if end < taken + (step - steps) * self.size else [])]
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> dict:
@@ -341,7 +292,8 @@ class _Run:
         with self.throughput.paused():
             best = self._is_best()
             state = {"step": self.step, "best": self.best, "skipped_in_a_row": self.skipped_in_a_row, "skipped_total": self.skipped_total,
-                     "data": self.split.data.key, "knots": self.schedule.knots_at(self.step), "layout": self.layout, "task": self.task.state(), "config": configuration.dump(self.config)}
+                     "data": self.split.data.key, "knots": self.schedule.knots_at(self.step), "layout": self.layout, "task": self.task.state(),
+                     "config": configuration.dump(self.config)}
             self._settle()
             path = checkpoint.save(self.engine, self.writer, self.folder, self.step, state, self.config.checkpoint.keep, best)
             if wait:

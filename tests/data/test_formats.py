@@ -99,7 +99,7 @@ def test_a_parquet_column_that_stands_twice(tmp_path):
 @pytest.mark.parametrize("name, content, parts", [
     ("a.jsonl", '{"text": "x"}\n{"text": \n', ["a.jsonl:2", "broken JSON"]),
     ("a.jsonl", "[1]\n", ["a.jsonl:1", "object"]),
-    ("a.jsonl", '{"text": "x"}\n{"text": "y", "n": {"a": 1, "a": 2}}\n', ["a.jsonl:2", "'a' stands twice"]),
+    ("a.jsonl", '{"text": "x"}\n{"text": "y", "a": 1, "a": 2}\n', ["a.jsonl:2", "'a' stands twice"]),
     ("a.csv", "\n\n", ["is empty"]),
     ("a.csv", 'text,label\n"x\ny",1\n"z\n\n', ["a.csv:4", "quoting: none"]),
     ("a.csv", "text,label\nx,y\nz\n", ["a.csv:3", "1 cells", "2 columns"]),

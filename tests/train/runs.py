@@ -14,7 +14,7 @@ from fastft import config as configuration
 from fastft.cli import leave
 from fastft.train import engine, loop
 from fastft.train.heartbeat import Heartbeat
-from fastft.train.loop import Schedule
+from fastft.train.schedule import Schedule
 
 
 def gradients(out: Path, path: Path) -> None:

@@ -1,18 +1,25 @@
 """JSON lines: one object a line."""
 
 import json
+from collections import Counter
 
 from fastft.data.formats.base import open_text, reader
 from fastft.errors import UserError
 
 
+class _Ambiguous(dict):
+    """An object with two values under the key ``twice``."""
+
+    twice: str
+
+
 def _object(pairs: list[tuple[str, object]]) -> dict:
-    """An object; of two values under one key neither is the right one."""
     record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return record
+    if len(record) == len(pairs):
+        return record
+    found = _Ambiguous(record)
+    found.twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+    return found
 
 
 _decode = json.JSONDecoder(object_pairs_hook=_object).decode
@@ -29,11 +36,13 @@ def read(path, source):
             except RecursionError:
                 raise UserError(f"{path}:{number}: nested too deeply.", "Mend or remove this line.") from None
             except ValueError as e:
-                if not isinstance(e, json.JSONDecodeError):  # a key twice; Python refuses to read an integer of thousands of digits
+                if not isinstance(e, json.JSONDecodeError):  # Python refuses to read an integer of thousands of digits
                     raise UserError(f"{path}:{number}: {e}.", "Mend or remove this line.") from None
                 raise UserError(f"{path}:{number}: broken JSON: {e.msg} at column {e.colno}: {line[max(0, e.pos - 30):e.pos + 30].strip()!r}",
                                 "Each line must be one JSON object; mend or remove this line.") from None
             if not isinstance(record, dict):
                 raise UserError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}.",
                                 'Each line must be an object such as {"text": "..."}.')
+            if isinstance(record, _Ambiguous):
+                raise UserError(f"{path}:{number}: the key {record.twice!r} stands twice.", "Mend or remove this line.")
             yield f"{path}:{number}", record
