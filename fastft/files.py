@@ -8,13 +8,14 @@ import os
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # flock's answers on a file system without locks: Lustre as often mounted, some of FUSE
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-TOUCHED, ABANDONED = 5.0, 60.0  # seconds: how often a held folder is touched, and after how long without it nobody holds it
+TOUCHED, ABANDONED = 5.0, 60.0  # seconds: how often a held lock is touched, and after how long without it nobody holds it
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def fsync(path: Path) -> None:
 def locked(path: Path) -> Iterator[bool]:
     """Wait for a file's lock and hold it; yields False, holding nothing, where the path may not be written.
 
-    Where the file system has no locks a hidden folder beside the path stands for one: made by whoever holds it and touched all the time, so that the one
+    Where the file system has no locks a hidden file beside the path stands for one: made by whoever holds it and touched all the time, so that the one
     of a killed process is seen to be nobody's.
     """
     with ExitStack() as held:
@@ -77,30 +78,34 @@ def locked(path: Path) -> Iterator[bool]:
         except OSError as e:
             if e.errno not in NO_LOCKS:
                 raise
-            held.enter_context(_locked_by_folder(path.with_name(f".{path.name}.fastft-held")))
+            held.enter_context(_locked_by_file(path.with_name(f".{path.name}.fastft-held")))
         yield True
 
 
 @contextmanager
-def _locked_by_folder(folder: Path) -> Iterator[None]:
+def _locked_by_file(path: Path) -> Iterator[None]:
+    """Two holders at once are possible where one was stopped for long, or three processes met in a moment: what is made under it must not depend on who makes it."""
+    mine = uuid.uuid4().hex
     seen, since = None, 0.0
     while True:
-        with suppress(FileExistsError):
-            folder.mkdir()
+        with suppress(FileExistsError), open(path, "x") as f:
+            f.write(mine)
             break
         with suppress(FileNotFoundError):
-            touched = folder.stat().st_mtime_ns
-            if touched != seen:  # by this process's clock alone: hosts need not agree on the time
-                seen, since = touched, time.monotonic()
+            found = path.read_text(), path.stat().st_mtime_ns
+            if found != seen:  # by this process's clock alone: hosts need not agree on the time
+                seen, since = found, time.monotonic()
             elif time.monotonic() - since > ABANDONED:
-                folder.rmdir()
+                _take_away(path, found[0])
                 continue
         time.sleep(0.1)
     done = threading.Event()
 
     def touch() -> None:
         while not done.wait(TOUCHED):
-            os.utime(folder)
+            with suppress(OSError):
+                if path.read_text() == mine:
+                    os.utime(path)
 
     thread = threading.Thread(target=touch, name="lock", daemon=True)
     thread.start()
@@ -109,7 +114,19 @@ def _locked_by_folder(folder: Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        folder.rmdir()
+        with suppress(FileNotFoundError):
+            if path.read_text() == mine:
+                path.unlink()
+
+
+def _take_away(path: Path, holder: str) -> None:
+    """Remove a lock that this holder left behind; that of another, who has it since, is put back."""
+    aside = path.with_name(f"{path.name}-{uuid.uuid4().hex}")
+    path.rename(aside)
+    if aside.read_text() != holder:
+        with suppress(OSError):
+            os.link(aside, path)
+    aside.unlink()
 
 
 def sha256_file(path: Path) -> str:

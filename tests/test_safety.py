@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import launch
 from fastft import cli
 from fastft import config as configuration
-from fastft.data import formats
+from fastft.data import formats, prepared
 from fastft.errors import UserError
 from fastft.files import replacing
 from fastft.ops import cross_entropy
@@ -189,13 +189,38 @@ def test_prepared_data_goes_over_nobodys_folder(trained, tmp_path):
 
 
 def test_a_run_reads_nothing_that_it_writes(trained, tmp_path):
-    """A folder as training data with run.dir or data.cache in it: metrics.jsonl would be data at the next resume."""
+    """A folder as training data with run.dir in it, also through a link: metrics.jsonl would be data at the next resume. A data.cache is no data, but in a saved data set."""
     shutil.copy(trained[0].parent / "train.jsonl", tmp_path)
     given = (f"data.train={tmp_path}", f"run.dir={tmp_path}/run")
     assert "holds run.dir" in refused("train", trained[0], *given)
     assert "holds run.dir" in refused("validate", trained[0], *given)
-    assert "holds data.cache" in refused("train", trained[0], f"data.train={tmp_path}", f"run.dir={tmp_path.parent}/elsewhere", f"data.cache={tmp_path}")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    assert "holds run.dir" in refused("validate", trained[0], f"data.train={tmp_path}/corpus", f"run.dir={tmp_path}/elsewhere/run")
+    datasets.Dataset.from_list([{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]).save_to_disk(tmp_path / "saved")
+    assert "holds data.cache" in refused("validate", trained[0], f"data.train={tmp_path}/saved", f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/saved/cache")
     assert not list(tmp_path.rglob("MANIFEST.json"))
+    shutil.copy(trained[0].parent / "train.jsonl", tmp_path / "corpus" / "train.jsonl")
+    launch.fastft("validate", trained[0], f"data.train={tmp_path}/corpus", f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/corpus/cache")
+
+
+def test_a_file_that_arrives_before_the_data_is_read(trained, tmp_path, monkeypatch):
+    """Between the listing that the key is made of and the reading: it would be learnt from, and stand in no manifest."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(trained[0].parent / "train.jsonl", tmp_path / "data" / "a.jsonl")
+    config = configuration.load(trained[0], [f"data.train={tmp_path}/data", f"run.dir={tmp_path}/run"])
+    fingerprint = prepared.fingerprint
+
+    def late(files, known):
+        shutil.copy(tmp_path / "data" / "a.jsonl", tmp_path / "data" / "z.jsonl")
+        return fingerprint(files, known)
+
+    monkeypatch.setattr(prepared, "fingerprint", late)
+    with pytest.raises(UserError, match="z.jsonl: came or went"):
+        TASKS.get(config.task)(config).train_split()
+    monkeypatch.undo()
+    assert len(TASKS.get(config.task)(config).train_split()) == 64
 
 
 def test_two_failed_overwrites_keep_the_last_good_run_and_others_old_files(trained, tmp_path):

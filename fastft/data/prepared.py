@@ -20,6 +20,7 @@ from fastft.errors import UserError
 from fastft.files import digest, locked, replacing, sha256_file
 
 FORMAT = 2
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # of file managers
 RAGGED_DTYPE = np.dtype("<i4")  # token ids and piece indices
 
 
@@ -134,8 +135,8 @@ def prepare(folder: Path, settings: str, sources: list[str], build: Callable[[Pa
         if (problem := check(folder, key)) is not None:
             if not writable:
                 raise UserError(f"{folder}: cannot be used ({problem}), nor written.", "Choose another data.cache.")
-            if not _may_replace(folder):
-                raise UserError(f"{folder}: is where prepared data goes, but holds other files.",
+            if strangers := _strangers(folder):
+                raise UserError(f"{folder}: is where prepared data goes, but holds other files: {', '.join(strangers[:5])}.",
                                 "Choose another data.cache, or delete the folder if prepared data is all there was in it; nothing was touched.")
             with replacing(folder) as scratch:
                 scratch.mkdir()
@@ -159,19 +160,16 @@ def _manifest(folder: Path) -> dict | None:
     return manifest if whole else None
 
 
-def _may_replace(folder: Path) -> bool:
-    """Whether this is prepared data, in whatever state and of whatever version, or nothing at all."""
-    if not folder.exists():
-        return True
-    names = {file.name for file in folder.iterdir() if not file.name.startswith(".MANIFEST.json.fastft-")}
-    if not names:
-        return True
+def _strangers(folder: Path) -> list[str]:
+    """What in a folder is not known to be prepared data, in whatever state and of whatever version."""
+    names = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    names = {name for name in names if name not in LITTER and not name.startswith((".MANIFEST.json.fastft-", ".nfs"))}
     try:
         manifest = json.loads((folder / "MANIFEST.json").read_bytes())
     except (OSError, ValueError):
-        return False
+        return sorted(names)
     ours = isinstance(manifest, dict) and isinstance(manifest.get("key"), str) and isinstance(manifest.get("files"), dict)
-    return ours and names <= {"MANIFEST.json", *manifest["files"]}
+    return sorted(names - {"MANIFEST.json", *manifest["files"]} if ours else names)
 
 
 def check(folder: Path, key: str) -> str | None:

@@ -10,24 +10,31 @@ from fastft.files import sha256_file
 SETTLED = 1.0  # seconds that a file must have been left alone before its times stand for its content
 
 
+def folders(folder: Path) -> Iterator[Path]:
+    """A folder and all under it, through links, each once: by its path without links where it has one."""
+    seen, real, links = set(), [folder], []
+    while real or links:
+        here = real.pop() if real else links.pop(0)
+        stat = here.stat()
+        if (stat.st_dev, stat.st_ino) in seen:
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        yield here
+        for path in sorted(here.iterdir()):
+            if path.is_dir():
+                (links if path.is_symlink() else real).append(path)
+
+
 def walk(folder: Path) -> list[Path]:
-    """All files under a folder, sorted, through links to files and folders; a link to a folder that it lies in leads nowhere new.
-
-    Links to nothing are among them: whoever reads them says so.
-    """
-    return sorted(_walk(folder, ()))
+    """All files in ``folders``, sorted. Links to nothing are among them, for whoever reads them to refuse, but for hidden ones (editors' locks)."""
+    paths = (path for here in folders(folder) for path in here.iterdir())
+    return sorted(path for path in paths if path.is_file() or (not path.exists() and path.is_symlink() and not path.name.startswith(".")))
 
 
-def _walk(folder: Path, inside: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    stat = folder.stat()
-    here = (stat.st_dev, stat.st_ino)
-    if here in inside:
-        return
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _walk(path, (*inside, here))
-        elif path.is_file() or not path.exists():
-            yield path
+def holds(folder: Path, path: Path) -> bool:
+    """Whether a path, which need not be there yet, lies in a folder, or in one that it links to."""
+    above = (path.resolve(), *path.resolve().parents)
+    return any(here.resolve() in above for here in folders(folder))
 
 
 def files_in(sources: list[str]) -> list[Path]:

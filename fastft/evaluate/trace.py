@@ -9,7 +9,7 @@ from fastft.config import Config
 from fastft.errors import UserError
 from fastft.models import load
 from fastft.tasks import TASKS, Split, Task
-from fastft.train import checkpoint
+from fastft.train import run_folder, telemetry
 from fastft.train.schedule import Schedule
 
 
@@ -34,17 +34,16 @@ def trace(path: Path, overrides: list[str], step: int) -> list[dict]:
 
 
 def samples(config: Config, step: int, run_dir: Path | None) -> tuple[Task, Split, np.ndarray]:
-    """The task, its training data, and the ids of the samples of a step: of the run in ``run_dir`` as its newest checkpoint knows it, or of one that would begin.
+    """The task, its training data, and the ids of the samples of a step: of the run in ``run_dir`` as its last start recorded it, or of one that would begin.
 
     Raises UserError as ``trace`` does.
     """
     task = TASKS.get(config.task)(config)
     split = task.train_split()
     knots: list = []
-    if run_dir is not None and (found := checkpoint.recorded(run_dir / "checkpoints")):
-        path, manifest = found
-        checkpoint.check_data(path, manifest, split.data.key)
-        knots = manifest["state"].get("knots", [])
+    if run_dir is not None and (run_dir / "metrics.jsonl").exists() and (starts := [r for r in telemetry.read(run_dir) if r["kind"] == "run"]):
+        run_folder.check_data(run_dir / "metrics.jsonl", starts[-1].get("data_key", split.data.key), split.data.key)
+        knots = starts[-1].get("knots", [])
     schedule = Schedule.of(config, len(split), task.max_length, knots)
     if not 1 <= step <= schedule.total:
         raise UserError(f"--step {step}: the run has steps 1 to {schedule.total}.")

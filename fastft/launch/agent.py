@@ -59,6 +59,7 @@ class Rank:
         logs = Path(spec.logs)
         self.log, self.beat, self.mistake = (logs / f"rank-{self.rank}.{kind}" for kind in ("log", "beat", "mistake"))
         self.beat.write_bytes(BEAT.pack(-1, 0.0))
+        self.waits = 0  # times in a row that it was seen to wait in the kernel, once it was killed
         self.mistake.unlink(missing_ok=True)
         env = {**os.environ, **spec.env, "RANK": str(self.rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(spec.world), "LOCAL_WORLD_SIZE": str(spec.ranks),
                "LOCAL_SIZE": str(spec.ranks), "GROUP_RANK": str(spec.node), "MASTER_ADDR": spec.master_addr, "MASTER_PORT": str(spec.master_port),
@@ -121,12 +122,9 @@ class Agent:
                     self._watch(open_ranks)
                 if self.kill_at is not None and time.monotonic() >= self.kill_at:
                     self._signal(signal.SIGKILL)
-                    if time.monotonic() >= self.kill_at + UNKILLABLE and (stuck := {rank for rank in open_ranks if rank.state() == "D"}):
-                        for rank in stuck:
-                            say("stuck", rank=rank.rank)
-                        self.code = self.code or -signal.SIGKILL
-                        open_ranks -= stuck
-                        left_behind |= stuck
+                    stuck = self._stuck(open_ranks)
+                    open_ranks -= stuck
+                    left_behind |= stuck
                 time.sleep(0.1)
         finally:
             self._signal(signal.SIGKILL)
@@ -135,6 +133,18 @@ class Agent:
         self._relay()
         say("done", code=self.code)
         return self.code
+
+    def _stuck(self, open_ranks: set[Rank]) -> set[Rank]:
+        """Ranks that wait in the kernel long after SIGKILL, every time one looks for two seconds."""
+        if time.monotonic() < self.kill_at + UNKILLABLE:
+            return set()
+        for rank in open_ranks:
+            rank.waits = rank.waits + 1 if rank.state() == "D" else 0
+        stuck = {rank for rank in open_ranks if rank.waits >= 20}
+        for rank in sorted(stuck, key=lambda r: r.rank):
+            say("stuck", rank=rank.rank)
+            self.code = self.code or -signal.SIGKILL
+        return stuck
 
     def _listen(self) -> None:
         for line in sys.stdin:

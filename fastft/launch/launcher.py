@@ -200,8 +200,8 @@ class _Attempt:
             doing = {"T": "is stopped", "D": "waits for a disk", "R": "computes", "S": "waits"}.get(event["state"], f"is in state {event['state']}")
             self._failed(137, f"rank {event['rank']} {where} has taken no step for {event['silent']:.0f} s (after step {event['step']}); it {doing}.\n{event['stack']}")
         elif name == "stuck":
-            self._failed(137, f"rank {event['rank']} {where} cannot be ended: it waits for a disk that does not answer. It ends when the disk does; "
-                              "nothing is restarted before.", MISTAKE)
+            self._failed(137, f"rank {event['rank']} {where} cannot be ended: it waits in the kernel, for a disk (or a driver) that does not answer, and ends "
+                              "when that does. Nothing is restarted before.", MISTAKE)
         elif name == "exit" and event["code"]:
             self._rank_failed(event, where)
 
@@ -231,7 +231,7 @@ class _Attempt:
             if not (kind == STOPPED and self.stop.signum):
                 self._tell({"signal": int(signal.SIGTERM if kind == STOPPED else signal.SIGKILL)}, delay=0 if kind == STOPPED else 2.5)
             self.deadline = time.monotonic() + STOP_LIMIT
-        elif "has taken no step" in message:
+        elif "has taken no step" in message or "cannot be ended" in message:
             print(f"launch: {message}", file=sys.stderr)
 
     def _pass_signal_on(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from fastft.config import Config, Source
 from fastft.data import formats
 from fastft.data.prepared import Prepared, prepare
+from fastft.data.sources import holds
 from fastft.errors import UserError, did_you_mean
 from fastft.files import digest
 from fastft.models import load
@@ -179,15 +180,22 @@ class Task(ABC):
             raise UserError(f"data.eval: {name.removeprefix('eval-')!r} is no name for a set: it becomes a folder's name.", "Use a name without slashes.")
         run_dir = Path(self.config.run.dir)
         cache = Path(self.config.data.cache or run_dir / "prepared")
-        for source in (Path(s.path).resolve() for s in sources):
-            for key, path in (("run.dir", run_dir), ("data.cache", cache)):
-                if source.is_dir() and source in (path.resolve(), *path.resolve().parents):
-                    raise UserError(f"data set {name!r}: the folder {source} holds {key} ({path}): the run would read what it writes.",
-                                    f"Put {key} elsewhere, or name the files to read one by one.")
-        files = [str(f) for source in sources for f in formats.files_of(source)]
+        for folder in (path for source in sources if (path := Path(source.path)).is_dir()):
+            own = {"run.dir": run_dir, **({"data.cache": cache} if formats.hf.is_saved_dataset(folder) else {})}
+            if inside := [key for key, path in own.items() if holds(folder, path)]:
+                raise UserError(f"data set {name!r}: the folder {folder} holds {inside[0]} ({own[inside[0]]}): the run would read what it writes.",
+                                f"Put {inside[0]} elsewhere, or name the files to read one by one.")
+        files = _files(sources)
         read_as = [formats.format_of(Path(f)) for f in files]  # a name decides it, where a source says nothing
         settings = digest([self.preparation_key(training), [s.model_dump(exclude={"path"}) for s in sources], read_as])
-        split = Split(name, prepare(cache / name, settings, files, lambda folder: self.build(folder, sources, training)))
+
+        def build(folder: Path) -> dict:
+            meta = self.build(folder, sources, training)
+            if came := set(_files(sources)) ^ set(files):
+                raise UserError(f"{min(came)}: came or went while the data was read.", "Run again when nothing writes to it any more.")
+            return meta
+
+        split = Split(name, prepare(cache / name, settings, files, build))
         if not split.totals["targets"]:
             counts = split.data.meta["counts"]
             raise UserError(f"data set {name!r} is empty: {counts['rows']} rows read from {', '.join(files[:3])}, nothing left to learn from.", f"Counts: {counts}.")
@@ -265,6 +273,10 @@ def _check_text(where: str, column: str, value: object) -> None:
         value.encode()
     except UnicodeEncodeError as e:
         raise UserError(f"{where}: column {column!r} holds half a character ({e.object[e.start]!r} at position {e.start}).", "Mend the row.") from None
+
+
+def _files(sources: list[Source]) -> list[str]:
+    return [str(file) for source in sources for file in formats.files_of(source)]
 
 
 def counts_dict(counts: Counts) -> dict:

@@ -9,6 +9,7 @@ import json
 import logging
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int
         manifest = {"step": step, "world_size": ranks.world, "zero": engine.zero_optimization_stage(), "state": state, "files": entries}
         _write_json(scratch / "MANIFEST.json", {**manifest, "digest": digest(manifest)})
         point("before-rename", ranks.rank)
+        writer.move()
         remove(final)
         scratch.rename(final)
         fsync(folder)
@@ -64,7 +66,8 @@ def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int
         if best:
             _write_json(folder / "BEST", state["best"])
         point("before-prune", ranks.rank)
-        _prune(folder, step, keep)
+        writer.move()
+        _prune(folder, step, keep, writer.move)
 
     writer.write(files, scratch, finish)
     return final
@@ -104,22 +107,6 @@ def find(folder: Path, step: int | None = None, ranks: Ranks | None = None) -> t
             return path, manifest, problems
         problems.append(problem)
     raise UserError(f"{folder}: no usable checkpoint. {' '.join(problems)}".strip(), "Start the run anew with `fastft train`.")
-
-
-def recorded(folder: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint whose manifest is whole, and it, for what that says of the run; its other files are not looked at. None: there is none."""
-    for step in reversed(_folders(folder)):
-        manifest, problem = _manifest(folder / f"step-{step}")
-        if problem is None:
-            return folder / f"step-{step}", manifest
-    return None
-
-
-def check_data(path: Path, manifest: dict, key: str) -> None:
-    """UserError when a run's prepared training data (its ``key``) is not what this checkpoint of it learnt from."""
-    if manifest["state"]["data"] != key:
-        raise UserError(f"{path}: the training data, tokenizer or data settings changed since this checkpoint, or it is from a fastft that read data otherwise.",
-                        "Put the old data back, go on with the fastft that began the run, or start a new run from the exported model.")
 
 
 def load(engine, path: Path, manifest: dict, ranks: Ranks, converted: Path | None = None) -> dict:
@@ -204,7 +191,7 @@ def _damage(path: Path, manifest: dict, rank: int = 0, world: int = 1) -> str | 
     return None
 
 
-def _prune(folder: Path, current: int, keep: int) -> None:
+def _prune(folder: Path, current: int, keep: int, moved: Callable[[], None] = lambda: None) -> None:
     """Keep the newest up to the one just written, and the best. A later step is one that the run went back past, because it was damaged."""
     best = json.loads((folder / "BEST").read_text())["step"] if (folder / "BEST").exists() else None
     known = steps(folder)
@@ -212,8 +199,10 @@ def _prune(folder: Path, current: int, keep: int) -> None:
     for step in known:
         if step not in (*kept, best):
             shutil.rmtree(folder / f"step-{step}")
+            moved()
     for stale in folder.glob("step-*.tmp"):
         shutil.rmtree(stale)
+        moved()
 
 
 def _write_json(path: Path, value: dict) -> None:

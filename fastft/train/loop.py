@@ -119,7 +119,7 @@ class _Found:
 def _found(config: Config, split: Split, max_length: int, layout: str, ranks: Ranks) -> _Found:
     """The newest usable checkpoint, once it is known that the rest would be the rest of this run; converted where that is needed."""
     path, manifest, passed_over = checkpoint.find(Path(config.run.dir) / "checkpoints", ranks=ranks)
-    checkpoint.check_data(path, manifest, split.data.key)
+    run_folder.check_data(path, manifest["state"]["data"], split.data.key)
     before = yaml.safe_load(manifest["state"]["config"])
     for key in SETTLED:
         section, _, name = key.rpartition(".")
@@ -131,7 +131,7 @@ def _found(config: Config, split: Split, max_length: int, layout: str, ranks: Ra
         raise UserError(f"{path}: was written with other trained parameters or parameter groups (model.freeze, optim.weight_decay 0 or not).",
                         "Resume with the settings that the run began with, or start a new run from the exported model.")
     schedule = Schedule.of(config, len(split), max_length, manifest["state"].get("knots", ()))
-    if manifest["step"] > schedule.total:
+    if manifest["step"] > schedule.total or manifest["state"].get("taken", 0) > schedule.positions:
         raise UserError(f"{path}: is at step {manifest['step']}, the run would end at {schedule.total}.", "Raise train.steps or train.epochs.")
     converted = reshard.convert(path, checkpoint.TAG, config.parallel.zero, ranks) if reshard.needed(manifest, config.parallel.zero, ranks) else None
     return _Found(path, manifest, schedule, passed_over, converted)
@@ -292,7 +292,7 @@ class _Run:
         with self.throughput.paused():
             best = self._is_best()
             state = {"step": self.step, "best": self.best, "skipped_in_a_row": self.skipped_in_a_row, "skipped_total": self.skipped_total,
-                     "data": self.split.data.key, "knots": self.schedule.knots_at(self.step), "layout": self.layout, "task": self.task.state(),
+                     "data": self.split.data.key, "knots": self.schedule.knots_at(self.step), "taken": self.schedule.taken(self.step), "layout": self.layout, "task": self.task.state(),
                      "config": configuration.dump(self.config)}
             self._settle()
             path = checkpoint.save(self.engine, self.writer, self.folder, self.step, state, self.config.checkpoint.keep, best)
@@ -360,7 +360,7 @@ def _record(config: Config, ranks: Ranks, split: Split, evals: dict[str, Split],
 
     return {
         "config": config.model_dump(mode="json"), "command": sys.argv[1:], "start_step": start, "total_steps": schedule.total,
-        "sequences_per_step": schedule.size, "world_size": ranks.world, "device": str(ranks.device), "threads": torch.get_num_threads(),
+        "sequences_per_step": schedule.size, "knots": schedule.knots, "data_key": split.data.key, "world_size": ranks.world, "device": str(ranks.device), "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()), "frozen": frozen, "drawn_anew": drawn, **settled,
         "data": {s.name: {"sequences": len(s), "tokens": s.totals["tokens"], **s.data.meta["counts"]} for s in [split, *evals.values()]},
         "python": platform.python_version(), "machine": platform.machine(),

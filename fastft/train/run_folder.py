@@ -65,6 +65,13 @@ def claim(run_dir: Path, config: Config, resume: bool) -> None:
         fsync(scratch)
 
 
+def check_data(written: Path, then: str, now: str) -> None:
+    """UserError when prepared training data has another key now than when this file or folder was written."""
+    if then != now:
+        raise UserError(f"{written}: the training data, tokenizer or data settings changed since this was written, or it is from a fastft that read data otherwise.",
+                        "Put the old data back, go on with the fastft that began the run, or start a new run from the exported model.")
+
+
 def drop_old(run_dir: Path) -> None:
     """Remove what an overwritten run left aside."""
     if not (run_dir / "metrics.jsonl.old").exists():

@@ -25,7 +25,7 @@ from fastft.files import fsync, replacing, sha256_file
 from fastft.train.engine import Ranks
 
 POLL = 0.02  # seconds
-PART, SYNC = 1 << 20, 256 << 20  # bytes written at a time, and before the disk is waited for
+PART, SYNC = 1 << 20, 32 << 20  # bytes written at a time, and before the disk is waited for
 POINTS = ("begin", "snapshot", "before-file", "after-file", "before-report", "after-report", "before-manifest", "before-rename", "before-latest", "before-prune")
 
 
@@ -101,10 +101,20 @@ class _Stream:
     def __init__(self, path: Path, moved: Callable[[], None]):
         self.file, self.moved = open(path, "wb", buffering=0), moved
         self.hash, self.bytes, self.unsynced = hashlib.sha256(), 0, 0
+        self.pending = bytearray()  # small pieces, less than PART of them
         self.error: OSError | None = None
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
+        if len(self.pending) + len(view) < PART:
+            self.pending += view
+            return len(view)
+        self._write_all(memoryview(self.pending))
+        self.pending = bytearray()
+        self._write_all(view)
+        return len(view)
+
+    def _write_all(self, view: memoryview) -> None:
         for start in range(0, len(view), PART):
             if self.error:
                 break
@@ -112,7 +122,6 @@ class _Stream:
                 self._write(view[start:start + PART])
             except OSError as e:
                 self.error = e
-        return len(view)
 
     def _write(self, part: memoryview) -> None:
         self.hash.update(part)
@@ -126,11 +135,12 @@ class _Stream:
         self.moved()
 
     def flush(self) -> None:
-        """torch asks for it; nothing is held back."""
+        """torch asks for it; ``finish`` does it."""
 
     def finish(self) -> dict:
         """The manifest's entry of the file, which is on the disk now."""
         with self.file:
+            self._write_all(memoryview(self.pending))
             if self.error:
                 raise self.error
             os.fsync(self.file.fileno())
@@ -180,7 +190,8 @@ class Writer:
         self.abandoned.set()
         self.wait()
 
-    def _move(self) -> None:
+    def move(self) -> None:
+        """What writes says so."""
         self.moved += 1
 
     def _run(self, files: dict[Path, object], scratch: Path, finish: Callable[[dict[str, dict]], None]) -> None:
@@ -190,7 +201,7 @@ class Writer:
             entries = {}
             for path, state in files.items():
                 point("before-file", self.ranks.rank)
-                stream = _Stream(path, self._move)
+                stream = _Stream(path, self.move)
                 torch.save(state, stream)
                 point("after-file", self.ranks.rank)
                 entries[str(path.relative_to(scratch))] = stream.finish()
@@ -220,7 +231,7 @@ class Writer:
             while not report.exists():
                 if self.abandoned.is_set():
                     return None
-                self._move()
+                self.move()
                 time.sleep(POLL)
             entries |= json.loads(report.read_text())
         for rank in range(self.ranks.world):

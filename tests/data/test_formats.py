@@ -66,7 +66,7 @@ def test_folder_reads_all_files_in_order(tmp_path):
 
 
 def test_folder_is_read_through_links(tmp_path):
-    """To files and folders, once each where they lead back; a link to nothing is an error, not a file less."""
+    """To files and folders, each folder once however many links lead to it; a link to nothing is an error, not a file less."""
     (tmp_path / "corpus").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text("a")
@@ -75,8 +75,18 @@ def test_folder_is_read_through_links(tmp_path):
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "corpus")
     (tmp_path / "corpus" / "c.txt").symlink_to(tmp_path / "elsewhere" / "b.txt")
     assert [r["text"] for _, r in read(tmp_path / "corpus")] == ["a", "b", "b"]
+    (tmp_path / "corpus" / ".#a.txt").symlink_to("me@host.1234:5")  # an editor's lock
+    (tmp_path / "corpus" / "v2").mkdir()
+    (tmp_path / "corpus" / "v2" / "e.txt").write_text("e")
+    (tmp_path / "corpus" / "latest").symlink_to("v2")
+    for i in range(9):
+        (tmp_path / "elsewhere" / f"s{i}").mkdir()
+        for j in range(9):
+            (tmp_path / "elsewhere" / f"s{i}" / f"to{j}").symlink_to(tmp_path / "elsewhere" / f"s{j}")
+    assert [(w.rpartition("/")[2], r["text"]) for w, r in read(tmp_path / "corpus")] == [("a.txt:1", "a"), ("c.txt:1", "b"), ("b.txt:1", "b"), ("e.txt:1", "e")]
+    assert any("/v2/e.txt" in w for w, _ in read(tmp_path / "corpus"))
     (tmp_path / "corpus" / "d.txt").symlink_to(tmp_path / "nothing")
-    with pytest.raises(UserError, match="d.txt.*No such file"):
+    with pytest.raises(UserError, match="d.txt: is a link to nothing"):
         read(tmp_path / "corpus")
 
 

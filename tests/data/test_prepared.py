@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
+from fastft import files
 from fastft.data import sources
 from fastft.data.prepared import RaggedWriter, check, prepare, verify
 from fastft.data.sources import fingerprint
@@ -57,12 +59,21 @@ def test_a_cut_file_is_built_again_and_what_has_no_manifest_is_not_ours(tmp_path
         prepare(folder, "k", [], build)
 
 
+def test_litter_of_file_managers_is_nobodys(tmp_path):
+    folder = tmp_path / "d"
+    prepare(folder, "k", [], build)
+    for name in (".DS_Store", ".nfs0001", "Thumbs.db"):
+        (folder / name).touch()
+    prepare(folder, "another", [], build)
+    assert check(folder, digest(["another", []])) is None
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "mine.npy", "sub"])
 def test_what_stands_in_no_manifest_is_not_ours(tmp_path, name):
     folder = tmp_path / "d"
     prepare(folder, "k", [], build)
     (folder / name).mkdir() if name == "sub" else (folder / name).write_text("mine")
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match=f"holds other files: {name}"):
         prepare(folder, "another", [], build)
     assert (folder / name).exists() and check(folder, KEY) is None
 
@@ -203,12 +214,31 @@ print(len(prepared.prepare(Path(sys.argv[1]), "k", [], build)["tokens"]))
 def test_a_file_system_without_locks(tmp_path, answer, left_behind):
     """Three processes at once, one of them builds; a held lock of a killed process holds nobody up for long."""
     if left_behind:
-        (tmp_path / ".d.lock.fastft-held").mkdir()
+        (tmp_path / ".d.lock.fastft-held").write_text("somebody")
     command = [sys.executable, "-c", WITHOUT_LOCKS, str(tmp_path / "d"), answer, str(tmp_path / "builds")]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [p.communicate(timeout=120)[0] for p in processes] == ["1\n"] * 3
     assert (tmp_path / "builds").read_text() == "built "
     assert sorted(p.name for p in tmp_path.iterdir()) == ["builds", "d", "d.lock"]
+
+
+def test_a_lock_of_another_is_left_to_it(tmp_path, monkeypatch):
+    """One that was taken over: by the look at it before it is taken away, and at the release of a holder who was stopped for long."""
+    path = tmp_path / "lock"
+    path.write_text("new holder")
+    files._take_away(path, "old holder")
+    assert path.read_text() == "new holder" and list(tmp_path.iterdir()) == [path]
+    files._take_away(path, "new holder")
+    monkeypatch.setattr(files, "TOUCHED", 0.05)
+    with files._locked_by_file(path):
+        path.write_text("new holder")
+        os.utime(path, ns=(0, 0))
+        time.sleep(0.3)
+    assert path.read_text() == "new holder" and path.stat().st_mtime_ns == 0
+    path.unlink()
+    with files._locked_by_file(path):
+        path.unlink()
+        time.sleep(0.2)
 
 
 def test_a_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def test_trace_and_replay_know_the_data_that_the_run_read(classification_config,
         f.write(row + "\n")
     for verb in ("trace", "replay"):
         code, output = launch.fastft(verb, run, "--step", "2", check=False)
-        assert code == 1 and "changed since this checkpoint" in output and "Traceback" not in output
+        assert code == 1 and "changed since this was written" in output and "Traceback" not in output
     launch.fastft("trace", tmp_path / "c.yaml", "--step", "2")  # of a run that would begin
 
 

@@ -149,7 +149,7 @@ def test_an_unfinished_save_is_not_a_checkpoint(finished):
 
 def test_resume_refuses_what_cannot_be_exact(finished, tmp_path):
     code, output = launch.fastft("resume", finished, "data.max_length=32", check=False)
-    assert code == 1 and "changed since this checkpoint" in output
+    assert code == 1 and "changed since this was written" in output
     code, output = launch.fastft("resume", tmp_path / "nowhere", check=False)
     assert code == 1 and "not a run folder" in output
 
@@ -229,6 +229,8 @@ def test_more_epochs_go_on_where_the_last_step_ended(lm_config, tmp_path):
     assert taken[2] == every[n:n + 7] and taken[3] == every[2 * n - len(taken[3]):]
     launch.fastft("resume", run, "train.epochs=null", f"train.steps={last['step'] + 1}")
     assert traced(last["step"] + 1) == order.sample_ids(n, seed, 2 * n, 2 * n + 7).tolist()
+    code, output = launch.fastft("resume", run, "train.steps=null", f"train.epochs={(2 * n + 1) / n}", check=False)
+    assert code == 1 and "Raise train.steps or train.epochs" in output  # as many steps, but the last one was longer
 
 
 def test_pruning_keeps_what_was_just_written(tmp_path):

@@ -15,7 +15,7 @@ from fastft.train.engine import Ranks
 from fastft.train.writer import Writer
 
 ALONE = Ranks(0, 0, 1, 1, torch.device("cpu"))
-STATE = {"w": torch.arange(3_000_000, dtype=torch.float32), "empty": torch.zeros(0), "view": torch.arange(10)[2:5], "n": 3}
+STATE = {"w": torch.arange(3_000_000, dtype=torch.float32), "empty": torch.zeros(0), "view": torch.arange(10)[2:5], "n": 3, **{f"s{i}": torch.full((8,), i) for i in range(300)}}
 
 
 def written(folder, state, name="x.pt") -> tuple[Writer, dict]:
@@ -39,7 +39,7 @@ def test_a_file_is_what_torch_save_writes(tmp_path, monkeypatch):
         assert entries["x.pt"] == {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         again = torch.load(path, weights_only=True)
         assert all(torch.equal(again[k], v) if torch.is_tensor(v) else again[k] == v for k, v in STATE.items())
-        assert abs(path.stat().st_size - (tmp_path / "plain.pt").stat().st_size) < 1000
+        assert abs(path.stat().st_size - (tmp_path / "plain.pt").stat().st_size) < 100 * len(STATE)  # the names within differ
         path.unlink()
 
 

@@ -30,6 +30,8 @@ def files_of(source: Source) -> list[Path]:
     if path.is_file() or hf.is_saved_dataset(path):
         return [path]
     files = [p for p in walk(path) if format_of(p) is not None]
+    if nothing := [p for p in files if not p.is_file()]:
+        raise UserError(f"{nothing[0]}: is a link to nothing.", "Mend or remove it.")
     if not files:
         raise UserError(f"{path}: the folder holds no file of a known format.", f"Known: {', '.join(FORMATS.names())} (also .gz).")
     return files
