@@ -45,7 +45,9 @@ def cuda_archs() -> list[str]:
     archs = [a for a in re.split(r"[;, ]+", os.environ.get("FASTFT_CUDA_ARCHS", "80;90;100")) if a]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
-            raise SetupError(f"FASTFT_CUDA_ARCHS: {arch!r} is no architecture; write e.g. FASTFT_CUDA_ARCHS='80;90;100'")
+            raise SetupError(
+                f"FASTFT_CUDA_ARCHS: {arch!r} is no architecture; write e.g. FASTFT_CUDA_ARCHS='80;90;100'"
+            )
     if not archs:
         raise SetupError("FASTFT_CUDA_ARCHS is set but empty; write e.g. FASTFT_CUDA_ARCHS='80;90;100'")
     return archs
@@ -72,7 +74,10 @@ def probe_cuda(arch: str) -> tuple[str | None, str]:
         command = [nvcc, f"-arch=sm_{arch}", "-cudart", "static", "-o", str(Path(folder, "probe")), str(source)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        return None, f"{nvcc} cannot compile and link a small CUDA program: {(result.stderr or result.stdout).strip()[-800:]}"
+        return (
+            None,
+            f"{nvcc} cannot compile and link a small CUDA program: {(result.stderr or result.stdout).strip()[-800:]}",
+        )
     return nvcc, f"{nvcc} compiles and links CUDA programs"
 
 
@@ -100,8 +105,14 @@ def build_tools() -> tuple[str, str, str]:
     except ImportError:
         pybind11 = None
     if pybind11 is None or None in found:
-        missing = [name for name, there in zip(("cmake", "ninja", "pybind11"), (*found, pybind11), strict=True) if there is None]
-        raise SetupError(f"missing to build: {', '.join(missing)}; build with isolation (plain pip install .) or run pip install {' '.join(missing)}")
+        missing = [
+            name
+            for name, there in zip(("cmake", "ninja", "pybind11"), (*found, pybind11), strict=True)
+            if there is None
+        ]
+        raise SetupError(
+            f"missing to build: {', '.join(missing)}; build with isolation (plain pip install .) or run pip install {' '.join(missing)}"
+        )
     return (*found, pybind11.get_cmake_dir())
 
 

@@ -49,7 +49,9 @@ def optimizers(sizes) -> dict[str, torch.optim.Optimizer]:
     for optimizer in made.values():
         optimizer.step()  # makes the state
         for param in params:
-            optimizer.state[param].update({name: made["fastft"].state[param][name] for name in ("exp_avg", "exp_avg_sq")})
+            optimizer.state[param].update(
+                {name: made["fastft"].state[param][name] for name in ("exp_avg", "exp_avg_sq")}
+            )
     return made
 
 
@@ -116,7 +118,9 @@ def bf16_out(n, rounds) -> dict:
         half.copy_(param.detach())
 
     contenders = {
-        "fastft": lambda: adamw(*lists, copies=[half], lr=1e-3, **betas, decoupled=True, maximize=False, backend="native"),
+        "fastft": lambda: adamw(
+            *lists, copies=[half], lr=1e-3, **betas, decoupled=True, maximize=False, backend="native"
+        ),
         "torch": lambda: three_passes(made["torch"]),
         "deepspeed": lambda: three_passes(made["deepspeed"]),
         "stream": stream(n),
@@ -152,11 +156,22 @@ def low_byte(name, n, rounds) -> dict:
 
     (wide,) = made["fastft"].param_groups[0]["params"]
     state = [[torch.zeros(n)], [torch.zeros(n)], [], [torch.zeros(())]]
-    fp32 = {"copies": [half] if param_dtype == BF16 else None, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+    fp32 = {
+        "copies": [half] if param_dtype == BF16 else None,
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+    }
     steps = {peer: made[peer].step for peer in ("torch", "deepspeed")}
     if param_dtype == BF16:
         steps = {peer: lambda peer=peer: three_passes(made[peer]) for peer in steps}
-    contenders = {"fastft": ours.step, **steps, "fp32": lambda: adamw([wide.detach()], [grad], *state, **fp32, backend="native")}
+    contenders = {
+        "fastft": ours.step,
+        **steps,
+        "fp32": lambda: adamw([wide.detach()], [grad], *state, **fp32, backend="native"),
+    }
     return finish({"case": name, "parameters": n}, common.interleave(contenders, rounds), bytes_per_parameter)
 
 

@@ -29,16 +29,33 @@ def run_fastft(model: str, data: Path, steps: int | None, folder: Path) -> dict:
     from fastft import config as configuration
     from fastft.train import telemetry
 
-    length = [f"train.steps={steps}", "train.epochs=null", "data.eval={}"] if steps else [f"data.eval.test={data}/test.csv"]
-    config = [f"model.path={model}", f"data.train={data}/train.csv", f"run.dir={folder}/run", "run.offline=true", "train.log_every=100000", *length]
+    length = (
+        [f"train.steps={steps}", "train.epochs=null", "data.eval={}"] if steps else [f"data.eval.test={data}/test.csv"]
+    )
+    config = [
+        f"model.path={model}",
+        f"data.train={data}/train.csv",
+        f"run.dir={folder}/run",
+        "run.offline=true",
+        "train.log_every=100000",
+        *length,
+    ]
     yaml = ROOT / "configs" / "classification" / "banking77.yaml"
-    subprocess.run([sys.executable, "-m", "fastft", "train", str(yaml), *config], check=True, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    subprocess.run(
+        [sys.executable, "-m", "fastft", "train", str(yaml), *config],
+        check=True,
+        stdout=sys.stderr,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert configuration.load(yaml, config).batch.size == SETTINGS["batch"]
     records = telemetry.read(folder / "run")
     first, last = [r for r in records if r["kind"] == "train"]
     accuracy = [r["accuracy"] for r in records if r["kind"] == "eval"]
     samples = (last["step"] - first["step"]) * SETTINGS["batch"]
-    return {"samples_per_second": samples / (last["time"] - first["time"]), "accuracy": accuracy[-1] if accuracy else None}
+    return {
+        "samples_per_second": samples / (last["time"] - first["time"]),
+        "accuracy": accuracy[-1] if accuracy else None,
+    }
 
 
 def run_trainer(model: str, data: Path, steps: int | None, folder: Path) -> dict:
@@ -50,10 +67,14 @@ def run_trainer(model: str, data: Path, steps: int | None, folder: Path) -> dict
     sets = load_dataset("csv", data_files=files, cache_dir=str(folder / "cache")).class_encode_column("category")
     labels = sets["train"].features["category"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    sets = sets.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=SETTINGS["max_length"]), batched=True)
+    sets = sets.map(
+        lambda rows: tokenizer(rows["text"], truncation=True, max_length=SETTINGS["max_length"]), batched=True
+    )
     sets = sets.rename_column("category", "labels").remove_columns("text")
     transformers.set_seed(SETTINGS["seed"])
-    network = transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels.num_classes, dtype="float32")
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=labels.num_classes, dtype="float32"
+    )
     ends = []
 
     class Clock(transformers.TrainerCallback):
@@ -61,12 +82,31 @@ def run_trainer(model: str, data: Path, steps: int | None, folder: Path) -> dict
             ends.append(time.time())
 
     args = transformers.TrainingArguments(
-        output_dir=str(folder / "out"), per_device_train_batch_size=SETTINGS["batch"], per_device_eval_batch_size=64, num_train_epochs=SETTINGS["epochs"],
-        max_steps=steps or -1, learning_rate=SETTINGS["lr"], lr_scheduler_type="linear", warmup_steps=SETTINGS["warmup"], seed=SETTINGS["seed"],
-        logging_strategy="no", save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True)
-    trainer = transformers.Trainer(model=network, args=args, train_dataset=sets["train"], eval_dataset=sets["test"], processing_class=tokenizer,
-                                   data_collator=transformers.DataCollatorWithPadding(tokenizer), callbacks=[Clock()],
-                                   compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, -1) == p.label_ids).mean())})
+        output_dir=str(folder / "out"),
+        per_device_train_batch_size=SETTINGS["batch"],
+        per_device_eval_batch_size=64,
+        num_train_epochs=SETTINGS["epochs"],
+        max_steps=steps or -1,
+        learning_rate=SETTINGS["lr"],
+        lr_scheduler_type="linear",
+        warmup_steps=SETTINGS["warmup"],
+        seed=SETTINGS["seed"],
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(
+        model=network,
+        args=args,
+        train_dataset=sets["train"],
+        eval_dataset=sets["test"],
+        processing_class=tokenizer,
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        callbacks=[Clock()],
+        compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, -1) == p.label_ids).mean())},
+    )
     trainer.train()
     accuracy = None if steps else trainer.evaluate()["eval_accuracy"]
     return {"samples_per_second": (len(ends) - 1) * SETTINGS["batch"] / (ends[-1] - ends[0]), "accuracy": accuracy}
@@ -76,8 +116,23 @@ def child(name: str, args: argparse.Namespace, steps: int | None) -> dict:
     """One training in a process of its own."""
     kind, env = CONTENDERS[name]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--model", args.model, "--data", str(args.data), "--child", kind, "--folder", folder, "--steps", str(steps or 0)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **env, "HF_HUB_OFFLINE": "1"}).stdout
+        command = [
+            sys.executable,
+            __file__,
+            "--model",
+            args.model,
+            "--data",
+            str(args.data),
+            "--child",
+            kind,
+            "--folder",
+            folder,
+            "--steps",
+            str(steps or 0),
+        ]
+        output = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **env, "HF_HUB_OFFLINE": "1"}
+        ).stdout
     return json.loads(output.strip().splitlines()[-1])
 
 
@@ -93,24 +148,42 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps({"fastft": run_fastft, "trainer": run_trainer}[args.child](args.model, args.data, args.steps or None, args.folder)))
+        print(
+            json.dumps(
+                {"fastft": run_fastft, "trainer": run_trainer}[args.child](
+                    args.model, args.data, args.steps or None, args.folder
+                )
+            )
+        )
         return
-    rounds = [{name: child(name, args, args.steps)["samples_per_second"] for name in CONTENDERS} for _ in range(args.rounds)]
+    rounds = [
+        {name: child(name, args, args.steps)["samples_per_second"] for name in CONTENDERS} for _ in range(args.rounds)
+    ]
     full = {} if args.no_full else {name: child(name, args, None) for name in ("fastft", "trainer")}
     report(args, rounds, full)
 
 
 def report(args: argparse.Namespace, rounds: list[dict], full: dict) -> None:
     versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("torch", "transformers", "deepspeed", "accelerate"))
-    lines = ["# banking77", "", "Written by `python benchmarks/banking77.py`, which says how.", "",
-             f"{args.machine}: date {time.strftime('%Y-%m-%d')}, python {platform.python_version()}, {versions}", "",
-             f"6-layer BERT (22.7 M parameters), fp32, {json.dumps(SETTINGS)}; {args.rounds} rounds of {args.steps} steps.", "",
-             "| contender | samples/s (median) | fastft is faster by (median, min-max of rounds) | accuracy after 3 epochs | samples/s of the full run |", "|---|---|---|---|---|"]
+    lines = [
+        "# banking77",
+        "",
+        "Written by `python benchmarks/banking77.py`, which says how.",
+        "",
+        f"{args.machine}: date {time.strftime('%Y-%m-%d')}, python {platform.python_version()}, {versions}",
+        "",
+        f"6-layer BERT (22.7 M parameters), fp32, {json.dumps(SETTINGS)}; {args.rounds} rounds of {args.steps} steps.",
+        "",
+        "| contender | samples/s (median) | fastft is faster by (median, min-max of rounds) | accuracy after 3 epochs | samples/s of the full run |",
+        "|---|---|---|---|---|",
+    ]
     for name in CONTENDERS:
         ratios = [r["fastft"] / r[name] for r in rounds]
         whole = full.get(name)
-        lines.append(f"| {name} | {statistics.median(r[name] for r in rounds):.1f} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | "
-                     + (f"{whole['accuracy']:.4f} | {whole['samples_per_second']:.1f} |" if whole else "- | - |"))
+        lines.append(
+            f"| {name} | {statistics.median(r[name] for r in rounds):.1f} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | "
+            + (f"{whole['accuracy']:.4f} | {whole['samples_per_second']:.1f} |" if whole else "- | - |")
+        )
     table = "\n".join(lines) + "\n"
     print(table)
     (ROOT / "benchmarks" / "results" / "banking77.md").write_text(table)

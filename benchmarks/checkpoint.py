@@ -25,17 +25,38 @@ from fastft.optim import FusedAdamW
 from fastft.train import checkpoint, engine
 from fastft.train.writer import Writer
 
-COLUMNS = {"ZeRO": "s", "dtype": "s", "parameters": ",d", "GB": ".2f", "blocking s": ".2f", "background s": ".3f", "of blocking": ".3f", "step s": ".2f",
-           "beside a write s": ".2f", "seek ms": ".2f"}
+COLUMNS = {
+    "ZeRO": "s",
+    "dtype": "s",
+    "parameters": ",d",
+    "GB": ".2f",
+    "blocking s": ".2f",
+    "background s": ".3f",
+    "of blocking": ".3f",
+    "step s": ".2f",
+    "beside a write s": ".2f",
+    "seek ms": ".2f",
+}
 
 
 def build(zero: int, dtype: str, width: int, run: Path):
-    config = configuration.validate({"task": "causal_lm", "model": {"path": "x", "dtype": dtype}, "parallel": {"zero": zero}, "run": {"device": "cpu", "dir": str(run)}})
+    config = configuration.validate(
+        {
+            "task": "causal_lm",
+            "model": {"path": "x", "dtype": dtype},
+            "parallel": {"zero": zero},
+            "run": {"device": "cpu", "dir": str(run)},
+        }
+    )
     ranks = engine.environment(config)
     engine.start_process_group()
     torch.manual_seed(0)
-    net = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(6))).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
-    return engine.build_engine(net, FusedAdamW(net.parameters(), lr=1e-4), engine.deepspeed_config(config, ranks)), ranks
+    net = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(6))).to(
+        {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    )
+    return engine.build_engine(
+        net, FusedAdamW(net.parameters(), lr=1e-4), engine.deepspeed_config(config, ranks)
+    ), ranks
 
 
 def step(built, width: int) -> float:
@@ -62,7 +83,7 @@ def measure(zero: int, dtype: str, width: int, rounds: int) -> dict:
         writer, alone, beside, times, number = Writer(ranks), [], [], {True: [], False: []}, 0
         step(built, width)
         for r in range(-1, rounds):
-            for wait in ((True, False) if r % 2 else (False, True)):
+            for wait in (True, False) if r % 2 else (False, True):
                 alone.append(step(built, width))
                 number += 1
                 seconds = save(built, writer, folder / "checkpoints", number, wait)
@@ -77,9 +98,18 @@ def measure(zero: int, dtype: str, width: int, rounds: int) -> dict:
     start = time.perf_counter()
     order.sample_ids(10**9, 17, 10**6 * 256, 10**6 * 256 + 256)
     seek = time.perf_counter() - start
-    return {"ZeRO": str(zero), "dtype": dtype, "parameters": sum(p.numel() for p in built.module.parameters()), "GB": size / 1e9,
-            "blocking s": min(times[True]), "background s": min(times[False]), "of blocking": statistics.median(b / a for a, b in zip(times[True], times[False], strict=True)),
-            "step s": min(alone), "beside a write s": statistics.median(beside), "seek ms": seek * 1000}
+    return {
+        "ZeRO": str(zero),
+        "dtype": dtype,
+        "parameters": sum(p.numel() for p in built.module.parameters()),
+        "GB": size / 1e9,
+        "blocking s": min(times[True]),
+        "background s": min(times[False]),
+        "of blocking": statistics.median(b / a for a, b in zip(times[True], times[False], strict=True)),
+        "step s": min(alone),
+        "beside a write s": statistics.median(beside),
+        "seek ms": seek * 1000,
+    }
 
 
 def main() -> None:
@@ -87,7 +117,10 @@ def main() -> None:
         parser.add_argument("--width", type=int, default=4096, help="of six square layers; 4096: 101 M parameters")
 
     args = common.arguments(__doc__.splitlines()[0], rounds=5, more=more)
-    rows = [measure(zero, dtype, 64 if args.quick else args.width, args.rounds) for zero, dtype in ((0, "fp32"), (1, "bf16"), (2, "bf16"))]
+    rows = [
+        measure(zero, dtype, 64 if args.quick else args.width, args.rounds)
+        for zero, dtype in ((0, "fp32"), (1, "bf16"), (2, "bf16"))
+    ]
     common.record("checkpoint", args, rows, COLUMNS)
     engine.stop_process_group()
     leave(0)  # gloo's threads may abort an interpreter that shuts down

@@ -33,7 +33,9 @@ def arguments(
     parser.add_argument("--machine", default=default_machine(), help="how the record names this machine")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for all contenders")
-    parser.add_argument("--keep-heap", action="store_true", help="let glibc keep freed memory: times without page faults")
+    parser.add_argument(
+        "--keep-heap", action="store_true", help="let glibc keep freed memory: times without page faults"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, 3 rounds, nothing recorded: does it run?")
     more(parser)
     args = parser.parse_args()
@@ -52,7 +54,10 @@ def default_machine() -> str:
 
 
 def interleave(
-    contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2, prepare: dict[str, Callable[[], object]] | None = None
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    prepare: dict[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round, in another order in each: who comes after whom finds other things in the caches.
 
@@ -102,7 +107,9 @@ def check(name: str, got: torch.Tensor, peer: torch.Tensor, truth: torch.Tensor,
     return ours, theirs
 
 
-def record(name: str, args: argparse.Namespace, rows: list[dict], columns: dict[str, str], shown: list[dict] | None = None) -> None:
+def record(
+    name: str, args: argparse.Namespace, rows: list[dict], columns: dict[str, str], shown: list[dict] | None = None
+) -> None:
     """Appends the rows to results/<name>.jsonl, rewrites results/<name>.md from the last run of each setting, and prints it.
 
     shown: what the table is to hold instead of the rows, where they replace some of an earlier run's.
@@ -144,7 +151,9 @@ def _installed(package: str) -> bool:
 def _markdown(rows: list[dict], columns: dict[str, str]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = [format(row[key], spec) if key in row and row[key] is not None else "-" for key, spec in columns.items()]
+        cells = [
+            format(row[key], spec) if key in row and row[key] is not None else "-" for key, spec in columns.items()
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

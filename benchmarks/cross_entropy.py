@@ -69,7 +69,13 @@ def case(dtype, vocab, rows, rounds) -> dict:
         },
         rounds,
     )
-    row = {"dtype": str(dtype).removeprefix("torch."), "vocab": vocab, "rows": rows, "error": ours, "torch error": theirs}
+    row = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab": vocab,
+        "rows": rows,
+        "error": ours,
+        "torch error": theirs,
+    }
     for name, seconds in times.items():
         row[f"{name} ms"] = min(seconds) * 1e3
         row[f"{name} x"] = common.speedup(times, "torch", name)

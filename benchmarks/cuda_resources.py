@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of every CUDA kernel for every architecture, as ptxas reports them; needs nvcc, no GPU.
 
-    python benchmarks/cuda_resources.py     runs csrc/check_cuda.sh (warnings are errors) and writes benchmarks/results/cuda_resources.md
+python benchmarks/cuda_resources.py     runs csrc/check_cuda.sh (warnings are errors) and writes benchmarks/results/cuda_resources.md
 """
 
 import os
@@ -15,8 +15,16 @@ USED = re.compile(r"used (\d+) registers.*?(?:(\d+) bytes smem|$)")
 
 def main() -> None:
     nvcc = os.environ.get("CUDACXX", "nvcc")
-    version = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout)[1]
-    log = subprocess.run([ROOT / "csrc" / "check_cuda.sh"], check=True, capture_output=True, text=True, env={**os.environ, "FASTFT_REQUIRE_NVCC": "1"}).stdout
+    version = re.search(
+        r"release ([\d.]+)", subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    )[1]
+    log = subprocess.run(
+        [ROOT / "csrc" / "check_cuda.sh"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FASTFT_REQUIRE_NVCC": "1"},
+    ).stdout
     table, archs = parse(log)
     lines = ["# CUDA kernels: registers / bytes of shared memory / bytes of spills", "",
              f"Written by `python benchmarks/cuda_resources.py`; nvcc {version}, -O3. {len(table)} kernels, "

@@ -31,7 +31,16 @@ from fastft.launch.hostfile import free_port
 from fastft.train import telemetry
 from fastft.train.writer import POINTS
 
-COLUMNS = {"fault": "s", "ZeRO": "s", "dtype": "s", "tries": "d", "survived": "d", "seen s": ".1f", "lost": "d", "how": "s"}
+COLUMNS = {
+    "fault": "s",
+    "ZeRO": "s",
+    "dtype": "s",
+    "tries": "d",
+    "survived": "d",
+    "seen s": ".1f",
+    "lost": "d",
+    "how": "s",
+}
 
 
 @dataclass
@@ -49,7 +58,12 @@ def lost_steps(run: Path, at: int) -> int:
 
 def killed_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
     """SIGKILL of a random rank at a random step."""
-    truth, run, rank, step = bench.undisturbed(zero, dtype), bench.run_dir(), random.randrange(bench.ranks), random.randrange(1, STEPS - 3)
+    truth, run, rank, step = (
+        bench.undisturbed(zero, dtype),
+        bench.run_dir(),
+        random.randrange(bench.ranks),
+        random.randrange(1, STEPS - 3),
+    )
     process = bench.start("train", bench.config(run, zero, dtype))
     wait_for(lambda: reached(run) >= step, process)
     at, now = reached(run), time.time()
@@ -64,14 +78,24 @@ def killed_in_a_save(point: str) -> Callable[[Bench, int, str], Outcome]:
 
     def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
         truth, run = bench.undisturbed(zero, dtype), bench.run_dir()
-        rank = 0 if point.startswith(("before-manifest", "before-rename", "before-latest", "before-prune")) else random.randrange(bench.ranks)
+        rank = (
+            0
+            if point.startswith(("before-manifest", "before-rename", "before-latest", "before-prune"))
+            else random.randrange(bench.ranks)
+        )
         if zero == 0 and "file" in point:
             rank = 0  # the others write no more than their RNG state, which passes these points too, but later
-        process = bench.start("train", bench.config(run, zero, dtype), env={"FASTFT_KILL_AT": f"{point}:{rank}:{run}.marker"})
+        process = bench.start(
+            "train", bench.config(run, zero, dtype), env={"FASTFT_KILL_AT": f"{point}:{rank}:{run}.marker"}
+        )
         now_at = process.when("was ended by SIGKILL")
         at = reached(run)
         code = process.wait()
-        return Outcome(code == 0 and weights(run) == truth and Path(f"{run}.marker").exists(), now_at - Path(f"{run}.marker").stat().st_mtime, lost_steps(run, at))
+        return Outcome(
+            code == 0 and weights(run) == truth and Path(f"{run}.marker").exists(),
+            now_at - Path(f"{run}.marker").stat().st_mtime,
+            lost_steps(run, at),
+        )
 
     return fault
 
@@ -84,9 +108,13 @@ def stopped_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
     at, now = reached(run), time.time()
     os.kill(find_rank(run, rank), signal.SIGSTOP)
     seen = process.when(f"rank {rank} on localhost has taken no step") - now
-    named = any(f"rank {rank} on localhost has taken no step" in line and "it is stopped" in line for _, line in process.said)
+    named = any(
+        f"rank {rank} on localhost has taken no step" in line and "it is stopped" in line for _, line in process.said
+    )
     code = process.wait()
-    return Outcome(code == 0 and named and weights(run) == truth, seen, lost_steps(run, at), f"watchdog {WATCHDOG:.0f} s")
+    return Outcome(
+        code == 0 and named and weights(run) == truth, seen, lost_steps(run, at), f"watchdog {WATCHDOG:.0f} s"
+    )
 
 
 def killed_launcher(bench: Bench, zero: int, dtype: str) -> Outcome:
@@ -102,7 +130,12 @@ def killed_launcher(bench: Bench, zero: int, dtype: str) -> Outcome:
     seen = time.time() - now
     again = bench.start("resume", run)
     code = again.wait()
-    return Outcome(seen < 10 and process.popen.returncode != 0 and code == 0 and weights(run) == truth, seen, lost_steps(run, at), "then resume")
+    return Outcome(
+        seen < 10 and process.popen.returncode != 0 and code == 0 and weights(run) == truth,
+        seen,
+        lost_steps(run, at),
+        "then resume",
+    )
 
 
 def terminated(bench: Bench, zero: int, dtype: str) -> Outcome:
@@ -121,7 +154,12 @@ def terminated(bench: Bench, zero: int, dtype: str) -> Outcome:
     seen, at = time.time() - now, reached(run)
     again = bench.start("resume", run)
     done = again.wait()
-    return Outcome(code == 143 and seen < 30 and done == 0 and weights(run) == truth, seen, lost_steps(run, at), "exit 143, then resume")
+    return Outcome(
+        code == 143 and seen < 30 and done == 0 and weights(run) == truth,
+        seen,
+        lost_steps(run, at),
+        "exit 143, then resume",
+    )
 
 
 def broken_disk(kind: str) -> Callable[[Bench, int, str], Outcome]:
@@ -145,7 +183,12 @@ def broken_disk(kind: str) -> Callable[[Bench, int, str], Outcome]:
             told = "needs" in process.text() if kind == "full" else "Read-only" in process.text()
             subprocess.run(["mount", "-o", "remount,rw,size=256m", disk], check=True)
             done = bench.start("resume", run).wait()
-            return Outcome(code not in (0, None) and told and "step-10" in kept and done == 0 and weights(run) == truth, None, lost_steps(run, 20), "named, then resume")
+            return Outcome(
+                code not in (0, None) and told and "step-10" in kept and done == 0 and weights(run) == truth,
+                None,
+                lost_steps(run, 20),
+                "named, then resume",
+            )
         finally:
             subprocess.run(["umount", "-l", disk], check=False)
 
@@ -178,7 +221,12 @@ def hanging_disk(bench: Bench, zero: int, dtype: str) -> Outcome:
             time.sleep(0.05)
         still = left(run)
         done = bench.start("resume", run).wait()
-        return Outcome(code == 137 and told and not still and done == 0 and weights(run) == truth, seen, lost_steps(run, at), f"watchdog {WATCHDOG:.0f} s, then resume")
+        return Outcome(
+            code == 137 and told and not still and done == 0 and weights(run) == truth,
+            seen,
+            lost_steps(run, at),
+            f"watchdog {WATCHDOG:.0f} s, then resume",
+        )
     finally:
         if frozen:
             subprocess.run(["fsfreeze", "-u", disk], check=False)
@@ -191,7 +239,12 @@ def always_crashing(bench: Bench, zero: int, dtype: str) -> Outcome:
     process = bench.start("train", bench.config(run, zero, dtype), env={"FASTFT_KILL_AT": "begin:1"}, max_restarts=2)
     code = process.wait()
     waits = [line for _, line in process.said if "launch: restart" in line]
-    return Outcome(code == 137 and len(waits) == 2 and "giving up" in process.text() and not left(run), None, 0, f"exit {code} after {len(waits)} restarts")
+    return Outcome(
+        code == 137 and len(waits) == 2 and "giving up" in process.text() and not left(run),
+        None,
+        0,
+        f"exit {code} after {len(waits)} restarts",
+    )
 
 
 def slow_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
@@ -210,7 +263,12 @@ def slow_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
     seen = time.time() - now
     process.popen.send_signal(signal.SIGTERM)
     process.wait()
-    return Outcome(bool(found) and found[0]["step"] <= start + 20, seen, found[0]["step"] - start if found else 0, "lost: steps until it was named")
+    return Outcome(
+        bool(found) and found[0]["step"] <= start + 20,
+        seen,
+        found[0]["step"] - start if found else 0,
+        "lost: steps until it was named",
+    )
 
 
 def damaged(kind: str) -> Callable[[Bench, int, str], Outcome]:
@@ -229,7 +287,12 @@ def damaged(kind: str) -> Callable[[Bench, int, str], Outcome]:
             file.write_bytes(content if kind == "bit flip" else content[:-1])
         process = bench.start("resume", run)
         code = process.wait()
-        return Outcome(code == 0 and weights(run) == truth and file.name in process.text(), None, lost_steps(run, STEPS), "the one before is taken")
+        return Outcome(
+            code == 0 and weights(run) == truth and file.name in process.text(),
+            None,
+            lost_steps(run, STEPS),
+            "the one before is taken",
+        )
 
     return fault
 
@@ -263,13 +326,25 @@ def poisoned(begin: int, end: int) -> Callable[[Bench, int, str], Outcome]:
         folder.mkdir()
         (folder / "sitecustomize.py").write_text(POISON.format(begin=begin, end=end))
         path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-        process = bench.start("train", bench.config(run, zero, dtype, max_skipped=3), env={"PYTHONPATH": path}, max_restarts=0)
+        process = bench.start(
+            "train", bench.config(run, zero, dtype, max_skipped=3), env={"PYTHONPATH": path}, max_restarts=0
+        )
         code = process.wait()
         skipped = [r for r in telemetry.read(run) if r["kind"] == "skipped"]
         named = all(len(r["samples"]) == 8 for r in skipped)
         if end - begin <= 2:
-            return Outcome(code == 0 and named and len(skipped) == 1 and finite(run / "model" / "model.safetensors"), None, len(skipped), "skipped on all ranks; finite")
-        return Outcome(code == 1 and named and len(skipped) == 4 and "4 steps in a row had NaN" in process.text(), None, len(skipped), "stopped, samples named")
+            return Outcome(
+                code == 0 and named and len(skipped) == 1 and finite(run / "model" / "model.safetensors"),
+                None,
+                len(skipped),
+                "skipped on all ranks; finite",
+            )
+        return Outcome(
+            code == 1 and named and len(skipped) == 4 and "4 steps in a row had NaN" in process.text(),
+            None,
+            len(skipped),
+            "stopped, samples named",
+        )
 
     return fault
 
@@ -287,29 +362,70 @@ def differing(key: str, values: tuple) -> Callable[[Bench, int, str], Outcome]:
         run = bench.run_dir()
         path = bench.config(run, zero, dtype)
         port = free_port()
-        ranks = [subprocess.Popen([sys.executable, "-m", "fastft", "train", str(path), f"{key}={value}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2",
-                                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for r, value in enumerate(values)]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "fastft", "train", str(path), f"{key}={value}"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "RANK": str(r),
+                    "LOCAL_RANK": str(r),
+                    "WORLD_SIZE": "2",
+                    "LOCAL_WORLD_SIZE": "2",
+                    "LOCAL_SIZE": "2",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                },
+            )
+            for r, value in enumerate(values)
+        ]
         try:
             said = [rank.communicate(timeout=120)[0] for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
-        return Outcome(all(rank.returncode == 1 for rank in ranks) and all("rank 1 has" in text for text in said) and reached(run) == 0, None, 0, "refused")
+        return Outcome(
+            all(rank.returncode == 1 for rank in ranks)
+            and all("rank 1 has" in text for text in said)
+            and reached(run) == 0,
+            None,
+            0,
+            "refused",
+        )
 
     return fault
 
 
 FAULTS: dict[str, Callable[[Bench, int, str], Outcome]] = {
-    "rank killed": killed_rank, "rank stopped": stopped_rank, "launcher killed": killed_launcher, "SIGTERM in a collective": terminated,
-    "disk full": broken_disk("full"), "disk read-only": broken_disk("read-only"), "disk hangs": hanging_disk, "crash at every start": always_crashing, "slow rank": slow_rank,
+    "rank killed": killed_rank,
+    "rank stopped": stopped_rank,
+    "launcher killed": killed_launcher,
+    "SIGTERM in a collective": terminated,
+    "disk full": broken_disk("full"),
+    "disk read-only": broken_disk("read-only"),
+    "disk hangs": hanging_disk,
+    "crash at every start": always_crashing,
+    "slow rank": slow_rank,
     **{f"checkpoint file: {kind}": damaged(kind) for kind in ("bit flip", "cut short", "missing")},
-    "NaN on one rank": poisoned(21, 23), "NaN on one rank for good": poisoned(21, 1 << 60),
-    "ranks differ: learning rate": differing("optim.lr", (1e-3, 2e-3)), "ranks differ: seed": differing("run.seed", (1, 2)),
+    "NaN on one rank": poisoned(21, 23),
+    "NaN on one rank for good": poisoned(21, 1 << 60),
+    "ranks differ: learning rate": differing("optim.lr", (1e-3, 2e-3)),
+    "ranks differ: seed": differing("run.seed", (1, 2)),
     **{f"killed in a save: {point}": killed_in_a_save(point) for point in POINTS},
 }
 MORE = ("rank killed", "checkpoint file")  # tried several times: they fall on random steps and files
-ONCE = ("crash at every start", "slow rank", "disk full", "disk read-only", "disk hangs", "ranks differ: learning rate", "ranks differ: seed")  # the same at every stage: not tried at all of them
+ONCE = (
+    "crash at every start",
+    "slow rank",
+    "disk full",
+    "disk read-only",
+    "disk hangs",
+    "ranks differ: learning rate",
+    "ranks differ: seed",
+)  # the same at every stage: not tried at all of them
 
 
 def attempt(fault: Callable[[Bench, int, str], Outcome], bench: Bench, zero: int, dtype: str) -> Outcome:
@@ -325,8 +441,16 @@ def attempt(fault: Callable[[Bench, int, str], Outcome], bench: Bench, zero: int
 def measure(bench: Bench, name: str, zero: int, dtype: str, tries: int) -> dict:
     outcomes = [attempt(FAULTS[name], bench, zero, dtype) for _ in range(tries)]
     seen = [o.seen for o in outcomes if o.seen is not None]
-    row = {"fault": name, "ZeRO": str(zero), "dtype": dtype, "tries": tries, "survived": sum(o.survived for o in outcomes), "seen s": max(seen) if seen else None,
-           "lost": max(o.lost for o in outcomes), "how": outcomes[-1].how}
+    row = {
+        "fault": name,
+        "ZeRO": str(zero),
+        "dtype": dtype,
+        "tries": tries,
+        "survived": sum(o.survived for o in outcomes),
+        "seen s": max(seen) if seen else None,
+        "lost": max(o.lost for o in outcomes),
+        "how": outcomes[-1].how,
+    }
     if seen:
         row["seen median s"] = statistics.median(seen)
     return row
@@ -338,14 +462,21 @@ def merged(rows: list[dict]) -> list[dict]:
     for row in [*map(json.loads, (common.RESULTS / "faults.jsonl").read_text().splitlines()), *rows]:
         newest[row["ZeRO"], row["fault"], row["dtype"]] = row
     order = list(FAULTS)
-    return sorted((row for row in newest.values() if row["fault"] in order), key=lambda row: (row["ZeRO"], order.index(row["fault"])))
+    return sorted(
+        (row for row in newest.values() if row["fault"] in order),
+        key=lambda row: (row["ZeRO"], order.index(row["fault"])),
+    )
 
 
 def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--tries", type=int, default=5)
         parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
-        parser.add_argument("--update", action="store_true", help="the table keeps the rows of results/faults.jsonl that this run does not make anew")
+        parser.add_argument(
+            "--update",
+            action="store_true",
+            help="the table keeps the rows of results/faults.jsonl that this run does not make anew",
+        )
         parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS))
 
     args = common.arguments(__doc__.splitlines()[0], more=more)
@@ -355,7 +486,7 @@ def main() -> None:
         for zero in args.stages:
             dtype, stage = "fp32" if zero % 2 == 0 else "bf16", []
             for name in args.only:
-                if name in ONCE and zero != args.stages[0] or name.startswith("disk") and os.geteuid():
+                if (name in ONCE and zero != args.stages[0]) or (name.startswith("disk") and os.geteuid()):
                     continue
                 tries = args.tries if name.startswith(MORE) else 1
                 stage.append(measure(bench, name, zero, dtype, tries))

@@ -24,7 +24,14 @@ from fastft.ops.adamw import adamw
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 BF16, F32 = torch.bfloat16, torch.float32
 LOGITS = ((8192, 32000), (8192, 50257), (4096, 128256), (4096, 151936), (2048, 256000))  # rows, classes
-HEADS = ((8192, 768, 50257), (8192, 896, 151936), (8192, 4096, 32000), (8192, 4096, 128256), (8192, 3584, 152064), (8192, 2304, 256000))
+HEADS = (
+    (8192, 768, 50257),
+    (8192, 896, 151936),
+    (8192, 4096, 32000),
+    (8192, 4096, 128256),
+    (8192, 3584, 152064),
+    (8192, 2304, 256000),
+)
 PEERS = ("liger_kernel", "cut_cross_entropy", "quack", "apex", "transformer_engine", "bitsandbytes", "triton")
 DO_BENCH_MS = (25, 100)  # warm-up and repeats
 
@@ -75,7 +82,7 @@ class Bench:
                 call()
                 row["peak_mib"] = round(self.peak(call) / 2**20, 1)
                 seconds = self.time(call)
-            except Exception as error:  # noqa: BLE001  a peer that cannot run here is a finding of its own
+            except Exception as error:
                 if ours is None:
                     raise
                 self.add({**row, "error": f"{type(error).__name__}: {error}"[:200]})
@@ -111,7 +118,11 @@ def importable(name: str):
 
 def ours_on(device: torch.device, op: str) -> list[str]:
     """Our backends that can do this op here, the one that is chosen unasked first."""
-    found = [name for name in backends.names(op) if not backends.why_not(op, name, device.type, (F32, F32) if op == "adamw" else (F32,))]
+    found = [
+        name
+        for name in backends.names(op)
+        if not backends.why_not(op, name, device.type, (F32, F32) if op == "adamw" else (F32,))
+    ]
     return [name for name in found if name != "reference"] or found
 
 
@@ -157,13 +168,19 @@ def _check_adamw(b: Bench, options: dict) -> None:
         torch.optim.AdamW([p], lr=options["lr"], weight_decay=0.01, foreach=False).step()
         results.append(p.detach())
     for name in ours_on(b.device, "adamw"):
-        p, m, v, step = start.clone(), torch.zeros_like(start), torch.zeros_like(start), torch.zeros((), device=b.device)
+        p, m, v, step = (
+            start.clone(),
+            torch.zeros_like(start),
+            torch.zeros_like(start),
+            torch.zeros((), device=b.device),
+        )
         adamw([p], [grad], [m], [v], [], [step], **options, backend=name)
         check(f"adamw {name}", p, *results)
 
 
 def _adamw_peers(param: torch.Tensor, grad: torch.Tensor) -> dict:
     """name -> one step of a peer on this parameter, made when it is first called: some peers fail at once."""
+
     def of(make):
         made = []
 
@@ -173,13 +190,19 @@ def _adamw_peers(param: torch.Tensor, grad: torch.Tensor) -> dict:
                 p.grad = grad
                 made.append(make([p]))
             made[0].step()
+
         return call
 
-    peers = {"torch fused": of(lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True)), "torch foreach": of(lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True))}
+    peers = {
+        "torch fused": of(lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True)),
+        "torch foreach": of(lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True)),
+    }
     if importable("apex"):
         peers["apex"] = of(lambda p: importlib.import_module("apex.optimizers").FusedAdam(p, lr=1e-3))
     if importable("transformer_engine"):
-        peers["transformer_engine"] = of(lambda p: importlib.import_module("transformer_engine.pytorch.optimizers").FusedAdam(p, lr=1e-3))
+        peers["transformer_engine"] = of(
+            lambda p: importlib.import_module("transformer_engine.pytorch.optimizers").FusedAdam(p, lr=1e-3)
+        )
     if bnb := importable("bitsandbytes"):
         peers["bitsandbytes 8-bit"] = of(lambda p: bnb.optim.AdamW8bit(p, lr=1e-3))
     return peers
@@ -190,10 +213,22 @@ def bench_sum_squares(b: Bench) -> None:
         x = torch.randn(b.size(1_000_000_000), device=b.device, dtype=dtype)
         small = x[:100_003]
         for name in ours_on(b.device, "sum_squares"):
-            check("sum_squares", sum_squares([small], backend=name), small.float().square().sum(), small.double().square().sum())
-        calls = {f"fastft {name}": lambda name=name: sum_squares([x], backend=name) for name in ours_on(b.device, "sum_squares")}
+            check(
+                "sum_squares",
+                sum_squares([small], backend=name),
+                small.float().square().sum(),
+                small.double().square().sum(),
+            )
+        calls = {
+            f"fastft {name}": lambda name=name: sum_squares([x], backend=name)
+            for name in ours_on(b.device, "sum_squares")
+        }
         calls["torch foreach_norm"] = lambda: torch._foreach_norm([x], 2, dtype=F32)
-        b.contenders({"op": "sum_squares", "n": x.numel(), "dtype": str(dtype)[6:]}, calls, floor_bytes=x.numel() * x.element_size())
+        b.contenders(
+            {"op": "sum_squares", "n": x.numel(), "dtype": str(dtype)[6:]},
+            calls,
+            floor_bytes=x.numel() * x.element_size(),
+        )
 
 
 def bench_cross_entropy(b: Bench) -> None:
@@ -211,15 +246,25 @@ def bench_cross_entropy(b: Bench) -> None:
             def in_place(name, logits=logits, target=target):
                 torch.autograd.grad(cross_entropy(logits.view_as(logits), target, inplace=True, backend=name), logits)
 
-            calls = {f"fastft {name} in place": lambda name=name: in_place(name) for name in ours_on(b.device, "cross_entropy")}
-            calls |= {f"fastft {name}": lambda name=name: both(lambda x, y: cross_entropy(x, y, backend=name)) for name in ours_on(b.device, "cross_entropy")}
+            calls = {
+                f"fastft {name} in place": lambda name=name: in_place(name)
+                for name in ours_on(b.device, "cross_entropy")
+            }
+            calls |= {
+                f"fastft {name}": lambda name=name: both(lambda x, y: cross_entropy(x, y, backend=name))
+                for name in ours_on(b.device, "cross_entropy")
+            }
             calls |= {"torch": lambda: both(F.cross_entropy), "torch.compile": lambda: both(compiled)}
             if liger := importable("liger_kernel.transformers.functional"):
                 calls["liger"] = lambda: both(lambda x, y: liger.liger_cross_entropy(x, y))
             if quack := importable("quack.cross_entropy"):
                 calls["quack"] = lambda: both(lambda x, y: quack.cross_entropy(x, y).mean())
             size = logits.element_size() * logits.numel()
-            b.contenders({"op": "cross_entropy", "rows": rows, "vocab": vocab, "dtype": str(dtype)[6:]}, calls, floor_bytes=2 * size)
+            b.contenders(
+                {"op": "cross_entropy", "rows": rows, "vocab": vocab, "dtype": str(dtype)[6:]},
+                calls,
+                floor_bytes=2 * size,
+            )
             del logits, calls
 
 
@@ -255,7 +300,13 @@ def bench_linear_cross_entropy(b: Bench) -> None:
             calls["liger"] = lambda: both(lambda h, w, y: liger.liger_fused_linear_cross_entropy(h, w, y))
         if cce := importable("cut_cross_entropy"):
             calls["cut_cross_entropy"] = lambda: both(lambda h, w, y: cce.linear_cross_entropy(h, w, y))
-        case = {"op": "linear_cross_entropy", "rows": rows, "width": width, "vocab": vocab, "logits_mib": round(2 * rows * vocab / 2**20, 1)}
+        case = {
+            "op": "linear_cross_entropy",
+            "rows": rows,
+            "width": width,
+            "vocab": vocab,
+            "logits_mib": round(2 * rows * vocab / 2**20, 1),
+        }
         b.contenders(case, calls, flops=6.0 * rows * width * vocab)
         del hidden, weight, calls
 
@@ -280,8 +331,15 @@ def table(rows: list[dict]) -> str:
         if row["op"] == "ceilings":
             lines.append(f"copy {row['copy_gb_s']:.0f} GB/s, bf16 GEMM {row['gemm_tflop_s']:.0f} TFLOP/s")
             continue
-        case = " ".join(f"{k}={v}" for k, v in row.items() if k in ("n", "rows", "width", "vocab", "dtype", "bf16 gradient and copy"))
-        figures = row.get("error") or f"{row['ms']:9.3f} ms  {row['x_ours']:6.2f} x ours  {row['of_ceiling']:5.0%} of ceiling  {row['peak_mib']:9.1f} MiB"
+        case = " ".join(
+            f"{k}={v}"
+            for k, v in row.items()
+            if k in ("n", "rows", "width", "vocab", "dtype", "bf16 gradient and copy")
+        )
+        figures = (
+            row.get("error")
+            or f"{row['ms']:9.3f} ms  {row['x_ours']:6.2f} x ours  {row['of_ceiling']:5.0%} of ceiling  {row['peak_mib']:9.1f} MiB"
+        )
         lines.append(f"{row['op']:<21}{case:<40}{row['contender']:<28}{figures}")
     return "\n".join(lines)
 

@@ -61,10 +61,22 @@ class Bench:
         write_model(folder, dropout)
 
     def config(self, run: Path, zero: int, dtype: str, **train) -> Path:
-        config = {"task": "causal_lm", "model": {"path": str(self.folder / "model"), "dtype": dtype},
-                  "data": {"train": str(self.folder / "train.jsonl"), "max_length": 128, "overlength": "split", "cache": str(self.folder / "prepared")},
-                  "batch": {"size": 8}, "optim": {"lr": 1e-3}, "train": {"steps": STEPS, "log_every": 1, **train}, "checkpoint": {"every": EVERY},
-                  "parallel": {"zero": zero}, "run": {"dir": str(run), "offline": True, "device": "cpu", "threads": 1}}
+        config = {
+            "task": "causal_lm",
+            "model": {"path": str(self.folder / "model"), "dtype": dtype},
+            "data": {
+                "train": str(self.folder / "train.jsonl"),
+                "max_length": 128,
+                "overlength": "split",
+                "cache": str(self.folder / "prepared"),
+            },
+            "batch": {"size": 8},
+            "optim": {"lr": 1e-3},
+            "train": {"steps": STEPS, "log_every": 1, **train},
+            "checkpoint": {"every": EVERY},
+            "parallel": {"zero": zero},
+            "run": {"dir": str(run), "offline": True, "device": "cpu", "threads": 1},
+        }
         path = run.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(config))
         return path
@@ -74,11 +86,26 @@ class Bench:
 
     def start(self, *arguments: str | Path, env: dict | None = None, **options: float) -> Process:
         options = {"nproc": self.ranks, "backoff": 0.2, "watchdog": WATCHDOG, **options}
-        command = [sys.executable, "-m", "fastft", "launch", *itertools.chain(*((f"--{k.replace('_', '-')}", str(v)) for k, v in options.items())), *map(str, arguments)]
-        popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                                 env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})})
+        command = [
+            sys.executable,
+            "-m",
+            "fastft",
+            "launch",
+            *itertools.chain(*((f"--{k.replace('_', '-')}", str(v)) for k, v in options.items())),
+            *map(str, arguments),
+        ]
+        popen = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})},
+        )
         said: list[tuple[float, str]] = []
-        reader = threading.Thread(target=lambda: said.extend((time.time(), line.rstrip()) for line in popen.stdout), daemon=True)
+        reader = threading.Thread(
+            target=lambda: said.extend((time.time(), line.rstrip()) for line in popen.stdout), daemon=True
+        )
         reader.start()
         self.started.append(Process(popen, reader, said))
         return self.started[-1]
@@ -116,9 +143,21 @@ def write_model(folder: Path, dropout: float = 0.1) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>")
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                 max_position_embeddings=256, attention_dropout=dropout, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-                                 bos_token_id=None)).save_pretrained(folder / "model")
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            attention_dropout=dropout,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    ).save_pretrained(folder / "model")
 
 
 def weights(run: Path) -> str:
@@ -127,7 +166,11 @@ def weights(run: Path) -> str:
 
 def reached(run: Path) -> int:
     """The last step that was logged."""
-    return max((r["step"] for r in telemetry.read(run) if r["kind"] == "train"), default=0) if (run / "metrics.jsonl").exists() else 0
+    return (
+        max((r["step"] for r in telemetry.read(run) if r["kind"] == "train"), default=0)
+        if (run / "metrics.jsonl").exists()
+        else 0
+    )
 
 
 def left(run: Path) -> list[int]:
@@ -135,7 +178,10 @@ def left(run: Path) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if str(run).encode() in (process / "cmdline").read_bytes() or run in Path(os.readlink(process / "fd" / "1")).parents:
+            if (
+                str(run).encode() in (process / "cmdline").read_bytes()
+                or run in Path(os.readlink(process / "fd" / "1")).parents
+            ):
                 found.append(int(process.name))
         except OSError:
             continue

@@ -102,15 +102,24 @@ def case(dtype, hidden, vocab, rows, ignored, rounds) -> dict:
         torch.mm(logits.t(), x, out=dw)
 
     runs = {name: gradients_of(name) for name in ("fastft", "torch", "chunked")}
-    contenders = {"GEMMs": gemms, "fastft": lambda: runs["fastft"](h, w, target), "torch": lambda: runs["torch"](h, w, target)}
+    contenders = {
+        "GEMMs": gemms,
+        "fastft": lambda: runs["fastft"](h, w, target),
+        "torch": lambda: runs["torch"](h, w, target),
+    }
     times = common.interleave(contenders, rounds, warmup=1)
     row = {"dtype": str(dtype).removeprefix("torch."), "hidden": hidden, "vocab": vocab, "rows": rows, "ignored": ignored,
            "error": ours, "torch error": theirs, "fastft / GEMMs": 1 / common.speedup(times, "GEMMs", "fastft")}  # fmt: skip
-    row |= {f"{name} ms": min(seconds) * 1e3 for name, seconds in times.items()} | {"x torch": common.speedup(times, "torch", "fastft")}
+    row |= {f"{name} ms": min(seconds) * 1e3 for name, seconds in times.items()} | {
+        "x torch": common.speedup(times, "torch", "fastft")
+    }
     if hasattr(F, "linear_cross_entropy") and ignored == 0:  # torch 2.13
         few = min(rows, 256 if hidden * vocab < 5e7 else 16 if hidden * vocab < 2e8 else 2)
         pair = {name: lambda run=runs[name]: run(h[:few], w, target[:few]) for name in ("fastft", "chunked")}
-        row |= {"chunked rows": few, "x chunked": common.speedup(common.interleave(pair, 1, warmup=0), "chunked", "fastft")}
+        row |= {
+            "chunked rows": few,
+            "x chunked": common.speedup(common.interleave(pair, 1, warmup=0), "chunked", "fastft"),
+        }
     return row
 
 

@@ -1,6 +1,6 @@
 """The scaling model against published throughputs: fitted on up to 128 GPUs, predicted for 256 and 512.
 
-    python benchmarks/plan.py [--out FILE]        measures nothing: a second of arithmetic on numbers that others published
+python benchmarks/plan.py [--out FILE]        measures nothing: a second of arithmetic on numbers that others published
 """
 
 import argparse
@@ -43,7 +43,9 @@ def main() -> None:
 
 
 def points(rows: list[fit.Row], everything: fit.Fit) -> str:
-    at_128 = {row.point.name: row.point.tokens_per_second for row in rows if row.point.setup.world_size == fit.FITTED_UP_TO}
+    at_128 = {
+        row.point.name: row.point.tokens_per_second for row in rows if row.point.setup.world_size == fit.FITTED_UP_TO
+    }
     lines = []
     for row in rows:
         setup, measured = row.point.setup, row.point.tokens_per_second

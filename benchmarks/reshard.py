@@ -19,10 +19,30 @@ from fastft.train import telemetry
 GOAL = {"fp32": 1e-6, "bf16": 2e-3}
 # (ranks, stage) of the checkpoint -> (ranks, stage) that go on
 CASES = {
-    "fp32": {(1, 1): [(2, 1), (4, 1)], (2, 1): [(1, 1), (4, 2), (2, 3)], (4, 2): [(2, 2), (1, 1)], (2, 3): [(1, 3), (4, 3), (2, 1)], (2, 0): [(1, 0), (4, 0)]},
-    "bf16": {(1, 1): [(2, 1)], (2, 1): [(1, 1), (4, 3)], (2, 2): [(4, 2), (1, 3)], (4, 3): [(2, 3), (1, 2)], (2, 0): [(1, 0)]},
+    "fp32": {
+        (1, 1): [(2, 1), (4, 1)],
+        (2, 1): [(1, 1), (4, 2), (2, 3)],
+        (4, 2): [(2, 2), (1, 1)],
+        (2, 3): [(1, 3), (4, 3), (2, 1)],
+        (2, 0): [(1, 0), (4, 0)],
+    },
+    "bf16": {
+        (1, 1): [(2, 1)],
+        (2, 1): [(1, 1), (4, 3)],
+        (2, 2): [(4, 2), (1, 3)],
+        (4, 3): [(2, 3), (1, 2)],
+        (2, 0): [(1, 0)],
+    },
 }
-COLUMNS = {"dtype": "s", "ranks, ZeRO": "s", "goes on with": "s", "steps": "d", "largest loss difference": ".1e", "goal": ".0e", "weights": ".1e"}
+COLUMNS = {
+    "dtype": "s",
+    "ranks, ZeRO": "s",
+    "goes on with": "s",
+    "steps": "d",
+    "largest loss difference": ".1e",
+    "goal": ".0e",
+    "weights": ".1e",
+}
 
 
 class Reshard(Bench):
@@ -45,7 +65,15 @@ class Reshard(Bench):
 
     def go_on(self, whole: Path, ranks: int, zero: int) -> tuple[Path, list[float]]:
         run = self.run_dir()
-        shutil.copytree(whole, run, ignore=lambda _, names: [n for n in names if n in ("model", "metrics.jsonl") or n.startswith("step-") and n != f"step-{self.before}"])
+        shutil.copytree(
+            whole,
+            run,
+            ignore=lambda _, names: [
+                n
+                for n in names
+                if n in ("model", "metrics.jsonl") or (n.startswith("step-") and n != f"step-{self.before}")
+            ],
+        )
         return run, self.train(run, ranks, "resume", run, f"parallel.zero={zero}")
 
 
@@ -58,9 +86,19 @@ def measure(bench: Reshard, dtype: str) -> list[dict]:
             run, rest = bench.go_on(whole, other_ranks, other_zero)
             assert len(rest) == bench.after, len(rest)
             found = load_file(run / "model" / "model.safetensors")
-            rows.append({"dtype": dtype, "ranks, ZeRO": f"{ranks}, {zero}", "goes on with": f"{other_ranks}, {other_zero}", "steps": bench.after, "goal": GOAL[dtype],
-                         "largest loss difference": max(abs(a - b) for a, b in zip(rest, truth[-bench.after:], strict=True)),
-                         "weights": max(float((found[n].float() - w.float()).abs().max()) for n, w in weights.items())})
+            rows.append(
+                {
+                    "dtype": dtype,
+                    "ranks, ZeRO": f"{ranks}, {zero}",
+                    "goes on with": f"{other_ranks}, {other_zero}",
+                    "steps": bench.after,
+                    "goal": GOAL[dtype],
+                    "largest loss difference": max(
+                        abs(a - b) for a, b in zip(rest, truth[-bench.after :], strict=True)
+                    ),
+                    "weights": max(float((found[n].float() - w.float()).abs().max()) for n, w in weights.items()),
+                }
+            )
             print(rows[-1], flush=True)
     return rows
 

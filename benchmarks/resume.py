@@ -31,13 +31,28 @@ from fastft.data.prepared import write_manifest
 from fastft.train import loop, telemetry
 
 SIZE, LENGTH, SEED = 8, 128, 17
-COLUMNS = {"samples": ",d", "step": ",d", "data GB": ".0f", "small s": ".2f", "large s": ".2f", "beyond s": ".2f", "rounds": "d"}
+COLUMNS = {
+    "samples": ",d",
+    "step": ",d",
+    "data GB": ".0f",
+    "small s": ".2f",
+    "large s": ".2f",
+    "beyond s": ".2f",
+    "rounds": "d",
+}
 
 
 def write_config(folder: Path, run: Path, steps: int) -> Path:
-    config = {"task": "causal_lm", "model": {"path": str(folder / "model")}, "data": {"train": str(folder / "train.jsonl"), "max_length": LENGTH, "overlength": "split", "seed": SEED},
-              "batch": {"size": SIZE}, "optim": {"lr": 1e-4}, "train": {"steps": steps, "log_every": 1}, "checkpoint": {"every": 1, "keep": 1},
-              "run": {"dir": str(run), "offline": True, "device": "cpu", "threads": 2}}
+    config = {
+        "task": "causal_lm",
+        "model": {"path": str(folder / "model")},
+        "data": {"train": str(folder / "train.jsonl"), "max_length": LENGTH, "overlength": "split", "seed": SEED},
+        "batch": {"size": SIZE},
+        "optim": {"lr": 1e-4},
+        "train": {"steps": steps, "log_every": 1},
+        "checkpoint": {"every": 1, "keep": 1},
+        "run": {"dir": str(run), "offline": True, "device": "cpu", "threads": 2},
+    }
     path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
     return path
@@ -69,7 +84,13 @@ def enlarge(prepared: Path, samples: int, steps: range) -> float:
 
     column("lengths", np.int64, samples, at(LENGTH))
     column("targets", np.float64, samples, at(LENGTH - 1))
-    for name, value in (("piece_doc", ids), ("piece_start", 0), ("piece_length", LENGTH), ("origin_file", 0), ("origin_row", 1)):
+    for name, value in (
+        ("piece_doc", ids),
+        ("piece_start", 0),
+        ("piece_length", LENGTH),
+        ("origin_file", 0),
+        ("origin_row", 1),
+    ):
         column(name, np.int64, samples, at(value))
     column("tokens.offsets", np.int64, samples + 1, between(LENGTH))
     column("packs.offsets", np.int64, samples + 1, between(1))
@@ -99,7 +120,12 @@ def resume(run: Path, keep: Path, steps: int) -> float:
     shutil.copytree(keep, run / "checkpoints")
     (run / "metrics.jsonl").unlink()
     start = time.time()
-    done = subprocess.run([sys.executable, "-m", "fastft", "resume", run, f"train.steps={steps}"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastft", "resume", run, f"train.steps={steps}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
     first = next(r for r in telemetry.read(run) if r["kind"] == "train")
@@ -126,7 +152,9 @@ def main() -> None:
             if run == "large":
                 shutil.copytree(folder / "small" / "prepared", folder / "large" / "prepared")
                 size = enlarge(folder / "large" / "prepared" / "train", args.samples, range(last - 2, last + 2))
-            subprocess.run([sys.executable, __file__, "--train-from", str(last - 2), path], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, __file__, "--train-from", str(last - 2), path], check=True, stdout=subprocess.DEVNULL
+            )
             shutil.move(folder / run / "checkpoints", folder / f"{run}-checkpoints")
             (folder / run / "checkpoints").mkdir()
         for r in range(-1, args.rounds):
@@ -134,8 +162,15 @@ def main() -> None:
                 seconds = resume(folder / run, folder / f"{run}-checkpoints", steps[run] + 1)
                 if r >= 0:
                     times[run].append(seconds)
-    row = {"samples": args.samples, "step": args.step, "data GB": size, "small s": min(times["small"]), "large s": min(times["large"]), "rounds": args.rounds,
-           "beyond s": statistics.median(b - a for a, b in zip(times["small"], times["large"], strict=True))}
+    row = {
+        "samples": args.samples,
+        "step": args.step,
+        "data GB": size,
+        "small s": min(times["small"]),
+        "large s": min(times["large"]),
+        "rounds": args.rounds,
+        "beyond s": statistics.median(b - a for a, b in zip(times["small"], times["large"], strict=True)),
+    }
     if not args.quick:
         common.record("resume", args, [row], COLUMNS)
     print(row)

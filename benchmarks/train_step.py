@@ -36,17 +36,25 @@ def train(name: str, vocab: int, rows: int, length: int) -> dict:
     from fastft.optim import FusedAdamW
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=vocab, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
-                         max_position_embeddings=length, tie_word_embeddings=True)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
+    )
     model = LlamaForCausalLM(config).bfloat16().train()
     tokens = torch.randint(vocab, (rows, length + 1))
     inputs, target = {"input_ids": tokens[:, :-1], "use_cache": False}, tokens[:, 1:].contiguous()
     if name == "fastft":
         head, optimizer = FusedHead(model), FusedAdamW(model.parameters(), lr=1e-4)
-        loss_of = lambda: head.loss(model, inputs, target)  # noqa: E731
+        loss_of = lambda: head.loss(model, inputs, target)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-        loss_of = lambda: F.cross_entropy(model(**inputs).logits.flatten(0, 1), target.flatten())  # noqa: E731
+        loss_of = lambda: F.cross_entropy(model(**inputs).logits.flatten(0, 1), target.flatten())
     seconds, losses = [], []
 
     def steps():
@@ -60,7 +68,12 @@ def train(name: str, vocab: int, rows: int, length: int) -> dict:
             seconds.append(time.perf_counter() - start)
 
     before, peak = common.peak_memory(steps)
-    return {"seconds": seconds[1:], "bytes": peak - before, "loss": losses[-1], "parameters": sum(p.numel() for p in model.parameters())}
+    return {
+        "seconds": seconds[1:],
+        "bytes": peak - before,
+        "loss": losses[-1],
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def case(vocab: int, rows: int, length: int, args) -> dict:
@@ -78,7 +91,11 @@ def case(vocab: int, rows: int, length: int, args) -> dict:
     row = {"vocab": vocab, "tokens a step": rows * length, "parameters M": found["fastft"][0]["parameters"] / 1e6,
            "speedup": common.speedup(seconds, "torch", "fastft"), "memory": memory["fastft"] / memory["torch"]}  # fmt: skip
     for name in found:
-        row |= {f"{name} tok/s": rows * length / min(seconds[name]), f"{name} GB": memory[name] / 1e9, f"{name} loss": losses[name]}
+        row |= {
+            f"{name} tok/s": rows * length / min(seconds[name]),
+            f"{name} GB": memory[name] / 1e9,
+            f"{name} loss": losses[name],
+        }
     return row
 
 
@@ -90,9 +107,17 @@ def plot(rows: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for axis, (unit, title) in zip(axes, (("tok/s", "tokens per second"), ("GB", "GB above the model, at most")), strict=True):
+    for axis, (unit, title) in zip(
+        axes, (("tok/s", "tokens per second"), ("GB", "GB above the model, at most")), strict=True
+    ):
         for i, (name, colour) in enumerate((("torch", "0.6"), ("fastft", "tab:blue"))):
-            bars = axis.bar([k + 0.4 * i for k in range(len(rows))], [row[f"{name} {unit}"] for row in rows], 0.38, label=name, color=colour)
+            bars = axis.bar(
+                [k + 0.4 * i for k in range(len(rows))],
+                [row[f"{name} {unit}"] for row in rows],
+                0.38,
+                label=name,
+                color=colour,
+            )
             axis.bar_label(bars, fmt="%.0f" if unit == "tok/s" else "%.2f")
         axis.set_xticks([k + 0.2 for k in range(len(rows))], [f"{row['vocab']:,} classes" for row in rows])
         axis.set_title(title)

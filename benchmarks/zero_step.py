@@ -42,7 +42,12 @@ class Net(torch.nn.Module):
     def __init__(self, millions: int):
         super().__init__()
         blocks = max(1, round((millions * 1e6 - VOCABULARY * WIDTH) / (12 * WIDTH * WIDTH)))
-        shapes = [(WIDTH, VOCABULARY)] + [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH, 4 * WIDTH)] * blocks
+        shapes = [(WIDTH, VOCABULARY)] + [
+            (WIDTH, 3 * WIDTH),
+            (WIDTH, WIDTH),
+            (WIDTH, 4 * WIDTH),
+            (WIDTH, 4 * WIDTH),
+        ] * blocks
         self.layers = torch.nn.ModuleList(torch.nn.Linear(*shape) for shape in shapes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (1, WIDTH)
@@ -60,7 +65,14 @@ class Contender:
         ours = name in ("fused", "unfused")
         make = FusedAdamW if ours else DeepSpeedCPUAdam if name == "deepspeed" else torch.optim.AdamW
         optimizer = make(net.parameters(), **OPTIONS, **({"fused": True} if name == "torch" else {}))
-        config = validate({"task": "causal_lm", "model": {"path": "-", "dtype": "bf16"}, "parallel": {"zero": stage}, "run": {"device": "cpu"}})
+        config = validate(
+            {
+                "task": "causal_lm",
+                "model": {"path": "-", "dtype": "bf16"},
+                "parallel": {"zero": stage},
+                "run": {"device": "cpu"},
+            }
+        )
         ranks = engine.environment(config)
         engine.start_process_group()
         settings = engine.deepspeed_config(config, ranks)
@@ -108,9 +120,14 @@ def compare(contenders: dict[str, Contender]) -> float:
 
 def measure(stage: int, millions: int, rounds: int) -> dict:
     contenders = {name: Contender(name, stage, millions) for name in ("fused", "unfused", "deepspeed", "torch")}
-    row = {"stage": stage, "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in contenders["fused"].engine.module.parameters())}
+    row = {
+        "stage": stage,
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in contenders["fused"].engine.module.parameters()),
+    }
     row["weights differ"] = compare(contenders)
-    times = common.interleave({n: c.step for n, c in contenders.items()}, rounds, prepare={n: c.backward for n, c in contenders.items()})
+    times = common.interleave(
+        {n: c.step for n, c in contenders.items()}, rounds, prepare={n: c.backward for n, c in contenders.items()}
+    )
     for name, seconds in times.items():
         row[f"{name} ms"] = min(seconds) * 1e3
         if name != "fused":
@@ -125,12 +142,19 @@ def main() -> None:
         print(json.dumps(measure(*map(int, sys.argv[2:]))))
         engine.stop_process_group()
         leave(0)  # gloo's threads may abort an interpreter that shuts down
-    args = common.arguments(__doc__.splitlines()[0], more=lambda parser: parser.add_argument("--parameters", type=int, nargs="+", default=[100, 200]))
+    args = common.arguments(
+        __doc__.splitlines()[0],
+        more=lambda parser: parser.add_argument("--parameters", type=int, nargs="+", default=[100, 200]),
+    )
     rows = []
     for millions in [40] if args.quick else args.parameters:
         for stage in (1, 2, 3):
             command = [sys.executable, __file__, "--measure", *map(str, (stage, millions, args.rounds))]
-            rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]))
+            rows.append(
+                json.loads(
+                    subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+                )
+            )
     common.record("zero_step", args, rows, COLUMNS)
 
 

@@ -18,7 +18,7 @@ def cpu_features() -> dict[str, bool]:
     """What this CPU has: avx2, fma, f16c, avx512f, avx512bw, avx512vl, avx512dq, avx512_bf16."""
 
 def cpu_path() -> str:
-    """"scalar", "avx2" or "avx512": the path in use. FASTFT_CPU forces one; ValueError when this CPU cannot run it."""
+    """ "scalar", "avx2" or "avx512": the path in use. FASTFT_CPU forces one; ValueError when this CPU cannot run it."""
 
 def adamw(
     device: int,
@@ -32,7 +32,9 @@ def adamw(
     remainders: list[int],  # int16, with param_store 2
     exp_avg_scales: list[int],  # float32[ceil(numel / 256)], with state_store 2
     exp_avg_sq_scales: list[int],
-    steps: list[int],  # one float32 scalar per tensor (host memory for the CPU, device memory for CUDA): steps done so far
+    steps: list[
+        int
+    ],  # one float32 scalar per tensor (host memory for the CPU, device memory for CUDA): steps done so far
     numels: list[int],
     offsets: list[int],  # index of a tensor's first element for the random numbers; empty: 0
     param_dtype: int,

@@ -27,24 +27,36 @@ class Section(BaseModel):
         """`yes` for a number is a mistake, not 1."""
         kind = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and kind is not bool:
-            raise ValueError(f"{str(value).lower()} is no value for it (on, off, yes, no, true and false are booleans in YAML)")
+            raise ValueError(
+                f"{str(value).lower()} is no value for it (on, off, yes, no, true and false are booleans in YAML)"
+            )
         return value
 
 
 class Model(Section):
     path: Path_ = Field(description="Folder or hub id of the model to start from (config, tokenizer, weights).")
-    init: Literal["pretrained", "random"] = Field("pretrained", description="'random' draws new weights for path's config.json.")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="'random' draws new weights for path's config.json."
+    )
     tokenizer: Path_ | None = Field(None, description="Folder or hub id of the tokenizer; default: path.")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="Dtype of parameters and gradients; Adam's state and master weights are fp32.")
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field("auto", description="transformers' attn_implementation.")
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Dtype of parameters and gradients; Adam's state and master weights are fp32."
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="transformers' attn_implementation."
+    )
     revision: str | None = Field(None, description="Commit or tag of a hub id.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model; needs a pinned revision for hub ids.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model; needs a pinned revision for hub ids."
+    )
     freeze: list[str] = Field([], description="Parameter name patterns (fnmatch) that are not trained.")
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self):
         if self.trust_remote_code and not self.revision and not Path(self.path).exists():
-            raise ValueError("model.trust_remote_code runs code from the hub: pin it with model.revision (a commit hash)")
+            raise ValueError(
+                "model.trust_remote_code runs code from the hub: pin it with model.revision (a commit hash)"
+            )
         return self
 
 
@@ -54,21 +66,31 @@ class Source(Section):
     split: str | None = Field(None, description="Split to read from a saved DatasetDict.")
     documents: Literal["blank_line", "line", "file"] = Field("blank_line", description="txt: what ends a document.")
     header: list[str] | None = Field(None, description="csv/tsv: column names of a file that has no header line.")
-    quoting: Literal["standard", "none"] = Field("standard", description="csv/tsv: 'none' takes quote characters as text.")
+    quoting: Literal["standard", "none"] = Field(
+        "standard", description="csv/tsv: 'none' takes quote characters as text."
+    )
 
 
 class Data(Section):
     train: list[Source] = Field([], description="Training sources: a path, a list of paths, or a list of sources.")
     eval: dict[str, list[Source]] = Field({}, description="Evaluation sets by name (a bare path is named 'eval').")
-    max_length: int | None = Field(None, ge=2, description="Longest sequence in tokens; default: the model's limit, at most 1024.")
-    overlength: Literal["error", "truncate", "split", "drop"] = Field("error", description="What happens to a text longer than max_length.")
-    packing: Literal["isolated", "none"] = Field("isolated", description="causal_lm: fill sequences with whole documents that cannot see each other.")
+    max_length: int | None = Field(
+        None, ge=2, description="Longest sequence in tokens; default: the model's limit, at most 1024."
+    )
+    overlength: Literal["error", "truncate", "split", "drop"] = Field(
+        "error", description="What happens to a text longer than max_length."
+    )
+    packing: Literal["isolated", "none"] = Field(
+        "isolated", description="causal_lm: fill sequences with whole documents that cannot see each other."
+    )
     text: str = Field("text", description="Column of the text.")
     text_pair: str | None = Field(None, description="classification: column of a second text.")
     label: str = Field("label", description="classification: column of the label(s).")
     multi_label: bool = Field(False, description="classification: any number of labels per row.")
     label_separator: str = Field(",", min_length=1, description="multi_label: what separates labels in a string cell.")
-    labels: Path_ | None = Field(None, description="File with one label name per line; data may then hold names or 0-based indices.")
+    labels: Path_ | None = Field(
+        None, description="File with one label name per line; data may then hold names or 0-based indices."
+    )
     cache: Path_ | None = Field(None, description="Where prepared data goes; default: <run.dir>/prepared.")
     seed: int = Field(17, ge=0, lt=1 << 63, description="Seed of the sample order.")
 
@@ -98,9 +120,16 @@ def _sources(value: Any) -> Any:
 
 class Batch(Section):
     size: int | None = Field(None, ge=1, description="Sequences per optimizer step, over all ranks.")
-    global_tokens: int | None = Field(None, ge=1, description="Instead of size: tokens per step (size = global_tokens / max_length).")
-    micro: int | Literal["auto"] = Field("auto", description="Sequences per forward on one rank; auto sorts a step's sequences by length and splits them to avoid padding.")
-    micro_tokens: int = Field(16384, ge=1, description="micro: auto keeps a forward within this many (padded) tokens per rank.")
+    global_tokens: int | None = Field(
+        None, ge=1, description="Instead of size: tokens per step (size = global_tokens / max_length)."
+    )
+    micro: int | Literal["auto"] = Field(
+        "auto",
+        description="Sequences per forward on one rank; auto sorts a step's sequences by length and splits them to avoid padding.",
+    )
+    micro_tokens: int = Field(
+        16384, ge=1, description="micro: auto keeps a forward within this many (padded) tokens per rank."
+    )
 
     @model_validator(mode="after")
     def _one_of(self):
@@ -116,14 +145,27 @@ class Optim(Section):
     lr: float = Field(2e-5, gt=0, description="Peak learning rate.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's decay rates.")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay; never on biases and norms (parameters of fewer than two dimensions).")
-    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field("linear", description="Learning-rate schedule after the warm-up.")
-    warmup: int | float = Field(0, ge=0, description="Warm-up: an integer counts steps, a fraction (0.03) is of all steps.")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="Decoupled weight decay; never on biases and norms (parameters of fewer than two dimensions).",
+    )
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        "linear", description="Learning-rate schedule after the warm-up."
+    )
+    warmup: int | float = Field(
+        0, ge=0, description="Warm-up: an integer counts steps, a fraction (0.03) is of all steps."
+    )
     decay: int | float = Field(0.2, ge=0, description="wsd: length of the final decay, counted as warmup is.")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a share of lr (linear, cosine, wsd).")
+    min_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="Learning rate at the end, as a share of lr (linear, cosine, wsd)."
+    )
     grad_clip: float | None = Field(1.0, gt=0, description="Largest global gradient norm; null: no clipping.")
-    state_dtype: Literal["fp32", "bf16", "int8"] = Field("fp32", description="How Adam's two moments are kept: 8, 4 or 2 bytes per parameter; bf16 and int8 are rounded "
-                                                         "stochastically.")
+    state_dtype: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32",
+        description="How Adam's two moments are kept: 8, 4 or 2 bytes per parameter; bf16 and int8 are rounded "
+        "stochastically.",
+    )
     master: Literal["fp32", "remainder", "stochastic"] = Field("fp32", description="model.dtype bf16, parallel.zero 1 to 3: the weights that the optimizer updates. fp32: a "
         "copy of 4 bytes; remainder: the same number as bf16 and its 16-bit remainder; stochastic: bf16, rounded at random. The last two also keep "
         "ZeRO's gradients in bf16.")  # fmt: skip
@@ -133,23 +175,38 @@ class Optim(Section):
         for name in ("warmup", "decay"):
             value = getattr(self, name)
             if isinstance(value, float) and value > 1:
-                raise ValueError(f"optim.{name}: {value} is neither a fraction of all steps (0 to 1) nor a whole number of steps")
+                raise ValueError(
+                    f"optim.{name}: {value} is neither a fraction of all steps (0 to 1) nor a whole number of steps"
+                )
         return self
 
 
 class Loss(Section):
-    implementation: Literal["auto", "linear_cross_entropy", "cross_entropy"] = Field("auto", description="causal_lm: linear_cross_entropy goes from hidden states to the loss without holding all logits; cross_entropy takes the model's logits; auto: the former where a check on the model finds the same loss.")
+    implementation: Literal["auto", "linear_cross_entropy", "cross_entropy"] = Field(
+        "auto",
+        description="causal_lm: linear_cross_entropy goes from hidden states to the loss without holding all logits; cross_entropy takes the model's logits; auto: the former where a check on the model finds the same loss.",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
     z_loss: float = Field(0.0, ge=0, description="Weight of logsumexp^2 (keeps logits small).")
 
 
 class Train(Section):
-    epochs: float | None = Field(None, gt=0, le=1e6, description="Passes over the training data; 1 when steps is not given either.")
+    epochs: float | None = Field(
+        None, gt=0, le=1e6, description="Passes over the training data; 1 when steps is not given either."
+    )
     steps: int | None = Field(None, ge=1, le=10**12, description="Optimizer steps; instead of epochs.")
-    eval_every: int | None = Field(None, ge=1, description="Evaluate every N steps (and always at the end); null: only at the end.")
+    eval_every: int | None = Field(
+        None, ge=1, description="Evaluate every N steps (and always at the end); null: only at the end."
+    )
     log_every: int = Field(10, ge=1, description="Telemetry every N steps.")
-    spike_factor: float | None = Field(None, gt=1, description="Stop when a step's loss is more than this many times the median of the 50 before it; null: never.")
-    max_skipped: int = Field(10, ge=0, description="Stop after more than this many consecutive steps skipped for NaN or Inf gradients.")
+    spike_factor: float | None = Field(
+        None,
+        gt=1,
+        description="Stop when a step's loss is more than this many times the median of the 50 before it; null: never.",
+    )
+    max_skipped: int = Field(
+        10, ge=0, description="Stop after more than this many consecutive steps skipped for NaN or Inf gradients."
+    )
 
     @model_validator(mode="after")
     def _one_of(self):
@@ -160,17 +217,35 @@ class Train(Section):
 
 class Parallel(Section):
     zero: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
-    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward: less memory, a third more work.")
-    fused_step: bool = Field(True, description="ZeRO 1-3: unscale, clip, Adam and the weights' store in one pass over memory, where DeepSpeed's step allows it.")
-    verify_every: int | None = Field(1000, ge=1, description="ZeRO 0-2, many ranks: every N steps compare a sum over the weights' bits between ranks; null: never.")
-    deepspeed: Path_ | dict[str, Any] | None = Field(None, description="More DeepSpeed settings (JSON file or mapping); keys fastft owns are refused.")
+    activation_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward: less memory, a third more work."
+    )
+    fused_step: bool = Field(
+        True,
+        description="ZeRO 1-3: unscale, clip, Adam and the weights' store in one pass over memory, where DeepSpeed's step allows it.",
+    )
+    verify_every: int | None = Field(
+        1000,
+        ge=1,
+        description="ZeRO 0-2, many ranks: every N steps compare a sum over the weights' bits between ranks; null: never.",
+    )
+    deepspeed: Path_ | dict[str, Any] | None = Field(
+        None, description="More DeepSpeed settings (JSON file or mapping); keys fastft owns are refused."
+    )
 
 
 class Checkpoint(Section):
-    every: int | None = Field(None, ge=1, description="Save every N steps; null: only at the end and on SIGINT/SIGTERM.")
+    every: int | None = Field(
+        None, ge=1, description="Save every N steps; null: only at the end and on SIGINT/SIGTERM."
+    )
     keep: int = Field(2, ge=1, description="Checkpoints kept.")
-    best_by: str | None = Field(None, description="Keep the best checkpoint too, by SET.METRIC (domain.loss, test.accuracy) where both are due at a step; BEST names it.")
-    background: bool = Field(True, description="Copy the state to memory and write it while training goes on; false: wait for the disk.")
+    best_by: str | None = Field(
+        None,
+        description="Keep the best checkpoint too, by SET.METRIC (domain.loss, test.accuracy) where both are due at a step; BEST names it.",
+    )
+    background: bool = Field(
+        True, description="Copy the state to memory and write it while training goes on; false: wait for the disk."
+    )
 
 
 class Run(Section):
@@ -178,7 +253,9 @@ class Run(Section):
     seed: int = Field(17, ge=0, lt=1 << 63, description="Seed of weights and dropout.")
     offline: bool = Field(False, description="Never ask the hub.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when there is one.")
-    threads: int | None = Field(None, ge=1, description="CPU threads per rank; default: the cores, divided among the ranks of this node.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads per rank; default: the cores, divided among the ranks of this node."
+    )
 
 
 class Config(Section):
@@ -199,8 +276,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _master_is_not_ignored(self):
         if self.optim.master != "fp32" and (self.model.dtype != "bf16" or self.parallel.zero == 0):
-            raise ValueError(f"optim.master: {self.optim.master} needs model.dtype: bf16 and parallel.zero: 1, 2 or 3 "
-                             f"(here {self.model.dtype} and {self.parallel.zero}): nothing else has weights that it could replace")
+            raise ValueError(
+                f"optim.master: {self.optim.master} needs model.dtype: bf16 and parallel.zero: 1, 2 or 3 "
+                f"(here {self.model.dtype} and {self.parallel.zero}): nothing else has weights that it could replace"
+            )
         return self
 
     @model_validator(mode="before")
@@ -208,7 +287,12 @@ class Config(Section):
     def _empty_sections(cls, raw: Any):
         """`loss:` with nothing below it is the section with its defaults."""
         if isinstance(raw, dict):
-            raw = {key: {} if value is None and key in cls.model_fields and key not in ("version", "task", "model") else value for key, value in raw.items()}
+            raw = {
+                key: {}
+                if value is None and key in cls.model_fields and key not in ("version", "task", "model")
+                else value
+                for key, value in raw.items()
+            }
         return raw
 
 
@@ -229,7 +313,9 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
     except BROKEN_YAML as e:
         raise UserError(f"{path}: not valid YAML: {e}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of sections, got {type(raw).__name__}.", "See configs/ for examples.")
+        raise UserError(
+            f"{path}: expected a mapping of sections, got {type(raw).__name__}.", "See configs/ for examples."
+        )
     for override in overrides:
         _apply_override(raw, override)
     return validate(raw, str(path))
@@ -246,8 +332,10 @@ def section(kind: type[Section], raw: dict, where: str) -> Any:
         return kind.model_validate(raw)
     except ValidationError as e:
         lines = [_explain(error, raw) for error in e.errors()]
-        raise UserError(f"{where}: {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(f"  {line}" for line in lines),
-                        "`fastft config schema` lists every key with its meaning.") from None
+        raise UserError(
+            f"{where}: {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(f"  {line}" for line in lines),
+            "`fastft config schema` lists every key with its meaning.",
+        ) from None
 
 
 def dump(config: Config) -> str:
@@ -260,7 +348,9 @@ def absolute(config: Config) -> Config:
     raw = config.model_dump(mode="json")
     model, data = raw["model"], raw["data"]
     holders = [(model, "path"), (model, "tokenizer"), (data, "labels"), (raw["parallel"], "deepspeed")]
-    holders += [(source, "path") for source in [*data["train"], *(s for sources in data["eval"].values() for s in sources)]]
+    holders += [
+        (source, "path") for source in [*data["train"], *(s for sources in data["eval"].values() for s in sources)]
+    ]
     for holder, key in holders:
         if isinstance(holder[key], str) and Path(holder[key]).exists():  # a hub id does not
             holder[key] = str(Path(holder[key]).absolute())
@@ -274,7 +364,11 @@ def inputs(config: Config) -> list[Path]:
     """Every local file and folder that a run reads. model.path and model.tokenizer are hub ids unless they are there or can only be a path."""
     model, data = config.model, config.data
     sources = [source.path for group in (data.train, *data.eval.values()) for source in group]
-    folders = [path for path in (model.path, model.tokenizer) if path and (Path(path).exists() or path.startswith(("/", ".", "~")))]
+    folders = [
+        path
+        for path in (model.path, model.tokenizer)
+        if path and (Path(path).exists() or path.startswith(("/", ".", "~")))
+    ]
     more = [path for path in (data.labels, config.parallel.deepspeed) if isinstance(path, str)]
     return [Path(path) for path in dict.fromkeys([*folders, *sources, *more])]
 
@@ -287,8 +381,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, (dict, list, set)):
-                raise yaml.constructor.ConstructorError(None, None, f"a {type(key).__name__} stands where a key belongs (a template's braces?)",
-                                                        key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"a {type(key).__name__} stands where a key belongs (a template's braces?)",
+                    key_node.start_mark,
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
@@ -340,7 +438,12 @@ def _keys_at(loc: tuple) -> list[str]:
     """Field names of the section that a validation error's location leads to."""
     model: Any = Config
     for part in loc:
-        if isinstance(part, str) and isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+        if (
+            isinstance(part, str)
+            and isinstance(model, type)
+            and issubclass(model, BaseModel)
+            and part in model.model_fields
+        ):
             model = model.model_fields[part].annotation
         while get_origin(model) is not None:  # list[Source], dict[str, list[Source]]
             model = get_args(model)[-1]

@@ -42,7 +42,9 @@ def report() -> dict:
             "torch_threads": torch.get_num_threads(),
             "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
-        "backends": [_choice(op, device, dtype) for op in backends.ops() for device in ("cpu", "cuda") for dtype in DTYPES],
+        "backends": [
+            _choice(op, device, dtype) for op in backends.ops() for device in ("cpu", "cuda") for dtype in DTYPES
+        ],
         "self_check": [
             _checked(op, backend, device, dtype)
             for op in CHECKS
@@ -109,9 +111,18 @@ def _checked(op: str, backend: str, device: str, dtype: torch.dtype) -> dict:
     row = {"op": op, "backend": backend, "device": device, "dtype": str(dtype).removeprefix("torch."), "problem": ""}
     try:
         error = CHECKS[op](backend, device, dtype)
-    except (RuntimeError, ValueError, IndexError) as problem:  # a kernel that cannot run is a finding, not the end of the report
+    except (
+        RuntimeError,
+        ValueError,
+        IndexError,
+    ) as problem:  # a kernel that cannot run is a finding, not the end of the report
         return {**row, "error": None, "tolerance": TOLERANCE[dtype], "passed": False, "problem": str(problem)}
-    return {**row, "error": error, "tolerance": TOLERANCE[dtype], "passed": error <= TOLERANCE[dtype]}  # nan does not pass
+    return {
+        **row,
+        "error": error,
+        "tolerance": TOLERANCE[dtype],
+        "passed": error <= TOLERANCE[dtype],
+    }  # nan does not pass
 
 
 def _relative(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -138,19 +149,28 @@ def _check_cross_entropy(backend: str, device: str, dtype: torch.dtype) -> float
 
 def _check_linear_cross_entropy(backend: str, device: str, dtype: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(4)
-    tensors = [scale * torch.randn(shape, generator=generator) for scale, shape in ((1.0, (23, 31)), (0.3, (503, 31)), (1.0, (503,)))]
+    tensors = [
+        scale * torch.randn(shape, generator=generator)
+        for scale, shape in ((1.0, (23, 31)), (0.3, (503, 31)), (1.0, (503,)))
+    ]
     ours = [t.to(device, dtype).requires_grad_() for t in tensors]  # hidden, weight, bias
     truth = [t.detach().double().requires_grad_() for t in ours]
     target = torch.randint(0, 503, (23,), generator=generator).to(device)
     target[[4, 11]] = -100
     # Chunks of five rows. Summed, so that the loss is large and its error, which is that of rounded logits, relatively small.
     options = {"label_smoothing": 0.1, "reduction": "sum"}
-    loss = linear_cross_entropy(*ours[:2], target, bias=ours[2], chunk_bytes=5 * 503 * dtype.itemsize, backend=backend, **options)
+    loss = linear_cross_entropy(
+        *ours[:2], target, bias=ours[2], chunk_bytes=5 * 503 * dtype.itemsize, backend=backend, **options
+    )
     true_loss = F.cross_entropy(F.linear(*truth), target, **options)
     pairs = zip(torch.autograd.grad(loss, ours), torch.autograd.grad(true_loss, truth), strict=True)
     errors = [_relative([pair]) for pair in pairs]
     # bfloat16 rounds the logits as well as the result, a unit each.
-    return max(_relative([(loss.detach(), true_loss.detach())]), *(e / (4 if dtype == torch.bfloat16 else 1) for e in errors), key=lambda x: (x != x, x))
+    return max(
+        _relative([(loss.detach(), true_loss.detach())]),
+        *(e / (4 if dtype == torch.bfloat16 else 1) for e in errors),
+        key=lambda x: (x != x, x),
+    )
 
 
 def _check_scale(backend: str, device: str, dtype: torch.dtype) -> float:

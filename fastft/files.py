@@ -13,9 +13,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # flock's answers on a file system without locks: Lustre as often mounted, some of FUSE
+NO_LOCKS = (
+    errno.ENOSYS,
+    errno.ENOLCK,
+    errno.EOPNOTSUPP,
+)  # flock's answers on a file system without locks: Lustre as often mounted, some of FUSE
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-TOUCHED, ABANDONED = 5.0, 60.0  # seconds: how often a held lock is touched, and after how long without it nobody holds it
+TOUCHED, ABANDONED = (
+    5.0,
+    60.0,
+)  # seconds: how often a held lock is touched, and after how long without it nobody holds it
 
 
 @contextmanager

@@ -37,26 +37,56 @@ def quickstart(run_dir: Path, configs: Path) -> dict:
 
     for name in ("general.yaml", "domain.yaml"):
         if not (configs / name).is_file():
-            raise UserError(f"{configs / name}: no such file.", "Run it in the root of fastft's repository, or give --configs.")
+            raise UserError(
+                f"{configs / name}: no such file.", "Run it in the root of fastft's repository, or give --configs."
+            )
     console = Console()
     texts = write_corpus(run_dir / "corpus")
     write_base(run_dir / "base", run_dir / "corpus")
-    console.print(f"corpus: {texts['general']:,} general and {texts['domain']:,} domain documents under {run_dir / 'corpus'}", highlight=False)
+    console.print(
+        f"corpus: {texts['general']:,} general and {texts['domain']:,} domain documents under {run_dir / 'corpus'}",
+        highlight=False,
+    )
 
-    paths = [f"data.eval.domain={run_dir}/corpus/domain.eval.jsonl", f"data.eval.general={run_dir}/corpus/general.eval.jsonl"]
-    general = configuration.load(configs / "general.yaml", [f"model.path={run_dir}/base", f"data.train={run_dir}/corpus/general.train.jsonl",
-                                                            f"run.dir={run_dir}/general", *paths])
-    domain = configuration.load(configs / "domain.yaml", [f"model.path={run_dir}/general/model", f"data.train={run_dir}/corpus/domain.train.jsonl",
-                                                          f"run.dir={run_dir}/domain", *paths])
+    paths = [
+        f"data.eval.domain={run_dir}/corpus/domain.eval.jsonl",
+        f"data.eval.general={run_dir}/corpus/general.eval.jsonl",
+    ]
+    general = configuration.load(
+        configs / "general.yaml",
+        [
+            f"model.path={run_dir}/base",
+            f"data.train={run_dir}/corpus/general.train.jsonl",
+            f"run.dir={run_dir}/general",
+            *paths,
+        ],
+    )
+    domain = configuration.load(
+        configs / "domain.yaml",
+        [
+            f"model.path={run_dir}/general/model",
+            f"data.train={run_dir}/corpus/domain.train.jsonl",
+            f"run.dir={run_dir}/domain",
+            *paths,
+        ],
+    )
     console.print("1. a small decoder learns the general text, from scratch", style="bold")
     first = train(general, overwrite=True)
     before = evaluate_model(domain)
     console.print("2. the same model is adapted to the domain", style="bold")
     second = train(domain, overwrite=True)
-    samples = {name: next(predict(folder, [("prompt", PROMPT, None)], max_new_tokens=48, temperature=0.7))["generated"]
-               for name, folder in (("before", first["model"]), ("after", second["model"]))}
-    report = {"before": before, "after": second["eval"], "samples": samples, "model": second["model"],
-              "train_seconds": first["train_seconds"] + second["train_seconds"], "tokens_per_second": second["tokens_per_second"]}
+    samples = {
+        name: next(predict(folder, [("prompt", PROMPT, None)], max_new_tokens=48, temperature=0.7))["generated"]
+        for name, folder in (("before", first["model"]), ("after", second["model"]))
+    }
+    report = {
+        "before": before,
+        "after": second["eval"],
+        "samples": samples,
+        "model": second["model"],
+        "train_seconds": first["train_seconds"] + second["train_seconds"],
+        "tokens_per_second": second["tokens_per_second"],
+    }
     (run_dir / "report.json").write_text(json.dumps(report, indent=1))
     _print(console, report)
     return report
@@ -66,7 +96,10 @@ def write_corpus(folder: Path) -> dict[str, int]:
     """JSONL files {general,domain}.{train,eval}.jsonl with a ``text`` per document; returns the document counts."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}
-    for name, documents in (("general", _within(_general(), GENERAL_BYTES)), ("domain", _within(_domain(), DOMAIN_BYTES))):
+    for name, documents in (
+        ("general", _within(_general(), GENERAL_BYTES)),
+        ("domain", _within(_domain(), DOMAIN_BYTES)),
+    ):
         counts[name] = len(documents)
         for part in ("train", "eval"):
             chosen = [d for i, d in enumerate(documents) if (i % HELD_OUT == 0) == (part == "eval")]
@@ -80,14 +113,29 @@ def write_base(folder: Path, corpus: Path) -> None:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    texts = (json.loads(line)["text"] for path in sorted(corpus.glob("*.train.jsonl")) for line in open(path, encoding="utf-8"))
+    texts = (
+        json.loads(line)["text"]
+        for path in sorted(corpus.glob("*.train.jsonl"))
+        for line in open(path, encoding="utf-8")
+    )
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<eos>", "<pad>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>")
     tokenizer.save_pretrained(folder)
-    LlamaConfig(vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-                max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
 
 
 def _general() -> list[tuple[str, str]]:
@@ -127,5 +175,8 @@ def _print(console: Console, report: dict) -> None:
     for name, text in report["samples"].items():
         console.print(f"[bold]{name}:[/bold]")
         console.print(PROMPT + text, markup=False, highlight=False)
-    console.print(f"{report['train_seconds']:.0f} s of training, {report['tokens_per_second']:,.0f} tokens/s. Hugging Face folder: {report['model']}",
-                  highlight=False, soft_wrap=True)
+    console.print(
+        f"{report['train_seconds']:.0f} s of training, {report['tokens_per_second']:,.0f} tokens/s. Hugging Face folder: {report['model']}",
+        highlight=False,
+        soft_wrap=True,
+    )

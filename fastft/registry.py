@@ -4,7 +4,6 @@ from typing import Generic, TypeVar
 
 from fastft.errors import UserError, did_you_mean
 
-
 T = TypeVar("T")
 
 

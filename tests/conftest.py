@@ -66,9 +66,19 @@ def tiny_llama(tmp_path_factory, corpus) -> Path:
     folder = tmp_path_factory.mktemp("tiny_llama")
     tokenizer = _tokenizer(corpus, folder)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                         max_position_embeddings=256, attention_dropout=0.1, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                         pad_token_id=tokenizer.pad_token_id)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        attention_dropout=0.1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -82,8 +92,17 @@ def tiny_bert(tmp_path_factory, corpus) -> Path:
     folder = tmp_path_factory.mktemp("tiny_bert")
     tokenizer = _tokenizer(corpus, folder)
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
-                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=tokenizer.pad_token_id)
+    config = BertConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     BertModel(config).save_pretrained(folder)
     return folder
 
@@ -93,8 +112,12 @@ def _tokenizer(corpus: Path, folder: Path):
     from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator((json.loads(line)["text"] for line in open(corpus / "train.jsonl")), vocab_size=512,
-                            special_tokens=["<eos>", "<pad>"], show_progress=False)
+    bpe.train_from_iterator(
+        (json.loads(line)["text"] for line in open(corpus / "train.jsonl")),
+        vocab_size=512,
+        special_tokens=["<eos>", "<pad>"],
+        show_progress=False,
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>")
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -103,20 +126,43 @@ def _tokenizer(corpus: Path, folder: Path):
 @pytest.fixture
 def lm_config(tmp_path, corpus, tiny_llama) -> dict:
     """A small causal_lm run as a mapping, to be changed and dumped by tests."""
-    return {"task": "causal_lm", "model": {"path": str(tiny_llama)},
-            "data": {"train": str(corpus / "train.jsonl"), "eval": str(corpus / "eval.jsonl"), "max_length": 64, "overlength": "split"},
-            "batch": {"size": 6}, "optim": {"lr": 1e-3, "warmup": 2, "weight_decay": 0.1},
-            "train": {"steps": 4, "log_every": 1}, "run": {"dir": str(tmp_path / "run"), "offline": True, "device": "cpu", "threads": 1}}
+    return {
+        "task": "causal_lm",
+        "model": {"path": str(tiny_llama)},
+        "data": {
+            "train": str(corpus / "train.jsonl"),
+            "eval": str(corpus / "eval.jsonl"),
+            "max_length": 64,
+            "overlength": "split",
+        },
+        "batch": {"size": 6},
+        "optim": {"lr": 1e-3, "warmup": 2, "weight_decay": 0.1},
+        "train": {"steps": 4, "log_every": 1},
+        "run": {"dir": str(tmp_path / "run"), "offline": True, "device": "cpu", "threads": 1},
+    }
 
 
 @pytest.fixture
 def classification_config(tmp_path, tiny_bert) -> dict:
     """A small classification run over 60 rows in three classes."""
-    rows = [{"text": f"{word} number {i}", "label": label} for i in range(20) for label, word in (("a", "apple"), ("b", "bear"), ("c", "cloud"))]
+    rows = [
+        {"text": f"{word} number {i}", "label": label}
+        for i in range(20)
+        for label, word in (("a", "apple"), ("b", "bear"), ("c", "cloud"))
+    ]
     for name, part in (("train", rows[:48]), ("test", rows[48:])):
         with open(tmp_path / f"{name}.jsonl", "w") as f:
             f.writelines(json.dumps(r) + "\n" for r in part)
-    return {"task": "classification", "model": {"path": str(tiny_bert)},
-            "data": {"train": str(tmp_path / "train.jsonl"), "eval": {"test": str(tmp_path / "test.jsonl")}, "max_length": 32},
-            "batch": {"size": 8}, "optim": {"lr": 1e-3}, "train": {"steps": 4, "log_every": 1},
-            "run": {"dir": str(tmp_path / "run"), "offline": True, "device": "cpu", "threads": 1}}
+    return {
+        "task": "classification",
+        "model": {"path": str(tiny_bert)},
+        "data": {
+            "train": str(tmp_path / "train.jsonl"),
+            "eval": {"test": str(tmp_path / "test.jsonl")},
+            "max_length": 32,
+        },
+        "batch": {"size": 8},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 4, "log_every": 1},
+        "run": {"dir": str(tmp_path / "run"), "offline": True, "device": "cpu", "threads": 1},
+    }

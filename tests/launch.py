@@ -12,7 +12,13 @@ import yaml
 from warm import Warm
 
 ROOT = Path(__file__).parent.parent
-ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "DS_ACCELERATOR": "cpu"}
+ENV = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    "DS_ACCELERATOR": "cpu",
+}
 
 
 def write_config(path: Path, config: dict) -> Path:
@@ -35,8 +41,15 @@ def free_port() -> int:
 
 def start(command: list[str], env: dict | None = None, **kwargs) -> subprocess.Popen:
     """A command in a session of its own, so that its whole process group can be ended."""
-    return subprocess.Popen([str(c) for c in command], env={**ENV, **(env or {})}, start_new_session=True, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, **kwargs)
+    return subprocess.Popen(
+        [str(c) for c in command],
+        env={**ENV, **(env or {})},
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **kwargs,
+    )
 
 
 def start_python(arguments: list, env: dict[str, str]) -> "subprocess.Popen | Warm":
@@ -64,7 +77,11 @@ def kill_group(process: "subprocess.Popen | Warm") -> None:
 
 def fastft(*arguments, timeout: float = 180, env: dict | None = None, check: bool = True) -> tuple[int, str]:
     """Run the command line in a process of its own: (exit code, output)."""
-    process = start([sys.executable, "-m", "fastft", *arguments], env) if env else start_python(["-m", "fastft", *arguments], {})
+    process = (
+        start([sys.executable, "-m", "fastft", *arguments], env)
+        if env
+        else start_python(["-m", "fastft", *arguments], {})
+    )
     output = finish(process, timeout)
     if check:
         assert process.returncode == 0, output[-4000:]
@@ -74,9 +91,21 @@ def fastft(*arguments, timeout: float = 180, env: dict | None = None, check: boo
 def ranks(count: int, arguments: list, timeout: float = 240) -> list[str]:
     """Run ``python ARGUMENTS`` as ``count`` ranks of one process group; all must succeed."""
     port = str(free_port())
-    processes = [start_python(arguments, {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-                                           "LOCAL_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-                 for r in range(count)]
+    processes = [
+        start_python(
+            arguments,
+            {
+                "RANK": str(r),
+                "LOCAL_RANK": str(r),
+                "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count),
+                "LOCAL_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+        )
+        for r in range(count)
+    ]
     try:
         outputs = [finish(p, timeout) for p in processes]
     finally:

@@ -9,7 +9,20 @@ ROOT = launch.ROOT
 
 
 def test_gpu_script_runs_without_one():
-    process = launch.start([sys.executable, "benchmarks/gpu.py", "--quick", "--device", "cpu", "ceilings", "adamw", "sum_squares", "linear_cross_entropy"], cwd=ROOT)
+    process = launch.start(
+        [
+            sys.executable,
+            "benchmarks/gpu.py",
+            "--quick",
+            "--device",
+            "cpu",
+            "ceilings",
+            "adamw",
+            "sum_squares",
+            "linear_cross_entropy",
+        ],
+        cwd=ROOT,
+    )
     output = launch.finish(process, 120)
     assert process.returncode == 0, output[-3000:]
     for expected in ("GB/s, bf16 GEMM", "adamw ", "torch fused", "sum_squares ", "linear_cross_entropy ", "x ours"):

@@ -14,7 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def setup_py(*arguments: str, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "setup.py", *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "setup.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -51,8 +56,20 @@ def test_cuda_without_toolkit(tmp_path, broken):
 
 def test_missing_build_tools_are_named(tmp_path):
     (tmp_path / "pybind11.py").write_text("raise ImportError('hidden by a test')")
-    result = setup_py("build_ext", "--build-temp", str(tmp_path / "t"), "--build-lib", str(tmp_path / "l"), FASTFT_BUILD="cpu", PYTHONPATH=str(tmp_path))
-    assert result.returncode != 0 and "missing to build: pybind11; " in result.stderr and "pip install pybind11" in result.stderr
+    result = setup_py(
+        "build_ext",
+        "--build-temp",
+        str(tmp_path / "t"),
+        "--build-lib",
+        str(tmp_path / "l"),
+        FASTFT_BUILD="cpu",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert (
+        result.returncode != 0
+        and "missing to build: pybind11; " in result.stderr
+        and "pip install pybind11" in result.stderr
+    )
 
 
 @pytest.mark.slow
@@ -84,10 +101,15 @@ def test_sdist_has_sources(tmp_path):
     for name in ("csrc", "fastft"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path / "d")]
-    subprocess.run(command, cwd=tree, check=True, capture_output=True, timeout=120, env={**os.environ, "FASTFT_BUILD": "none"})
+    subprocess.run(
+        command, cwd=tree, check=True, capture_output=True, timeout=120, env={**os.environ, "FASTFT_BUILD": "none"}
+    )
     (archive,) = (tmp_path / "d").glob("*.tar.gz")
     names = {n.split("/", 1)[1] for n in tarfile.open(archive).getnames() if "/" in n}
-    wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()} | {"setup.py", "fastft/_C.pyi"}
+    wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()} | {
+        "setup.py",
+        "fastft/_C.pyi",
+    }
     assert wanted <= names
 
 
@@ -98,15 +120,21 @@ def test_cuda_sources_compile_clean():
         pytest.skip("no nvcc on PATH")
     result = subprocess.run([str(ROOT / "csrc" / "check_cuda.sh")], capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "all clean" in result.stdout and result.stdout.count("== ") == 3 * len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
-    spills = [line for line in result.stdout.splitlines() if "spill stores" in line and "0 bytes spill stores" not in line]
+    assert "all clean" in result.stdout and result.stdout.count("== ") == 3 * len(
+        list((ROOT / "csrc" / "cuda").glob("*.cu"))
+    )
+    spills = [
+        line for line in result.stdout.splitlines() if "spill stores" in line and "0 bytes spill stores" not in line
+    ]
     assert not spills
 
 
 def test_check_cuda_without_nvcc():
     for require, code in (("0", 0), ("1", 1)):
         environment = {**os.environ, "CUDACXX": "/nowhere/nvcc", "FASTFT_REQUIRE_NVCC": require}
-        result = subprocess.run([str(ROOT / "csrc" / "check_cuda.sh")], capture_output=True, text=True, env=environment, timeout=20)
+        result = subprocess.run(
+            [str(ROOT / "csrc" / "check_cuda.sh")], capture_output=True, text=True, env=environment, timeout=20
+        )
         assert result.returncode == code and "skipped, no nvcc" in result.stdout
 
 
@@ -117,7 +145,10 @@ def test_one_openmp_runtime(order):
     native()
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc/self/maps")
-    code = order + "\nprint(*{l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l or 'libomp' in l}, sep=chr(10))"
+    code = (
+        order
+        + "\nprint(*{l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l or 'libomp' in l}, sep=chr(10))"
+    )
     result = python(code)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.split()) == 1, result.stdout

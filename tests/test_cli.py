@@ -20,9 +20,15 @@ def classifier(tmp_path_factory, tiny_bert):
     rows = [{"text": f"{w} number {i}", "label": c} for i in range(16) for c, w in (("a", "apple"), ("b", "bear"))]
     for name, part in (("train", rows[:24]), ("test", rows[24:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
-    config = {"task": "classification", "model": {"path": str(tiny_bert)}, "data": {"train": str(folder / "train.jsonl"),
-              "eval": {"test": str(folder / "test.jsonl")}}, "batch": {"size": 8}, "optim": {"lr": 3e-3}, "train": {"epochs": 10},
-              "run": {"dir": str(folder / "run"), "offline": True, "device": "cpu", "threads": 1}}
+    config = {
+        "task": "classification",
+        "model": {"path": str(tiny_bert)},
+        "data": {"train": str(folder / "train.jsonl"), "eval": {"test": str(folder / "test.jsonl")}},
+        "batch": {"size": 8},
+        "optim": {"lr": 3e-3},
+        "train": {"epochs": 10},
+        "run": {"dir": str(folder / "run"), "offline": True, "device": "cpu", "threads": 1},
+    }
     path = launch.write_config(folder / "c.yaml", config)
     launch.fastft("train", path)
     return path, folder / "run"
@@ -69,7 +75,9 @@ def test_the_run_tells_what_it_was(classifier):
     kinds = [r["kind"] for r in records]
     assert kinds[0] == "run" and kinds[-1] == "end" and {"train", "eval", "checkpoint", "backends"} <= set(kinds)
     first = records[0]
-    assert first["versions"]["torch"] and first["config"]["optim"]["lr"] == 3e-3 and first["data"]["train"]["rows"] == 24
+    assert (
+        first["versions"]["torch"] and first["config"]["optim"]["lr"] == 3e-3 and first["data"]["train"]["rows"] == 24
+    )
     train = [r for r in records if r["kind"] == "train"]
     assert all(r["tokens_per_second"] > 0 and r["grad_norm"] > 0 and 0 <= r["padding"] < 1 for r in train)
     assert yaml.safe_load((classifier[1] / "config.yaml").read_text())["optim"]["lr"] == 3e-3
@@ -97,9 +105,14 @@ MISTAKES = {
     "missing file": (lambda t: {"data__train": str(t / "nothing.jsonl")}, ["nothing.jsonl", "no such file"]),
     "broken JSON": (lambda t: {"data__train": file(t, "b.jsonl", GOOD + '{"text": \n')}, ["b.jsonl:3", "broken JSON"]),
     "empty data": (lambda t: {"data__train": file(t, "e.jsonl", "")}, ["is empty", "0 rows"]),
-    "unseen label": (lambda t: {"data__eval": file(t, "l.jsonl", '{"text": "x", "label": "zebra"}\n')}, ["l.jsonl:1", "zebra", "training data"]),
-    "too long": (lambda t: {"data__train": file(t, "x.jsonl", GOOD + '{"text": "%s", "label": "a"}\n' % ("long " * 200))},
-                 ["1 of 3 texts", "64 tokens", "x.jsonl:3", "truncate, drop"]),
+    "unseen label": (
+        lambda t: {"data__eval": file(t, "l.jsonl", '{"text": "x", "label": "zebra"}\n')},
+        ["l.jsonl:1", "zebra", "training data"],
+    ),
+    "too long": (
+        lambda t: {"data__train": file(t, "x.jsonl", GOOD + '{"text": "%s", "label": "a"}\n' % ("long " * 200))},
+        ["1 of 3 texts", "64 tokens", "x.jsonl:3", "truncate, drop"],
+    ),
     "beyond the model": (lambda t: {"data__max_length": 4096}, ["data.max_length = 4096", "limit of 64"]),
     "no such model": (lambda t: {"model__path": str(t / "modell")}, ["modell", "no such folder"]),
     "not a model": (lambda t: {"model__path": str(t)}, ["no config.json"]),
@@ -109,7 +122,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name, verb", [(name, "train") for name in MISTAKES] + [("unseen label", "validate"), ("no such model", "validate")])
+@pytest.mark.parametrize(
+    "name, verb", [(name, "train") for name in MISTAKES] + [("unseen label", "validate"), ("no such model", "validate")]
+)
 def test_mistakes_are_one_screen(classifier, tmp_path, name, verb):
     changes, parts = MISTAKES[name]
     path = broken(tmp_path, classifier, **changes(tmp_path))
@@ -125,7 +140,10 @@ def test_mistakes_are_one_screen(classifier, tmp_path, name, verb):
 
 def test_a_model_of_the_wrong_kind(classifier, tmp_path, tiny_bert, corpus):
     raw = yaml.safe_load(classifier[0].read_text())
-    raw |= {"task": "causal_lm", "data": {"train": str(corpus / "train.jsonl"), "overlength": "split", "max_length": 64}}
+    raw |= {
+        "task": "causal_lm",
+        "data": {"train": str(corpus / "train.jsonl"), "overlength": "split", "max_length": 64},
+    }
     raw["run"]["dir"] = str(tmp_path / "run")
     code, output = run("train", launch.write_config(tmp_path / "c.yaml", raw))
     assert code == 1 and "Traceback" not in output and re.search(r"missing|position_ids", output)

@@ -24,30 +24,44 @@ def test_minimal_and_round_trip(tmp_path):
 
 
 def test_short_forms_of_sources(tmp_path):
-    data = load(tmp_path, {**MINIMAL, "data": {"train": ["a.txt", {"path": "b.txt", "documents": "line"}], "eval": "c.txt"}}).data
+    data = load(
+        tmp_path, {**MINIMAL, "data": {"train": ["a.txt", {"path": "b.txt", "documents": "line"}], "eval": "c.txt"}}
+    ).data
     assert [s.path for s in data.train] == ["a.txt", "b.txt"] and data.train[1].documents == "line"
     assert list(data.eval) == ["eval"]
 
 
-@pytest.mark.parametrize("raw, parts", [
-    ({**MINIMAL, "optim": {"learning_rte": 1}}, ["optim.learning_rte", "unknown key", "Known:", "lr"]),
-    ({**MINIMAL, "optim": {"warmupp": 1}}, ["optim.warmupp", "Did you mean 'warmup'"]),
-    ({**MINIMAL, "optimm": {}}, ["optimm", "Did you mean 'optim'"]),
-    ({**MINIMAL, "data": {"train": [{"path": "x", "formt": "csv"}]}}, ["formt", "Did you mean 'format'"]),
-    ({**MINIMAL, "optim": {"lr": "fast"}}, ["optim.lr", "'fast'"]),
-    ({**MINIMAL, "batch": {"size": 2, "global_tokens": 5}}, ["batch.size and batch.global_tokens exclude each other"]),
-    ({**MINIMAL, "train": {"epochs": 1, "steps": 2}}, ["train.epochs and train.steps exclude each other"]),
-    ({**MINIMAL, "optim": {"warmup": 3.5}}, ["neither a fraction"]),
-    ({**MINIMAL, "optim": {"state_dtype": "int4"}}, ["optim.state_dtype", "'int8'"]),
-    ({**MINIMAL, "optim": {"master": "remainder"}, "parallel": {"zero": 2}}, ["optim.master: remainder needs model.dtype: bf16", "fp32 and 2"]),
-    ({**MINIMAL, "optim": {"master": "stochastic"}, "model": {"path": "m", "dtype": "bf16"}}, ["parallel.zero: 1, 2 or 3", "bf16 and 0"]),
-    ({**MINIMAL, "model": {"path": "org/x", "trust_remote_code": True}}, ["pin it with model.revision"]),
-    ({"model": {"path": "m"}}, ["task: required"]),
-    ({**MINIMAL, "version": 2}, ["version"]),
-    ("task: causal_lm\ntask: x\n", ["stands twice"]),
-    ("a: [", ["not valid YAML"]),
-    ("just text", ["expected a mapping"]),
-])
+@pytest.mark.parametrize(
+    "raw, parts",
+    [
+        ({**MINIMAL, "optim": {"learning_rte": 1}}, ["optim.learning_rte", "unknown key", "Known:", "lr"]),
+        ({**MINIMAL, "optim": {"warmupp": 1}}, ["optim.warmupp", "Did you mean 'warmup'"]),
+        ({**MINIMAL, "optimm": {}}, ["optimm", "Did you mean 'optim'"]),
+        ({**MINIMAL, "data": {"train": [{"path": "x", "formt": "csv"}]}}, ["formt", "Did you mean 'format'"]),
+        ({**MINIMAL, "optim": {"lr": "fast"}}, ["optim.lr", "'fast'"]),
+        (
+            {**MINIMAL, "batch": {"size": 2, "global_tokens": 5}},
+            ["batch.size and batch.global_tokens exclude each other"],
+        ),
+        ({**MINIMAL, "train": {"epochs": 1, "steps": 2}}, ["train.epochs and train.steps exclude each other"]),
+        ({**MINIMAL, "optim": {"warmup": 3.5}}, ["neither a fraction"]),
+        ({**MINIMAL, "optim": {"state_dtype": "int4"}}, ["optim.state_dtype", "'int8'"]),
+        (
+            {**MINIMAL, "optim": {"master": "remainder"}, "parallel": {"zero": 2}},
+            ["optim.master: remainder needs model.dtype: bf16", "fp32 and 2"],
+        ),
+        (
+            {**MINIMAL, "optim": {"master": "stochastic"}, "model": {"path": "m", "dtype": "bf16"}},
+            ["parallel.zero: 1, 2 or 3", "bf16 and 0"],
+        ),
+        ({**MINIMAL, "model": {"path": "org/x", "trust_remote_code": True}}, ["pin it with model.revision"]),
+        ({"model": {"path": "m"}}, ["task: required"]),
+        ({**MINIMAL, "version": 2}, ["version"]),
+        ("task: causal_lm\ntask: x\n", ["stands twice"]),
+        ("a: [", ["not valid YAML"]),
+        ("just text", ["expected a mapping"]),
+    ],
+)
 def test_mistakes_name_the_key(tmp_path, raw, parts):
     with pytest.raises(UserError) as e:
         load(tmp_path, raw)
@@ -61,11 +75,21 @@ def test_all_mistakes_at_once(tmp_path):
 
 
 def test_overrides(tmp_path):
-    loaded = load(tmp_path, MINIMAL, ["optim.lr=2e-5", "data.train=[a.txt, b.txt]", "train.steps=7", "optim.grad_clip=null"])
-    assert loaded.optim.lr == 2e-5 and len(loaded.data.train) == 2 and loaded.train.steps == 7 and loaded.optim.grad_clip is None
+    loaded = load(
+        tmp_path, MINIMAL, ["optim.lr=2e-5", "data.train=[a.txt, b.txt]", "train.steps=7", "optim.grad_clip=null"]
+    )
+    assert (
+        loaded.optim.lr == 2e-5
+        and len(loaded.data.train) == 2
+        and loaded.train.steps == 7
+        and loaded.optim.grad_clip is None
+    )
 
 
-@pytest.mark.parametrize("override, part", [("optim.lr", "not of the form"), ("optim.lrr=1", "Did you mean 'lr'"), ("model.path.x=1", "not a section")])
+@pytest.mark.parametrize(
+    "override, part",
+    [("optim.lr", "not of the form"), ("optim.lrr=1", "Did you mean 'lr'"), ("model.path.x=1", "not a section")],
+)
 def test_bad_overrides(tmp_path, override, part):
     with pytest.raises(UserError, match=part):
         load(tmp_path, MINIMAL, [override])
@@ -100,15 +124,23 @@ def test_loading_a_config_needs_no_torch():
 def test_inputs_are_the_local_files(tmp_path):
     """Model and data, but no hub id, and settings written out are no file."""
     (tmp_path / "model").mkdir()
-    loaded = config.validate({"task": "causal_lm", "model": {"path": str(tmp_path / "model"), "tokenizer": "org/name"}, "parallel": {"deepspeed": {"wall_clock_breakdown": True}},
-                              "data": {"train": ["a.txt", "b.txt"], "eval": {"x": "c.txt", "y": "a.txt"}}})
+    loaded = config.validate(
+        {
+            "task": "causal_lm",
+            "model": {"path": str(tmp_path / "model"), "tokenizer": "org/name"},
+            "parallel": {"deepspeed": {"wall_clock_breakdown": True}},
+            "data": {"train": ["a.txt", "b.txt"], "eval": {"x": "c.txt", "y": "a.txt"}},
+        }
+    )
     loaded.model.tokenizer = str(tmp_path / "modle")  # no hub id: whether it is there is for the hosts to say
     assert config.inputs(loaded)[1] == tmp_path / "modle"
     loaded.model.tokenizer = None
     assert config.inputs(loaded) == [tmp_path / "model", Path("a.txt"), Path("b.txt"), Path("c.txt")]
 
 
-@pytest.mark.parametrize("override", ["optim.lr=true", "train.steps=yes", "batch.micro=on", "run.threads=true", "optim.warmup=true"])
+@pytest.mark.parametrize(
+    "override", ["optim.lr=true", "train.steps=yes", "batch.micro=on", "run.threads=true", "optim.warmup=true"]
+)
 def test_a_boolean_is_no_number(tmp_path, override):
     with pytest.raises(UserError, match="boolean|no value"):
         load(tmp_path, MINIMAL, [override])

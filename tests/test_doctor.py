@@ -57,7 +57,10 @@ DAMAGES = {
     "adamw_param_slightly_off": ("adamw", _after(lambda args: args[0][0].mul_(1.02))),
     "adamw_step_forgotten": ("adamw", _after(lambda args: args[5][0].sub_(1))),
     "adamw_variance_off": ("adamw", _after(lambda args: args[3][0].mul_(1.02))),
-    "adamw_one_nan": ("adamw", _after(lambda args: args[1][0].view(-1)[7:8].fill_(math.nan) and args[2][0][7].fill_(math.nan))),
+    "adamw_one_nan": (
+        "adamw",
+        _after(lambda args: args[1][0].view(-1)[7:8].fill_(math.nan) and args[2][0][7].fill_(math.nan)),
+    ),
     "adamw_does_nothing": ("adamw", lambda *_: None),
     "adamw_copy_forgotten": ("adamw", _after(lambda args: args[6][0].zero_())),
     "adamw_cannot_run": ("adamw", _raise),

@@ -3,8 +3,25 @@
 import ast
 from pathlib import Path
 
-FLOORS = {"errors": -1, "files": -1, "launch": 0, "registry": 0, "config": 0, "ops": 1, "data": 1, "optim": 2, "models": 2, "tasks": 3, "train": 4, "evaluate": 5,
-          "quickstart": 6, "doctor": 5, "plan": 5, "cli": 7, "__main__": 8}
+FLOORS = {
+    "errors": -1,
+    "files": -1,
+    "launch": 0,
+    "registry": 0,
+    "config": 0,
+    "ops": 1,
+    "data": 1,
+    "optim": 2,
+    "models": 2,
+    "tasks": 3,
+    "train": 4,
+    "evaluate": 5,
+    "quickstart": 6,
+    "doctor": 5,
+    "plan": 5,
+    "cli": 7,
+    "__main__": 8,
+}
 PACKAGE = Path(__file__).parent.parent / "fastft"
 
 
@@ -35,7 +52,11 @@ def test_every_part_has_a_floor():
 
 
 def test_imports_go_down():
-    broken = {str(p.relative_to(PACKAGE)): bad for p in PACKAGE.rglob("*.py") if part_of(p) != "__init__" and (bad := violations(p, part_of(p)))}
+    broken = {
+        str(p.relative_to(PACKAGE)): bad
+        for p in PACKAGE.rglob("*.py")
+        if part_of(p) != "__init__" and (bad := violations(p, part_of(p)))
+    }
     assert not broken
 
 
@@ -58,5 +79,6 @@ def test_torch_free_kernels_and_single_rooms():
 
 def _top_level(path: Path) -> list[str]:
     nodes = ast.walk(ast.parse(path.read_text()))
-    return [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [n.module for n in ast.walk(ast.parse(path.read_text()))
-                                                                                     if isinstance(n, ast.ImportFrom) and n.module]
+    return [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [
+        n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module
+    ]

@@ -28,8 +28,14 @@ def trained(tmp_path_factory, tiny_bert):
     folder = tmp_path_factory.mktemp("trained")
     rows = [{"text": f"{w} number {i}", "label": c} for i in range(16) for c, w in (("a", "apple"), ("b", "bear"))]
     (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    config = {"task": "classification", "model": {"path": str(tiny_bert)}, "data": {"train": str(folder / "train.jsonl"), "max_length": 32}, "batch": {"size": 8},
-              "train": {"steps": 4}, "run": {"dir": str(folder / "run"), "offline": True, "device": "cpu", "threads": 1}}
+    config = {
+        "task": "classification",
+        "model": {"path": str(tiny_bert)},
+        "data": {"train": str(folder / "train.jsonl"), "max_length": 32},
+        "batch": {"size": 8},
+        "train": {"steps": 4},
+        "run": {"dir": str(folder / "run"), "offline": True, "device": "cpu", "threads": 1},
+    }
     path = launch.write_config(folder / "c.yaml", config)
     launch.fastft("train", path)
     return path, folder / "run"
@@ -48,7 +54,9 @@ def test_a_run_takes_nobody_elses_files(trained, tmp_path, tiny_bert):
     (project / "config.yaml").write_text("mine: true  # a comment\n")
     for more in ([], ["--overwrite"]):
         assert "not the folder of a run" in refused("train", trained[0], f"run.dir={project}", *more)
-    assert (project / "config.yaml").read_text() == "mine: true  # a comment\n" and (project / "model" / "model.safetensors").exists()
+    assert (project / "config.yaml").read_text() == "mine: true  # a comment\n" and (
+        project / "model" / "model.safetensors"
+    ).exists()
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_one_is_done(trained, tmp_path):
@@ -85,7 +93,9 @@ def classification(config: dict, **data):
 def test_names_that_are_numbers_are_never_taken_for_indices(classification_config, tmp_path):
     (tmp_path / "stars.txt").write_text("1\n2\n3\n")
     (tmp_path / "stars.jsonl").write_text("".join(json.dumps({"text": "x", "label": i}) + "\n" for i in (1, 2, 3)))
-    task = classification(classification_config, train=str(tmp_path / "stars.jsonl"), labels=str(tmp_path / "stars.txt"))
+    task = classification(
+        classification_config, train=str(tmp_path / "stars.jsonl"), labels=str(tmp_path / "stars.txt")
+    )
     assert np.asarray(task.train_split().data["labels"]).tolist() == [0, 1, 2]
     (tmp_path / "zero.jsonl").write_text(json.dumps({"text": "x", "label": 0}) + "\n")
     with pytest.raises(UserError, match="label '0' does not occur in the labels file"):
@@ -109,13 +119,24 @@ def test_rows_that_no_tokenizer_takes(classification_config, tmp_path, row, mess
 
 
 def test_odd_digits_are_names(classification_config, tmp_path):
-    (tmp_path / "odd.jsonl").write_text("".join(json.dumps({"text": "x", "label": v}) + "\n" for v in ("1", "²", "--5")))
-    assert classification(classification_config, train=str(tmp_path / "odd.jsonl")).train_split().data.meta["labels"] == ["--5", "1", "²"]
+    (tmp_path / "odd.jsonl").write_text(
+        "".join(json.dumps({"text": "x", "label": v}) + "\n" for v in ("1", "²", "--5"))
+    )
+    assert classification(classification_config, train=str(tmp_path / "odd.jsonl")).train_split().data.meta[
+        "labels"
+    ] == ["--5", "1", "²"]
 
 
 def test_settings_that_would_do_nothing_are_refused(classification_config):
-    for change, message in (({"implementation": "linear_cross_entropy"}, "for language models"), ({"label_smoothing": 0.1}, "of its own")):
-        config = {**classification_config, "loss": change, "data": {**classification_config["data"], "multi_label": "label_smoothing" in change}}
+    for change, message in (
+        ({"implementation": "linear_cross_entropy"}, "for language models"),
+        ({"label_smoothing": 0.1}, "of its own"),
+    ):
+        config = {
+            **classification_config,
+            "loss": change,
+            "data": {**classification_config["data"], "multi_label": "label_smoothing" in change},
+        }
         with pytest.raises(UserError, match=message):
             classification(config)
 
@@ -125,7 +146,11 @@ def test_an_encoder_without_its_weights_is_no_pretrained_model(trained, tmp_path
     model.save_pretrained(tmp_path / "bert")
     transformers.AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "bert")
     weights = load_file(tmp_path / "bert" / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if "encoder" not in k or ".dense." not in k}, tmp_path / "bert" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if "encoder" not in k or ".dense." not in k},
+        tmp_path / "bert" / "model.safetensors",
+        {"format": "pt"},
+    )
     assert "weights of" in refused("validate", trained[0], f"model.path={tmp_path}/bert")
     (tmp_path / "bert" / "model.safetensors").write_bytes(b"garbage" * 100)
     assert "cannot be loaded" in refused("validate", trained[0], f"model.path={tmp_path}/bert")
@@ -176,7 +201,12 @@ def test_small_mistakes(trained, tmp_path, capsys):
     assert code == 1 and "stagee" in output
     code, output = in_process(capsys, "validate", trained[0], "run.dir=/proc/foo")
     assert code == 1 and "/proc/foo" in output
-    assert configuration.validate({"task": "causal_lm", "model": {"path": "x"}, "loss": None, "data": {"eval": None}}).loss.z_loss == 0
+    assert (
+        configuration.validate(
+            {"task": "causal_lm", "model": {"path": "x"}, "loss": None, "data": {"eval": None}}
+        ).loss.z_loss
+        == 0
+    )
 
 
 def test_prepared_data_goes_over_nobodys_folder(trained, tmp_path):
@@ -185,7 +215,9 @@ def test_prepared_data_goes_over_nobodys_folder(trained, tmp_path):
     (tmp_path / "train" / "a.json").write_text("{}")
     assert "holds other files" in refused("train", trained[0], f"data.cache={tmp_path}", f"run.dir={tmp_path}/run")
     assert (tmp_path / "train" / "a.json").read_text() == "{}"
-    assert "without slashes" in refused("validate", trained[0], f"data.eval={{../../x: {trained[0].parent}/train.jsonl}}", f"run.dir={tmp_path}/run")
+    assert "without slashes" in refused(
+        "validate", trained[0], f"data.eval={{../../x: {trained[0].parent}/train.jsonl}}", f"run.dir={tmp_path}/run"
+    )
 
 
 def test_a_run_reads_nothing_that_it_writes(trained, tmp_path):
@@ -197,12 +229,28 @@ def test_a_run_reads_nothing_that_it_writes(trained, tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
-    assert "holds run.dir" in refused("validate", trained[0], f"data.train={tmp_path}/corpus", f"run.dir={tmp_path}/elsewhere/run")
-    datasets.Dataset.from_list([{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]).save_to_disk(tmp_path / "saved")
-    assert "holds data.cache" in refused("validate", trained[0], f"data.train={tmp_path}/saved", f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/saved/cache")
+    assert "holds run.dir" in refused(
+        "validate", trained[0], f"data.train={tmp_path}/corpus", f"run.dir={tmp_path}/elsewhere/run"
+    )
+    datasets.Dataset.from_list([{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]).save_to_disk(
+        tmp_path / "saved"
+    )
+    assert "holds data.cache" in refused(
+        "validate",
+        trained[0],
+        f"data.train={tmp_path}/saved",
+        f"run.dir={tmp_path}/run",
+        f"data.cache={tmp_path}/saved/cache",
+    )
     assert not list(tmp_path.rglob("MANIFEST.json"))
     shutil.copy(trained[0].parent / "train.jsonl", tmp_path / "corpus" / "train.jsonl")
-    launch.fastft("validate", trained[0], f"data.train={tmp_path}/corpus", f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/corpus/cache")
+    launch.fastft(
+        "validate",
+        trained[0],
+        f"data.train={tmp_path}/corpus",
+        f"run.dir={tmp_path}/run",
+        f"data.cache={tmp_path}/corpus/cache",
+    )
 
 
 def test_a_file_that_arrives_before_the_data_is_read(trained, tmp_path, monkeypatch):
@@ -228,7 +276,15 @@ def test_two_failed_overwrites_keep_the_last_good_run_and_others_old_files(train
     shutil.copytree(trained[1], run)
     good = (run / "model" / "model.safetensors").read_bytes()
     for _ in range(2):
-        refused("train", trained[0], f"run.dir={run}", "--overwrite", "optim.lr=1e38", "train.steps=30", "train.max_skipped=0")
+        refused(
+            "train",
+            trained[0],
+            f"run.dir={run}",
+            "--overwrite",
+            "optim.lr=1e38",
+            "train.steps=30",
+            "train.max_skipped=0",
+        )
     assert (run / "model.old" / "model.safetensors").read_bytes() == good
     other = tmp_path / "other"
     (other / "model.old").mkdir(parents=True)
@@ -287,7 +343,13 @@ def test_an_export_is_compared_and_refuses_nan(trained, tmp_path, capsys, monkey
     state = model.state_dict()
     state["classifier.bias"] = torch.full_like(state["classifier.bias"], float("nan"))
     with pytest.raises(UserError, match="classifier.bias hold NaN"):
-        export.save(model, state, TASKS.get("classification")(configuration.load(trained[1] / "config.yaml")), tmp_path / "c", "fp32")
+        export.save(
+            model,
+            state,
+            TASKS.get("classification")(configuration.load(trained[1] / "config.yaml")),
+            tmp_path / "c",
+            "fp32",
+        )
     assert sorted(os.listdir(tmp_path)) == ["a"]
 
 
@@ -304,8 +366,13 @@ def test_labels_of_saved_data_sets(classification_config, tmp_path):
     names = datasets.ClassLabel(names=["neg", "pos"])
     rows = {"text": ["a", "b"], "label": [[0, 1], [1]]}
     for feature in (datasets.Sequence(names), datasets.List(names)):
-        datasets.Dataset.from_dict(rows, features=datasets.Features({"text": datasets.Value("string"), "label": feature})).save_to_disk(tmp_path / "many")
-        assert [r["label"] for _, r in formats.read(configuration.Source(path=str(tmp_path / "many")))] == [["neg", "pos"], ["pos"]]
+        datasets.Dataset.from_dict(
+            rows, features=datasets.Features({"text": datasets.Value("string"), "label": feature})
+        ).save_to_disk(tmp_path / "many")
+        assert [r["label"] for _, r in formats.read(configuration.Source(path=str(tmp_path / "many")))] == [
+            ["neg", "pos"],
+            ["pos"],
+        ]
     one = datasets.Features({"text": datasets.Value("string"), "label": names})
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, -1]}, features=one).save_to_disk(tmp_path / "one")
     with pytest.raises(UserError, match="row 2: the label is empty"):
@@ -322,8 +389,17 @@ def test_labels_that_are_none(classification_config, tmp_path, value):
 def test_a_model_without_label_names_is_evaluated_by_number(trained, tmp_path, tiny_bert, capsys):
     transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert).save_pretrained(tmp_path / "model")
     transformers.AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "model")
-    (tmp_path / "eval.jsonl").write_text('{"text": "x", "label": 0}\n{"text": "y", "label": 1}\n{"text": "y", "label": "LABEL_1"}\n')
-    code, output = in_process(capsys, "eval", trained[0], f"model.path={tmp_path}/model", f"data.eval={tmp_path}/eval.jsonl", f"run.dir={tmp_path}/run")
+    (tmp_path / "eval.jsonl").write_text(
+        '{"text": "x", "label": 0}\n{"text": "y", "label": 1}\n{"text": "y", "label": "LABEL_1"}\n'
+    )
+    code, output = in_process(
+        capsys,
+        "eval",
+        trained[0],
+        f"model.path={tmp_path}/model",
+        f"data.eval={tmp_path}/eval.jsonl",
+        f"run.dir={tmp_path}/run",
+    )
     assert code == 0 and "examples 3" in output
 
 
@@ -333,31 +409,48 @@ def test_predict_reads_what_training_reads(trained, tmp_path, capsys):
     code, output = in_process(capsys, "predict", trained[1], tmp_path / "bare.csv", *options)
     assert code == 0 and [json.loads(line)["text"] for line in output.splitlines()] == ['an "apple"', "a bear"]
     long = " ".join(["a"] * 40)  # the run's max_length is 32
-    for model, more, cut in ((trained[1], (), True), (trained[1] / "model", (), False), (trained[1] / "model", ("--max-length", "32"), True)):
+    for model, more, cut in (
+        (trained[1], (), True),
+        (trained[1] / "model", (), False),
+        (trained[1] / "model", ("--max-length", "32"), True),
+    ):
         code, output = in_process(capsys, "predict", model, "--text", long, *more)
         assert code == 0 and json.loads(output).get("truncated", False) == cut
-    assert in_process(capsys, "predict", trained[1], "--text", "x", "--documents", "page")[0] == 0  # not read for --text
+    assert (
+        in_process(capsys, "predict", trained[1], "--text", "x", "--documents", "page")[0] == 0
+    )  # not read for --text
     code, output = in_process(capsys, "predict", trained[1], tmp_path / "bare.csv", "--quoting", "some")
     assert code == 1 and "quoting" in output
 
 
 def test_pairs_in_training_and_prediction(classification_config, tmp_path, capsys):
     """A model without token types (DistilBERT) learns pairs, and predict gives it both texts."""
-    config = transformers.DistilBertConfig(vocab_size=200, dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=64)
+    config = transformers.DistilBertConfig(
+        vocab_size=200, dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=64
+    )
     transformers.DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "distil")
-    transformers.AutoTokenizer.from_pretrained(classification_config["model"]["path"]).save_pretrained(tmp_path / "distil")
+    transformers.AutoTokenizer.from_pretrained(classification_config["model"]["path"]).save_pretrained(
+        tmp_path / "distil"
+    )
     config.vocab_size = len(transformers.AutoTokenizer.from_pretrained(tmp_path / "distil"))
     transformers.DistilBertModel(config).save_pretrained(tmp_path / "distil")
     rows = [{"a": f"text {i}", "b": "x", "label": "ab"[i % 2]} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run = {**classification_config, "model": {"path": str(tmp_path / "distil")}, "train": {"steps": 1},
-           "data": {"train": str(tmp_path / "pairs.jsonl"), "text": "a", "text_pair": "b"}, "run": {"dir": str(tmp_path / "run"), "device": "cpu", "offline": True}}
+    run = {
+        **classification_config,
+        "model": {"path": str(tmp_path / "distil")},
+        "train": {"steps": 1},
+        "data": {"train": str(tmp_path / "pairs.jsonl"), "text": "a", "text_pair": "b"},
+        "run": {"dir": str(tmp_path / "run"), "device": "cpu", "offline": True},
+    }
     launch.fastft("train", launch.write_config(tmp_path / "c.yaml", run))
     code, output = in_process(capsys, "predict", tmp_path / "run", tmp_path / "pairs.jsonl")
     together = [json.loads(line)["scores"] for line in output.splitlines()]
     alone = json.loads(in_process(capsys, "predict", tmp_path / "run", "--text", "text 0")[1])["scores"]
     assert code == 0 and len(together) == 8 and together[0] != alone
-    assert json.loads(in_process(capsys, "predict", tmp_path / "run", "--text", "text 0", "--pair", "x")[1])["scores"] == pytest.approx(together[0])
+    assert json.loads(in_process(capsys, "predict", tmp_path / "run", "--text", "text 0", "--pair", "x")[1])[
+        "scores"
+    ] == pytest.approx(together[0])
 
 
 def test_a_damaged_checkpoint_is_passed_over_aloud(trained, tmp_path):
@@ -379,24 +472,50 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(trained, tmp_path):
 
 def test_a_run_goes_on_from_any_working_directory(classification_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"text {i}", "label": "ab"[i % 2]}) + "\n" for i in range(8)))
-    config = {**classification_config, "data": {"train": "rows.jsonl"}, "train": {"steps": 1}, "run": {"dir": "run", "device": "cpu", "offline": True}}
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"text {i}", "label": "ab"[i % 2]}) + "\n" for i in range(8))
+    )
+    config = {
+        **classification_config,
+        "data": {"train": "rows.jsonl"},
+        "train": {"steps": 1},
+        "run": {"dir": "run", "device": "cpu", "offline": True},
+    }
     launch.fastft("train", launch.write_config(tmp_path / "c.yaml", config))
     monkeypatch.chdir("/")
     launch.fastft("resume", tmp_path / "run", "train.steps=2")
     launch.fastft("export", tmp_path / "run", tmp_path / "exported")
 
 
-@pytest.mark.parametrize("text, part", [("a: {{ b }}", "where a key belongs"), ("a: 2026-99-99", "not valid YAML"), ("a: " + "9" * 5000, "not valid YAML"),
-                                        ("[" * 5000 + "]" * 5000, "not valid YAML")])
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("a: {{ b }}", "where a key belongs"),
+        ("a: 2026-99-99", "not valid YAML"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+        ("[" * 5000 + "]" * 5000, "not valid YAML"),
+    ],
+)
 def test_yaml_that_yaml_itself_trips_over(tmp_path, text, part):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=part):
         configuration.load(tmp_path / "c.yaml")
 
 
-@pytest.mark.parametrize("override", ["optim.betas=[0.9, 1.0]", "run.seed=9223372036854775808", "train.epochs=.inf", "optim.lr=.inf", "optim.eps=.inf",
-                                      "optim.weight_decay=.inf", "optim.grad_clip=.inf", "data.label_separator=''", "optim.lr=.nan"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.betas=[0.9, 1.0]",
+        "run.seed=9223372036854775808",
+        "train.epochs=.inf",
+        "optim.lr=.inf",
+        "optim.eps=.inf",
+        "optim.weight_decay=.inf",
+        "optim.grad_clip=.inf",
+        "data.label_separator=''",
+        "optim.lr=.nan",
+    ],
+)
 def test_numbers_out_of_range(trained, override):
     with pytest.raises(UserError, match=override.partition("=")[0].replace(".", "[.]")):
         configuration.load(trained[0], [override])
@@ -409,16 +528,27 @@ def test_files_that_are_not_utf8(trained, tmp_path, capsys):
         assert code == 1 and key in output and "latin.txt" in output
 
 
-@pytest.mark.parametrize("settings, part", [("{comms_logger: 3}", "must be a mapping"), ("{activation_checkpointing: 5}", "parallel.deepspeed"),
-                                            ("{tensorboard: {enabled: true, x: 2}}", "tensorboard.x"), ("{wall_clock_breakdwn: true}", "wall_clock_breakdown"),
-                                            ("{zero_optimization: 3}", "not a mapping"), ("{amp: {enabled: true}}", "removed")])
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        ("{comms_logger: 3}", "must be a mapping"),
+        ("{activation_checkpointing: 5}", "parallel.deepspeed"),
+        ("{tensorboard: {enabled: true, x: 2}}", "tensorboard.x"),
+        ("{wall_clock_breakdwn: true}", "wall_clock_breakdown"),
+        ("{zero_optimization: 3}", "not a mapping"),
+        ("{amp: {enabled: true}}", "removed"),
+    ],
+)
 def test_deepspeeds_own_settings(trained, capsys, settings, part):
     code, output = in_process(capsys, "validate", trained[0], f"parallel.deepspeed={settings}")
     assert code == 1 and part in " ".join(output.split())
 
 
 def test_output_that_cannot_be_written(trained, capsys):
-    process = launch.start(["bash", "-c", f"exec python -m fastft predict {trained[1]} --text x > /dev/full"], {"PATH": os.path.dirname(os.sys.executable) + ":" + os.environ["PATH"]})
+    process = launch.start(
+        ["bash", "-c", f"exec python -m fastft predict {trained[1]} --text x > /dev/full"],
+        {"PATH": os.path.dirname(os.sys.executable) + ":" + os.environ["PATH"]},
+    )
     output = launch.finish(process, 120)
     assert process.returncode == 1 and "No space left" in output and "Traceback" not in output
     for temperature in ("1e-45", "0.001"):

@@ -64,8 +64,17 @@ class _Server:
     def __init__(self):
         self.folder = tempfile.TemporaryDirectory(prefix="fastft-warm-")
         ours, theirs = socket.socketpair()
-        self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True,
-                                        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)})
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "DS_ACCELERATOR": "cpu",
+                "PYTHONPATH": str(Path(__file__).parent.parent),
+            },
+        )
         theirs.close()
         self.socket, self.buffer, self.codes = ours, b"", {}
         self.started: list[int] = []
@@ -106,8 +115,8 @@ def _server() -> _Server:
 
 def serve(connection: socket.socket) -> None:
     import deepspeed  # noqa: F401
-    import transformers.models.auto.modeling_auto  # noqa: F401
-    import transformers.models.bert.modeling_bert  # noqa: F401
+    import transformers.models.auto.modeling_auto
+    import transformers.models.bert.modeling_bert
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import fastft.tasks.causal_lm
@@ -130,7 +139,9 @@ def serve(connection: socket.socket) -> None:
             connection.sendall((json.dumps({"started": pid}) + "\n").encode())
         try:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                connection.sendall((json.dumps({"pid": ended[0], "code": os.waitstatus_to_exitcode(ended[1])}) + "\n").encode())
+                connection.sendall(
+                    (json.dumps({"pid": ended[0], "code": os.waitstatus_to_exitcode(ended[1])}) + "\n").encode()
+                )
         except ChildProcessError:
             pass
 

@@ -28,7 +28,7 @@ def permute(n: int, seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
     (k,) int64
     """
     positions = np.asarray(positions, dtype=np.int64)
-    assert n >= 1 and (positions.size == 0 or (0 <= positions.min() and positions.max() < n))
+    assert n >= 1 and (positions.size == 0 or (positions.min() >= 0 and positions.max() < n))
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     keys = _keys(seed, epoch)
     x = _feistel(positions.astype(np.uint64), half, keys)

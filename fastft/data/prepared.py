@@ -136,14 +136,29 @@ def prepare(folder: Path, settings: str, sources: list[str], build: Callable[[Pa
             if not writable:
                 raise UserError(f"{folder}: cannot be used ({problem}), nor written.", "Choose another data.cache.")
             if strangers := _strangers(folder):
-                raise UserError(f"{folder}: is where prepared data goes, but holds other files: {', '.join(strangers[:5])}.",
-                                "Choose another data.cache, or delete the folder if prepared data is all there was in it; nothing was touched.")
+                raise UserError(
+                    f"{folder}: is where prepared data goes, but holds other files: {', '.join(strangers[:5])}.",
+                    "Choose another data.cache, or delete the folder if prepared data is all there was in it; nothing was touched.",
+                )
             with replacing(folder) as scratch:
                 scratch.mkdir()
                 meta = build(scratch)
                 found = unchanged(sources, found)
-                made = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(scratch.iterdir())}
-                write_manifest(scratch, {"format": FORMAT, "key": key, "sources": found, "made_because": problem, "meta": meta, "files": made})
+                made = {
+                    path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                    for path in sorted(scratch.iterdir())
+                }
+                write_manifest(
+                    scratch,
+                    {
+                        "format": FORMAT,
+                        "key": key,
+                        "sources": found,
+                        "made_because": problem,
+                        "meta": meta,
+                        "files": made,
+                    },
+                )
         elif found != recorded:  # the same bytes under new times
             with suppress(OSError):  # a folder that may not be written is as good: its sources are read again next time
                 write_manifest(folder, {**_manifest(folder), "sources": found})
@@ -156,7 +171,11 @@ def _manifest(folder: Path) -> dict | None:
         manifest = json.loads((folder / "MANIFEST.json").read_bytes())
     except (OSError, ValueError):
         return None
-    whole = isinstance(manifest, dict) and manifest.get("format") == FORMAT and manifest.pop("digest", None) == digest(manifest)
+    whole = (
+        isinstance(manifest, dict)
+        and manifest.get("format") == FORMAT
+        and manifest.pop("digest", None) == digest(manifest)
+    )
     return manifest if whole else None
 
 
@@ -168,7 +187,9 @@ def _strangers(folder: Path) -> list[str]:
         manifest = json.loads((folder / "MANIFEST.json").read_bytes())
     except (OSError, ValueError):
         return sorted(names)
-    ours = isinstance(manifest, dict) and isinstance(manifest.get("key"), str) and isinstance(manifest.get("files"), dict)
+    ours = (
+        isinstance(manifest, dict) and isinstance(manifest.get("key"), str) and isinstance(manifest.get("files"), dict)
+    )
     return sorted(names - {"MANIFEST.json", *manifest["files"]} if ours else names)
 
 
@@ -190,15 +211,22 @@ def check(folder: Path, key: str) -> str | None:
 def verify(folder: Path) -> None:
     """Re-hash every file against the manifest. UserError names the first that differs."""
     if (manifest := _manifest(folder)) is None:
-        raise UserError(f"{folder / 'MANIFEST.json'}: does not match its own digest.", f"Delete {folder}; it will be made anew.")
+        raise UserError(
+            f"{folder / 'MANIFEST.json'}: does not match its own digest.", f"Delete {folder}; it will be made anew."
+        )
     for name, entry in manifest["files"].items():
         if sha256_file(folder / name) != entry["sha256"]:
-            raise UserError(f"{folder / name}: does not match its hash in MANIFEST.json.", f"Delete {folder}; it will be made anew.")
+            raise UserError(
+                f"{folder / name}: does not match its hash in MANIFEST.json.", f"Delete {folder}; it will be made anew."
+            )
 
 
 def _ragged(values: Path, offsets: Path) -> Ragged:
     empty = values.stat().st_size == 0  # an empty file cannot be mapped
-    return Ragged(np.zeros(0, RAGGED_DTYPE) if empty else np.memmap(values, dtype=RAGGED_DTYPE, mode="r"), np.load(offsets, mmap_mode="r"))
+    return Ragged(
+        np.zeros(0, RAGGED_DTYPE) if empty else np.memmap(values, dtype=RAGGED_DTYPE, mode="r"),
+        np.load(offsets, mmap_mode="r"),
+    )
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:

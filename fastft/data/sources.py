@@ -28,7 +28,11 @@ def folders(folder: Path) -> Iterator[Path]:
 def walk(folder: Path) -> list[Path]:
     """All files in ``folders``, sorted. Links to nothing are among them, for whoever reads them to refuse, but for hidden ones (editors' locks)."""
     paths = (path for here in folders(folder) for path in here.iterdir())
-    return sorted(path for path in paths if path.is_file() or (not path.exists() and path.is_symlink() and not path.name.startswith(".")))
+    return sorted(
+        path
+        for path in paths
+        if path.is_file() or (not path.exists() and path.is_symlink() and not path.name.startswith("."))
+    )
 
 
 def holds(folder: Path, path: Path) -> bool:

@@ -33,7 +33,9 @@ def export_checkpoint(run_dir: Path, to: Path, step: int | None, dtype: str | No
     state, own = weights_of(path, manifest["zero"]), model.state_dict()
     there = {own[name].data_ptr() for name in state if name in own}  # tied weights stand in a checkpoint once
     if missing := [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in there]:
-        raise UserError(f"{path}: holds no {', '.join(missing[:5])}.", "Export the run's own folder instead: <run.dir>/model.")
+        raise UserError(
+            f"{path}: holds no {', '.join(missing[:5])}.", "Export the run's own folder instead: <run.dir>/model."
+        )
     return save(model, state, task, to, dtype or config.model.dtype)
 
 
@@ -53,4 +55,6 @@ def weights_of(path: Path, stage: int) -> dict[str, torch.Tensor]:
 
 def _module(path: Path) -> dict[str, torch.Tensor]:
     # DeepSpeed's file holds its own classes; its hash was verified against our manifest just now
-    return torch.load(path / checkpoint.TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    return torch.load(path / checkpoint.TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)[
+        "module"
+    ]

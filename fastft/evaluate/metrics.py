@@ -40,6 +40,8 @@ def run_config_path(target: str) -> tuple[Path, bool]:
     path = Path(target)
     if path.is_dir():
         if not (path / "config.yaml").is_file():
-            raise UserError(f"{path}: not a run folder (no config.yaml).", "Give the run.dir of a run, or a configuration file.")
+            raise UserError(
+                f"{path}: not a run folder (no config.yaml).", "Give the run.dir of a run, or a configuration file."
+            )
         return path / "config.yaml", True
     return path, False

@@ -46,7 +46,10 @@ def replay(run_dir: Path, step: int) -> dict:
     task.attach(model, ranks.device)
     model.to(ranks.device).eval()
     found = [_one(model, task, split, int(i), ranks.device) for i in ids]
-    return {"weights": source, "samples": sorted(found, key=lambda s: (s["loss"] == s["loss"] and s["grad_norm"] < float("inf"), -s["loss"]))}
+    return {
+        "weights": source,
+        "samples": sorted(found, key=lambda s: (s["loss"] == s["loss"] and s["grad_norm"] < float("inf"), -s["loss"])),
+    }
 
 
 def _one(model: torch.nn.Module, task, split, sample: int, device: torch.device) -> dict:
@@ -56,4 +59,9 @@ def _one(model: torch.nn.Module, task, split, sample: int, device: torch.device)
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
-    return {"sample": sample, "documents": task.documents(split, sample), "loss": float(loss.detach()), "grad_norm": float(norm)}
+    return {
+        "sample": sample,
+        "documents": task.documents(split, sample),
+        "loss": float(loss.detach()),
+        "grad_norm": float(norm),
+    }

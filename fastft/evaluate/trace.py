@@ -41,7 +41,11 @@ def samples(config: Config, step: int, run_dir: Path | None) -> tuple[Task, Spli
     task = TASKS.get(config.task)(config)
     split = task.train_split()
     knots: list = []
-    if run_dir is not None and (run_dir / "metrics.jsonl").exists() and (starts := [r for r in telemetry.read(run_dir) if r["kind"] == "run"]):
+    if (
+        run_dir is not None
+        and (run_dir / "metrics.jsonl").exists()
+        and (starts := [r for r in telemetry.read(run_dir) if r["kind"] == "run"])
+    ):
         run_folder.check_data(run_dir / "metrics.jsonl", starts[-1].get("data_key", split.data.key), split.data.key)
         knots = starts[-1].get("knots", [])
     schedule = Schedule.of(config, len(split), task.max_length, knots)

@@ -27,12 +27,20 @@ def validate_run(config: Config) -> dict:
     for split in splits.values():  # what a run only compares the sizes of
         prepared.verify(split.data.folder)
     schedule = Schedule.of(config, len(train), task.max_length)
-    model, drawn = load.build(config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides())
+    model, drawn = load.build(
+        config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides()
+    )
     task.check_model(model, ranks.device)
     task.attach(model, ranks.device)
     load.freeze(model, config.model.freeze)
     engine.deepspeed_config(config, ranks)
     report = {name: {"sequences": len(s), **s.totals, "counts": s.data.meta["counts"]} for name, s in splits.items()}
-    return {"splits": report, "steps": schedule.total, "sequences_per_step": schedule.size, "max_length": task.max_length,
-            "parameters": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "drawn_anew": drawn}
+    return {
+        "splits": report,
+        "steps": schedule.total,
+        "sequences_per_step": schedule.size,
+        "max_length": task.max_length,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "drawn_anew": drawn,
+    }

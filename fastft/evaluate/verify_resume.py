@@ -60,8 +60,13 @@ def verify_resume(config: Config, folder: Path, ranks: int, at: int | None, kill
 
 
 def _start(ranks: int, verb: str, what: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "fastft", "launch", "--nproc", str(ranks), "--backoff", "0", verb, str(what)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastft", "launch", "--nproc", str(ranks), "--backoff", "0", verb, str(what)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def _finish(process: subprocess.Popen, which: str, codes: tuple[int, ...] = (0,)) -> None:
@@ -74,7 +79,10 @@ def _interrupt(process: subprocess.Popen, run: Path, after: int, kill: bool) -> 
     while process.poll() is None and not _reached(run, after):
         time.sleep(0.02)
     if process.poll() is not None:
-        raise UserError(f"the run ended before it could be interrupted after step {after}.", "Give an earlier --at, or a longer run.")
+        raise UserError(
+            f"the run ended before it could be interrupted after step {after}.",
+            "Give an earlier --at, or a longer run.",
+        )
     if kill:
         os.kill(find_rank(run), signal.SIGKILL)
         _finish(process, "the run after its rank was killed")
@@ -84,17 +92,31 @@ def _interrupt(process: subprocess.Popen, run: Path, after: int, kill: bool) -> 
 
 
 def _reached(run: Path, step: int) -> bool:
-    return (run / "metrics.jsonl").exists() and any(r["kind"] == "train" and r["step"] >= step for r in telemetry.read(run))
+    return (run / "metrics.jsonl").exists() and any(
+        r["kind"] == "train" and r["step"] >= step for r in telemetry.read(run)
+    )
 
 
 def _differing_steps(whole: Path, broken: Path) -> list[str]:
-    curves = [{r["step"]: (r["loss"], r["lr"], r["grad_norm"]) for r in telemetry.read(run) if r["kind"] == "train"} for run in (whole, broken)]
+    curves = [
+        {r["step"]: (r["loss"], r["lr"], r["grad_norm"]) for r in telemetry.read(run) if r["kind"] == "train"}
+        for run in (whole, broken)
+    ]
     first = next((s for s in sorted(curves[0]) if curves[0][s] != curves[1].get(s)), None)
-    return [] if first is None else [f"step {first}: loss, lr, grad_norm {curves[0][first]} undisturbed, {curves[1].get(first)} resumed"]
+    return (
+        []
+        if first is None
+        else [f"step {first}: loss, lr, grad_norm {curves[0][first]} undisturbed, {curves[1].get(first)} resumed"]
+    )
 
 
 def _differing_files(whole: Path, broken: Path) -> list[str]:
     if not list(whole.glob("*.safetensors")):
         return [f"{whole} holds no weights"]
     names = sorted({p.name for folder in (whole, broken) for p in folder.glob("*.safetensors")})
-    return [f"{name} differs" for name in names if not all((f / name).exists() for f in (whole, broken)) or sha256_file(whole / name) != sha256_file(broken / name)]
+    return [
+        f"{name} differs"
+        for name in names
+        if not all((f / name).exists() for f in (whole, broken))
+        or sha256_file(whole / name) != sha256_file(broken / name)
+    ]

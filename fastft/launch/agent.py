@@ -61,12 +61,31 @@ class Rank:
         self.beat.write_bytes(BEAT.pack(-1, 0.0))
         self.waits = 0  # times in a row that it was seen to wait in the kernel, once it was killed
         self.mistake.unlink(missing_ok=True)
-        env = {**os.environ, **spec.env, "RANK": str(self.rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(spec.world), "LOCAL_WORLD_SIZE": str(spec.ranks),
-               "LOCAL_SIZE": str(spec.ranks), "GROUP_RANK": str(spec.node), "MASTER_ADDR": spec.master_addr, "MASTER_PORT": str(spec.master_port),
-               "FASTFT_AGENT": str(os.getpid()), "FASTFT_HEARTBEAT": str(self.beat), "FASTFT_MISTAKE": str(self.mistake), "PYTHONUNBUFFERED": "1"}
+        env = {
+            **os.environ,
+            **spec.env,
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(local),
+            "WORLD_SIZE": str(spec.world),
+            "LOCAL_WORLD_SIZE": str(spec.ranks),
+            "LOCAL_SIZE": str(spec.ranks),
+            "GROUP_RANK": str(spec.node),
+            "MASTER_ADDR": spec.master_addr,
+            "MASTER_PORT": str(spec.master_port),
+            "FASTFT_AGENT": str(os.getpid()),
+            "FASTFT_HEARTBEAT": str(self.beat),
+            "FASTFT_MISTAKE": str(self.mistake),
+            "PYTHONUNBUFFERED": "1",
+        }
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", "fastft", *spec.arguments], env=env, stdin=subprocess.DEVNULL,
-                                            stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fastft", *spec.arguments],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def last_beat(self) -> tuple[int, float]:
         return BEAT.unpack(self.beat.read_bytes())
@@ -90,7 +109,7 @@ class Rank:
         """The main thread's innermost frames, from what SIGUSR1 made the rank write into its log."""
         lines = self.tail(200).splitlines()
         starts = [i for i, line in enumerate(lines) if line.startswith("Current thread")]
-        return "\n".join(lines[starts[-1]:starts[-1] + frames + 1]) if starts else ""
+        return "\n".join(lines[starts[-1] : starts[-1] + frames + 1]) if starts else ""
 
     def tail(self, lines: int = 25) -> str:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
@@ -187,15 +206,28 @@ class Agent:
 
     def _watch(self, open_ranks: set[Rank]) -> None:
         beats = {rank: rank.last_beat() for rank in open_ranks}
-        silent = [rank for rank, (step, when) in beats.items() if step >= 0 and time.time() - when > self.spec.watchdog * (1.0 if step else FIRST)]
+        silent = [
+            rank
+            for rank, (step, when) in beats.items()
+            if step >= 0 and time.time() - when > self.spec.watchdog * (1.0 if step else FIRST)
+        ]
         if not silent:
             return
-        states = {rank: rank.state() for rank in silent}  # before SIGUSR1, which a stopped process only gets when it goes on
+        states = {
+            rank: rank.state() for rank in silent
+        }  # before SIGUSR1, which a stopped process only gets when it goes on
         self._signal(signal.SIGUSR1)
         time.sleep(1.0)
         for rank in sorted(silent, key=lambda r: (states[r] != "T", r.rank)):  # a stopped one is why the others wait
             step, when = beats[rank]
-            say("hang", rank=rank.rank, step=step, silent=round(time.time() - when, 1), state=states[rank], stack=rank.stack())
+            say(
+                "hang",
+                rank=rank.rank,
+                step=step,
+                silent=round(time.time() - when, 1),
+                state=states[rank],
+                stack=rank.stack(),
+            )
         self.code = self.code or -signal.SIGKILL
         self.kill_at = time.monotonic()
 
@@ -206,7 +238,7 @@ class Agent:
         with open(self.ranks[0].log, "rb") as log:
             log.seek(self.shown)
             text = log.read()
-        whole = text[:text.rfind(b"\n") + 1]
+        whole = text[: text.rfind(b"\n") + 1]
         self.shown += len(whole)
         for line in whole.decode(errors="replace").splitlines():
             say("output", text=line)

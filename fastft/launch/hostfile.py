@@ -46,7 +46,9 @@ def address(name: str) -> str:
     try:
         return socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
     except OSError as e:
-        raise UserError(f"host {name}: {e.strerror or e}.", "Correct the host file, or make the name known (DNS, /etc/hosts).") from None
+        raise UserError(
+            f"host {name}: {e.strerror or e}.", "Correct the host file, or make the name known (DNS, /etc/hosts)."
+        ) from None
 
 
 def is_here(name: str) -> bool:

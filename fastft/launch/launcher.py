@@ -18,8 +18,35 @@ from fastft.launch.agent import Spec
 from fastft.launch.hostfile import Host, address, free_port, is_here
 
 # What the ranks on other hosts need of this environment. It travels through ssh's standard input: nothing of it stands in a command line.
-FORWARDED = ("CUDA_", "DS_", "FASTFT_", "GLOO_", "HF_", "LD_LIBRARY_PATH", "NCCL_", "OMP_", "PATH", "PYTHONPATH", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "UCX_", "XDG_")
-SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2")
+FORWARDED = (
+    "CUDA_",
+    "DS_",
+    "FASTFT_",
+    "GLOO_",
+    "HF_",
+    "LD_LIBRARY_PATH",
+    "NCCL_",
+    "OMP_",
+    "PATH",
+    "PYTHONPATH",
+    "TOKENIZERS_",
+    "TORCH_",
+    "TRANSFORMERS_",
+    "UCX_",
+    "XDG_",
+)
+SSH = (
+    "ssh",
+    "-T",
+    "-o",
+    "BatchMode=yes",
+    "-o",
+    "ConnectTimeout=10",
+    "-o",
+    "ServerAliveInterval=5",
+    "-o",
+    "ServerAliveCountMax=2",
+)
 BEAT = 5.0  # seconds between two words to the agents
 STOP_LIMIT = 660.0  # seconds that the agents get to end their ranks; a second signal ends them at once
 AGENT = "fastft.launch.agent"
@@ -41,7 +68,9 @@ class Plan:
     python: str = sys.executable  # on every host
     ssh: tuple[str, ...] = SSH
 
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # what the run's folder is marked with once its rank 0 has taken it
+    id: str = field(
+        default_factory=lambda: uuid.uuid4().hex
+    )  # what the run's folder is marked with once its rank 0 has taken it
 
     def logs(self, attempt: int) -> Path:
         return self.run_dir / "logs" / f"attempt-{attempt}"
@@ -62,20 +91,27 @@ def plan(arguments: list[str], hosts: list[Host], run_dir: Path, *, master_addr:
     """
     found = master_addr or address(hosts[0].name)
     if len(hosts) > 1 and found.startswith("127."):
-        raise UserError(f"{hosts[0].name} is {found} here, which other hosts cannot reach.", "Give --master-addr, the first host's address on the network between them.")
+        raise UserError(
+            f"{hosts[0].name} is {found} here, which other hosts cannot reach.",
+            "Give --master-addr, the first host's address on the network between them.",
+        )
     return Plan(arguments, hosts, run_dir.absolute(), found, **more)
 
 
 def describe(plan: Plan) -> list[str]:
     """The command of every host, one a line, without environment values."""
-    return [f"{host.name}: {shlex.join(remote_command(plan, host, AGENT))}  # ranks {first} to {first + host.slots - 1}: {shlex.join(plan.arguments)}"
-            for host, first in zip(plan.hosts, _firsts(plan.hosts), strict=True)]
+    return [
+        f"{host.name}: {shlex.join(remote_command(plan, host, AGENT))}  # ranks {first} to {first + host.slots - 1}: {shlex.join(plan.arguments)}"
+        for host, first in zip(plan.hosts, _firsts(plan.hosts), strict=True)
+    ]
 
 
 def launch(plan: Plan) -> int:
     """Run to the end, with restarts. Returns the exit code: 0, or the first failed rank's (128 + N for signal N)."""
     stop = _Signals()
-    attempt = max((int(p.name.removeprefix("attempt-")) for p in (plan.run_dir / "logs").glob("attempt-*")), default=0)  # older logs stay
+    attempt = max(
+        (int(p.name.removeprefix("attempt-")) for p in (plan.run_dir / "logs").glob("attempt-*")), default=0
+    )  # older logs stay
     first, failures = attempt + 1, 0
     reached = newest_step(plan.run_dir)
     while True:
@@ -86,10 +122,16 @@ def launch(plan: Plan) -> int:
         failures = failures + 1 if newest_step(plan.run_dir) == reached else 1  # what got further may fail anew
         reached = newest_step(plan.run_dir)
         if failures > plan.max_restarts:
-            print(f"launch: failed {failures} times without a newer checkpoint; giving up. Logs: {plan.run_dir / 'logs'}", file=sys.stderr)
+            print(
+                f"launch: failed {failures} times without a newer checkpoint; giving up. Logs: {plan.run_dir / 'logs'}",
+                file=sys.stderr,
+            )
             return outcome.code
         wait = min(plan.backoff * 2 ** (failures - 1), 300.0)
-        print(f"launch: restart {failures} of {plan.max_restarts} in {wait:.0f} s, from {f'step {reached}' if reached and plan.claimed() else 'the start'}", file=sys.stderr)
+        print(
+            f"launch: restart {failures} of {plan.max_restarts} in {wait:.0f} s, from {f'step {reached}' if reached and plan.claimed() else 'the start'}",
+            file=sys.stderr,
+        )
         if stop.wait(wait):
             return 128 + stop.signum
 
@@ -146,10 +188,23 @@ class _Attempt:
         plan = self.plan
         port = plan.master_port or (free_port(plan.master_addr) if is_here(plan.master_addr) else 29500 + self.attempt)
         arguments = plan.arguments if self.first else _again(plan)
-        env = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)} | {"FASTFT_LAUNCH": plan.id}
+        env = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)} | {
+            "FASTFT_LAUNCH": plan.id
+        }
         self.nodes = []
         for number, (host, first) in enumerate(zip(plan.hosts, _firsts(plan.hosts), strict=True)):
-            spec = Spec(arguments, number, first, host.slots, sum(h.slots for h in plan.hosts), plan.master_addr, port, env, str(plan.logs(self.attempt)), plan.watchdog)
+            spec = Spec(
+                arguments,
+                number,
+                first,
+                host.slots,
+                sum(h.slots for h in plan.hosts),
+                plan.master_addr,
+                port,
+                env,
+                str(plan.logs(self.attempt)),
+                plan.watchdog,
+            )
             self.nodes.append(self._start(host, spec))
         spoken = time.monotonic()
         while not all(node.ended for node in self.nodes):
@@ -170,7 +225,15 @@ class _Attempt:
         return self.outcome or _Outcome(0)
 
     def _start(self, host: Host, spec: Spec) -> _Node:
-        process = subprocess.Popen(remote_command(self.plan, host, AGENT), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+        process = subprocess.Popen(
+            remote_command(self.plan, host, AGENT),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
         node = _Node(host, process)
         threading.Thread(target=self._read, args=(node,), daemon=True).start()
         _write(process, spec.to_json())
@@ -181,7 +244,12 @@ class _Attempt:
             for line in node.process.stdout:
                 try:
                     event = json.loads(line)
-                    self.events.put((node, event if isinstance(event, dict) and "event" in event else {"event": "told", "text": line}))
+                    self.events.put(
+                        (
+                            node,
+                            event if isinstance(event, dict) and "event" in event else {"event": "told", "text": line},
+                        )
+                    )
                 except json.JSONDecodeError:
                     self.events.put((node, {"event": "told", "text": line}))
         finally:
@@ -197,11 +265,20 @@ class _Attempt:
         elif name == "told":
             node.told.append(event["text"].rstrip())
         elif name == "hang":
-            doing = {"T": "is stopped", "D": "waits for a disk", "R": "computes", "S": "waits"}.get(event["state"], f"is in state {event['state']}")
-            self._failed(137, f"rank {event['rank']} {where} has taken no step for {event['silent']:.0f} s (after step {event['step']}); it {doing}.\n{event['stack']}")
+            doing = {"T": "is stopped", "D": "waits for a disk", "R": "computes", "S": "waits"}.get(
+                event["state"], f"is in state {event['state']}"
+            )
+            self._failed(
+                137,
+                f"rank {event['rank']} {where} has taken no step for {event['silent']:.0f} s (after step {event['step']}); it {doing}.\n{event['stack']}",
+            )
         elif name == "stuck":
-            self._failed(137, f"rank {event['rank']} {where} cannot be ended: it waits in the kernel, for a disk (or a driver) that does not answer, and ends "
-                              "when that does. Nothing is restarted before.", MISTAKE)
+            self._failed(
+                137,
+                f"rank {event['rank']} {where} cannot be ended: it waits in the kernel, for a disk (or a driver) that does not answer, and ends "
+                "when that does. Nothing is restarted before.",
+                MISTAKE,
+            )
         elif name == "exit" and event["code"]:
             self._rank_failed(event, where)
 
@@ -213,7 +290,11 @@ class _Attempt:
         elif code in (128 + signal.SIGTERM, 128 + signal.SIGINT) and event["code"] > 0:
             self._failed(code, f"{who} was asked to stop and has saved.", STOPPED)
         else:
-            how = f"was ended by {signal.Signals(-event['code']).name}" if event["code"] < 0 else f"failed with exit code {code}"
+            how = (
+                f"was ended by {signal.Signals(-event['code']).name}"
+                if event["code"] < 0
+                else f"failed with exit code {code}"
+            )
             self._failed(code, f"{who} {how}.\n{event['tail']}")
 
     def _agent_ended(self, node: _Node) -> None:
@@ -221,7 +302,10 @@ class _Attempt:
         code = node.process.wait()
         if code == 255 or (code and self.outcome is None):
             told = "\n".join(node.told[-15:])
-            self._failed(code if code > 0 else 128 - code, f"{node.host.name}: the connection to it or its agent ended (exit code {code}).\n{told}")
+            self._failed(
+                code if code > 0 else 128 - code,
+                f"{node.host.name}: the connection to it or its agent ended (exit code {code}).\n{told}",
+            )
 
     def _failed(self, code: int, message: str, kind: str = FAILED) -> None:
         """The first failure decides the outcome and ends the others; what follows from it is only told when nothing better was."""
@@ -229,7 +313,10 @@ class _Attempt:
             self.outcome = _Outcome(code, kind)
             print(f"launch: {message}", file=sys.stderr)
             if not (kind == STOPPED and self.stop.signum):
-                self._tell({"signal": int(signal.SIGTERM if kind == STOPPED else signal.SIGKILL)}, delay=0 if kind == STOPPED else 2.5)
+                self._tell(
+                    {"signal": int(signal.SIGTERM if kind == STOPPED else signal.SIGKILL)},
+                    delay=0 if kind == STOPPED else 2.5,
+                )
             self.deadline = time.monotonic() + STOP_LIMIT
         elif "has taken no step" in message or "cannot be ended" in message:
             print(f"launch: {message}", file=sys.stderr)

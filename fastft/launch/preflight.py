@@ -19,7 +19,19 @@ MIN_BANDWIDTH = 0.8  # of the median of all pairs
 MIN_SHM = 1 << 30  # bytes of /dev/shm: what data loaders and NCCL's shared-memory transport expect
 BLOCKS = 64  # MiB sent from a host to the next
 LIMIT = 60.0  # seconds for an answer: nvidia-smi, or a dead network disk, can hang for good
-NEEDED = {"python", "packages", "code", "gpus", "shm", "port_free", "inputs", "shared", "disk_error", "disk_free", "disk_write"}  # of probe.facts
+NEEDED = {
+    "python",
+    "packages",
+    "code",
+    "gpus",
+    "shm",
+    "port_free",
+    "inputs",
+    "shared",
+    "disk_error",
+    "disk_free",
+    "disk_write",
+}  # of probe.facts
 
 
 class Probe:
@@ -27,8 +39,15 @@ class Probe:
 
     def __init__(self, plan: Plan, host: Host):
         self.host = host
-        self.process = subprocess.Popen(remote_command(plan, host, "fastft.launch.probe"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-                                        start_new_session=True)
+        self.process = subprocess.Popen(
+            remote_command(plan, host, "fastft.launch.probe"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
 
     def ask(self, **order) -> dict:
         """The answer; ``error`` in it when there is none within LIMIT."""
@@ -84,7 +103,14 @@ def preflight(plan: Plan, need_bytes: int, inputs: list[Path]) -> tuple[list[dic
     (plan.run_dir / marker).touch()
     probes = [Probe(plan, host) for host in plan.hosts]
     try:
-        found = _all(probes, do="facts", run_dir=str(plan.run_dir), port=plan.master_port or 29500, marker=marker, inputs=[str(path) for path in inputs])
+        found = _all(
+            probes,
+            do="facts",
+            run_dir=str(plan.run_dir),
+            port=plan.master_port or 29500,
+            marker=marker,
+            inputs=[str(path) for path in inputs],
+        )
         for probe, facts in zip(probes, found, strict=True):
             facts["name"] = probe.host.name
             if "error" not in facts and (silent := NEEDED - facts.keys()):
@@ -144,14 +170,18 @@ def _bandwidths(probes: list[Probe], found: list[dict]) -> None:
         found[sender]["bandwidth"] = _bandwidth(probes[sender], probes[receiver])
     for _ in range(2):
         for sender in [i for i in good if _is_slow(found[i], found)]:
-            found[sender]["bandwidth"] = max(found[sender]["bandwidth"], _bandwidth(probes[sender], probes[pairs[sender]]) or 0.0)
+            found[sender]["bandwidth"] = max(
+                found[sender]["bandwidth"], _bandwidth(probes[sender], probes[pairs[sender]]) or 0.0
+            )
 
 
 def _bandwidth(sender: Probe, receiver: Probe) -> float | None:
     """Bytes per second; None when nothing comes through."""
     port = receiver.ask(do="serve").get("port")
     sent: dict = {}
-    thread = threading.Thread(target=lambda: sent.update(sender.ask(do="send", address=address(receiver.host.name), port=port, blocks=BLOCKS)))
+    thread = threading.Thread(
+        target=lambda: sent.update(sender.ask(do="send", address=address(receiver.host.name), port=port, blocks=BLOCKS))
+    )
     thread.start()
     answer = receiver.ask(do="receive")
     thread.join()
@@ -170,9 +200,16 @@ def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
     speeds = [f["bandwidth"] for f in good if f.get("bandwidth")]
     for f in good:
         name, first = f["name"], good[0]
-        wrong += [f"{name}: {key} {f[key]}, {first['name']} has {first[key]}" for key in ("python", "code", "gpus") if f[key] != first[key]]
-        wrong += [f"{name}: {package} {f['packages'].get(package)}, {first['name']} has {version}" for package, version in first["packages"].items()
-                  if f["packages"].get(package) != version]
+        wrong += [
+            f"{name}: {key} {f[key]}, {first['name']} has {first[key]}"
+            for key in ("python", "code", "gpus")
+            if f[key] != first[key]
+        ]
+        wrong += [
+            f"{name}: {package} {f['packages'].get(package)}, {first['name']} has {version}"
+            for package, version in first["packages"].items()
+            if f["packages"].get(package) != version
+        ]
         for path, size in f["inputs"].items():
             if size is None:
                 wrong.append(f"{name}: {path} is not there, or cannot be read")
@@ -187,13 +224,17 @@ def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
         elif not f["shared"]:
             wrong.append(f"{name}: sees another {plan.run_dir}: run.dir must be on a disk that all hosts share")
         elif need_bytes and f["disk_free"] < need_bytes:
-            wrong.append(f"{name}: {f['disk_free'] / 1e9:.1f} GB free in {plan.run_dir}, the checkpoints need {need_bytes / 1e9:.1f} GB")
+            wrong.append(
+                f"{name}: {f['disk_free'] / 1e9:.1f} GB free in {plan.run_dir}, the checkpoints need {need_bytes / 1e9:.1f} GB"
+            )
         if f["gpus"] and (f["shm"] or 0) < MIN_SHM:
             wrong.append(f"{name}: /dev/shm has {(f['shm'] or 0) / 1e9:.2f} GB free, NCCL wants {MIN_SHM / 1e9:.0f} GB")
         if "to" in f and not f["bandwidth"]:
             wrong.append(f"{name}: cannot send to {f['to']}")
         elif _is_slow(f, good):
-            wrong.append(f"{name}: {f['bandwidth'] / 1e6:,.0f} MB/s to {f['to']}, the median is {statistics.median(speeds) / 1e6:,.0f}")
+            wrong.append(
+                f"{name}: {f['bandwidth'] / 1e6:,.0f} MB/s to {f['to']}, the median is {statistics.median(speeds) / 1e6:,.0f}"
+            )
         slots = next(h.slots for h in plan.hosts if h.name == name)
         if f["gpus"] and slots > len(f["gpus"]):
             wrong.append(f"{name}: {slots} slots for {len(f['gpus'])} GPUs")
@@ -218,8 +259,21 @@ def describe(found: list[dict]) -> list[list[str]]:
             rows.append([f["name"], "-", "-", "-", "-", "-", "-", "-", f["error"]])
             continue
         rate = f"{f['bandwidth'] / 1e6:,.0f} MB/s to {f['to']}" if f.get("bandwidth") else "-"
-        disk = ("-", "-") if f["disk_error"] else (f"{f['disk_free'] / 1e9:,.0f} GB", f"{f['disk_write'] / 1e6:,.0f} MB/s")
-        rows.append([f["name"], f["python"], str(f["packages"]["torch"]), f["code"], str(len(f["gpus"])), *disk, rate, f"{f['skew']:+.3f} s" if f["skew"] is not None else "-"])
+        disk = (
+            ("-", "-") if f["disk_error"] else (f"{f['disk_free'] / 1e9:,.0f} GB", f"{f['disk_write'] / 1e6:,.0f} MB/s")
+        )
+        rows.append(
+            [
+                f["name"],
+                f["python"],
+                str(f["packages"]["torch"]),
+                f["code"],
+                str(len(f["gpus"])),
+                *disk,
+                rate,
+                f"{f['skew']:+.3f} s" if f["skew"] is not None else "-",
+            ]
+        )
     return rows
 
 

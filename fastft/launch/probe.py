@@ -18,9 +18,19 @@ BLOCK = 1 << 20
 
 def facts(run_dir: str, port: int, marker: str, inputs: list[str]) -> dict:
     """Versions, code, clock, disk, shared memory, GPUs, the size of every input, and whether the run's folder is the one that the first host sees."""
-    return {"host": socket.gethostname(), "python": platform.python_version(), "packages": {name: _version(name) for name in PACKAGES},
-            "code": code_hash(), "clock": time.time(), "cpus": len(os.sched_getaffinity(0)), "gpus": _gpus(), "shm": _free("/dev/shm"), "port_free": _port_free(port),
-            "inputs": {path: _size(Path(path)) for path in inputs}, **_disk(Path(run_dir), marker)}
+    return {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "code": code_hash(),
+        "clock": time.time(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "gpus": _gpus(),
+        "shm": _free("/dev/shm"),
+        "port_free": _port_free(port),
+        "inputs": {path: _size(Path(path)) for path in inputs},
+        **_disk(Path(run_dir), marker),
+    }
 
 
 def code_hash() -> str:
@@ -39,7 +49,12 @@ def _size(path: Path) -> int | None:
     try:
         files = [path]
         if path.is_dir():
-            files = [file for folder, _, names in os.walk(path, onerror=fail) for name in names if (file := Path(folder, name)).is_file()]
+            files = [
+                file
+                for folder, _, names in os.walk(path, onerror=fail)
+                for name in names
+                if (file := Path(folder, name)).is_file()
+            ]
         sizes = [file.stat().st_size for file in files]
     except OSError:
         return None
@@ -57,7 +72,9 @@ def _gpus() -> list[str]:
     """Name and driver of every GPU."""
     if not shutil.which("nvidia-smi"):
         return []
-    query = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    query = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    )
     return [line.strip() for line in query.stdout.splitlines()] if query.returncode == 0 else []
 
 
@@ -87,8 +104,18 @@ def _disk(run_dir: Path, marker: str) -> dict:
         seconds = time.perf_counter() - start
         probe.unlink()
     except OSError as e:
-        return {"disk_error": f"{e.filename or run_dir}: {e.strerror}", "disk_free": None, "disk_write": None, "shared": False}
-    return {"disk_error": None, "disk_free": _free(str(run_dir)), "disk_write": len(data) / seconds, "shared": (run_dir / marker).exists()}
+        return {
+            "disk_error": f"{e.filename or run_dir}: {e.strerror}",
+            "disk_free": None,
+            "disk_write": None,
+            "shared": False,
+        }
+    return {
+        "disk_error": None,
+        "disk_free": _free(str(run_dir)),
+        "disk_write": len(data) / seconds,
+        "shared": (run_dir / marker).exists(),
+    }
 
 
 def serve() -> tuple[socket.socket, int]:

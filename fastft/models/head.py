@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from fastft.errors import UserError
 from fastft.ops import BackendError, cross_entropy, linear_cross_entropy
 
-Parts = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]  # weight (V, H), bias (V,), low_rank; see linear_cross_entropy
+Parts = tuple[
+    Tensor, Tensor | None, tuple[Tensor, Tensor] | None
+]  # weight (V, H), bias (V,), low_rank; see linear_cross_entropy
 
 
 class HeadError(ValueError):
@@ -150,8 +152,10 @@ def install(model: nn.Module, inputs: dict, choice: str) -> tuple[FusedHead | No
     if head is not None:
         head.remove()
     if choice == "linear_cross_entropy":
-        raise UserError(f"loss.implementation: linear_cross_entropy cannot be used for {type(model).__name__}: {reason}.",
-                        "Set loss.implementation: auto or cross_entropy.")
+        raise UserError(
+            f"loss.implementation: linear_cross_entropy cannot be used for {type(model).__name__}: {reason}.",
+            "Set loss.implementation: auto or cross_entropy.",
+        )
     return None, reason
 
 
@@ -216,10 +220,17 @@ def _lora_parts_of(head: nn.Module) -> Callable[[Tensor], Parts]:
         if not adapters:
             return base.weight, base.bias, None
         # A is called as the module it is; PEFT keeps adapters in float32 beside a bfloat16 model.
-        low = [head.lora_A[a](head.lora_dropout[a](hidden.to(head.lora_A[a].weight.dtype))) * head.scaling[a] for a in adapters]
+        low = [
+            head.lora_A[a](head.lora_dropout[a](hidden.to(head.lora_A[a].weight.dtype))) * head.scaling[a]
+            for a in adapters
+        ]
         high = [head.lora_B[a].weight for a in adapters]
         dtype = base.weight.dtype
-        return base.weight, base.bias, (torch.cat([t.to(dtype) for t in low], -1), torch.cat([t.to(dtype) for t in high], -1))
+        return (
+            base.weight,
+            base.bias,
+            (torch.cat([t.to(dtype) for t in low], -1), torch.cat([t.to(dtype) for t in high], -1)),
+        )
 
     return parts
 

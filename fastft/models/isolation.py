@@ -34,7 +34,9 @@ def check_isolation(model: torch.nn.Module, length: int, device: torch.device, f
         The model takes no position ids, or the logits differ by more than rounding explains.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UserError(f"{type(model).__name__} takes no position_ids, so documents in one sequence cannot be kept apart.", HINT)
+        raise UserError(
+            f"{type(model).__name__} takes no position_ids, so documents in one sequence cannot be kept apart.", HINT
+        )
     was_training, home = model.training, next(model.parameters()).device
     model.eval().to(device)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -48,12 +50,17 @@ def check_isolation(model: torch.nn.Module, length: int, device: torch.device, f
 
     with torch.no_grad():
         packed = logits(tokens, positions)
-        alone = torch.cat([logits(tokens[:, :cut], positions[:, :cut]), logits(tokens[:, cut:], positions[:, cut:])], dim=1)
+        alone = torch.cat(
+            [logits(tokens[:, :cut], positions[:, :cut]), logits(tokens[:, cut:], positions[:, cut:])], dim=1
+        )
     model.train(was_training).to(home)
     difference = ((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6)).item()
     # fp32: sums in another order; bf16: a few roundings per layer. A leaking document moves logits by tenths.
     allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
     if not difference <= allowed:
-        raise UserError(f"{type(model).__name__}: logits of packed documents differ from unpacked ones by {difference:.2g} of the largest "
-                        f"(allowed {allowed:.0e}): documents in one sequence see each other.", HINT)
+        raise UserError(
+            f"{type(model).__name__}: logits of packed documents differ from unpacked ones by {difference:.2g} of the largest "
+            f"(allowed {allowed:.0e}): documents in one sequence see each other.",
+            HINT,
+        )
     return difference

@@ -26,26 +26,36 @@ def check_path(path: str, what: str) -> None:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() and what == "model":
-            raise UserError(f"{what} path {path}: the folder holds no config.json.", "Give a folder written by save_pretrained.")
+            raise UserError(
+                f"{what} path {path}: the folder holds no config.json.", "Give a folder written by save_pretrained."
+            )
         return
     if folder.exists():
         raise UserError(f"{what} path {path}: is a file; expected a folder written by save_pretrained.")
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         near = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        hint = f"In {folder.parent} there are: {', '.join(sorted(near)[:20])}." if near else "Give a local folder or a hub id (owner/name)."
+        hint = (
+            f"In {folder.parent} there are: {', '.join(sorted(near)[:20])}."
+            if near
+            else "Give a local folder or a hub id (owner/name)."
+        )
         raise UserError(f"{what} path {path}: no such folder.", hint)
 
 
 def _from_pretrained(loader, path: str, what: str, **kwargs):
     check_path(path, what)
     try:
-        return loader.from_pretrained(str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path, **kwargs)
+        return loader.from_pretrained(
+            str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path, **kwargs
+        )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as e:
         if isinstance(e, UserError):
             raise
         reason = str(e).strip().split("\n\n")[0][:600]
-        raise UserError(f"{what} path {path}: cannot be loaded: {reason}",
-                        "Give a local folder written by save_pretrained, or a hub id that is in the cache or within reach.") from None
+        raise UserError(
+            f"{what} path {path}: cannot be loaded: {reason}",
+            "Give a local folder written by save_pretrained, or a hub id that is in the cache or within reach.",
+        ) from None
 
 
 def tokenizer(settings: Model):
@@ -53,14 +63,23 @@ def tokenizer(settings: Model):
     import transformers
 
     path = settings.tokenizer or settings.path
-    found = _from_pretrained(transformers.AutoTokenizer, path, "tokenizer", revision=settings.revision,
-                             trust_remote_code=settings.trust_remote_code)
+    found = _from_pretrained(
+        transformers.AutoTokenizer,
+        path,
+        "tokenizer",
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
     if len(found) == 0:
-        raise UserError(f"tokenizer path {path}: the tokenizer has an empty vocabulary.",
-                        "The folder must hold the tokenizer's own files (tokenizer.json); or set model.tokenizer.")
+        raise UserError(
+            f"tokenizer path {path}: the tokenizer has an empty vocabulary.",
+            "The folder must hold the tokenizer's own files (tokenizer.json); or set model.tokenizer.",
+        )
     if found.pad_token_id is None:
         if found.eos_token_id is None:
-            raise UserError(f"tokenizer {path}: has neither a padding nor an end-of-sequence token.", "Add pad_token to its files.")
+            raise UserError(
+                f"tokenizer {path}: has neither a padding nor an end-of-sequence token.", "Add pad_token to its files."
+            )
         found.pad_token = found.eos_token
     return found
 
@@ -69,8 +88,13 @@ def config(settings: Model):
     """The transformers config of the model."""
     import transformers
 
-    return _from_pretrained(transformers.AutoConfig, settings.path, "model", revision=settings.revision,
-                            trust_remote_code=settings.trust_remote_code)
+    return _from_pretrained(
+        transformers.AutoConfig,
+        settings.path,
+        "model",
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
 
 
 def length_limit(model_config) -> int | None:
@@ -79,7 +103,9 @@ def length_limit(model_config) -> int | None:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(value := getattr(text, name, None), int) and value > 0:
             # RoBERTa numbers positions from padding_idx + 1
-            return value - text.pad_token_id - 1 if text.model_type in ("roberta", "xlm-roberta", "camembert") else value
+            return (
+                value - text.pad_token_id - 1 if text.model_type in ("roberta", "xlm-roberta", "camembert") else value
+            )
     return None
 
 
@@ -117,15 +143,21 @@ def build(settings: Model, auto_class: str, new_parameters: tuple[str, ...], see
         attn = common.pop("attn_implementation", None)
         for name, value in overrides.items():
             setattr(model_config, name, value)
-        model = loader.from_config(model_config, dtype=common["dtype"], **({"attn_implementation": attn} if attn else {}))
+        model = loader.from_config(
+            model_config, dtype=common["dtype"], **({"attn_implementation": attn} if attn else {})
+        )
         return model, []
-    model, info = _from_pretrained(loader, settings.path, "model", output_loading_info=True, revision=settings.revision, **common)
+    model, info = _from_pretrained(
+        loader, settings.path, "model", output_loading_info=True, revision=settings.revision, **common
+    )
     missing = sorted(info["missing_keys"])
     # By whole parts of the name: a BERT layer's "output.dense" is not a new head.
     if strange := [name for name in missing if not set(name.split(".")) & set(new_parameters)]:
-        raise UserError(f"model path {settings.path}: the weights of {len(strange)} parameters are missing for {type(model).__name__}: "
-                        f"{', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}.",
-                        "The folder holds another kind of model; choose the task that fits it, or model.init: random.")
+        raise UserError(
+            f"model path {settings.path}: the weights of {len(strange)} parameters are missing for {type(model).__name__}: "
+            f"{', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}.",
+            "The folder holds another kind of model; choose the task that fits it, or model.init: random.",
+        )
     return model, missing
 
 
@@ -136,7 +168,10 @@ def freeze(model: torch.nn.Module, patterns: list[str]) -> int:
     for pattern in patterns:
         names = [n for n, _ in model.named_parameters()]
         if not (hits := fnmatch.filter(names, pattern)):
-            raise UserError(f"model.freeze: {pattern!r} matches no parameter.", f"Names look like: {', '.join(names[:3])}, ..., {names[-1]}.")
+            raise UserError(
+                f"model.freeze: {pattern!r} matches no parameter.",
+                f"Names look like: {', '.join(names[:3])}, ..., {names[-1]}.",
+            )
         for name in hits:
             model.get_parameter(name).requires_grad_(False)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

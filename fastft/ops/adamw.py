@@ -67,7 +67,17 @@ def adamw(
     """
     if not len(params):
         return
-    extra = max_exp_avg_sqs or copies or remainders or exp_avg_scales or exp_avg_sq_scales or offsets or stochastic_rounding or type(lr) is not float or not 0 <= seed < 2**63
+    extra = (
+        max_exp_avg_sqs
+        or copies
+        or remainders
+        or exp_avg_scales
+        or exp_avg_sq_scales
+        or offsets
+        or stochastic_rounding
+        or type(lr) is not float
+        or not 0 <= seed < 2**63
+    )
     recorded = _is_recorded(params, grads)
     if not (extra or recorded) and _is_everyday(params, grads, exp_avgs, exp_avg_sqs, steps, grad_scale, found_inf):
         if backends.select("adamw", backend, "cpu", (_F32, _F32)) == "native":
@@ -168,7 +178,7 @@ def _groups(
     for i, kind in enumerate(kinds):
         groups.setdefault((*kind, bool(copies) and copies[i] is not None), []).append(i)
     for key, members in groups.items():
-        absent = [name for name, values in lists.items() if not len(values) or name == "copies" and not key[-1]]
+        absent = [name for name, values in lists.items() if not len(values) or (name == "copies" and not key[-1])]
         yield *key[:3], [[] if name in absent else [values[i] for i in members] for name, values in lists.items()]
 
 
@@ -208,7 +218,15 @@ def _apply(
         # Blocks and random numbers go by the position in the flat tensor, so these want it in its own order.
         by_position = bool(offsets) or exp_avgs[0].dtype not in (torch.float32, torch.float64)
         dense = _dense(given, by_position or stochastic_rounding)
-    dense_grads, dense_params, dense_exp_avgs, dense_exp_avg_sqs, dense_max_exp_avg_sqs, dense_copies, dense_remainders = dense
+    (
+        dense_grads,
+        dense_params,
+        dense_exp_avgs,
+        dense_exp_avg_sqs,
+        dense_max_exp_avg_sqs,
+        dense_copies,
+        dense_remainders,
+    ) = dense
     backends.implementation("adamw", backend)(
         dense_params,
         dense_grads,
@@ -234,7 +252,17 @@ def _apply(
         seed=seed,
         stochastic_rounding=stochastic_rounding,
     )
-    written = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, copies, remainders, exp_avg_scales, exp_avg_sq_scales)
+    written = (
+        params,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        copies,
+        remainders,
+        exp_avg_scales,
+        exp_avg_sq_scales,
+    )
     if dense is not given:
         with torch.no_grad():
             for tensor, ours in zip(chain.from_iterable(given[1:]), chain.from_iterable(dense[1:]), strict=True):

@@ -54,7 +54,13 @@ def check(lists: dict[str, Sequence], stochastic_rounding: bool, seed: int) -> l
 
 
 def _is_fine(
-    param: torch.dtype, grad: torch.dtype, layout: torch.layout, exp_avg: torch.dtype, exp_avg_sq: torch.dtype, step: torch.dtype, coded: bool
+    param: torch.dtype,
+    grad: torch.dtype,
+    layout: torch.layout,
+    exp_avg: torch.dtype,
+    exp_avg_sq: torch.dtype,
+    step: torch.dtype,
+    coded: bool,
 ) -> bool:
     real = param.is_floating_point and grad.is_floating_point and layout == torch.strided
     return real and exp_avg in _allowed(param, coded) and exp_avg_sq == exp_avg and step == torch.float32
@@ -69,7 +75,9 @@ def _allowed(param_dtype: torch.dtype, coded: bool) -> tuple[torch.dtype, ...]:
 def _refuse_place(name: str, tensors: Sequence[Tensor], places: Iterable[tuple[torch.Size, torch.device]]) -> None:
     for i, (tensor, (shape, device)) in enumerate(zip(tensors, places, strict=True)):
         if tensor.shape != shape or tensor.device != device:
-            raise ValueError(f"{name}[{i}] must be {tuple(shape)} on {device}, not {tuple(tensor.shape)} on {tensor.device}")
+            raise ValueError(
+                f"{name}[{i}] must be {tuple(shape)} on {device}, not {tuple(tensor.shape)} on {tensor.device}"
+            )
 
 
 def _refuse_kind(lists: dict[str, Sequence], coded: bool) -> None:
@@ -77,7 +85,9 @@ def _refuse_kind(lists: dict[str, Sequence], coded: bool) -> None:
         if grad.layout != torch.strided:
             raise RuntimeError(f"grads[{i}] is {grad.layout}: adamw takes dense gradients only")
         if not grad.is_floating_point() or not param.is_floating_point():
-            raise RuntimeError(f"params[{i}] is {param.dtype} and grads[{i}] {grad.dtype}: adamw takes real floating types only")
+            raise RuntimeError(
+                f"params[{i}] is {param.dtype} and grads[{i}] {grad.dtype}: adamw takes real floating types only"
+            )
         allowed = _allowed(param.dtype, coded)
         if exp_avg.dtype not in allowed:
             hint = " (which comes with scales)" if exp_avg.dtype == torch.uint8 else ""
@@ -91,16 +101,24 @@ def _check_dtype(name: str, i: int, tensor: Tensor, wanted: torch.dtype) -> None
         raise ValueError(f"{name}[{i}] must be {wanted}, not {tensor.dtype}")
 
 
-def _check_optional(lists: dict[str, Sequence], names: list[str], places: list[tuple[torch.Size, torch.device]]) -> None:
+def _check_optional(
+    lists: dict[str, Sequence], names: list[str], places: list[tuple[torch.Size, torch.device]]
+) -> None:
     if (_SCALES[0] in names) != (_SCALES[1] in names):
         raise ValueError("exp_avg_scales and exp_avg_sq_scales come together: uint8 states have both, others neither")
     if _SCALES[0] in names and "max_exp_avg_sqs" in names:
-        raise ValueError("amsgrad needs float32 or bfloat16 states: a maximum of 8-bit numbers would be one of rounding errors")
+        raise ValueError(
+            "amsgrad needs float32 or bfloat16 states: a maximum of 8-bit numbers would be one of rounding errors"
+        )
     for name in names:
         wanted = places
         if name in _SCALES:
             wanted = [(torch.Size((lowbyte.blocks(shape.numel()),)), device) for shape, device in places]
-        tensors = [p if t is None else t for t, p in zip(lists[name], lists["params"], strict=True)] if name == "copies" else lists[name]
+        tensors = (
+            [p if t is None else t for t, p in zip(lists[name], lists["params"], strict=True)]
+            if name == "copies"
+            else lists[name]
+        )
         if [(t.shape, t.device) for t in tensors] != wanted:
             _refuse_place(name, tensors, wanted)
         for i, (tensor, exp_avg) in enumerate(zip(lists[name], lists["exp_avgs"], strict=True)):

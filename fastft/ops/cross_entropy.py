@@ -75,7 +75,9 @@ def cross_entropy(
         loss, lse = _InPlace.apply(rows, flat_target, weight, token_weight, scale, options, return_lse, chosen)
     else:
         want_grad = torch.is_grad_enabled() and logits.requires_grad
-        loss, lse, _ = _reduced_op(rows, flat_target, weight, token_weight, scale, *options, return_lse, want_grad, chosen)
+        loss, lse, _ = _reduced_op(
+            rows, flat_target, weight, token_weight, scale, *options, return_lse, want_grad, chosen
+        )
     if reduction == "none":
         loss = loss.reshape(target.shape)
     return (loss, lse.detach().reshape(target.shape)) if return_lse else loss
@@ -163,7 +165,9 @@ def _contiguous_rows(logits: Tensor) -> Tensor:
 
 def _outputs(logits: Tensor, want_lse: bool) -> tuple[Tensor, Tensor]:
     dtype = _compute_dtype(logits)
-    return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(logits.shape[0] if want_lse else 0, dtype=dtype)
+    return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(
+        logits.shape[0] if want_lse else 0, dtype=dtype
+    )
 
 
 def _total(row_loss: Tensor, scale: Tensor | None) -> Tensor:
@@ -296,7 +300,9 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, weight, token_weight, scale, options, want_lse, backend):
-        data = logits.detach()  # shares the version counter: whoever saved these logits for a backward gets torch's error
+        data = (
+            logits.detach()
+        )  # shares the version counter: whoever saved these logits for a backward gets torch's error
         loss, lse = _in_place_op(data, target, weight, token_weight, scale, *options, want_lse, backend)
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(data)
@@ -329,7 +335,9 @@ def _rows_op(
     loss, lse = _outputs(logits, want_lse)
     options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     rows = _contiguous_rows(logits)
-    _run(backend, rows, target, weight, token_weight, None, options, loss=loss, lse=lse if want_lse else None, grad=None)
+    _run(
+        backend, rows, target, weight, token_weight, None, options, loss=loss, lse=lse if want_lse else None, grad=None
+    )
     return loss, lse
 
 
@@ -397,7 +405,10 @@ def _bad_row_fake(target, ignore_index, vocab):
 
 
 _CUDA = frozenset({"cuda"})  # on CPU tensors Triton runs only in its interpreter, which is for tests
-_LOAD_REFERENCE = {"cross_entropy": lambda: cross_entropy_reference.cross_entropy, "scale": lambda: cross_entropy_reference.scale}
+_LOAD_REFERENCE = {
+    "cross_entropy": lambda: cross_entropy_reference.cross_entropy,
+    "scale": lambda: cross_entropy_reference.scale,
+}
 backends.register("cross_entropy", "native", load=native.loader("cross_entropy"), refuses=native.refuses)
 for _op in ("cross_entropy", "scale"):
     backends.register(

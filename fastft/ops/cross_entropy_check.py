@@ -21,17 +21,25 @@ def check(logits, target, weight, token_weight, label_smoothing, reduction, soft
         raise ValueError(f"logits must be floating, not {logits.dtype}")
     check_options(logits, target, logits.shape[-1], weight, token_weight, label_smoothing, reduction, softcap)
     if inplace and reduction == "none":
-        raise ValueError('inplace=True needs reduction "mean" or "sum": with "none" the gradient is known only in the backward')
+        raise ValueError(
+            'inplace=True needs reduction "mean" or "sum": with "none" the gradient is known only in the backward'
+        )
     if inplace and _overlaps(logits):
-        raise ValueError("inplace=True needs logits whose elements have memory of their own; these are expanded or overlapping: pass logits.contiguous()")
+        raise ValueError(
+            "inplace=True needs logits whose elements have memory of their own; these are expanded or overlapping: pass logits.contiguous()"
+        )
     if inplace and logits.is_leaf and logits.requires_grad:
         raise ValueError("inplace=True would overwrite a leaf that requires grad")
 
 
-def check_options(of, target, vocab, weight, token_weight, label_smoothing, reduction, softcap, weight_name="weight") -> None:
+def check_options(
+    of, target, vocab, weight, token_weight, label_smoothing, reduction, softcap, weight_name="weight"
+) -> None:
     """ValueError for labels and options that do not fit. `of`: the logits, or the hidden states they come from."""
     if target.dtype != torch.int64:
-        raise ValueError(f"target must be int64 class indices, not {target.dtype} (class probabilities are not supported)")
+        raise ValueError(
+            f"target must be int64 class indices, not {target.dtype} (class probabilities are not supported)"
+        )
     for name, tensor in (("target", target), (weight_name, weight), ("token_weight", token_weight)):
         if tensor is not None and tensor.device != of.device:
             raise ValueError(f"{name} is on {tensor.device}, not on {of.device}")
@@ -40,7 +48,9 @@ def check_options(of, target, vocab, weight, token_weight, label_smoothing, redu
     if weight is not None and weight.shape != (vocab,):
         raise ValueError(f"{weight_name} must be (V,) = ({vocab},), not {tuple(weight.shape)}")
     if token_weight is not None and token_weight.ndim and token_weight.shape != target.shape:
-        raise ValueError(f"token_weight must be 0-dim or like target {tuple(target.shape)}, not {tuple(token_weight.shape)}")
+        raise ValueError(
+            f"token_weight must be 0-dim or like target {tuple(target.shape)}, not {tuple(token_weight.shape)}"
+        )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be within [0, 1], not {label_smoothing}")
     if reduction not in _REDUCTIONS:
@@ -52,7 +62,9 @@ def check_options(of, target, vocab, weight, token_weight, label_smoothing, redu
 def _overlaps(tensor: Tensor) -> bool:
     """Whether two elements may share memory (True also for layouts that interleave without sharing)."""
     extent = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+    ):
         if stride < extent:
             return True
         extent += (size - 1) * stride

@@ -65,7 +65,9 @@ def linear_cross_entropy(
     """
     hidden2, weight2 = low_rank if low_rank is not None else (None, None)
     _check(hidden, weight, target, bias, hidden2, weight2, chunk_bytes)
-    check_options(hidden, target, weight.shape[0], class_weight, token_weight, label_smoothing, reduction, softcap, "class_weight")
+    check_options(
+        hidden, target, weight.shape[0], class_weight, token_weight, label_smoothing, reduction, softcap, "class_weight"
+    )
     rows = hidden.reshape(-1, hidden.shape[-1])  # (N, H)
     rows2 = None if hidden2 is None else hidden2.reshape(-1, hidden2.shape[-1])  # (N, R)
     flat_target = target.reshape(-1).contiguous()  # (N,)
@@ -96,7 +98,9 @@ def linear_cross_entropy(
 
 def _check(hidden, weight, target, bias, hidden2, weight2, chunk_bytes) -> None:
     if hidden.ndim < 1 or hidden.shape[:-1] != target.shape:
-        raise ValueError(f"hidden must be (..., H) and target (...); got {tuple(hidden.shape)} and {tuple(target.shape)}")
+        raise ValueError(
+            f"hidden must be (..., H) and target (...); got {tuple(hidden.shape)} and {tuple(target.shape)}"
+        )
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
         raise ValueError(f"weight must be (V, H) = (V > 0, {hidden.shape[-1]} > 0), not {tuple(weight.shape)}")
     if not hidden.is_floating_point():
@@ -105,9 +109,13 @@ def _check(hidden, weight, target, bias, hidden2, weight2, chunk_bytes) -> None:
         raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), not {tuple(bias.shape)}")
     if hidden2 is not None:
         if hidden2.shape[:-1] != target.shape:
-            raise ValueError(f"low_rank[0] must be (..., R) like hidden {tuple(hidden.shape)}, not {tuple(hidden2.shape)}")
+            raise ValueError(
+                f"low_rank[0] must be (..., R) like hidden {tuple(hidden.shape)}, not {tuple(hidden2.shape)}"
+            )
         if weight2.shape != (weight.shape[0], hidden2.shape[-1]):
-            raise ValueError(f"low_rank[1] must be (V, R) = ({weight.shape[0]}, {hidden2.shape[-1]}), not {tuple(weight2.shape)}")
+            raise ValueError(
+                f"low_rank[1] must be (V, R) = ({weight.shape[0]}, {hidden2.shape[-1]}), not {tuple(weight2.shape)}"
+            )
     for name, tensor in (("weight", weight), ("bias", bias), ("low_rank[0]", hidden2), ("low_rank[1]", weight2)):
         if tensor is not None and (tensor.device, tensor.dtype) != (hidden.device, hidden.dtype):
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, hidden {hidden.dtype} on {hidden.device}")
@@ -318,7 +326,9 @@ def _rows_grad_op(
 @_rows_grad_op.register_fake
 def _rows_grad_fake(*arguments):
     needs = arguments[-2]
-    return _or_empty([t.new_empty(t.shape) if need else None for t, need in zip(arguments[:5], needs, strict=True)], arguments[0])
+    return _or_empty(
+        [t.new_empty(t.shape) if need else None for t, need in zip(arguments[:5], needs, strict=True)], arguments[0]
+    )
 
 
 def _rows_setup(ctx, inputs, output):

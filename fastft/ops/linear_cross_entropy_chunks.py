@@ -15,11 +15,15 @@ from fastft.ops import backends
 # 256 rows and at 2048), and each chunk costs one pass over dW. CUDA: 2k-4k rows keep the GEMMs at their peak.
 CHUNK_BYTES = {"cpu": 128 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
-LEAST_ROWS = 512  # of an unasked-for budget: with 131 rows (256k classes in 64 MiB) the pass over dW took a fifth of its GEMM
+LEAST_ROWS = (
+    512  # of an unasked-for budget: with 131 rows (256k classes in 64 MiB) the pass over dW took a fifth of its GEMM
+)
 SLAB_BYTES = 4 << 20  # of a piece of dW on the CPU: stays in the L2/L3 cache between its GEMM and its addition
 
 
-def rows_per_chunk(rows: int, vocab: int, itemsize: int, device_type: str, chunk_bytes: int | None, sum_bytes: int = 0) -> int:
+def rows_per_chunk(
+    rows: int, vocab: int, itemsize: int, device_type: str, chunk_bytes: int | None, sum_bytes: int = 0
+) -> int:
     """Rows of each chunk but the last: within the budget, and all of about the same size (oneDNN compiles code per size).
 
     sum_bytes: of the float32 sum that several chunks need for dW and one chunk does not. Where all logits take no more than a chunk and that
@@ -72,9 +76,17 @@ def run(
     grads = _Gradients(hidden, weight, bias, hidden2, weight2, needs, sparse=kept is not None, chunks=-(-count // size))
     if kept is not None and loss is not None:
         loss.zero_()
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale}
+    options = {
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+    }
     buffer = weight.new_empty(min(size, count), vocab)
-    bad_row = torch.empty((), dtype=torch.int64, device=target.device)  # the kernels want one; whoever called has looked
+    bad_row = torch.empty(
+        (), dtype=torch.int64, device=target.device
+    )  # the kernels want one; whoever called has looked
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count)) if kept is None else kept[start : start + size]
         x, x2, y, token, scale = (_take(t, rows) for t in (hidden, hidden2, target, token_weight, grad_scale))
@@ -83,7 +95,9 @@ def run(
         part_loss = None if loss is None else torch.empty_like(loss[: y.shape[0]])
         part_lse = None if lse is None else lse[rows]
         grad = logits if any(needs) else None
-        kernel(logits, y, class_weight, token, scale, **options, loss=part_loss, lse=part_lse, grad=grad, bad_row=bad_row)
+        kernel(
+            logits, y, class_weight, token, scale, **options, loss=part_loss, lse=part_lse, grad=grad, bad_row=bad_row
+        )
         if loss is not None:
             loss[rows] = part_loss
         if grad is not None:
@@ -113,7 +127,9 @@ def _take(tensor: Tensor | None, rows: slice | Tensor) -> Tensor | None:
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
 
 
-def _logits(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, x2: Tensor | None, weight2: Tensor | None) -> None:
+def _logits(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, x2: Tensor | None, weight2: Tensor | None
+) -> None:
     if bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
@@ -177,7 +193,9 @@ class _Sum:
         if not self.wide:
             torch.mm(grad.t(), x, out=self.total) if self.first else self.total.addmm_(grad.t(), x)
         elif grad.device.type == "cuda":
-            torch.addmm(self.total, grad.t(), x, out_dtype=self.total.dtype, beta=0 if self.first else 1, out=self.total)
+            torch.addmm(
+                self.total, grad.t(), x, out_dtype=self.total.dtype, beta=0 if self.first else 1, out=self.total
+            )
         else:
             self._add_slabs(grad, x)
         self.first = False

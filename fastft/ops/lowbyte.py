@@ -119,7 +119,10 @@ def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     code = codes.reshape(-1).to(torch.int64)
     magnitude = code & 0x7F if signed else code
     above = (magnitude + offset << _MANTISSA).to(torch.int32).view(torch.float32)
-    x = torch.where(magnitude < 8, magnitude * 2.0 ** (low - 3), above) * scales.repeat_interleave(BLOCK)[: code.numel()]
+    x = (
+        torch.where(magnitude < 8, magnitude * 2.0 ** (low - 3), above)
+        * scales.repeat_interleave(BLOCK)[: code.numel()]
+    )
     if signed:
         x = torch.where(code > 0x7F, -x, x)
     return x.view(codes.shape)

@@ -118,7 +118,18 @@ def adamw(
 ) -> None:
     """One call of `_C.adamw`. All tensors of one index have one dense layout; all of a list one dtype."""
     device, stream = _place(params[0].device)
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, remainders, exp_avg_scales, exp_avg_sq_scales, steps)
+    lists = (
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        copies,
+        remainders,
+        exp_avg_scales,
+        exp_avg_sq_scales,
+        steps,
+    )
     module().adamw(
         device,
         stream,

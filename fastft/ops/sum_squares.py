@@ -32,7 +32,10 @@ def sum_squares(tensors: Iterable[Tensor], *, backend: str | None = None) -> Ten
         if tensor.device != tensors[0].device:
             raise ValueError(f"sum_squares takes tensors of one device, not of {tensors[0].device} and {tensor.device}")
         by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
-    sums = [_op(part, backends.select("sum_squares", backend, part[0].device.type, (dtype,))) for dtype, part in by_dtype.items()]
+    sums = [
+        _op(part, backends.select("sum_squares", backend, part[0].device.type, (dtype,)))
+        for dtype, part in by_dtype.items()
+    ]
     return sum(sums[1:], sums[0]) if sums else torch.zeros((), dtype=torch.float64)
 
 
@@ -60,6 +63,10 @@ def _reference(tensors: list[Tensor], out: Tensor) -> None:
 
 backends.register("sum_squares", "native", load=native.loader("sum_squares"), refuses=native.refuses)
 backends.register(
-    "sum_squares", "triton", load=triton.loader("sum_squares", "sum_squares"), refuses=triton.refuses, automatic_on=frozenset({"cuda"})
+    "sum_squares",
+    "triton",
+    load=triton.loader("sum_squares", "sum_squares"),
+    refuses=triton.refuses,
+    automatic_on=frozenset({"cuda"}),
 )
 backends.register("sum_squares", "reference", load=lambda: _reference, refuses=lambda *_: "")

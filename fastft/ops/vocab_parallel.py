@@ -11,7 +11,6 @@ from torch import Tensor
 from fastft.ops import backends, cross_entropy_check
 from fastft.ops.cross_entropy import _bad_row_op, _contiguous_rows, _inverse_denominator, _run, _times, _total
 
-
 _IGNORED = -100  # within a shard: no class there is negative
 
 
@@ -60,7 +59,9 @@ def vocab_parallel_cross_entropy(
         factor = inverse if factor is None else factor * inverse
     chosen = backends.select("cross_entropy", backend, logits.device.type, (logits.dtype,))
     options = (ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale)
-    loss = _VocabParallel.apply(rows, flat_target, factor, group, vocab_start, vocab_size, options, chosen, reduction != "none")
+    loss = _VocabParallel.apply(
+        rows, flat_target, factor, group, vocab_start, vocab_size, options, chosen, reduction != "none"
+    )
     return loss.reshape(target.shape) if reduction == "none" else _total(loss, None)
 
 
@@ -77,7 +78,18 @@ class _VocabParallel(torch.autograd.Function):
         at = torch.where(owned, local, 0)
         lse_local = torch.empty(len(target), dtype=torch.float32, device=rows.device)
         nothing = torch.full_like(target, ignore_index)  # every row ignored: the kernel gives the logsumexp alone
-        _run(backend, rows, nothing, None, None, None, (ignore_index, 0.0, 0.0, softcap, logit_scale), loss=None, lse=lse_local, grad=None)
+        _run(
+            backend,
+            rows,
+            nothing,
+            None,
+            None,
+            None,
+            (ignore_index, 0.0, 0.0, softcap, logit_scale),
+            loss=None,
+            lse=lse_local,
+            grad=None,
+        )
         x_at = _cap(rows.gather(1, at[:, None])[:, 0].float() * logit_scale, softcap)  # (N,)
         total = _cap(rows.float() * logit_scale, softcap).sum(1) if smoothing else torch.zeros_like(lse_local)
 
@@ -121,7 +133,18 @@ def _gradient(rows, at, owned, lse_local, lse, factor, x_at, vocab, options, bac
         return torch.where(valid[:, None], grad * _slope(x, softcap) * logit_scale, 0.0).to(rows.dtype)
     grad = torch.empty_like(rows)
     target = torch.where(valid, at, _IGNORED)  # the kernel writes zeros there, whatever the logits are
-    _run(backend, rows, target, None, None, (share * of_p).contiguous(), (_IGNORED, 0.0, 0.0, softcap, logit_scale), loss=None, lse=None, grad=grad)
+    _run(
+        backend,
+        rows,
+        target,
+        None,
+        None,
+        (share * of_p).contiguous(),
+        (_IGNORED, 0.0, 0.0, softcap, logit_scale),
+        loss=None,
+        lse=None,
+        grad=grad,
+    )
     # The kernel took a whole target off at `at`, also on the ranks that do not hold it: that element again, in float32.
     exact = (of_p * torch.exp(x_at - lse) - target_term) * _slope(x_at, softcap) * logit_scale
     return grad.scatter_(1, at[:, None], torch.where(valid, exact, 0.0).to(grad.dtype)[:, None])

@@ -81,21 +81,23 @@ class FusedAdamW(torch.optim.Optimizer):
     ):
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        if not 0.0 <= lr:
+        if not lr >= 0.0:
             raise ValueError(f"Invalid learning rate: {lr}")
-        if not 0.0 <= eps:
+        if not eps >= 0.0:
             raise ValueError(f"Invalid epsilon value: {eps}")
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if not 0.0 <= weight_decay:
+        if not weight_decay >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         if state_dtype not in get_args(StateDtype):
             raise ValueError(f"Invalid state_dtype: {state_dtype!r}; use one of {', '.join(get_args(StateDtype))}")
         if state_dtype == "int8" and amsgrad:
             raise ValueError("amsgrad and state_dtype='int8' exclude each other: use 'bf16' or 'fp32'")
         if stochastic_rounding and remainder:
-            raise ValueError("stochastic_rounding and remainder exclude each other: with its remainder a param is exact")
+            raise ValueError(
+                "stochastic_rounding and remainder exclude each other: with its remainder a param is exact"
+            )
         if not 0 <= seed < 2**63:
             raise ValueError(f"Invalid seed: {seed}; use 0 to 2^63 - 1")
         self.backend = backend
@@ -131,14 +133,24 @@ class FusedAdamW(torch.optim.Optimizer):
         Raises RuntimeError for sparse or complex gradients.
         """
         if _is_watched(self):
-            given = {name: value for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)) if value is not None}
+            given = {
+                name: value
+                for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf))
+                if value is not None
+            }
             return _watched_step(self, *(() if closure is None else (closure,)), **given)
         return self._step(closure, grad_scale=grad_scale, found_inf=found_inf)
 
     # torch would wrap step itself for its profiler and its hooks. Where nobody uses them, that costs 0.1 ms after a large step, with cold caches.
     step.hooked = True
 
-    def _step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Any:
+    def _step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -148,7 +160,12 @@ class FusedAdamW(torch.optim.Optimizer):
         outer_scale, outer_inf = self._scaling
         first = 0
         for group in self.param_groups:
-            self._step_group(group, first, outer_scale if grad_scale is None else grad_scale, outer_inf if found_inf is None else found_inf)
+            self._step_group(
+                group,
+                first,
+                outer_scale if grad_scale is None else grad_scale,
+                outer_inf if found_inf is None else found_inf,
+            )
             if self._rounds:
                 first += sum(param.numel() for param in group["params"])
         return loss
@@ -175,7 +192,9 @@ class FusedAdamW(torch.optim.Optimizer):
     def _rounds(self) -> bool:
         return self.stochastic_rounding or self.state_dtype != "fp32"
 
-    def _step_group(self, group: dict[str, Any], first: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_group(
+        self, group: dict[str, Any], first: int, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         """first: offset of the group's first param."""
         params = [param for param in group["params"] if param.grad is not None]
         for param in params:
@@ -188,11 +207,26 @@ class FusedAdamW(torch.optim.Optimizer):
         states = [self._state_of(param, group["amsgrad"]) for param in params]
         steps = [state["step"] for state in states]
         offsets = _offsets(group["params"], first) if self._rounds else None
-        self._update(group, params, [param.grad for param in params], states, steps, offsets, grad_scale=grad_scale, found_inf=found_inf)
+        self._update(
+            group,
+            params,
+            [param.grad for param in params],
+            states,
+            steps,
+            offsets,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
 
     @torch.no_grad()
     def step_flat(
-        self, group: dict[str, Any], param: Tensor, grads: list[Tensor], *, out: Tensor | None = None, grad_scale: Tensor | None = None
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        grads: list[Tensor],
+        *,
+        out: Tensor | None = None,
+        grad_scale: Tensor | None = None,
     ) -> None:
         """One update of a flat param whose gradient lies in pieces, for wrappers that shard (fastft.optim.zero_step).
 
@@ -260,7 +294,7 @@ class FusedAdamW(torch.optim.Optimizer):
         state = self.state[param]
         # Not `param not in self.state`: DeepSpeed puts empty dicts there.
         if len(state) == 0:
-            zeros = lambda: torch.zeros_like(param, dtype=state_dtype(param.dtype), memory_format=torch.preserve_format)  # noqa: E731
+            zeros = lambda: torch.zeros_like(param, dtype=state_dtype(param.dtype), memory_format=torch.preserve_format)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = zeros()
             state["exp_avg_sq"] = zeros()
@@ -290,7 +324,9 @@ class FusedAdamW(torch.optim.Optimizer):
                 state[name] = wide.to(wanted)
         state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
         if self.remainder and "remainder" not in state:
-            log.warning("the checkpoint has no remainder of a bfloat16 param: its fp32 master starts from the rounded param")
+            log.warning(
+                "the checkpoint has no remainder of a bfloat16 param: its fp32 master starts from the rounded param"
+            )
             state["remainder"] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
         elif not self.remainder:
             state.pop("remainder", None)
@@ -330,7 +366,9 @@ class FusedAdamW(torch.optim.Optimizer):
             for name, value in values.items():
                 values[name] = _restored(name, value, param)
             if isinstance(param, Tensor) and "exp_avg" in values:
-                if "remainder" in values and values["remainder"].dtype != torch.int16:  # as it comes back from torch.optim.AdamW
+                if (
+                    "remainder" in values and values["remainder"].dtype != torch.int16
+                ):  # as it comes back from torch.optim.AdamW
                     del values["remainder"]
                 self._fit(param, values)
 
@@ -341,7 +379,9 @@ _ATTRIBUTES = ("backend", "state_dtype", "stochastic_rounding", "remainder", "se
 def _offsets(params: list[Tensor], first: int) -> list[int]:
     """Of the params that have a gradient."""
     starts = itertools.accumulate((param.numel() for param in params), initial=first)
-    return [getattr(param, _OFFSET, start) for param, start in zip(params, starts, strict=False) if param.grad is not None]
+    return [
+        getattr(param, _OFFSET, start) for param, start in zip(params, starts, strict=False) if param.grad is not None
+    ]
 
 
 def _decoded(name: str, state: dict[str, Tensor]) -> Tensor:
@@ -355,7 +395,11 @@ def _decoded_state(state: Any) -> Any:
     if not isinstance(state, dict) or "exp_avg_scale" not in state:
         return state
     scales = ("exp_avg_scale", "exp_avg_sq_scale")
-    return {name: _decoded(name, state) if isinstance(value, Tensor) else value for name, value in state.items() if name not in scales}
+    return {
+        name: _decoded(name, state) if isinstance(value, Tensor) else value
+        for name, value in state.items()
+        if name not in scales
+    }
 
 
 def _wrap_state(_optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -24,16 +24,38 @@ from fastft.optim.adamw import FusedAdamW
 
 # What the seam replaces or leans on, and the SHA-256 of its source in DeepSpeed 0.19.8.
 METHODS = {
-    "DeepSpeedZeroOptimizer": (
-        "step _optimizer_step unscale_and_clip_grads scaled_global_norm get_grad_norm_direct get_flat_partition _update_scale "
-        "check_overflow _get_preflattened_grad_partition _release_preflattened_grad_buffers free_grad_in_param_list reset_cpu_buffers "
-        "_lazy_init_hp_params_optimizer_state _update_model_bit16_weights zero_grad _wait_for_offload_copies"
-    ).split(),
-    "DeepSpeedZeroOptimizer_Stage3": (
-        "step _optimizer_step unscale_and_clip_grads get_grad_norm_direct _get_norm_groups _prepare_sub_group "
-        "_prepare_fp32_grad_for_sub_group _reassign_or_swap_out_partitioned_parameters _unflatten_partitioned_parameters "
-        "_release_sub_group _overflow_check_and_loss_scale_update _loss_scale_update_and_overflow_cleanup"
-    ).split(),
+    "DeepSpeedZeroOptimizer": [
+        "step",
+        "_optimizer_step",
+        "unscale_and_clip_grads",
+        "scaled_global_norm",
+        "get_grad_norm_direct",
+        "get_flat_partition",
+        "_update_scale",
+        "check_overflow",
+        "_get_preflattened_grad_partition",
+        "_release_preflattened_grad_buffers",
+        "free_grad_in_param_list",
+        "reset_cpu_buffers",
+        "_lazy_init_hp_params_optimizer_state",
+        "_update_model_bit16_weights",
+        "zero_grad",
+        "_wait_for_offload_copies",
+    ],
+    "DeepSpeedZeroOptimizer_Stage3": [
+        "step",
+        "_optimizer_step",
+        "unscale_and_clip_grads",
+        "get_grad_norm_direct",
+        "_get_norm_groups",
+        "_prepare_sub_group",
+        "_prepare_fp32_grad_for_sub_group",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "_unflatten_partitioned_parameters",
+        "_release_sub_group",
+        "_overflow_check_and_loss_scale_update",
+        "_loss_scale_update_and_overflow_cleanup",
+    ],
 }
 TESTED = {
     "DeepSpeedZeroOptimizer": "7225c20e785220da96fc792f7edfaaf2c75c23b1b143cc9f5ff2cc0f0dcec074",
@@ -69,14 +91,16 @@ def why_not(zero, optimizer: FusedAdamW) -> str:
         "float16 (its loss scale changes from step to step)": zero.dtype == torch.float16,
         "bfloat16 masters (optim.master)": optimizer.stochastic_rounding or optimizer.remainder,
         "a loss scale": zero.loss_scale != 1.0,
-        "tensor or pipeline parallelism": zero.model_parallel_group is not None and dist.get_world_size(zero.model_parallel_group) > 1,
+        "tensor or pipeline parallelism": zero.model_parallel_group is not None
+        and dist.get_world_size(zero.model_parallel_group) > 1,
         "Muon": getattr(zero, "use_muon", False),
         "ZenFlow": bool(getattr(zero, "zenflow", False)),
         "torch.autocast's gradient scaler": getattr(zero, "torch_autocast_gradscaler", None) is not None,
         "mixture of experts": getattr(zero, "has_moe_layers", False),
         "optimizer state on NVMe": getattr(zero, "swap_optimizer", False),
         "partial offload": getattr(zero, "offload_optimizer", False) and zero.partial_offload != 1.0,
-        "bfloat16 without check_grad_overflow": zero.dtype == torch.bfloat16 and not getattr(zero, "check_grad_overflow", True),
+        "bfloat16 without check_grad_overflow": zero.dtype == torch.bfloat16
+        and not getattr(zero, "check_grad_overflow", True),
         "compute_grad_norm: false": not getattr(zero, "compute_grad_norm", True),
     }
     used = [feature for feature, in_use in left_out.items() if in_use]
@@ -234,9 +258,13 @@ class _Stage3(_Seam):
         master, weights = zero.fp32_partitioned_groups_flat[sub_group], zero.fp16_partitioned_groups_flat[sub_group]
         grads = [master.grad] if zero.offload_optimizer else self.grads
         self.grads = []
-        self.stored = weights is not None and weights.device == master.device and weights.data_ptr() != master.data_ptr()
+        self.stored = (
+            weights is not None and weights.device == master.device and weights.data_ptr() != master.data_ptr()
+        )
         group = zero.optimizer.param_groups[zero.sub_group_to_group_id[sub_group]]
-        self.optimizer.step_flat(group, master, _joined(grads), out=weights.data if self.stored else None, grad_scale=self.scale)
+        self.optimizer.step_flat(
+            group, master, _joined(grads), out=weights.data if self.stored else None, grad_scale=self.scale
+        )
 
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group: int) -> None:
         if self.stored:

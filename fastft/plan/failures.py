@@ -26,7 +26,9 @@ class Reliability:
     goodput: float
 
 
-def reliability(world_size: int, save_seconds: float, restart_seconds: float, gpu_hours_per_failure: float = GPU_HOURS_PER_FAILURE) -> Reliability:
+def reliability(
+    world_size: int, save_seconds: float, restart_seconds: float, gpu_hours_per_failure: float = GPU_HOURS_PER_FAILURE
+) -> Reliability:
     """To first order in everything over mtbf: saving, on average half an interval done again per failure, and restarting.
 
     Parameters

@@ -15,7 +15,9 @@ from fastft.plan.model import Constants, step
 from fastft.plan.published import Point, llm_foundry
 
 FITTED_UP_TO = 128  # GPUs
-START = Constants(kernel_efficiency=0.6, activation_traffic=100.0, recompute_share=1.0, exposed_share=0.5, hop_latency=1e-6)
+START = Constants(
+    kernel_efficiency=0.6, activation_traffic=100.0, recompute_share=1.0, exposed_share=0.5, hop_latency=1e-6
+)
 
 
 @dataclass(frozen=True)

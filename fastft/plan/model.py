@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 WEIGHT_BYTES = 2  # bf16
 MASTER_BYTES = 12  # fp32 master weights and Adam's two moments
-OPTIMIZER_BYTES = 28  # read and written per parameter of the shard: fp32 weight, moments and their stores, bf16 gradient and weight
+OPTIMIZER_BYTES = (
+    28  # read and written per parameter of the shard: fp32 weight, moments and their stores, bf16 gradient and weight
+)
 ACTIVATION_BYTES = 34  # held per token, layer and hidden unit for the backward pass, with flash attention (Korthikanti et al., equation 2)
 CHECKPOINT_BYTES = 2  # the same with full recomputation: each layer's input
 RESERVED_BYTES = 4e9  # CUDA context, NCCL's buffers, fragmentation: an allowance, not a measurement
@@ -210,7 +212,9 @@ def communication_seconds(setup: Setup, constants: Constants) -> tuple[float, fl
     """Seconds per step (next to the passes, between steps), were nothing hidden: bytes over bandwidth and N - 1 hops per collective."""
     hops = (setup.world_size - 1) * constants.hop_latency
     sizes, counts = communicated_bytes(setup), collectives(setup)
-    overlapped, between = (size / bus_bandwidth(setup) + count * hops for size, count in zip(sizes, counts, strict=True))
+    overlapped, between = (
+        size / bus_bandwidth(setup) + count * hops for size, count in zip(sizes, counts, strict=True)
+    )
     return overlapped, between
 
 
@@ -255,7 +259,13 @@ def memory(setup: Setup) -> Memory:
     parameters, n, layers = setup.model.parameters, setup.world_size, setup.model.layers
     weights, gradients, optimizer = WEIGHT_BYTES * parameters, WEIGHT_BYTES * parameters, MASTER_BYTES * parameters
     gathered = min(1.0, 2 / layers) * WEIGHT_BYTES * parameters if setup.zero == 3 and n > 1 else 0.0
-    states = weights / (n if setup.zero == 3 else 1) + gradients / (n if setup.zero >= 2 else 1) + optimizer / (n if setup.zero >= 1 else 1)
+    states = (
+        weights / (n if setup.zero == 3 else 1)
+        + gradients / (n if setup.zero >= 2 else 1)
+        + optimizer / (n if setup.zero >= 1 else 1)
+    )
     unit = setup.tokens * setup.model.hidden
-    activations = unit * (CHECKPOINT_BYTES * layers + ACTIVATION_BYTES) if setup.recompute else unit * ACTIVATION_BYTES * layers
+    activations = (
+        unit * (CHECKPOINT_BYTES * layers + ACTIVATION_BYTES) if setup.recompute else unit * ACTIVATION_BYTES * layers
+    )
     return Memory(states + gathered, activations)

@@ -53,7 +53,11 @@ class Point:
 
 def llm_foundry() -> list[Point]:
     return [
-        Point(name, Setup(MPT[name], HARDWARE["h100"], gpus, zero, micro_batch, 2048, accumulation, recompute, reduce_bytes=4), measured)
+        Point(
+            name,
+            Setup(MPT[name], HARDWARE["h100"], gpus, zero, micro_batch, 2048, accumulation, recompute, reduce_bytes=4),
+            measured,
+        )
         for name, gpus, micro_batch, accumulation, zero, recompute, measured in LLM_FOUNDRY
     ]
 

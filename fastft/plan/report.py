@@ -10,7 +10,21 @@ from fastft.plan.failures import reliability
 from fastft.plan.fit import calibrated
 from fastft.plan.model import HARDWARE, Hardware, Setup, Shape, memory, step
 
-COLUMNS = ("ZeRO", "GB per GPU", "states", "activations", "fits", "step", "tokens/s", "per GPU", "MFU", "communication", "save every", "goodput", "days")
+COLUMNS = (
+    "ZeRO",
+    "GB per GPU",
+    "states",
+    "activations",
+    "fits",
+    "step",
+    "tokens/s",
+    "per GPU",
+    "MFU",
+    "communication",
+    "save every",
+    "goodput",
+    "days",
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,16 @@ class Request:
     node_gbits: float | None = None
 
     def __post_init__(self):
-        for name in ("gpus", "micro_batch", "sequence_length", "accumulation", "gpus_per_node", "node_gbits", "tokens", "save_seconds"):
+        for name in (
+            "gpus",
+            "micro_batch",
+            "sequence_length",
+            "accumulation",
+            "gpus_per_node",
+            "node_gbits",
+            "tokens",
+            "save_seconds",
+        ):
             _check(name, getattr(self, name), lambda v: v > 0, "must be more than 0")
         for name in ("restart_seconds", "stall"):
             _check(name, getattr(self, name), lambda v: v >= 0, "must not be negative")
@@ -46,7 +69,10 @@ class Request:
     def machine(self) -> Hardware:
         """The hardware, with what the options say of its nodes."""
         known = HARDWARE[self.hardware]
-        changes = {"gpus_per_node": self.gpus_per_node, "inter_node_bandwidth": self.node_gbits and self.node_gbits * 1e9 / 8}
+        changes = {
+            "gpus_per_node": self.gpus_per_node,
+            "inter_node_bandwidth": self.node_gbits and self.node_gbits * 1e9 / 8,
+        }
         return dataclasses.replace(known, **{name: value for name, value in changes.items() if value is not None})
 
 
@@ -58,7 +84,9 @@ def _check(name: str, value: float | None, good, rule: str) -> None:
 def shape(model: str | None, params: float | None) -> Shape:
     """Of a model folder or hub id (its config.json, on the meta device: no weights are read), or of a number of parameters."""
     if (model is None) == (params is None):
-        raise UserError("Give either a model (folder or hub id) or --params.", "For example: fastft plan --params 7e9 --gpus 8")
+        raise UserError(
+            "Give either a model (folder or hub id) or --params.", "For example: fastft plan --params 7e9 --gpus 8"
+        )
     if params is not None:
         _check("params", params, lambda v: v >= 1e6, "must be at least 1e6")
         return Shape.of_size(int(params))
@@ -79,11 +107,16 @@ def _shape_of_config(path: str) -> Shape:
         elif type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
             model = transformers.AutoModelForCausalLM.from_config(config)
         else:
-            raise UserError(f"model path {path}: its config.json names no architecture that transformers knows.", "Give --params instead.")
+            raise UserError(
+                f"model path {path}: its config.json names no architecture that transformers knows.",
+                "Give --params instead.",
+            )
     text = config.get_text_config()
     layers, hidden = (getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size"))
     if not layers or not hidden:
-        raise UserError(f"model path {path}: its config.json has no num_hidden_layers or hidden_size.", "Give --params instead.")
+        raise UserError(
+            f"model path {path}: its config.json has no num_hidden_layers or hidden_size.", "Give --params instead."
+        )
     return Shape(sum(p.numel() for p in model.parameters()), layers, hidden)
 
 
@@ -96,8 +129,17 @@ def plan(model: Shape, request: Request) -> dict:
     failures = reliability(request.gpus, request.save_seconds, request.restart_seconds)
     rows = []
     for stage in sorted(set(request.zero)):
-        setup = Setup(model, hardware, request.gpus, stage, request.micro_batch, request.sequence_length, request.accumulation, request.recompute,
-                      stall=request.stall)
+        setup = Setup(
+            model,
+            hardware,
+            request.gpus,
+            stage,
+            request.micro_batch,
+            request.sequence_length,
+            request.accumulation,
+            request.recompute,
+            stall=request.stall,
+        )
         predicted, held = step(setup, constants), memory(setup)
         rate = predicted.tokens_per_second * request.gpus
         kept = rate * failures.goodput
@@ -107,16 +149,32 @@ def plan(model: Shape, request: Request) -> dict:
             "communication_share": predicted.communication_share, "save_interval": failures.save_interval, "goodput": failures.goodput,
             "days": request.tokens / kept / 86400 if request.tokens and kept else None,
         })  # fmt: skip
-    return {"model": dataclasses.asdict(model), "gpus": request.gpus, "hardware": dataclasses.asdict(hardware), "constants": dataclasses.asdict(constants),
-            "mtbf": failures.mtbf, "stages": rows}
+    return {
+        "model": dataclasses.asdict(model),
+        "gpus": request.gpus,
+        "hardware": dataclasses.asdict(hardware),
+        "constants": dataclasses.asdict(constants),
+        "mtbf": failures.mtbf,
+        "stages": rows,
+    }
 
 
 def cells(row: dict, gpus: int) -> list[str]:
     """A row of the report as `COLUMNS` show it."""
     gigabytes = [f"{row[name] / 1e9:.1f}" for name in ("memory", "states", "activations")]
-    return [str(row["zero"]), *gigabytes, "yes" if row["fits"] else "no", duration(row["step_seconds"]), f"{row['tokens_per_second']:,.0f}",
-            f"{row['tokens_per_second'] / gpus:,.0f}", f"{row['mfu']:.1%}", f"{row['communication_share']:.1%}", duration(row["save_interval"]),
-            f"{row['goodput']:.1%}", "-" if row["days"] is None else f"{row['days']:,.1f}"]
+    return [
+        str(row["zero"]),
+        *gigabytes,
+        "yes" if row["fits"] else "no",
+        duration(row["step_seconds"]),
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['tokens_per_second'] / gpus:,.0f}",
+        f"{row['mfu']:.1%}",
+        f"{row['communication_share']:.1%}",
+        duration(row["save_interval"]),
+        f"{row['goodput']:.1%}",
+        "-" if row["days"] is None else f"{row['days']:,.1f}",
+    ]
 
 
 def duration(seconds: float) -> str:

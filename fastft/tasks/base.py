@@ -76,8 +76,12 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
-        inputs = {k: v.pin_memory().to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in self.inputs.items()}
-        return Batch(inputs, self.labels.pin_memory().to(device, non_blocking=True), self.samples, self.tokens, self.padded)
+        inputs = {
+            k: v.pin_memory().to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in self.inputs.items()
+        }
+        return Batch(
+            inputs, self.labels.pin_memory().to(device, non_blocking=True), self.samples, self.tokens, self.padded
+        )
 
 
 class Task(ABC):
@@ -161,8 +165,12 @@ class Task(ABC):
         wanted = self.config.checkpoint.best_by
         known = [f"{name}.{metric}" for name in self.config.data.eval for metric in self.metric_names]
         if wanted is not None and wanted not in known:
-            raise UserError(f"checkpoint.best_by: {wanted} is not measured.",
-                            f"{did_you_mean(wanted, known)} Known: {', '.join(known)}." if known else "Give an evaluation set in data.eval.")
+            raise UserError(
+                f"checkpoint.best_by: {wanted} is not measured.",
+                f"{did_you_mean(wanted, known)} Known: {', '.join(known)}."
+                if known
+                else "Give an evaluation set in data.eval.",
+            )
 
     def train_split(self) -> Split:
         if not self.config.data.train:
@@ -170,21 +178,28 @@ class Task(ABC):
         return self.split("train", self.config.data.train, training=True)
 
     def eval_splits(self) -> dict[str, Split]:
-        return {name: self.split(f"eval-{name}", sources, training=False) for name, sources in self.config.data.eval.items()}
+        return {
+            name: self.split(f"eval-{name}", sources, training=False) for name, sources in self.config.data.eval.items()
+        }
 
     # -- shared -------------------------------------------------------------------------------------------------------------
 
     def split(self, name: str, sources: list[Source], training: bool) -> Split:
         """Prepare (or reopen) a split; empty ones are errors."""
         if "/" in name or "\\" in name:
-            raise UserError(f"data.eval: {name.removeprefix('eval-')!r} is no name for a set: it becomes a folder's name.", "Use a name without slashes.")
+            raise UserError(
+                f"data.eval: {name.removeprefix('eval-')!r} is no name for a set: it becomes a folder's name.",
+                "Use a name without slashes.",
+            )
         run_dir = Path(self.config.run.dir)
         cache = Path(self.config.data.cache or run_dir / "prepared")
         for folder in (path for source in sources if (path := Path(source.path)).is_dir()):
             own = {"run.dir": run_dir, **({"data.cache": cache} if formats.hf.is_saved_dataset(folder) else {})}
             if inside := [key for key, path in own.items() if holds(folder, path)]:
-                raise UserError(f"data set {name!r}: the folder {folder} holds {inside[0]} ({own[inside[0]]}): the run would read what it writes.",
-                                f"Put {inside[0]} elsewhere, or name the files to read one by one.")
+                raise UserError(
+                    f"data set {name!r}: the folder {folder} holds {inside[0]} ({own[inside[0]]}): the run would read what it writes.",
+                    f"Put {inside[0]} elsewhere, or name the files to read one by one.",
+                )
         files = _files(sources)
         read_as = [formats.format_of(Path(f)) for f in files]  # a name decides it, where a source says nothing
         settings = digest([self.preparation_key(training), [s.model_dump(exclude={"path"}) for s in sources], read_as])
@@ -192,13 +207,19 @@ class Task(ABC):
         def build(folder: Path) -> dict:
             meta = self.build(folder, sources, training)
             if came := set(_files(sources)) ^ set(files):
-                raise UserError(f"{min(came)}: came or went while the data was read.", "Run again when nothing writes to it any more.")
+                raise UserError(
+                    f"{min(came)}: came or went while the data was read.",
+                    "Run again when nothing writes to it any more.",
+                )
             return meta
 
         split = Split(name, prepare(cache / name, settings, files, build))
         if not split.totals["targets"]:
             counts = split.data.meta["counts"]
-            raise UserError(f"data set {name!r} is empty: {counts['rows']} rows read from {', '.join(files[:3])}, nothing left to learn from.", f"Counts: {counts}.")
+            raise UserError(
+                f"data set {name!r} is empty: {counts['rows']} rows read from {', '.join(files[:3])}, nothing left to learn from.",
+                f"Counts: {counts}.",
+            )
         return split
 
     def preparation_key(self, training: bool) -> dict:
@@ -206,18 +227,28 @@ class Task(ABC):
         tok = self.tokenizer
         vocabulary = tok.backend_tokenizer.to_str() if tok.is_fast else repr(sorted(tok.get_vocab().items()))
         data = self.config.data.model_dump(exclude={"train", "eval", "cache", "seed", "max_length"})
-        return {"task": self.config.task, "code": self.code_version, "data": data, "max_length": self.max_length,
-                "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(), "special": {k: str(v) for k, v in tok.special_tokens_map.items()}}
+        return {
+            "task": self.config.task,
+            "code": self.code_version,
+            "data": data,
+            "max_length": self.max_length,
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "special": {k: str(v) for k, v in tok.special_tokens_map.items()},
+        }
 
-    def read(self, sources: list[Source], columns: list[str], counts: Counts, texts: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+    def read(
+        self, sources: list[Source], columns: list[str], counts: Counts, texts: list[str] | None = None
+    ) -> Iterator[tuple[str, dict]]:
         """Rows with their columns checked; rows without any text in the first are counted and passed over. texts: columns of text (the first)."""
         for source in sources:
             for where, record in formats.read(source):
                 counts.rows += 1
                 for column in columns:
                     if column not in record:
-                        raise UserError(f"{where}: no column {column!r}.",
-                                        f"{did_you_mean(column, record)} Set data.text / data.label to the columns of your data.")
+                        raise UserError(
+                            f"{where}: no column {column!r}.",
+                            f"{did_you_mean(column, record)} Set data.text / data.label to the columns of your data.",
+                        )
                 for column in texts or columns[:1]:
                     _check_text(where, column, record[column])
                 if not record[columns[0]].strip():
@@ -237,7 +268,8 @@ class Task(ABC):
                 f"{counts.overlong_total} of {counts.rows} texts are longer than max_length = {self.max_length} tokens "
                 f"(longest: {counts.longest}), first: {'; '.join(counts.overlong)}.",
                 f"Choose data.overlength: {', '.join(self.overlength_choices())}, or raise data.max_length"
-                f" (the model's limit is {load.length_limit(self.model_config) or 'not set'}).")
+                f" (the model's limit is {load.length_limit(self.model_config) or 'not set'}).",
+            )
 
     def overlength_choices(self) -> list[str]:
         return ["truncate", "drop"]
@@ -247,7 +279,10 @@ class Task(ABC):
         if wanted is None:
             return min(limit or 1024, 1024)
         if limit is not None and wanted > limit:
-            raise UserError(f"data.max_length = {wanted} is beyond the model's limit of {limit} positions.", f"Set data.max_length to at most {limit}.")
+            raise UserError(
+                f"data.max_length = {wanted} is beyond the model's limit of {limit} positions.",
+                f"Set data.max_length to at most {limit}.",
+            )
         return wanted
 
 
@@ -268,11 +303,16 @@ class Metrics(ABC):
 
 def _check_text(where: str, column: str, value: object) -> None:
     if not isinstance(value, str):
-        raise UserError(f"{where}: column {column!r} holds {type(value).__name__}, not text: {value!r}.", "Mend or remove the row.")
+        raise UserError(
+            f"{where}: column {column!r} holds {type(value).__name__}, not text: {value!r}.", "Mend or remove the row."
+        )
     try:
         value.encode()
     except UnicodeEncodeError as e:
-        raise UserError(f"{where}: column {column!r} holds half a character ({e.object[e.start]!r} at position {e.start}).", "Mend the row.") from None
+        raise UserError(
+            f"{where}: column {column!r} holds half a character ({e.object[e.start]!r} at position {e.start}).",
+            "Mend the row.",
+        ) from None
 
 
 def _files(sources: list[Source]) -> list[str]:

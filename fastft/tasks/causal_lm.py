@@ -38,7 +38,9 @@ class CausalLM(Task):
         characters, document = 0, 0
         for chunk in self.chunks(self.read(sources, [self.config.data.text], counts)):
             texts = [record[self.config.data.text] for _, record in chunk]
-            encoded = self.tokenizer(texts, add_special_tokens=True, return_attention_mask=False, verbose=False)["input_ids"]
+            encoded = self.tokenizer(texts, add_special_tokens=True, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
             for (where, _), text, ids in zip(chunk, texts, encoded, strict=True):
                 ids = ids if end and ids and ids[-1] == end[0] else ids + end
                 tokens.append(ids)
@@ -53,8 +55,14 @@ class CausalLM(Task):
         for name, column in pieces.items():
             np.save(folder / f"{name}.npy", np.asarray(column))
         totals = self._write_packs(folder, np.asarray(pieces["piece_length"]))
-        return {"counts": counts_dict(counts), "totals": totals, "origins": origins.close(), "documents": document, "tokens": len(documents.values),
-                "characters": characters}
+        return {
+            "counts": counts_dict(counts),
+            "totals": totals,
+            "origins": origins.close(),
+            "documents": document,
+            "tokens": len(documents.values),
+            "characters": characters,
+        }
 
     def _pieces(self, where: str, length: int, counts: Counts) -> list[tuple[int, int]]:
         """(start, length) of the parts a document is used in, by the overlength policy."""
@@ -77,10 +85,16 @@ class CausalLM(Task):
     def _write_packs(self, folder: Path, piece_lengths: np.ndarray) -> dict:
         """The packs and their sizes; returns the totals."""
         writer = RaggedWriter(folder, "packs")
-        for pieces in best_fit_decreasing(piece_lengths, self.max_length) if self.config.data.packing == "isolated" else ([i] for i in range(len(piece_lengths))):
+        for pieces in (
+            best_fit_decreasing(piece_lengths, self.max_length)
+            if self.config.data.packing == "isolated"
+            else ([i] for i in range(len(piece_lengths)))
+        ):
             writer.append(pieces)
         packs = writer.close()
-        lengths = np.add.reduceat(piece_lengths[packs.values], packs.offsets[:-1]) if len(packs) else np.zeros(0, np.int64)  # no pack is empty
+        lengths = (
+            np.add.reduceat(piece_lengths[packs.values], packs.offsets[:-1]) if len(packs) else np.zeros(0, np.int64)
+        )  # no pack is empty
         return write_sizes(folder, lengths, lengths - packs.lengths())  # a piece's first token is no target
 
     def overlength_choices(self) -> list[str]:
@@ -111,7 +125,9 @@ class CausalLM(Task):
 
     def _pack(self, data: Prepared, pack: int) -> list[np.ndarray]:
         doc, start, length = data["piece_doc"], data["piece_start"], data["piece_length"]
-        return [data["tokens"][int(doc[p])][int(start[p]) : int(start[p]) + int(length[p])] for p in data["packs"][pack]]
+        return [
+            data["tokens"][int(doc[p])][int(start[p]) : int(start[p]) + int(length[p])] for p in data["packs"][pack]
+        ]
 
     def documents(self, split: Split, sample: int) -> list[str]:
         data, found = split.data, []
@@ -126,14 +142,24 @@ class CausalLM(Task):
 
     def loss(self, outputs, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
         logits = outputs.logits.flatten(0, 1)  # (B*T, V)
-        return cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORE, reduction="sum", token_weight=scale, inplace=logits.requires_grad,
-                             label_smoothing=self.config.loss.label_smoothing, z_loss=self.config.loss.z_loss)
+        return cross_entropy(
+            logits,
+            batch.labels.flatten(),
+            ignore_index=IGNORE,
+            reduction="sum",
+            token_weight=scale,
+            inplace=logits.requires_grad,
+            label_smoothing=self.config.loss.label_smoothing,
+            z_loss=self.config.loss.z_loss,
+        )
 
     def attach(self, model: torch.nn.Module, device: torch.device) -> dict:
         home = next(model.parameters()).device
         model.to(device)
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(model.get_input_embeddings().weight.shape[0], (2, min(self.max_length, 16)), generator=generator).to(device)
+        tokens = torch.randint(
+            model.get_input_embeddings().weight.shape[0], (2, min(self.max_length, 16)), generator=generator
+        ).to(device)
         self.head, why = install(model, {"input_ids": tokens, "use_cache": False}, self.config.loss.implementation)
         model.to(home)
         chosen = "cross_entropy" if self.head is None else "linear_cross_entropy"
@@ -143,8 +169,16 @@ class CausalLM(Task):
     def forward_loss(self, model, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
         if self.head is None:
             return super().forward_loss(model, batch, scale)
-        return self.head.loss(model, batch.inputs, batch.labels, ignore_index=IGNORE, reduction="sum", token_weight=scale,
-                              label_smoothing=self.config.loss.label_smoothing, z_loss=self.config.loss.z_loss)
+        return self.head.loss(
+            model,
+            batch.inputs,
+            batch.labels,
+            ignore_index=IGNORE,
+            reduction="sum",
+            token_weight=scale,
+            label_smoothing=self.config.loss.label_smoothing,
+            z_loss=self.config.loss.z_loss,
+        )
 
     def forward_metrics(self, model, batch: Batch, metrics: "Perplexity") -> None:
         if self.head is None:
@@ -155,8 +189,10 @@ class CausalLM(Task):
     def check_model(self, model: torch.nn.Module, device: torch.device) -> None:
         rows = model.get_input_embeddings().weight.shape[0]
         if len(self.tokenizer) > rows:
-            raise UserError(f"The tokenizer knows {len(self.tokenizer)} tokens, the model's embedding has only {rows}.",
-                            "Use the tokenizer that belongs to the model (model.tokenizer).")
+            raise UserError(
+                f"The tokenizer knows {len(self.tokenizer)} tokens, the model's embedding has only {rows}.",
+                "Use the tokenizer that belongs to the model (model.tokenizer).",
+            )
         if self.config.data.packing == "isolated":
             check_isolation(model, min(self.max_length, 16), device, flat=self._flash())
 

@@ -24,20 +24,35 @@ class Classification(Task):
     (n, classes) float32 of 0 and 1 when multi_label. meta["labels"] holds the names, in index order."""
 
     auto_class = "AutoModelForSequenceClassification"
-    new_parameters = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "logits_proj")
+    new_parameters = (
+        "classifier",
+        "score",
+        "pooler",
+        "pre_classifier",
+        "classification_head",
+        "sequence_summary",
+        "logits_proj",
+    )
 
     def __init__(self, config):
         super().__init__(config)
         self.metric_names = ("loss", "accuracy", "f1_macro", *(["f1_micro"] if config.data.multi_label else []))
         if config.data.overlength == "split":
-            raise UserError("data.overlength: split makes no sense for classification (a label belongs to the whole text).",
-                            "Choose truncate, drop or error.")
+            raise UserError(
+                "data.overlength: split makes no sense for classification (a label belongs to the whole text).",
+                "Choose truncate, drop or error.",
+            )
         loss = config.loss
         if config.data.multi_label and (loss.label_smoothing or loss.z_loss):
-            raise UserError("loss.label_smoothing and loss.z_loss belong to a softmax; with data.multi_label every label has a loss of its own.",
-                            "Remove them.")
+            raise UserError(
+                "loss.label_smoothing and loss.z_loss belong to a softmax; with data.multi_label every label has a loss of its own.",
+                "Remove them.",
+            )
         if loss.implementation == "linear_cross_entropy":
-            raise UserError("loss.implementation: linear_cross_entropy is for language models; a classifier's logits are few.", "Remove it.")
+            raise UserError(
+                "loss.implementation: linear_cross_entropy is for language models; a classifier's logits are few.",
+                "Remove it.",
+            )
         self.labels: list[str] | None = self._labels_file()
 
     def _labels_file(self) -> list[str] | None:
@@ -66,12 +81,17 @@ class Classification(Task):
     def state_of_model(self) -> dict:
         names = [self.model_config.id2label[i] for i in range(len(self.model_config.id2label))]
         if not any("ForSequenceClassification" in a for a in self.model_config.architectures or []):
-            raise UserError(f"model path {self.config.model.path}: is not a trained classifier.",
-                            "Give a model that fastft exported (<run.dir>/model), or train one first.")
+            raise UserError(
+                f"model path {self.config.model.path}: is not a trained classifier.",
+                "Give a model that fastft exported (<run.dir>/model), or train one first.",
+            )
         return {"labels": names}
 
     def preparation_key(self, training: bool) -> dict:
-        return {**super().preparation_key(training), "labels": None if training and self.config.data.labels is None else self.labels}
+        return {
+            **super().preparation_key(training),
+            "labels": None if training and self.config.data.labels is None else self.labels,
+        }
 
     def build(self, folder: Path, sources: list[Source], training: bool) -> dict:
         data, counts = self.config.data, Counts()
@@ -99,7 +119,12 @@ class Classification(Task):
         names = self.labels if self.labels is not None else (_label_names(found) if training else None)
         assert names is not None, "an evaluation set is prepared before its training set"
         np.save(folder / "labels.npy", self._indices(found, names))
-        return {"counts": counts_dict(counts), "totals": write_sizes(folder, lengths, np.ones(len(lengths), np.int64)), "labels": names, "origins": origins.close()}
+        return {
+            "counts": counts_dict(counts),
+            "totals": write_sizes(folder, lengths, np.ones(len(lengths), np.int64)),
+            "labels": names,
+            "origins": origins.close(),
+        }
 
     def _encode(self, records: list[dict], **truncation) -> dict[str, list[list[int]]]:
         texts = [r[self.config.data.text] for r in records]
@@ -122,31 +147,50 @@ class Classification(Task):
 
     def _labels_of(self, where: str, value: object) -> list[str]:
         """The label names of a cell: one, or any number when multi_label."""
-        if value is None or value != value or (isinstance(value, str) and not value.strip() and not self.config.data.multi_label):  # None, NaN, nothing
+        if (
+            value is None
+            or value != value
+            or (isinstance(value, str) and not value.strip() and not self.config.data.multi_label)
+        ):  # None, NaN, nothing
             raise UserError(f"{where}: the label is empty.", "Every row needs a label; remove the row or mend it.")
         if not self.config.data.multi_label:
             if isinstance(value, (list, dict)):
-                raise UserError(f"{where}: the label is a {type(value).__name__}.", "Set data.multi_label: true for several labels per row.")
+                raise UserError(
+                    f"{where}: the label is a {type(value).__name__}.",
+                    "Set data.multi_label: true for several labels per row.",
+                )
             return [_name(value)]
         if isinstance(value, str):
             value = [part.strip() for part in value.split(self.config.data.label_separator) if part.strip()]
         labels = value if isinstance(value, list) else [value]
         if wrong := [v for v in labels if v is None or v != v or isinstance(v, (list, dict))]:
-            raise UserError(f"{where}: {wrong[0]!r} among the labels is no label.", "A label is a string or a number; mend or remove the row.")
+            raise UserError(
+                f"{where}: {wrong[0]!r} among the labels is no label.",
+                "A label is a string or a number; mend or remove the row.",
+            )
         return [_name(v) for v in labels]
 
     def _indices(self, found: list[tuple[str, list[str]]], names: list[str]) -> np.ndarray:
         index = {name: i for i, name in enumerate(names)}
         # A file of names: rows may hold 0-based indices into it, unless a name is a number itself and 1 could mean either.
-        nameless = all(name == f"LABEL_{i}" for i, name in enumerate(names))  # as transformers calls the classes of a model that names none
+        nameless = all(
+            name == f"LABEL_{i}" for i, name in enumerate(names)
+        )  # as transformers calls the classes of a model that names none
         if nameless or (self.config.data.labels is not None and not any(map(_is_number, names))):
             index = {**{str(i): i for i in range(len(names))}, **index}
-        out = np.zeros((len(found), len(names)), dtype=np.float32) if self.config.data.multi_label else np.zeros(len(found), dtype=np.int64)
+        out = (
+            np.zeros((len(found), len(names)), dtype=np.float32)
+            if self.config.data.multi_label
+            else np.zeros(len(found), dtype=np.int64)
+        )
         for row, (where, labels) in enumerate(found):
             for label in labels:
                 if label not in index:
                     origin = "the labels file" if self.config.data.labels else "the training data"
-                    raise UserError(f"{where}: label {label!r} does not occur in {origin} ({len(names)} labels).", did_you_mean(label, names))
+                    raise UserError(
+                        f"{where}: label {label!r} does not occur in {origin} ({len(names)} labels).",
+                        did_you_mean(label, names),
+                    )
                 if self.config.data.multi_label:
                     out[row, index[label]] = 1
                 else:
@@ -157,15 +201,25 @@ class Classification(Task):
         split = super().train_split()
         self.labels = split.data.meta["labels"]
         if not self.labels:
-            raise UserError(f"data.train: no row of {len(split)} has a label.", "Set data.label to the column of the labels.")
+            raise UserError(
+                f"data.train: no row of {len(split)} has a label.", "Set data.label to the column of the labels."
+            )
         if len(self.labels) < 2 and not self.config.data.multi_label:
-            raise UserError(f"data.train: all {len(split)} rows have the same label {self.labels[0]!r}.", "Classification needs at least two.")
+            raise UserError(
+                f"data.train: all {len(split)} rows have the same label {self.labels[0]!r}.",
+                "Classification needs at least two.",
+            )
         return split
 
     def model_overrides(self) -> dict:
         kind = "multi_label_classification" if self.config.data.multi_label else "single_label_classification"
-        return {"num_labels": len(self.labels), "id2label": dict(enumerate(self.labels)), "label2id": {n: i for i, n in enumerate(self.labels)},
-                "problem_type": kind, "pad_token_id": self.tokenizer.pad_token_id}
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {n: i for i, n in enumerate(self.labels)},
+            "problem_type": kind,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
 
     def documents(self, split: Split, sample: int) -> list[str]:
         return [split.data.origin(sample)]
@@ -196,8 +250,15 @@ class Classification(Task):
     def loss(self, outputs, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
         logits = outputs.logits
         if batch.labels.dim() == 1:
-            return cross_entropy(logits, batch.labels, ignore_index=IGNORE, reduction="sum", token_weight=scale,
-                                 label_smoothing=self.config.loss.label_smoothing, z_loss=self.config.loss.z_loss)
+            return cross_entropy(
+                logits,
+                batch.labels,
+                ignore_index=IGNORE,
+                reduction="sum",
+                token_weight=scale,
+                label_smoothing=self.config.loss.label_smoothing,
+                z_loss=self.config.loss.z_loss,
+            )
         used = ~batch.labels.isnan()
         losses = F.binary_cross_entropy_with_logits(logits.float(), batch.labels.nan_to_num(), reduction="none")
         return (losses * used).sum() * scale / batch.labels.shape[1]
@@ -232,12 +293,18 @@ class ClassificationMetrics(Metrics):
         result = {"loss": sum(s[0] for s in states) / len(labels), "examples": len(labels)}
         if labels.ndim == 1:
             predicted = logits.argmax(-1)
-            return {**result, "accuracy": float(accuracy_score(labels, predicted)),
-                    "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0))}
+            return {
+                **result,
+                "accuracy": float(accuracy_score(labels, predicted)),
+                "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+            }
         predicted = logits > 0  # probability above one half
-        return {**result, "accuracy": float((predicted == (labels > 0.5)).all(-1).mean()),
-                "f1_micro": float(f1_score(labels, predicted, average="micro", zero_division=0)),
-                "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0))}
+        return {
+            **result,
+            "accuracy": float((predicted == (labels > 0.5)).all(-1).mean()),
+            "f1_micro": float(f1_score(labels, predicted, average="micro", zero_division=0)),
+            "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        }
 
 
 def _name(value: object) -> str:

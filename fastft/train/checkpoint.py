@@ -54,7 +54,13 @@ def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int
 
     def finish(entries: dict[str, dict]) -> None:
         point("before-manifest", ranks.rank)
-        manifest = {"step": step, "world_size": ranks.world, "zero": engine.zero_optimization_stage(), "state": state, "files": entries}
+        manifest = {
+            "step": step,
+            "world_size": ranks.world,
+            "zero": engine.zero_optimization_stage(),
+            "state": state,
+            "files": entries,
+        }
         _write_json(scratch / "MANIFEST.json", {**manifest, "digest": digest(manifest)})
         point("before-rename", ranks.rank)
         writer.move()
@@ -96,7 +102,9 @@ def find(folder: Path, step: int | None = None, ranks: Ranks | None = None) -> t
     """
     known = _folders(folder)
     if step is not None and step not in known:
-        raise UserError(f"{folder}: no checkpoint of step {step}.", f"There are: {known}." if known else "There is none at all.")
+        raise UserError(
+            f"{folder}: no checkpoint of step {step}.", f"There are: {known}." if known else "There is none at all."
+        )
     problems = []
     for candidate in [step] if step is not None else reversed(known):
         path = folder / f"step-{candidate}"
@@ -106,7 +114,9 @@ def find(folder: Path, step: int | None = None, ranks: Ranks | None = None) -> t
                 log.warning("%s Going back to %s.", passed_over, path)
             return path, manifest, problems
         problems.append(problem)
-    raise UserError(f"{folder}: no usable checkpoint. {' '.join(problems)}".strip(), "Start the run anew with `fastft train`.")
+    raise UserError(
+        f"{folder}: no usable checkpoint. {' '.join(problems)}".strip(), "Start the run anew with `fastft train`."
+    )
 
 
 def load(engine, path: Path, manifest: dict, ranks: Ranks, converted: Path | None = None) -> dict:
@@ -124,8 +134,10 @@ def load(engine, path: Path, manifest: dict, ranks: Ranks, converted: Path | Non
     except (RuntimeError, KeyError, ValueError, FileNotFoundError) as e:
         if isinstance(e, UserError):
             raise
-        raise UserError(f"{path}: does not fit this run's model or settings: {str(e).strip()[:300]}",
-                        "Resume with the configuration that the run began with (config.yaml in its folder).") from None
+        raise UserError(
+            f"{path}: does not fit this run's model or settings: {str(e).strip()[:300]}",
+            "Resume with the configuration that the run began with (config.yaml in its folder).",
+        ) from None
     if manifest["world_size"] == ranks.world:
         _restore_rng(torch.load(path / f"rng-{ranks.rank}.pt", weights_only=True), ranks.device)
     else:  # the old ranks' dropout masks are of no use to other ranks; what these draw follows from the step and the rank
@@ -146,8 +158,11 @@ def _restore_rng(rng: dict, device: torch.device) -> None:
 def _rng_state(device: torch.device) -> dict:
     name, keys, position, gauss, cached = np.random.get_state()
     version, internal, python_gauss = random.getstate()
-    state = {"torch": torch.get_rng_state(), "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, gauss, cached),
-             "python": (version, list(internal), python_gauss)}
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, gauss, cached),
+        "python": (version, list(internal), python_gauss),
+    }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state

@@ -21,8 +21,20 @@ from fastft.optim.groups import parameter_groups
 log = logging.getLogger(__name__)
 
 # DeepSpeed settings that follow from the YAML; a second source for them would be a contradiction waiting to happen.
-OWNED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler", "fp16", "bf16",
-         "gradient_clipping", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "gradient_predivide_factor", "prescale_gradients"}
+OWNED = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bf16",
+    "gradient_clipping",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "gradient_predivide_factor",
+    "prescale_gradients",
+}
 
 
 @dataclass(frozen=True)
@@ -46,12 +58,21 @@ def environment(config: Config) -> Ranks:
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     world = int(env["WORLD_SIZE"])
-    local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or (world if env["MASTER_ADDR"] in ("127.0.0.1", "localhost") else 1))
+    local_world = int(
+        env.get("LOCAL_WORLD_SIZE")
+        or env.get("LOCAL_SIZE")
+        or (world if env["MASTER_ADDR"] in ("127.0.0.1", "localhost") else 1)
+    )
     env.setdefault("LOCAL_SIZE", str(local_world))  # DeepSpeed's CPU accelerator counts devices by it
     cuda = torch.cuda.is_available()
     if config.run.device == "cuda" and not cuda:
-        raise UserError("run.device: cuda, but torch sees no CUDA device.", "`fastft doctor` shows what is there; or set run.device: auto.")
-    device = torch.device("cuda", int(env["LOCAL_RANK"])) if cuda and config.run.device != "cpu" else torch.device("cpu")
+        raise UserError(
+            "run.device: cuda, but torch sees no CUDA device.",
+            "`fastft doctor` shows what is there; or set run.device: auto.",
+        )
+    device = (
+        torch.device("cuda", int(env["LOCAL_RANK"])) if cuda and config.run.device != "cpu" else torch.device("cpu")
+    )
     if device.type == "cpu":
         _keep_heap()
         env["DS_ACCELERATOR"] = "cpu"
@@ -124,20 +145,32 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
         try:
             extra = json.loads(Path(extra).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as e:  # ValueError: broken JSON, not UTF-8, a number too long
-            raise UserError(f"parallel.deepspeed: {extra}: {e}", "Give a JSON file of DeepSpeed settings, or write them as a mapping.") from None
+            raise UserError(
+                f"parallel.deepspeed: {extra}: {e}",
+                "Give a JSON file of DeepSpeed settings, or write them as a mapping.",
+            ) from None
     if not isinstance(extra, dict | None):
         raise UserError(f"parallel.deepspeed: a {type(extra).__name__}, not a mapping of DeepSpeed settings.")
     for key, value in (extra or {}).items():
         if key in OWNED:
-            raise UserError(f"parallel.deepspeed: {key!r} follows from the rest of the configuration.", "Remove it there; set batch, optim or model instead.")
+            raise UserError(
+                f"parallel.deepspeed: {key!r} follows from the rest of the configuration.",
+                "Remove it there; set batch, optim or model instead.",
+            )
         if key == "zero_optimization":
             if not isinstance(value, dict):
                 raise UserError(f"parallel.deepspeed: zero_optimization is a {type(value).__name__}, not a mapping.")
             if value.get("stage", zero) != zero:
-                raise UserError(f"parallel.deepspeed: zero_optimization.stage = {value['stage']} contradicts parallel.zero = {zero}.", "Set parallel.zero.")
+                raise UserError(
+                    f"parallel.deepspeed: zero_optimization.stage = {value['stage']} contradicts parallel.zero = {zero}.",
+                    "Set parallel.zero.",
+                )
             if value.get("elastic_checkpoint") and config.optim.state_dtype == "int8":
-                raise UserError("parallel.deepspeed: zero_optimization.elastic_checkpoint cuts the optimizer's tensors itself, which would tear the blocks "
-                                "of optim.state_dtype: int8 apart.", "Remove one of the two.")
+                raise UserError(
+                    "parallel.deepspeed: zero_optimization.elastic_checkpoint cuts the optimizer's tensors itself, which would tear the blocks "
+                    "of optim.state_dtype: int8 apart.",
+                    "Remove one of the two.",
+                )
             settings[key] = {**value, "stage": zero}
         else:
             settings[key] = value
@@ -151,13 +184,17 @@ def _check_deepspeed(settings: dict) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    read = _Asked({key: value for key, value in settings.items() if key != "train_batch_size"})  # which hangs on the number of ranks
+    read = _Asked(
+        {key: value for key, value in settings.items() if key != "train_batch_size"}
+    )  # which hangs on the number of ranks
     try:
         DeepSpeedConfig(read)
     except Exception as e:  # pydantic's, DeepSpeed's own, and whatever a value of the wrong type runs into
         raise UserError(f"parallel.deepspeed: {e}", "DeepSpeed's documentation lists its keys.") from None
     if unknown := sorted(set(read) - read.asked):
-        raise UserError(f"parallel.deepspeed: DeepSpeed knows no {', '.join(unknown)}.", did_you_mean(unknown[0], read.asked))
+        raise UserError(
+            f"parallel.deepspeed: DeepSpeed knows no {', '.join(unknown)}.", did_you_mean(unknown[0], read.asked)
+        )
 
 
 class _Asked(dict):
@@ -186,9 +223,17 @@ class _Asked(dict):
 def build_optimizer(model: torch.nn.Module, config: Config) -> FusedAdamW:
     """The optimizer of this run, over the trained parameters."""
     optim = config.optim
-    return FusedAdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
-                      state_dtype=optim.state_dtype, stochastic_rounding=optim.master == "stochastic", remainder=optim.master == "remainder",
-                      seed=config.run.seed)
+    return FusedAdamW(
+        parameter_groups(model, optim.weight_decay),
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        state_dtype=optim.state_dtype,
+        stochastic_rounding=optim.master == "stochastic",
+        remainder=optim.master == "remainder",
+        seed=config.run.seed,
+    )
 
 
 def layout(model: torch.nn.Module, optimizer: FusedAdamW) -> str:
@@ -209,13 +254,17 @@ def build_engine(model: torch.nn.Module, optimizer: FusedAdamW, settings: dict, 
     with optimizer.steps_suspended():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 1:
-        engine.enable_backward_allreduce = False  # one rank: it would flatten and copy every gradient to reduce it with nobody
+        engine.enable_backward_allreduce = (
+            False  # one rank: it would flatten and copy every gradient to reduce it with nobody
+        )
     if engine.zero_optimization_stage() == 3:
         _clear_padding(engine.optimizer)
     _set_offsets(engine)
     reason = "parallel.fused_step: false"
     if fused_step:
-        reason = zero_step.install(engine, optimizer) if engine.zero_optimization_stage() else "stage 0 has no ZeRO step"
+        reason = (
+            zero_step.install(engine, optimizer) if engine.zero_optimization_stage() else "stage 0 has no ZeRO step"
+        )
         if reason and engine.zero_optimization_stage():
             log.warning("ZeRO step not fused: %s", reason)
     engine.fastft_step = f"unfused: {reason}" if reason else "fused"
@@ -232,7 +281,7 @@ def _clear_padding(zero) -> None:
             if param.ds_tensor.numel() == size:  # elsewhere (NVMe) it is not here to be mended
                 param.ds_tensor[padding].zero_()
             if flat.numel() >= before + size:
-                flat.data[before:before + size][padding].zero_()
+                flat.data[before : before + size][padding].zero_()
             before += size
 
 
@@ -245,7 +294,9 @@ def _set_offsets(engine) -> None:
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):
         before = 0
-        for group, (flat, params) in enumerate(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)):
+        for group, (flat, params) in enumerate(
+            zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
+        ):
             rank = torch.distributed.get_rank(group=zero.real_dp_process_group[group])
             set_offset(flat, before + rank * flat.numel())
             before += sum(p.numel() for p in params)

@@ -14,7 +14,9 @@ from fastft.train.engine import Ranks
 WINDOW = 1024  # sequences planned at a time: enough to sort by length, small enough for the planner's quadratic cost
 
 
-def evaluate(model: torch.nn.Module, task: Task, split: Split, ranks: Ranks, beat: Callable[[], None] = lambda: None) -> dict[str, float]:
+def evaluate(
+    model: torch.nn.Module, task: Task, split: Split, ranks: Ranks, beat: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """The task's metrics over every sequence of the split, the same numbers on every rank.
 
     ``model`` is anything callable as the Hugging Face model is: the model itself, or the DeepSpeed engine around it.
@@ -24,7 +26,11 @@ def evaluate(model: torch.nn.Module, task: Task, split: Split, ranks: Ranks, bea
     model.eval()
     metrics = task.new_metrics()
     with torch.inference_mode(), ThreadPoolExecutor(1) as ahead:
-        plan = [micro[ranks.rank] for start in range(0, len(split), WINDOW) for micro in _plan(task, split, start, ranks.world)]
+        plan = [
+            micro[ranks.rank]
+            for start in range(0, len(split), WINDOW)
+            for micro in _plan(task, split, start, ranks.world)
+        ]
         coming = ahead.submit(task.collate, split, plan[0])
         for i in range(len(plan)):
             batch = coming.result().to(ranks.device)

@@ -31,10 +31,17 @@ def check_agreement(config: Config, data_key: str, ranks: Ranks) -> None:
     mine = _facts(config, data_key)
     everyone: list[dict] = [{}] * ranks.world
     dist.all_gather_object(everyone, mine)
-    wrong = [f"rank {rank} has {name} {theirs[name]}, rank 0 has {first}" for rank, theirs in enumerate(everyone) for name, first in everyone[0].items()
-             if theirs[name] != first]
+    wrong = [
+        f"rank {rank} has {name} {theirs[name]}, rank 0 has {first}"
+        for rank, theirs in enumerate(everyone)
+        for name, first in everyone[0].items()
+        if theirs[name] != first
+    ]
     if wrong:
-        raise UserError("The ranks do not agree: " + "; ".join(wrong[:4]) + ".", "Every host needs the same configuration, data, packages and code.")
+        raise UserError(
+            "The ranks do not agree: " + "; ".join(wrong[:4]) + ".",
+            "Every host needs the same configuration, data, packages and code.",
+        )
 
 
 def _facts(config: Config, data_key: str) -> dict[str, str]:
@@ -42,9 +49,16 @@ def _facts(config: Config, data_key: str) -> dict[str, str]:
     import transformers
 
     settings = configuration.dump(config)
-    return {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-            "fastft": f"{fastft.__version__} (code {code_hash()})", "seed": str(config.run.seed), "data": data_key,
-            "settings": hashlib.sha256(settings.encode()).hexdigest()[:12]}
+    return {
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "fastft": f"{fastft.__version__} (code {code_hash()})",
+        "seed": str(config.run.seed),
+        "data": data_key,
+        "settings": hashlib.sha256(settings.encode()).hexdigest()[:12],
+    }
 
 
 def check_weights(model: torch.nn.Module, ranks: Ranks, step: int) -> None:
@@ -64,9 +78,13 @@ def check_weights(model: torch.nn.Module, ranks: Ranks, step: int) -> None:
     values = [int(s) for s in sums]
     usual = max(set(values), key=values.count)
     if odd := [rank for rank, value in enumerate(values) if value != usual]:
-        named = f"the weights of rank {', '.join(map(str, odd))} differ from those of the other {ranks.world - len(odd)}"
-        raise UserError(f"step {step}: {named if values.count(usual) > ranks.world / 2 else 'the weights differ between ranks, and no majority says which are right'}.",
-                        "Resume from the newest checkpoint before this step, and have that machine's memory checked.")
+        named = (
+            f"the weights of rank {', '.join(map(str, odd))} differ from those of the other {ranks.world - len(odd)}"
+        )
+        raise UserError(
+            f"step {step}: {named if values.count(usual) > ranks.world / 2 else 'the weights differ between ranks, and no majority says which are right'}.",
+            "Resume from the newest checkpoint before this step, and have that machine's memory checked.",
+        )
 
 
 class Pace:
@@ -100,5 +118,9 @@ class Pace:
         every = [torch.empty_like(mine) for _ in range(ranks.world)]
         dist.all_gather(every, mine)
         seconds = torch.cat(every)
-        others = torch.stack([torch.cat([seconds[:r], seconds[r + 1:]]).median() for r in range(ranks.world)])
-        return {r: round(float(seconds[r] / others[r]), 2) for r in range(ranks.world) if seconds[r] > max(SLOW * others[r], others[r] + SLOW_SECONDS)}
+        others = torch.stack([torch.cat([seconds[:r], seconds[r + 1 :]]).median() for r in range(ranks.world)])
+        return {
+            r: round(float(seconds[r] / others[r]), 2)
+            for r in range(ranks.world)
+            if seconds[r] > max(SLOW * others[r], others[r] + SLOW_SECONDS)
+        }

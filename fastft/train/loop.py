@@ -35,7 +35,6 @@ from fastft.train.telemetry import Telemetry
 from fastft.train.throughput import Throughput
 from fastft.train.writer import Writer
 
-
 # What a resumed run may not change: the sample order and the layout of the state depend on it.
 SETTLED = ("task", "batch.size", "batch.global_tokens", "data.seed", "model.dtype", "optim.state_dtype", "optim.master")
 
@@ -66,7 +65,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     task.check_best_by()
     split, evals = task.train_split(), task.eval_splits()  # all tokenising is done before there is a process group
     schedule = Schedule.of(config, len(split), task.max_length)  # of a run that begins; refused now if it cannot be
-    model, drawn = load.build(config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides())
+    model, drawn = load.build(
+        config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides()
+    )
     task.check_model(model, ranks.device)
     settled = task.attach(model, ranks.device)
     frozen = load.freeze(model, config.model.freeze)
@@ -96,8 +97,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
             run_folder.claim(run_dir, config, resume)
         log = run.log = Telemetry(run_dir, ranks.main, schedule.total)
         cleanup.callback(log.close)
-        log.record("run", zero_step=model_engine.fastft_step, resumed_from=found and found.record(),
-                   **_record(config, ranks, split, evals, schedule, model, frozen, drawn, settled, run.step))
+        log.record(
+            "run",
+            zero_step=model_engine.fastft_step,
+            resumed_from=found and found.record(),
+            **_record(config, ranks, split, evals, schedule, model, frozen, drawn, settled, run.step),
+        )
         return run.loop()
 
 
@@ -112,8 +117,13 @@ class _Found:
     converted: Path | None  # its form for this number of ranks and ZeRO stage, when it was written by another
 
     def record(self) -> dict:
-        return {"path": str(self.path), "world_size": self.manifest["world_size"], "zero": self.manifest["zero"], "converted": self.converted is not None,
-                "passed_over": self.passed_over}
+        return {
+            "path": str(self.path),
+            "world_size": self.manifest["world_size"],
+            "zero": self.manifest["zero"],
+            "converted": self.converted is not None,
+            "passed_over": self.passed_over,
+        }
 
 
 def _found(config: Config, split: Split, max_length: int, layout: str, ranks: Ranks) -> _Found:
@@ -125,24 +135,56 @@ def _found(config: Config, split: Split, max_length: int, layout: str, ranks: Ra
         section, _, name = key.rpartition(".")
         then, now = (c[section].get(name) if section else c.get(name) for c in (before, config.model_dump(mode="json")))
         if then != now:
-            raise UserError(f"{path}: was written with {key} = {then}, this run has {now}.",
-                            f"Resume with {key}={then}, or start a new run from the exported model.")
-    if manifest["state"]["layout"] != layout:  # DeepSpeed restores flat shards by position: layers would take each other's weights
-        raise UserError(f"{path}: was written with other trained parameters or parameter groups (model.freeze, optim.weight_decay 0 or not).",
-                        "Resume with the settings that the run began with, or start a new run from the exported model.")
+            raise UserError(
+                f"{path}: was written with {key} = {then}, this run has {now}.",
+                f"Resume with {key}={then}, or start a new run from the exported model.",
+            )
+    if (
+        manifest["state"]["layout"] != layout
+    ):  # DeepSpeed restores flat shards by position: layers would take each other's weights
+        raise UserError(
+            f"{path}: was written with other trained parameters or parameter groups (model.freeze, optim.weight_decay 0 or not).",
+            "Resume with the settings that the run began with, or start a new run from the exported model.",
+        )
     schedule = Schedule.of(config, len(split), max_length, manifest["state"].get("knots", ()))
     if manifest["step"] > schedule.total or manifest["state"].get("taken", 0) > schedule.positions:
-        raise UserError(f"{path}: is at step {manifest['step']}, the run would end at {schedule.total}.", "Raise train.steps or train.epochs.")
-    converted = reshard.convert(path, checkpoint.TAG, config.parallel.zero, ranks) if reshard.needed(manifest, config.parallel.zero, ranks) else None
+        raise UserError(
+            f"{path}: is at step {manifest['step']}, the run would end at {schedule.total}.",
+            "Raise train.steps or train.epochs.",
+        )
+    converted = (
+        reshard.convert(path, checkpoint.TAG, config.parallel.zero, ranks)
+        if reshard.needed(manifest, config.parallel.zero, ranks)
+        else None
+    )
     return _Found(path, manifest, schedule, passed_over, converted)
 
 
 class _Run:
     """The state of a run: everything the loop touches, in one place."""
 
-    def __init__(self, config: Config, task: Task, split: Split, evals: dict[str, Split], schedule: Schedule, ranks: Ranks, model_engine,
-                 optimizer: FusedAdamW, layout: str, stop: StopRequest, heart: Heartbeat):
-        self.config, self.task, self.split, self.evals, self.schedule, self.ranks = config, task, split, evals, schedule, ranks
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        split: Split,
+        evals: dict[str, Split],
+        schedule: Schedule,
+        ranks: Ranks,
+        model_engine,
+        optimizer: FusedAdamW,
+        layout: str,
+        stop: StopRequest,
+        heart: Heartbeat,
+    ):
+        self.config, self.task, self.split, self.evals, self.schedule, self.ranks = (
+            config,
+            task,
+            split,
+            evals,
+            schedule,
+            ranks,
+        )
         self.engine, self.optimizer, self.layout, self.stop = model_engine, optimizer, layout, stop
         self.log: Telemetry | None = None  # opened once everything that can be refused has been
         self.stepper = Stepper(model_engine, optimizer, config.optim.grad_clip)
@@ -155,7 +197,9 @@ class _Run:
         self.stepper.before_step = self._check_weights
         self.chosen: list | dict = []
         self.writer = Writer(ranks)
-        self.best: dict | None = None  # step, metric and value of the best checkpoint, where checkpoint.best_by asks for it
+        self.best: dict | None = (
+            None  # step, metric and value of the best checkpoint, where checkpoint.best_by asks for it
+        )
         self.evaluated_at = -1
 
     def loop(self) -> dict:
@@ -198,7 +242,9 @@ class _Run:
             plan = batches.by_length(ids, self.split.lengths[ids], world, self.config.batch.micro_tokens)
         else:
             plan = batches.fixed(ids, world, micro)
-        return [self.task.collate(self.split, part[self.ranks.rank]) for part in plan], float(self.split.targets[ids].sum())
+        return [self.task.collate(self.split, part[self.ranks.rank]) for part in plan], float(
+            self.split.targets[ids].sum()
+        )
 
     def _after_step(self, loss: torch.Tensor) -> None:
         settings, last = self.config.train, self.step == self.schedule.total
@@ -222,11 +268,17 @@ class _Run:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.skipped_total += skipped
         if skipped:
-            self.log.record("skipped", step=self.step, samples=self.schedule.ids(self.step - 1, len(self.split), self.config.data.seed).tolist())
+            self.log.record(
+                "skipped",
+                step=self.step,
+                samples=self.schedule.ids(self.step - 1, len(self.split), self.config.data.seed).tolist(),
+            )
             self.log.say(f"step {self.step}: NaN or Inf gradients; the step was skipped")
         if self.skipped_in_a_row > self.config.train.max_skipped:
-            raise UserError(f"{self.skipped_in_a_row} steps in a row had NaN or Inf gradients (the last at step {self.step}).",
-                            "Lower optim.lr, check the data (the samples stand in metrics.jsonl), or raise train.max_skipped.")
+            raise UserError(
+                f"{self.skipped_in_a_row} steps in a row had NaN or Inf gradients (the last at step {self.step}).",
+                "Lower optim.lr, check the data (the samples stand in metrics.jsonl), or raise train.max_skipped.",
+            )
 
     def _check_weights(self) -> None:
         """Before the update: after it ZeRO 1 and 2 have just written all replicated weights anew from the shards."""
@@ -244,9 +296,11 @@ class _Run:
         if value > factor * usual:
             samples = self.schedule.ids(self.step - 1, len(self.split), self.config.data.seed).tolist()
             self.log.record("spike", step=self.step, loss=value, usual=usual, samples=samples)
-            raise UserError(f"step {self.step}: the loss {value:.4g} is more than {factor} times the usual {usual:.4g}; samples {', '.join(map(str, samples[:8]))}"
-                            f"{', ...' if len(samples) > 8 else ''}.",
-                            f"`fastft replay {self.config.run.dir} --step {self.step}` shows each sample; `fastft resume` goes back to the checkpoint before it.")
+            raise UserError(
+                f"step {self.step}: the loss {value:.4g} is more than {factor} times the usual {usual:.4g}; samples {', '.join(map(str, samples[:8]))}"
+                f"{', ...' if len(samples) > 8 else ''}.",
+                f"`fastft replay {self.config.run.dir} --step {self.step}` shows each sample; `fastft resume` goes back to the checkpoint before it.",
+            )
 
     def _over_ranks(self, loss: torch.Tensor) -> float:
         """The step's loss, from every rank's share of it."""
@@ -263,18 +317,33 @@ class _Run:
         rates = self.throughput.read(self.ranks)
         if self.ranks.world > 1 and (slow := self.pace.slow_ranks(self.ranks)):
             self.log.record("slow_ranks", step=self.step, times=slow)
-            self.log.say(f"step {self.step}: slow: " + ", ".join(f"rank {rank} takes {times:.1f} times the others' time" for rank, times in slow.items()))
-        self.log.record("train", step=self.step, epoch=self.schedule.taken(self.step) / len(self.split), loss=value,
-                        lr=self.optimizer.param_groups[0]["lr"], grad_norm=float(self.stepper.grad_norm), skipped=self.skipped_total, **rates)
+            self.log.say(
+                f"step {self.step}: slow: "
+                + ", ".join(f"rank {rank} takes {times:.1f} times the others' time" for rank, times in slow.items())
+            )
+        self.log.record(
+            "train",
+            step=self.step,
+            epoch=self.schedule.taken(self.step) / len(self.split),
+            loss=value,
+            lr=self.optimizer.param_groups[0]["lr"],
+            grad_norm=float(self.stepper.grad_norm),
+            skipped=self.skipped_total,
+            **rates,
+        )
         self.log.progress(self.step, loss=value, rate=rates["tokens_per_second"])
 
     def _evaluate(self) -> None:
         self.evaluated_at = self.step
         with self.throughput.paused():
             for name, split in self.evals.items():
-                self.metrics[name] = evaluate(self.engine, self.task, split, self.ranks, lambda: self.heart.beat(self.step))
+                self.metrics[name] = evaluate(
+                    self.engine, self.task, split, self.ranks, lambda: self.heart.beat(self.step)
+                )
                 self.log.record("eval", step=self.step, set=name, **self.metrics[name])
-                self.log.say(f"step {self.step}  {name}: " + "  ".join(f"{k} {v:.4g}" for k, v in self.metrics[name].items()))
+                self.log.say(
+                    f"step {self.step}  {name}: " + "  ".join(f"{k} {v:.4g}" for k, v in self.metrics[name].items())
+                )
 
     def _agreed(self) -> int:
         """The signal that any rank has seen (0: none). Raises UserError on every rank when any could not write its part of a checkpoint."""
@@ -283,19 +352,32 @@ class _Run:
             problems = [self.writer.problem] * self.ranks.world
             if self.ranks.world > 1:
                 dist.all_gather_object(problems, self.writer.problem)
-            raise UserError("; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem),
-                            f"The older checkpoints are whole: go on with `fastft resume {self.config.run.dir}` once it is mended.")
+            raise UserError(
+                "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem),
+                f"The older checkpoints are whole: go on with `fastft resume {self.config.run.dir}` once it is mended.",
+            )
         return signum
 
     def _save(self, wait: bool) -> None:
         start = time.perf_counter()
         with self.throughput.paused():
             best = self._is_best()
-            state = {"step": self.step, "best": self.best, "skipped_in_a_row": self.skipped_in_a_row, "skipped_total": self.skipped_total,
-                     "data": self.split.data.key, "knots": self.schedule.knots_at(self.step), "taken": self.schedule.taken(self.step), "layout": self.layout, "task": self.task.state(),
-                     "config": configuration.dump(self.config)}
+            state = {
+                "step": self.step,
+                "best": self.best,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "skipped_total": self.skipped_total,
+                "data": self.split.data.key,
+                "knots": self.schedule.knots_at(self.step),
+                "taken": self.schedule.taken(self.step),
+                "layout": self.layout,
+                "task": self.task.state(),
+                "config": configuration.dump(self.config),
+            }
             self._settle()
-            path = checkpoint.save(self.engine, self.writer, self.folder, self.step, state, self.config.checkpoint.keep, best)
+            path = checkpoint.save(
+                self.engine, self.writer, self.folder, self.step, state, self.config.checkpoint.keep, best
+            )
             if wait:
                 self._settle()
             self.log.record("checkpoint", step=self.step, path=str(path), stall_seconds=time.perf_counter() - start)
@@ -331,20 +413,30 @@ class _Run:
         return True
 
     def resume(self, found: _Found) -> None:
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
         state = checkpoint.load(self.engine, found.path, found.manifest, self.ranks, found.converted)
         for group, given in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(given)  # the configuration's, not the checkpoint's (of which stage 3 gives every group the first one's: weight decay on biases)
+            group.update(
+                given
+            )  # the configuration's, not the checkpoint's (of which stage 3 gives every group the first one's: weight decay on biases)
         if found.converted:
             reshard.done(found.converted, self.ranks)
         self.best = state.get("best")
-        self.step, self.skipped_in_a_row, self.skipped_total = state["step"], state["skipped_in_a_row"], state["skipped_total"]
+        self.step, self.skipped_in_a_row, self.skipped_total = (
+            state["step"],
+            state["skipped_in_a_row"],
+            state["skipped_total"],
+        )
 
     def _finish(self) -> dict:
         if not self.metrics:
             self._evaluate()
         self.heart.rest()
-        folder = export.save_engine(self.engine, self.task, Path(self.config.run.dir) / "model", self.config.model.dtype, self.ranks)
+        folder = export.save_engine(
+            self.engine, self.task, Path(self.config.run.dir) / "model", self.config.model.dtype, self.ranks
+        )
         if self.ranks.main:
             run_folder.drop_old(Path(self.config.run.dir))
         summary = {"step": self.step, "model": str(folder), "eval": self.metrics, **self.throughput.overall(self.ranks)}
@@ -352,17 +444,47 @@ class _Run:
         return summary
 
 
-def _record(config: Config, ranks: Ranks, split: Split, evals: dict[str, Split], schedule: Schedule, model: torch.nn.Module, frozen: int,
-            drawn: list[str], settled: dict, start: int) -> dict:
+def _record(
+    config: Config,
+    ranks: Ranks,
+    split: Split,
+    evals: dict[str, Split],
+    schedule: Schedule,
+    model: torch.nn.Module,
+    frozen: int,
+    drawn: list[str],
+    settled: dict,
+    start: int,
+) -> dict:
     """What a run was: settings, versions, machine, data, and which backends computed it."""
     import deepspeed
     import transformers
 
     return {
-        "config": config.model_dump(mode="json"), "command": sys.argv[1:], "start_step": start, "total_steps": schedule.total,
-        "sequences_per_step": schedule.size, "knots": schedule.knots, "data_key": split.data.key, "world_size": ranks.world, "device": str(ranks.device), "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in model.parameters()), "frozen": frozen, "drawn_anew": drawn, **settled,
-        "data": {s.name: {"sequences": len(s), "tokens": s.totals["tokens"], **s.data.meta["counts"]} for s in [split, *evals.values()]},
-        "python": platform.python_version(), "machine": platform.machine(),
-        "versions": {"fastft": fastft.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "deepspeed": deepspeed.__version__},
+        "config": config.model_dump(mode="json"),
+        "command": sys.argv[1:],
+        "start_step": start,
+        "total_steps": schedule.total,
+        "sequences_per_step": schedule.size,
+        "knots": schedule.knots,
+        "data_key": split.data.key,
+        "world_size": ranks.world,
+        "device": str(ranks.device),
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "frozen": frozen,
+        "drawn_anew": drawn,
+        **settled,
+        "data": {
+            s.name: {"sequences": len(s), "tokens": s.totals["tokens"], **s.data.meta["counts"]}
+            for s in [split, *evals.values()]
+        },
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": {
+            "fastft": fastft.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "deepspeed": deepspeed.__version__,
+        },
     }

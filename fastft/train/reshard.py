@@ -30,8 +30,10 @@ def needed(manifest: dict, stage: int, ranks: Ranks) -> bool:
     if before == stage and (manifest["world_size"] == ranks.world or stage == 0):
         return False
     if before != stage and 0 in (before, stage):
-        raise UserError(f"The checkpoint was written with parallel.zero = {before}, this run has {stage}.",
-                        f"Resume with parallel.zero={before}, or start a new run from the exported model (`fastft export`).")
+        raise UserError(
+            f"The checkpoint was written with parallel.zero = {before}, this run has {stage}.",
+            f"Resume with parallel.zero={before}, or start a new run from the exported model (`fastft export`).",
+        )
     return True
 
 
@@ -41,10 +43,20 @@ def convert(path: Path, tag: str, stage: int, ranks: Ranks) -> Path:
     problem = [""]
     if ranks.main:
         remove(folder)
-        what = argparse.Namespace(input_folder=str(path / tag), output_folder=str(folder / tag), num_extract_workers=1, num_merge_workers=1,
-                                  keep_temp_folder=False, strict=True, inject_missing_state=True)
+        what = argparse.Namespace(
+            input_folder=str(path / tag),
+            output_folder=str(folder / tag),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints as it goes
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):  # it prints as it goes
                 ds_to_universal.main(what)
         except Exception as e:  # whatever it meets, every rank must hear of it
             problem = [f"{type(e).__name__}: {e}"]
@@ -53,8 +65,10 @@ def convert(path: Path, tag: str, stage: int, ranks: Ranks) -> Path:
     if ranks.world > 1:
         dist.broadcast_object_list(problem, src=0)
     if problem[0]:
-        raise UserError(f"{path}: DeepSpeed could not convert it for this number of ranks or ZeRO stage:\n{problem[0]}",
-                        "Resume with the ranks and the stage that it was written with.")
+        raise UserError(
+            f"{path}: DeepSpeed could not convert it for this number of ranks or ZeRO stage:\n{problem[0]}",
+            "Resume with the ranks and the stage that it was written with.",
+        )
     return folder
 
 
@@ -69,22 +83,35 @@ def _fit(folder: Path, stage: int, world: int) -> None:
     counters["module"] = {}  # the weights come from the universal folder
     for file in found:
         file.unlink()
-    for name in [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world)] if stage == 3 else ["mp_rank_00_model_states.pt"]:
+    for name in (
+        [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world)]
+        if stage == 3
+        else ["mp_rank_00_model_states.pt"]
+    ):
         torch.save(counters, folder / name)
 
     weights = folder / "zero"
     before = torch.load(weights / "optimizer_state.pt", map_location="cpu", weights_only=False)
     trained = [file.parent for file in weights.glob("*/exp_avg.pt")]
-    step = before["optimizer_state_dict"]["state"][0]["step"] if "optimizer_state_dict" in before else torch.load(trained[0] / "step.pt")
+    step = (
+        before["optimizer_state_dict"]["state"][0]["step"]
+        if "optimizer_state_dict" in before
+        else torch.load(trained[0] / "step.pt")
+    )
     after = {key: before[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow", "param_groups")}
-    after |= {"ds_version": counters["ds_version"], "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": before["param_groups"]}}
+    after |= {
+        "ds_version": counters["ds_version"],
+        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": before["param_groups"]},
+    }
     torch.save(after, weights / "optimizer_state.pt")
     shapes = {name: shape for group in counters["param_shapes"] for name, shape in group.items()}
     for parameter in trained:
         torch.save(step, parameter / "step.pt")
         for file in (parameter / f"{name}.pt" for name in ("fp32", "exp_avg", "exp_avg_sq")):
-            if torch.is_tensor(value := torch.load(file, map_location="cpu", weights_only=False)):  # stage 3's: flat, bare
-                torch.save({"param": value[:shapes[parameter.name].numel()].view(shapes[parameter.name])}, file)
+            if torch.is_tensor(
+                value := torch.load(file, map_location="cpu", weights_only=False)
+            ):  # stage 3's: flat, bare
+                torch.save({"param": value[: shapes[parameter.name].numel()].view(shapes[parameter.name])}, file)
 
 
 def done(folder: Path, ranks: Ranks) -> None:

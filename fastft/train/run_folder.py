@@ -10,7 +10,12 @@ from fastft.config import Config
 from fastft.errors import UserError
 from fastft.files import fsync, remove, replacing
 
-OF_A_RUN = ("checkpoints", "model", "metrics.jsonl", "config.yaml")  # what a run writes into its folder, beside prepared data
+OF_A_RUN = (
+    "checkpoints",
+    "model",
+    "metrics.jsonl",
+    "config.yaml",
+)  # what a run writes into its folder, beside prepared data
 
 
 def check(run_dir: Path, config: Config, overwrite: bool) -> None:
@@ -20,17 +25,29 @@ def check(run_dir: Path, config: Config, overwrite: bool) -> None:
         there.remove("checkpoints")
     if "metrics.jsonl" not in there:
         if there:
-            raise UserError(f"run.dir: {run_dir} holds {', '.join(there)}, but is not the folder of a run.", "Choose another run.dir; nothing was touched.")
+            raise UserError(
+                f"run.dir: {run_dir} holds {', '.join(there)}, but is not the folder of a run.",
+                "Choose another run.dir; nothing was touched.",
+            )
         return
     if not overwrite:
-        raise UserError(f"run.dir: {run_dir} already holds a run.",
-                        f"Go on with `fastft resume {run_dir}`, choose another run.dir, or start over with --overwrite.")
-    inputs = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer, "data.labels": config.data.labels}
+        raise UserError(
+            f"run.dir: {run_dir} already holds a run.",
+            f"Go on with `fastft resume {run_dir}`, choose another run.dir, or start over with --overwrite.",
+        )
+    inputs = {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "data.labels": config.data.labels,
+    }
     inputs |= {f"data.train[{i}]": s.path for i, s in enumerate(config.data.train)}
     inputs |= {f"data.eval.{name}": s.path for name, sources in config.data.eval.items() for s in sources}
     for key, path in inputs.items():
         if path and Path(path).exists() and run_dir.resolve() in Path(path).resolve().parents:
-            raise UserError(f"{key}: {path} lies in run.dir, which --overwrite starts over.", "Choose another run.dir, or copy it out first.")
+            raise UserError(
+                f"{key}: {path} lies in run.dir, which --overwrite starts over.",
+                "Choose another run.dir, or copy it out first.",
+            )
 
 
 def lock(run_dir: Path) -> TextIO:
@@ -40,7 +57,9 @@ def lock(run_dir: Path) -> TextIO:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"run.dir: another process is training in {run_dir}.", "Wait for it, end it, or choose another run.dir.") from None
+        raise UserError(
+            f"run.dir: another process is training in {run_dir}.", "Wait for it, end it, or choose another run.dir."
+        ) from None
     except OSError:  # a file system without locks
         pass
     return file
@@ -68,8 +87,10 @@ def claim(run_dir: Path, config: Config, resume: bool) -> None:
 def check_data(written: Path, then: str, now: str) -> None:
     """UserError when prepared training data has another key now than when this file or folder was written."""
     if then != now:
-        raise UserError(f"{written}: the training data, tokenizer or data settings changed since this was written, or it is from a fastft that read data otherwise.",
-                        "Put the old data back, go on with the fastft that began the run, or start a new run from the exported model.")
+        raise UserError(
+            f"{written}: the training data, tokenizer or data settings changed since this was written, or it is from a fastft that read data otherwise.",
+            "Put the old data back, go on with the fastft that began the run, or start a new run from the exported model.",
+        )
 
 
 def drop_old(run_dir: Path) -> None:

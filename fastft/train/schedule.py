@@ -30,8 +30,10 @@ class Schedule:
         if config.batch.global_tokens is not None:
             size = config.batch.global_tokens // max_length
             if size == 0:
-                raise UserError(f"batch.global_tokens = {config.batch.global_tokens} is less than one sequence (data.max_length = {max_length}).",
-                                "Raise batch.global_tokens or lower data.max_length.")
+                raise UserError(
+                    f"batch.global_tokens = {config.batch.global_tokens} is less than one sequence (data.max_length = {max_length}).",
+                    "Raise batch.global_tokens or lower data.max_length.",
+                )
         size = size or 32
         knots = tuple((steps, taken) for steps, taken in knots)
         steps, taken = knots[-1] if knots else (0, 0)

@@ -45,9 +45,17 @@ class _Bar:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self.console = Console(stderr=True)
-        self.bar = Progress(TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("loss {task.fields[loss]}"),
-                            TextColumn("{task.fields[rate]} tokens/s"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-                            console=self.console, disable=not self.console.is_terminal)
+        self.bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
         self.task = self.bar.add_task("train", total=total, loss="-", rate="-")
         self.bar.start()
 
@@ -56,7 +64,10 @@ class _Bar:
         if loss is not None:
             fields = {"loss": f"{loss:.4f}", "rate": f"{rate:,.0f}"}
             if not self.console.is_terminal:  # logs get lines, not a bar
-                self.console.print(f"step {step}/{int(self.bar.tasks[0].total)}  loss {fields['loss']}  {fields['rate']} tokens/s", highlight=False)
+                self.console.print(
+                    f"step {step}/{int(self.bar.tasks[0].total)}  loss {fields['loss']}  {fields['rate']} tokens/s",
+                    highlight=False,
+                )
         self.bar.update(self.task, completed=step, **fields)
 
     def print(self, text: str) -> None:

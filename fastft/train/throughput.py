@@ -27,13 +27,25 @@ class Throughput:
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         tokens, padded, samples = _sum_over_ranks([self.tokens, self.padded, self.samples], ranks)
-        self.all_tokens, self.all_samples, self.all_seconds = self.all_tokens + tokens, self.all_samples + samples, self.all_seconds + seconds
+        self.all_tokens, self.all_samples, self.all_seconds = (
+            self.all_tokens + tokens,
+            self.all_samples + samples,
+            self.all_seconds + seconds,
+        )
         self.tokens = self.padded = self.samples = 0
-        return {"tokens_per_second": tokens / seconds, "samples_per_second": samples / seconds, "padding": 1 - tokens / max(padded, 1)}
+        return {
+            "tokens_per_second": tokens / seconds,
+            "samples_per_second": samples / seconds,
+            "padding": 1 - tokens / max(padded, 1),
+        }
 
     def overall(self, ranks: Ranks) -> dict[str, float]:
         seconds = max(self.all_seconds, 1e-9)
-        return {"train_seconds": self.all_seconds, "tokens_per_second": self.all_tokens / seconds, "samples_per_second": self.all_samples / seconds}
+        return {
+            "train_seconds": self.all_seconds,
+            "tokens_per_second": self.all_tokens / seconds,
+            "samples_per_second": self.all_samples / seconds,
+        }
 
     def paused(self) -> "_Pause":
         """A context whose time does not count (evaluation, saving)."""

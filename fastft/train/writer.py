@@ -26,7 +26,18 @@ from fastft.train.engine import Ranks
 
 POLL = 0.02  # seconds
 PART, SYNC = 1 << 20, 32 << 20  # bytes written at a time, and before the disk is waited for
-POINTS = ("begin", "snapshot", "before-file", "after-file", "before-report", "after-report", "before-manifest", "before-rename", "before-latest", "before-prune")
+POINTS = (
+    "begin",
+    "snapshot",
+    "before-file",
+    "after-file",
+    "before-report",
+    "after-report",
+    "before-manifest",
+    "before-rename",
+    "before-latest",
+    "before-prune",
+)
 
 
 def point(name: str, rank: int) -> None:
@@ -119,7 +130,7 @@ class _Stream:
             if self.error:
                 break
             try:
-                self._write(view[start:start + PART])
+                self._write(view[start : start + PART])
             except OSError as e:
                 self.error = e
 
@@ -128,7 +139,7 @@ class _Stream:
         self.bytes += len(part)
         self.unsynced += len(part)
         while part:
-            part = part[self.file.write(part):]
+            part = part[self.file.write(part) :]
         if self.unsynced >= SYNC:
             os.fdatasync(self.file.fileno())
             self.unsynced = 0
@@ -218,10 +229,15 @@ class Writer:
             self.problem = f"{path}: writing the checkpoint failed: {e}"
 
     def _check_space(self, files: dict[Path, object], scratch: Path) -> None:
-        need, free = int(1.02 * bytes_of(list(files.values())) * self.ranks.local_world), shutil.disk_usage(scratch).free
+        need, free = (
+            int(1.02 * bytes_of(list(files.values())) * self.ranks.local_world),
+            shutil.disk_usage(scratch).free,
+        )
         if need > free:
-            raise UserError(f"{scratch.parent}: the checkpoint needs {need / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left.",
-                            "Make room, or lower checkpoint.keep (one more than it is on the disk during a save).")
+            raise UserError(
+                f"{scratch.parent}: the checkpoint needs {need / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left.",
+                "Make room, or lower checkpoint.keep (one more than it is on the disk during a save).",
+            )
 
     def _reports(self, scratch: Path) -> dict[str, dict] | None:
         """What all ranks have written, when all have; None when the run ends before."""
@@ -236,7 +252,9 @@ class Writer:
             entries |= json.loads(report.read_text())
         for rank in range(self.ranks.world):
             (scratch / f"rank-{rank}.json").unlink()
-        for path in sorted(p for p in scratch.rglob("*") if p.is_file() and str(p.relative_to(scratch)) not in entries):  # DeepSpeed's script
+        for path in sorted(
+            p for p in scratch.rglob("*") if p.is_file() and str(p.relative_to(scratch)) not in entries
+        ):  # DeepSpeed's script
             fsync(path)
             entries[str(path.relative_to(scratch))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         return entries

@@ -49,30 +49,61 @@ def _models(work: Path, texts: list[str]) -> None:
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=264, special_tokens=["<eos>", "<pad>"], show_progress=False)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>"
+    )
     torch.manual_seed(0)
-    shape = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 128,
-             "pad_token_id": tokenizer.pad_token_id}
-    llama = transformers.LlamaConfig(**shape, num_key_value_heads=2, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True)
+    shape = {
+        "vocab_size": 264,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    llama = transformers.LlamaConfig(
+        **shape, num_key_value_heads=2, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True
+    )
     bert = transformers.BertConfig(**shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    for name, model in (("causal_lm", transformers.LlamaForCausalLM(llama)), ("classification", transformers.BertModel(bert))):
+    for name, model in (
+        ("causal_lm", transformers.LlamaForCausalLM(llama)),
+        ("classification", transformers.BertModel(bert)),
+    ):
         model.save_pretrained(work / f"{name}-model")
         tokenizer.save_pretrained(work / f"{name}-model")
 
 
 def _run(work: Path, task: str, stage: int, ranks: int, dtype: str) -> None:
     run = work / f"{task}-zero{stage}"
-    config = {"task": task, "model": {"path": str(work / f"{task}-model"), "dtype": dtype},
-              "data": {"train": str(work / "texts.jsonl"), "eval": str(work / "texts.jsonl"), "max_length": 64,
-                       "overlength": "split" if task == "causal_lm" else "truncate"},
-              "batch": {"size": 6}, "optim": {"lr": 3e-3, "warmup": 2, "weight_decay": 0.1}, "train": {"steps": 20, "log_every": 1, "eval_every": 10},
-              "parallel": {"zero": stage}, "checkpoint": {"every": 10, "keep": 9, "best_by": "eval.loss"},
-              "run": {"dir": str(run), "offline": True, "device": "cpu", "threads": 1}}
+    config = {
+        "task": task,
+        "model": {"path": str(work / f"{task}-model"), "dtype": dtype},
+        "data": {
+            "train": str(work / "texts.jsonl"),
+            "eval": str(work / "texts.jsonl"),
+            "max_length": 64,
+            "overlength": "split" if task == "causal_lm" else "truncate",
+        },
+        "batch": {"size": 6},
+        "optim": {"lr": 3e-3, "warmup": 2, "weight_decay": 0.1},
+        "train": {"steps": 20, "log_every": 1, "eval_every": 10},
+        "parallel": {"zero": stage},
+        "checkpoint": {"every": 10, "keep": 9, "best_by": "eval.loss"},
+        "run": {"dir": str(run), "offline": True, "device": "cpu", "threads": 1},
+    }
     file = work / f"{run.name}.yaml"
     file.write_text(yaml.safe_dump(config))
-    subprocess.run([sys.executable, "-m", "fastft", "launch", "--nproc", str(ranks), "train", str(file)], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    subprocess.run(
+        [sys.executable, "-m", "fastft", "launch", "--nproc", str(ranks), "train", str(file)],
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = {"losses": [r["loss"] for r in lines if r["kind"] == "train"], "eval": [r["loss"] for r in lines if r["kind"] == "eval"]}
+    kept = {
+        "losses": [r["loss"] for r in lines if r["kind"] == "train"],
+        "eval": [r["loss"] for r in lines if r["kind"] == "eval"],
+    }
     (run / "losses.json").write_text(json.dumps(kept))
     head = [line for line in (run / "metrics.jsonl").read_text().splitlines() if json.loads(line).get("step", 0) <= 10]
     (run / "metrics.jsonl").write_text("\n".join(head) + "\n")

@@ -6,10 +6,11 @@ import shutil
 import tarfile
 from pathlib import Path
 
-import launch
 import numpy as np
 import pytest
 import yaml
+
+import launch
 
 HERE = Path(__file__).parent
 MADE_IN = "/tmp/compat"  # the folder that make.py was given; it stands in the runs' config.yaml
@@ -27,7 +28,11 @@ def old(tmp_path_factory) -> Path:
 
 
 def losses(run: Path, kind: str) -> list[float]:
-    return [r["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if (r := json.loads(line))["kind"] == kind]
+    return [
+        r["loss"]
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+        if (r := json.loads(line))["kind"] == kind
+    ]
 
 
 @pytest.mark.parametrize("task, stage", CASES)

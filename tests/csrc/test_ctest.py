@@ -14,12 +14,18 @@ def build_and_run(folder: Path, *options: str) -> None:
     for tool in ("cmake", "ctest", "ninja"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not on PATH")
-    run = lambda *command: subprocess.run(command, check=True, timeout=500)  # noqa: E731
-    run("cmake", "-S", str(CSRC), "-B", str(folder), "-G", "Ninja", "-DFASTFT_TESTS=ON", "-DFASTFT_PYTHON=OFF", *options)
+    run = lambda *command: subprocess.run(command, check=True, timeout=500)
+    run(
+        "cmake", "-S", str(CSRC), "-B", str(folder), "-G", "Ninja", "-DFASTFT_TESTS=ON", "-DFASTFT_PYTHON=OFF", *options
+    )
     run("cmake", "--build", str(folder))
     environment = {k: v for k, v in os.environ.items() if k != "FASTFT_CPU"}
     result = subprocess.run(
-        ["ctest", "--test-dir", str(folder), "--output-on-failure", "--parallel", "2"], capture_output=True, text=True, timeout=500, env=environment
+        ["ctest", "--test-dir", str(folder), "--output-on-failure", "--parallel", "2"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=environment,
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr
     assert "tests passed" in result.stdout
@@ -37,14 +43,27 @@ def test_ctest(tmp_path):
 def test_ctest_under_sanitizers(tmp_path):
     """Reads and writes past an end, overflow, misalignment: AddressSanitizer and UndefinedBehaviorSanitizer stop at the first."""
     probe = tmp_path / "probe.cpp"
-    probe.write_text("#include <cstdlib>\nint main() { int* p = static_cast<int*>(std::malloc(4)); int x = p[std::rand() % 2 + 1]; return x != x; }\n")
+    probe.write_text(
+        "#include <cstdlib>\nint main() { int* p = static_cast<int*>(std::malloc(4)); int x = p[std::rand() % 2 + 1]; return x != x; }\n"
+    )
     compiler = os.environ.get("CXX", "g++")
-    compiled = subprocess.run([compiler, "-fsanitize=address,undefined", "-o", tmp_path / "probe", probe], capture_output=True, text=True, check=False)
+    compiled = subprocess.run(
+        [compiler, "-fsanitize=address,undefined", "-o", tmp_path / "probe", probe],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if compiled.returncode != 0:
         pytest.skip(f"{compiler} has no sanitizer runtimes here: {compiled.stderr[-300:]}")
     found = subprocess.run([tmp_path / "probe"], capture_output=True, text=True, check=False)
     assert "heap-buffer-overflow" in found.stderr, "the sanitizer does not see what it is there for"
-    build_and_run(tmp_path / "build", "-DFASTFT_SANITIZE=address,undefined", "-DFASTFT_EMULATE=OFF", "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS_RELEASE=-Og")
+    build_and_run(
+        tmp_path / "build",
+        "-DFASTFT_SANITIZE=address,undefined",
+        "-DFASTFT_EMULATE=OFF",
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DCMAKE_CXX_FLAGS_RELEASE=-Og",
+    )
 
 
 def assert_no_shared_code(build: Path) -> None:
@@ -54,6 +73,8 @@ def assert_no_shared_code(build: Path) -> None:
     if shutil.which("nm") is None or not objects:
         return
     for path in objects:
-        symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
+        symbols = subprocess.run(
+            ["nm", "-C", str(path)], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         defined = [line for line in symbols if line.split()[1] in "TDBRWVu" and line[0] != " "]
         assert len(defined) == 1 and "fastft::cpu::kernels_avx" in defined[0], defined

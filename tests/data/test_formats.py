@@ -7,7 +7,11 @@ from fastft.config import Source
 from fastft.data import formats
 from fastft.errors import UserError
 
-ROWS = [{"text": "one", "label": "a"}, {"text": 'two, "quoted"\nlines', "label": "b"}, {"text": "drei é 漢", "label": "a"}]
+ROWS = [
+    {"text": "one", "label": "a"},
+    {"text": 'two, "quoted"\nlines', "label": "b"},
+    {"text": "drei é 漢", "label": "a"},
+]
 
 
 def read(path, **source):
@@ -34,7 +38,9 @@ def write_all(folder):
         (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes()))
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.tsv", "x.parquet", "x.jsonl.gz", "x.csv.gz", "x.tsv.gz", "x.parquet.gz", "saved"])
+@pytest.mark.parametrize(
+    "name", ["x.jsonl", "x.csv", "x.tsv", "x.parquet", "x.jsonl.gz", "x.csv.gz", "x.tsv.gz", "x.parquet.gz", "saved"]
+)
 def test_every_format_gives_the_same_rows(tmp_path, name):
     write_all(tmp_path)
     assert [r for _, r in read(tmp_path / name)] == ROWS
@@ -51,7 +57,7 @@ def test_saved_dataset_dict(tmp_path):
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_txt(tmp_path, zipped):
-    content = "\n\nfirst\nsecond line\n\n\nother\n".encode()
+    content = b"\n\nfirst\nsecond line\n\n\nother\n"
     path = tmp_path / ("a.txt.gz" if zipped else "a.txt")
     path.write_bytes(gzip.compress(content) if zipped else content)
     assert read(path) == [(f"{path}:3", {"text": "first\nsecond line"}), (f"{path}:7", {"text": "other"})]
@@ -83,7 +89,12 @@ def test_folder_is_read_through_links(tmp_path):
         (tmp_path / "elsewhere" / f"s{i}").mkdir()
         for j in range(9):
             (tmp_path / "elsewhere" / f"s{i}" / f"to{j}").symlink_to(tmp_path / "elsewhere" / f"s{j}")
-    assert [(w.rpartition("/")[2], r["text"]) for w, r in read(tmp_path / "corpus")] == [("a.txt:1", "a"), ("c.txt:1", "b"), ("b.txt:1", "b"), ("e.txt:1", "e")]
+    assert [(w.rpartition("/")[2], r["text"]) for w, r in read(tmp_path / "corpus")] == [
+        ("a.txt:1", "a"),
+        ("c.txt:1", "b"),
+        ("b.txt:1", "b"),
+        ("e.txt:1", "e"),
+    ]
     assert any("/v2/e.txt" in w for w, _ in read(tmp_path / "corpus"))
     (tmp_path / "corpus" / "d.txt").symlink_to(tmp_path / "nothing")
     with pytest.raises(UserError, match="d.txt: is a link to nothing"):
@@ -94,7 +105,10 @@ def test_rows_of_csv_are_known_by_their_first_line(tmp_path):
     """Blank lines, also before the header, are no rows, but are counted."""
     path = tmp_path / "a.csv"
     path.write_text('\n\ntext,label\n\n"two\nlines",a\nx,b\n')
-    assert read(path) == [(f"{path}:5", {"text": "two\nlines", "label": "a"}), (f"{path}:7", {"text": "x", "label": "b"})]
+    assert read(path) == [
+        (f"{path}:5", {"text": "two\nlines", "label": "a"}),
+        (f"{path}:7", {"text": "x", "label": "b"}),
+    ]
 
 
 def test_a_parquet_column_that_stands_twice(tmp_path):
@@ -106,19 +120,22 @@ def test_a_parquet_column_that_stands_twice(tmp_path):
         read(tmp_path / "x.parquet")
 
 
-@pytest.mark.parametrize("name, content, parts", [
-    ("a.jsonl", '{"text": "x"}\n{"text": \n', ["a.jsonl:2", "broken JSON"]),
-    ("a.jsonl", "[1]\n", ["a.jsonl:1", "object"]),
-    ("a.jsonl", '{"text": "x"}\n{"text": "y", "a": 1, "a": 2}\n', ["a.jsonl:2", "'a' stands twice"]),
-    ("a.csv", "\n\n", ["is empty"]),
-    ("a.csv", 'text,label\n"x\ny",1\n"z\n\n', ["a.csv:4", "quoting: none"]),
-    ("a.csv", "text,label\nx,y\nz\n", ["a.csv:3", "1 cells", "2 columns"]),
-    ("a.csv", "text,text\n", ["stands twice"]),
-    ("a.csv", "", ["is empty"]),
-    ("a.csv", 'text,label\n"x,y\n', ["a.csv", "quoting: none"]),
-    ("a.weird", "x", ["cannot tell the format"]),
-    ("a.parquet", "not parquet", ["not a valid Parquet"]),
-])
+@pytest.mark.parametrize(
+    "name, content, parts",
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', ["a.jsonl:2", "broken JSON"]),
+        ("a.jsonl", "[1]\n", ["a.jsonl:1", "object"]),
+        ("a.jsonl", '{"text": "x"}\n{"text": "y", "a": 1, "a": 2}\n', ["a.jsonl:2", "'a' stands twice"]),
+        ("a.csv", "\n\n", ["is empty"]),
+        ("a.csv", 'text,label\n"x\ny",1\n"z\n\n', ["a.csv:4", "quoting: none"]),
+        ("a.csv", "text,label\nx,y\nz\n", ["a.csv:3", "1 cells", "2 columns"]),
+        ("a.csv", "text,text\n", ["stands twice"]),
+        ("a.csv", "", ["is empty"]),
+        ("a.csv", 'text,label\n"x,y\n', ["a.csv", "quoting: none"]),
+        ("a.weird", "x", ["cannot tell the format"]),
+        ("a.parquet", "not parquet", ["not a valid Parquet"]),
+    ],
+)
 def test_bad_files_are_named(tmp_path, name, content, parts):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as e:
@@ -154,6 +171,14 @@ def test_quoting_none_takes_quotes_as_text(tmp_path):
 
 def test_real_files_of_every_kind(shared_data):
     assert sum(1 for _ in formats.read(Source(path=str(shared_data / "classification/banking77/train.csv")))) == 10_003
-    assert sum(1 for _ in formats.read(Source(path=str(shared_data / "classification/goemotions/train.tsv.gz"), quoting="none"))) == 20_000
+    assert (
+        sum(
+            1
+            for _ in formats.read(
+                Source(path=str(shared_data / "classification/goemotions/train.tsv.gz"), quoting="none")
+            )
+        )
+        == 20_000
+    )
     assert sum(1 for _ in formats.read(Source(path=str(shared_data / "instruct/gsm8k/train.jsonl.gz")))) == 5_000
     assert sum(1 for _ in formats.read(Source(path=str(next((shared_data / "corpus/medical").glob("*.txt*")))))) > 100

@@ -32,7 +32,11 @@ def build(folder):
 def test_round_trip(tmp_path):
     (tmp_path / "in.txt").write_text("text")
     data = prepare(tmp_path / "d", "k", [str(tmp_path / "in.txt")], build)
-    assert [list(data["tokens"][i]) for i in range(3)] == ROWS and data["labels"].tolist() == [0, 1, 2] and data.meta == {"note": "x"}
+    assert (
+        [list(data["tokens"][i]) for i in range(3)] == ROWS
+        and data["labels"].tolist() == [0, 1, 2]
+        and data.meta == {"note": "x"}
+    )
 
 
 def test_same_key_is_reused_another_is_built(tmp_path):
@@ -145,7 +149,10 @@ def test_a_file_that_was_just_written_is_not_known_by_its_times(tmp_path):
     assert list(fingerprint([tmp_path / "new.txt"], {})[str(tmp_path / "new.txt")]) == ["sha256"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "null", "{}", '{"format": 2}', '{"format": 2, "sources": [], "files": {}, "meta": {}}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "null", "{}", '{"format": 2}', '{"format": 2, "sources": [], "files": {}, "meta": {}}', "\x00\xff"],
+)
 def test_a_manifest_that_is_none_says_nothing_of_the_files(tmp_path, content):
     """They may be anybody's: another program has a MANIFEST.json too."""
     folder = tmp_path / "d"
@@ -264,7 +271,9 @@ def test_prepared_data_on_a_read_only_disk(tmp_path):
             pytest.skip("this root may not mount")
     try:
         assert len(prepare(disk / "d", "k", [str(source)], build)["tokens"]) == 3
-        with pytest.raises(UserError, match=r"/d: cannot be used \(inputs, tokenizer or settings changed\), nor written"):
+        with pytest.raises(
+            UserError, match=r"/d: cannot be used \(inputs, tokenizer or settings changed\), nor written"
+        ):
             prepare(disk / "d", "another", [str(source)], build)
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import launch
-
 from fastft.train import telemetry
 
 
@@ -16,7 +15,12 @@ def test_a_spike_stops_the_run_and_replay_shows_its_samples(lm_config, tmp_path)
     code, output = launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config), check=False)
     run = Path(lm_config["run"]["dir"])
     spike = next(r for r in telemetry.read(run) if r["kind"] == "spike")
-    assert code == 1 and f"step {spike['step']}: the loss" in output and f"fastft replay {run} --step {spike['step']}" in output and "Traceback" not in output
+    assert (
+        code == 1
+        and f"step {spike['step']}: the loss" in output
+        and f"fastft replay {run} --step {spike['step']}" in output
+        and "Traceback" not in output
+    )
     assert spike["step"] > 50 and len(spike["samples"]) == 2 and spike["loss"] > 1.001 * spike["usual"]
     _, output = launch.fastft("replay", run, "--step", str(spike["step"]), "--json")
     found = json.loads(output.splitlines()[-1])
@@ -48,6 +52,9 @@ def test_replay_of_the_first_step_is_its_loss(classification_config, tmp_path):
     first = next(r for r in telemetry.read(run) if r["kind"] == "train")
     _, output = launch.fastft("replay", run, "--step", "1", "--json")
     (sample,) = json.loads(output.splitlines()[-1])["samples"]
-    assert abs(sample["loss"] - first["loss"]) < 1e-5 and abs(sample["grad_norm"] - first["grad_norm"]) < 1e-4 * first["grad_norm"]
+    assert (
+        abs(sample["loss"] - first["loss"]) < 1e-5
+        and abs(sample["grad_norm"] - first["grad_norm"]) < 1e-4 * first["grad_norm"]
+    )
     code, output = launch.fastft("replay", run, "--step", "99", check=False)
     assert code == 1 and "the run has steps 1 to 4" in output

@@ -6,12 +6,13 @@
 import os
 import sys
 
-import launch
 import pytest
 
+import launch
+
 sys.path.insert(0, str(launch.ROOT / "benchmarks"))
-import faults  # noqa: E402
-from launched import EVERY, WATCHDOG, Bench  # noqa: E402
+import faults
+from launched import EVERY, WATCHDOG, Bench
 
 # (ZeRO stage, dtype) that each fault is tried at here
 WHERE = {"rank killed": (3, "bf16"), "launcher killed": (3, "bf16")}
@@ -24,10 +25,22 @@ def bench(tmp_path_factory):
 
 
 MOMENTS = ("begin", "after-file", "before-rename", "before-latest")
-ELSEWHERE = ("checkpoint file: cut short", "checkpoint file: missing", "ranks differ: seed", "ranks differ: learning rate")  # tests/train/test_resume.py, test_health.py
+ELSEWHERE = (
+    "checkpoint file: cut short",
+    "checkpoint file: missing",
+    "ranks differ: seed",
+    "ranks differ: learning rate",
+)  # tests/train/test_resume.py, test_health.py
 
 
-@pytest.mark.parametrize("name", [name for name in faults.FAULTS if name not in ELSEWHERE and (not name.startswith("killed in a save") or name.endswith(MOMENTS))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in faults.FAULTS
+        if name not in ELSEWHERE and (not name.startswith("killed in a save") or name.endswith(MOMENTS))
+    ],
+)
 def test_nothing_is_lost(bench, name):
     if name.startswith("disk") and os.geteuid():
         pytest.skip("mounting a disk of a test's own needs root")

@@ -7,22 +7,32 @@ import sys
 import time
 from pathlib import Path
 
-import launch
 import pytest
 
+import launch
 from fastft.errors import UserError
 from fastft.launch import hostfile, launcher
 from fastft.launch.hostfile import Host
 
 
 def test_host_file(tmp_path):
-    (tmp_path / "hosts").write_text("# a comment\nnode1 slots=8\n\nnode-2.cluster  slots = 4 # the small one\n10.0.0.3 slots=1\n")
+    (tmp_path / "hosts").write_text(
+        "# a comment\nnode1 slots=8\n\nnode-2.cluster  slots = 4 # the small one\n10.0.0.3 slots=1\n"
+    )
     assert hostfile.read(tmp_path / "hosts") == [Host("node1", 8), Host("node-2.cluster", 4), Host("10.0.0.3", 1)]
 
 
-@pytest.mark.parametrize("text, message", [("", "names no host"), ("node1\n", ":1: expected `name slots=N`"), ("a slots=0\n", ":1: expected"),
-                                           ("a slots=1\nb slots=x\n", ":2: expected"), ("a slots=1\na slots=2\n", ":2: a stands twice"),
-                                           ("-oProxyCommand=x slots=1\n", "expected|no host name")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "names no host"),
+        ("node1\n", ":1: expected `name slots=N`"),
+        ("a slots=0\n", ":1: expected"),
+        ("a slots=1\nb slots=x\n", ":2: expected"),
+        ("a slots=1\na slots=2\n", ":2: a stands twice"),
+        ("-oProxyCommand=x slots=1\n", "expected|no host name"),
+    ],
+)
 def test_host_files_that_are_wrong(tmp_path, text, message):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -36,14 +46,24 @@ def test_plans(tmp_path):
         launcher.plan(["train", "c.yaml"], [Host("no-such-host.invalid", 1)], tmp_path)
     with pytest.raises(UserError, match="cannot reach"):
         launcher.plan(["train", "c.yaml"], [Host("localhost", 1), Host("127.0.0.2", 1)], tmp_path)
-    plan = launcher.plan(["train", "a b.yaml"], [Host("localhost", 2), Host("192.0.2.7", 3)], tmp_path, master_addr="192.0.2.1")
+    plan = launcher.plan(
+        ["train", "a b.yaml"], [Host("localhost", 2), Host("192.0.2.7", 3)], tmp_path, master_addr="192.0.2.1"
+    )
     here, there = launcher.describe(plan)
     assert here.startswith(f"localhost: {sys.executable} -m fastft.launch.agent") and "ranks 0 to 1" in here
     assert "ssh" in there and "192.0.2.7" in there and "ranks 2 to 4: train 'a b.yaml'" in there
 
 
-@pytest.mark.parametrize("arguments, message", [(["eval", "x"], "starts `train CONFIG`"), (["train"], "starts `train CONFIG`"), (["train", "none.yaml"], "no such configuration"),
-                                                (["--hostfile", "h", "--nproc", "2", "train", "c"], "exclude each other"), (["--hostfile", "none", "train", "c"], "no such host file")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["eval", "x"], "starts `train CONFIG`"),
+        (["train"], "starts `train CONFIG`"),
+        (["train", "none.yaml"], "no such configuration"),
+        (["--hostfile", "h", "--nproc", "2", "train", "c"], "exclude each other"),
+        (["--hostfile", "none", "train", "c"], "no such host file"),
+    ],
+)
 def test_what_cannot_be_launched(arguments, message):
     code, output = launch.fastft("launch", *arguments, check=False)
     assert code == 1 and message in output and "Traceback" not in output
@@ -60,17 +80,32 @@ def test_ranks_run_as_under_any_launcher(lm_config, tmp_path):
     launch.ranks(2, ["-m", "fastft", "train", path, f"run.dir={tmp_path}/two"])
     one, two = ([r["loss"] for r in telemetry.read(tmp_path / name) if r["kind"] == "train"] for name in ("one", "two"))
     assert one == two and len(one) == 3 and "step 3/3" in output
-    assert sorted(p.name for p in (tmp_path / "one" / "logs" / "attempt-1").glob("*.log")) == ["rank-0.log", "rank-1.log"]
+    assert sorted(p.name for p in (tmp_path / "one" / "logs" / "attempt-1").glob("*.log")) == [
+        "rank-0.log",
+        "rank-1.log",
+    ]
     code, output = launch.fastft("launch", "--nproc", "2", "train", path, f"run.dir={tmp_path}/one", check=False)
     assert code == 1 and "already holds a run" in output and "restart" not in output
-    assert sorted(p.name for p in (tmp_path / "one" / "logs").glob("attempt-*")) == ["attempt-1", "attempt-2"], "older logs stay, and a mistake is tried once"
+    assert sorted(p.name for p in (tmp_path / "one" / "logs").glob("attempt-*")) == ["attempt-1", "attempt-2"], (
+        "older logs stay, and a mistake is tried once"
+    )
 
 
 def test_an_agent_that_is_not_heard_kills_its_ranks(lm_config, tmp_path):
     """The launcher's end of the pipe closes: as when it, or the ssh connection, is gone."""
     lm_config["train"] = {"steps": 4000}
-    spec = {"arguments": ["train", str(launch.write_config(tmp_path / "c.yaml", lm_config))], "node": 0, "first_rank": 0, "ranks": 2, "world": 2,
-            "master_addr": "127.0.0.1", "master_port": launch.free_port(), "env": {}, "logs": str(tmp_path / "logs"), "watchdog": 0.0}
+    spec = {
+        "arguments": ["train", str(launch.write_config(tmp_path / "c.yaml", lm_config))],
+        "node": 0,
+        "first_rank": 0,
+        "ranks": 2,
+        "world": 2,
+        "master_addr": "127.0.0.1",
+        "master_port": launch.free_port(),
+        "env": {},
+        "logs": str(tmp_path / "logs"),
+        "watchdog": 0.0,
+    }
     agent = launch.start([sys.executable, "-m", "fastft.launch.agent"], stdin=launch.subprocess.PIPE)
     agent.stdin.write(json.dumps(spec) + "\n")
     agent.stdin.flush()
@@ -102,7 +137,9 @@ def test_a_killed_agent_takes_its_ranks_with_it(lm_config, tmp_path):
     agent = next(int(c) for c in children if b"fastft.launch.agent" in _command_line(Path("/proc") / c))
     os.kill(agent, signal.SIGKILL)
     output = launch.finish(process, 120)
-    assert process.returncode == 0 and "its agent ended (exit code -9)" in output and "restart 1 of 3" in output, output[-3000:]
+    assert process.returncode == 0 and "its agent ended (exit code -9)" in output and "restart 1 of 3" in output, (
+        output[-3000:]
+    )
 
 
 def _command_line(process: Path) -> bytes:
@@ -113,7 +150,11 @@ def _command_line(process: Path) -> bytes:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock" and "logs" not in p.parts}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".lock" and "logs" not in p.parts
+    }
 
 
 def test_a_restart_takes_nobody_elses_run(lm_config, tmp_path):
@@ -125,15 +166,20 @@ def test_a_restart_takes_nobody_elses_run(lm_config, tmp_path):
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(
         "import os, signal\n"
-        "if 'RANK' in os.environ and not os.path.exists(os.environ['MARK']):\n    open(os.environ['MARK'], 'w'); os.kill(os.getpid(), signal.SIGKILL)\n")
+        "if 'RANK' in os.environ and not os.path.exists(os.environ['MARK']):\n    open(os.environ['MARK'], 'w'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
     env = {"PYTHONPATH": f"{tmp_path}/hook:{launch.ENV['PYTHONPATH']}", "MARK": str(tmp_path / "mark")}
-    code, output = launch.fastft("launch", "--nproc", "1", "--backoff", "0", "train", path, "train.steps=5", env=env, check=False)
+    code, output = launch.fastft(
+        "launch", "--nproc", "1", "--backoff", "0", "train", path, "train.steps=5", env=env, check=False
+    )
     assert code == 1 and "restart 1 of 3 in 0 s, from the start" in output and "already holds a run" in output, output
     assert files(tmp_path / "run") == before
 
 
 def started(path: Path, run: Path, *options, env: dict | None = None) -> "launch.subprocess.Popen":
-    process = launch.start([sys.executable, "-m", "fastft", "launch", "--nproc", "2", "--max-restarts", "0", *options, "train", path], env)
+    process = launch.start(
+        [sys.executable, "-m", "fastft", "launch", "--nproc", "2", "--max-restarts", "0", *options, "train", path], env
+    )
     deadline = time.monotonic() + 90
     while not ((run / "metrics.jsonl").exists() and '"kind": "train"' in (run / "metrics.jsonl").read_text()):
         assert time.monotonic() < deadline and process.poll() is None
@@ -176,7 +222,16 @@ def test_what_ssh_prints_in_another_encoding_hangs_nothing(lm_config, tmp_path):
     (tmp_path / "bin" / "ssh").chmod(0o755)
     (tmp_path / "hosts").write_text("192.0.2.9 slots=1\n")
     path = launch.write_config(tmp_path / "c.yaml", lm_config)
-    launch.fastft("launch", "--hostfile", tmp_path / "hosts", "--master-addr", "127.0.0.1", "train", path, env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+    launch.fastft(
+        "launch",
+        "--hostfile",
+        tmp_path / "hosts",
+        "--master-addr",
+        "127.0.0.1",
+        "train",
+        path,
+        env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+    )
 
 
 def test_a_second_process_is_refused(lm_config, tmp_path):

@@ -4,9 +4,9 @@ import copy
 import sys
 from pathlib import Path
 
-import launch
 import pytest
 
+import launch
 from fastft.launch import launcher, preflight, probe
 from fastft.launch.hostfile import Host
 
@@ -21,7 +21,10 @@ def good(tmp_path) -> list[dict]:
     facts = probe.facts(str(tmp_path), launch.free_port(), "marker", [str(tmp_path / "data"), str(tmp_path / "marker")])
     assert list(facts["inputs"].values()) == [5, 1]
     assert facts["disk_write"] > 0 and facts["port_free"] and facts["packages"]["torch"]
-    found = [{**copy.deepcopy(facts), "name": name, "skew": 0.01, "to": other, "bandwidth": 1e9} for name, other in (("a", "b"), ("b", "a"))]
+    found = [
+        {**copy.deepcopy(facts), "name": name, "skew": 0.01, "to": other, "bandwidth": 1e9}
+        for name, other in (("a", "b"), ("b", "a"))
+    ]
     assert preflight.problems(found, 0, PLAN) == []
     return found
 
@@ -29,11 +32,20 @@ def good(tmp_path) -> list[dict]:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"python": "3.10.1"}, "b: python 3.10.1, a has"), ({"code": "0000"}, "b: code 0000, a has"), ({"gpus": ["H100, 550"]}, "b: gpus"),
-        ({"packages": {"torch": "2.0"}}, "b: torch 2.0, a has"), ({"skew": 3.0}, "b: its clock is +3.0 s off"), ({"shared": False}, "b: sees another /run"),
-        ({"disk_error": "/run: No space left on device"}, "b: /run: No space"), ({"disk_free": 10}, "b: 0.0 GB free in /run, the checkpoints need 5.0 GB"),
-        ({"bandwidth": 1e8}, "b: 100 MB/s to a, the median is"), ({"bandwidth": None}, "b: cannot send to a"), ({"error": "Connection refused"}, "b: cannot be asked: Connection"),
-        ({"inputs": {"data": None, "marker": 1}}, "/data is not there"), ({"inputs": {"data": 0, "marker": 1}}, "/data is empty"), ({"inputs": {"data": 4, "marker": 1}}, "/data has 4 bytes, on a 5"),
+        ({"python": "3.10.1"}, "b: python 3.10.1, a has"),
+        ({"code": "0000"}, "b: code 0000, a has"),
+        ({"gpus": ["H100, 550"]}, "b: gpus"),
+        ({"packages": {"torch": "2.0"}}, "b: torch 2.0, a has"),
+        ({"skew": 3.0}, "b: its clock is +3.0 s off"),
+        ({"shared": False}, "b: sees another /run"),
+        ({"disk_error": "/run: No space left on device"}, "b: /run: No space"),
+        ({"disk_free": 10}, "b: 0.0 GB free in /run, the checkpoints need 5.0 GB"),
+        ({"bandwidth": 1e8}, "b: 100 MB/s to a, the median is"),
+        ({"bandwidth": None}, "b: cannot send to a"),
+        ({"error": "Connection refused"}, "b: cannot be asked: Connection"),
+        ({"inputs": {"data": None, "marker": 1}}, "/data is not there"),
+        ({"inputs": {"data": 0, "marker": 1}}, "/data is empty"),
+        ({"inputs": {"data": 4, "marker": 1}}, "/data has 4 bytes, on a 5"),
     ],
 )
 def test_every_fault_names_its_host(good, change, message):
@@ -42,7 +54,9 @@ def test_every_fault_names_its_host(good, change, message):
     if "inputs" in change:
         change = {"inputs": dict(zip(good[1]["inputs"], change["inputs"].values(), strict=True))}
     good[1].update(change)
-    assert any(message in problem for problem in preflight.problems(good, 5_000_000_000, PLAN)), preflight.problems(good, 5_000_000_000, PLAN)
+    assert any(message in problem for problem in preflight.problems(good, 5_000_000_000, PLAN)), preflight.problems(
+        good, 5_000_000_000, PLAN
+    )
 
 
 def test_gpu_hosts(good):
@@ -65,13 +79,23 @@ def test_this_machine(lm_config, tmp_path):
 def test_a_host_with_an_older_fastft_is_named(tmp_path, monkeypatch):
     """It answers, but not all that is asked of it today."""
     old = tmp_path / "old"
-    old.write_text(f"#!{sys.executable}\nimport sys\nfor line in sys.stdin:\n    print('{{\"host\": \"b\", \"python\": \"3.11\"}}', flush=True)\n")
+    old.write_text(
+        f'#!{sys.executable}\nimport sys\nfor line in sys.stdin:\n    print(\'{{"host": "b", "python": "3.11"}}\', flush=True)\n'
+    )
     old.chmod(0o755)
     plan = launcher.Plan([], [Host("localhost", 1), Host("b", 1)], tmp_path / "run", "127.0.0.1", launch.free_port())
     real = preflight.remote_command
-    monkeypatch.setattr(preflight, "remote_command", lambda plan, host, module: [str(old)] if host.name == "b" else real(plan, host, module))
+    monkeypatch.setattr(
+        preflight,
+        "remote_command",
+        lambda plan, host, module: [str(old)] if host.name == "b" else real(plan, host, module),
+    )
     found, wrong = preflight.preflight(plan, 0, [])
-    assert len(wrong) == 1 and wrong[0].startswith("b: cannot be asked: its fastft is another one") and "inputs" in wrong[0]
+    assert (
+        len(wrong) == 1
+        and wrong[0].startswith("b: cannot be asked: its fastft is another one")
+        and "inputs" in wrong[0]
+    )
     assert len(preflight.describe(found)) == 2
 
 
@@ -81,7 +105,9 @@ def test_a_host_that_hangs_is_named(tmp_path, monkeypatch):
     silent.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(600)\n")
     silent.chmod(0o755)
     monkeypatch.setattr(preflight, "LIMIT", 1.0)
-    plan = launcher.Plan([], [Host("localhost", 1)], tmp_path / "run", "127.0.0.1", launch.free_port(), python=str(silent))
+    plan = launcher.Plan(
+        [], [Host("localhost", 1)], tmp_path / "run", "127.0.0.1", launch.free_port(), python=str(silent)
+    )
     _, wrong = preflight.preflight(plan, 0, [])
     assert wrong == ["localhost: cannot be asked: no answer to 'facts' within 1 s: a hanging driver or disk?"]
 
@@ -102,5 +128,9 @@ def test_a_shell_that_prints_and_one_that_is_gone(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "remote_command", lambda *_: chatty)
     assert preflight.preflight(plan, 0, [])[1] == []
     monkeypatch.setattr(preflight, "remote_command", lambda *_: ["sh", "-c", "echo boom >&2; exit 3"])
-    monkeypatch.setattr(preflight, "_all", lambda probes, _all=preflight._all, **order: probes[0].process.wait() and _all(probes, **order))
+    monkeypatch.setattr(
+        preflight,
+        "_all",
+        lambda probes, _all=preflight._all, **order: probes[0].process.wait() and _all(probes, **order),
+    )
     assert preflight.preflight(plan, 0, [])[1] == ["localhost: cannot be asked: boom"]

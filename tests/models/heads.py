@@ -12,24 +12,56 @@ from torch import nn
 
 from fastft.cli import leave
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 97,
-         "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SEQ2SEQ = {"vocab_size": 97, "d_model": 32, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
 CAUSAL = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
     "llama_tied": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=2,
-                                            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt2": lambda: transformers.GPT2Config(
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        vocab_size=97,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    ),
     "gemma2": lambda: transformers.Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=3.0),
     "granite": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=4.0),
     "cohere": lambda: transformers.CohereConfig(**SMALL, logit_scale=0.25),
 }
 PAIRS = {
     "t5": lambda: transformers.T5Config(**SEQ2SEQ, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0),
-    "t5_untied": lambda: transformers.T5Config(**SEQ2SEQ, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0, tie_word_embeddings=False),
-    "bart": lambda: transformers.BartConfig(**SEQ2SEQ, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64, dropout=0.0,
-                                            encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=64, bos_token_id=1,
-                                            forced_eos_token_id=None),
+    "t5_untied": lambda: transformers.T5Config(
+        **SEQ2SEQ, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0, tie_word_embeddings=False
+    ),
+    "bart": lambda: transformers.BartConfig(
+        **SEQ2SEQ,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        dropout=0.0,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        forced_eos_token_id=None,
+    ),
 }
 
 
@@ -95,8 +127,14 @@ def losses_under_zero(name: str, stage: int, fused: bool) -> list[float]:
     head = FusedHead(model) if fused else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     world = torch.distributed.get_world_size()
-    settings = {"train_batch_size": world, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}, "zero_force_ds_cpu_optimizer": False,
-                "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
+    settings = {
+        "train_batch_size": world,
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     losses = []
     for _ in range(3):
@@ -112,8 +150,13 @@ def main(out: str) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    found = {name: {"plain": losses_under_zero(name, 0, False), **{f"zero{stage}": losses_under_zero(name, stage, True) for stage in range(4)}}
-             for name in ("llama_tied", "lora", "low_rank")}
+    found = {
+        name: {
+            "plain": losses_under_zero(name, 0, False),
+            **{f"zero{stage}": losses_under_zero(name, stage, True) for stage in range(4)},
+        }
+        for name in ("llama_tied", "lora", "low_rank")
+    }
     if torch.distributed.get_rank() == 0:
         with open(out, "w") as file:
             json.dump(found, file)

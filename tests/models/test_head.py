@@ -16,7 +16,10 @@ from fastft.models import head
 from fastft.models.head import FusedHead, HeadError, install
 from tests.models.heads import CAUSAL, PAIRS, batch_of, model_of, plain_loss
 
-LORA = pytest.param("lora", marks=pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="pip install 'fastft[test]' brings peft"))
+LORA = pytest.param(
+    "lora",
+    marks=pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="pip install 'fastft[test]' brings peft"),
+)
 NAMES = [*CAUSAL, *PAIRS, LORA, "low_rank"]
 
 
@@ -51,7 +54,10 @@ def test_the_check_accepts(name, dtype):
 def test_labels_of_seq2seq_are_not_shifted():
     """A sequence-to-sequence model's labels are what its decoder predicts at each position: they go in as they are."""
     model = model_of("t5").eval()
-    ids, labels = batch_of("t5")[0]["input_ids"], torch.randint(3, 97, (2, 7), generator=torch.Generator().manual_seed(3))
+    ids, labels = (
+        batch_of("t5")[0]["input_ids"],
+        torch.randint(3, 97, (2, 7), generator=torch.Generator().manual_seed(3)),
+    )
     expected = model(input_ids=ids, labels=labels).loss
     inputs = {"input_ids": ids, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}
     torch.testing.assert_close(FusedHead(model).loss(model, inputs, labels), expected)

@@ -7,12 +7,24 @@ import transformers
 from fastft.errors import UserError
 from fastft.models.isolation import check_isolation
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 97,
-         "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 ARCHITECTURES = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
-    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "gpt2": lambda: transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
     "gemma3_sliding": lambda: transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=4),
 }
 
@@ -36,7 +48,9 @@ def test_a_model_that_leaks_is_refused():
     """A Llama whose attention is given a cache: transformers then reads restarting positions as one continued sequence."""
     model = model_of("llama")
     inner = model.forward
-    leaky = lambda input_ids, position_ids, use_cache: inner(input_ids=input_ids, position_ids=position_ids, use_cache=True)  # noqa: E731
+    leaky = lambda input_ids, position_ids, use_cache: inner(
+        input_ids=input_ids, position_ids=position_ids, use_cache=True
+    )
     model.forward = leaky
     with pytest.raises(UserError, match="see each other"):
         check_isolation(model, 16, torch.device("cpu"), flat=False)

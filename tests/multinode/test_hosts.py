@@ -9,9 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import launch
 import pytest
 
+import launch
 from fastft.train import telemetry
 
 SSHD = "/usr/sbin/sshd"
@@ -43,10 +43,17 @@ class Hosts:
                 self.inside(name, "ip", "link", "set", device, "up")
             (self.folder / f"sshd-{name}").write_text(
                 f"Port 22\nListenAddress {address}\nHostKey {self.folder}/key\nAuthorizedKeysFile {self.folder}/authorized\nUsePAM no\nStrictModes no\n"
-                f"PermitRootLogin yes\nPidFile none\n")
-            self.daemons.append(subprocess.Popen(["ip", "netns", "exec", name, SSHD, "-D", "-e", "-f", self.folder / f"sshd-{name}"],
-                                                 stderr=open(self.folder / f"{name}.log", "w")))
-        (self.folder / "ssh_config").write_text(f"Host *\n IdentityFile {self.folder}/key\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n")
+                f"PermitRootLogin yes\nPidFile none\n"
+            )
+            self.daemons.append(
+                subprocess.Popen(
+                    ["ip", "netns", "exec", name, SSHD, "-D", "-e", "-f", self.folder / f"sshd-{name}"],
+                    stderr=open(self.folder / f"{name}.log", "w"),
+                )
+            )
+        (self.folder / "ssh_config").write_text(
+            f"Host *\n IdentityFile {self.folder}/key\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n"
+        )
         wrapper = self.folder / "bin" / "ssh"
         wrapper.parent.mkdir()
         wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/ssh_config "$@"\n')
@@ -72,12 +79,23 @@ class Hosts:
         subprocess.run(["ip", "link", "del", self.bridge], check=False)
 
     def inside(self, name: str, *command, check: bool = True) -> subprocess.CompletedProcess:
-        return subprocess.run(["ip", "netns", "exec", name, *map(str, command)], check=check, capture_output=True, text=True)
+        return subprocess.run(
+            ["ip", "netns", "exec", name, *map(str, command)], check=check, capture_output=True, text=True
+        )
 
     def start(self, host: int, *command, env: dict | None = None) -> subprocess.Popen:
         path = f"{self.folder}/bin:{BIN}:{os.environ['PATH']}"
-        return launch.start(["ip", "netns", "exec", self.names[host], *command],
-                            {"PATH": path, "GLOO_SOCKET_IFNAME": "eth0", "PDSH_RCMD_TYPE": "ssh", "PYTHONPATH": str(launch.ROOT), **(env or {})}, cwd=launch.ROOT)
+        return launch.start(
+            ["ip", "netns", "exec", self.names[host], *command],
+            {
+                "PATH": path,
+                "GLOO_SOCKET_IFNAME": "eth0",
+                "PDSH_RCMD_TYPE": "ssh",
+                "PYTHONPATH": str(launch.ROOT),
+                **(env or {}),
+            },
+            cwd=launch.ROOT,
+        )
 
     def pids(self, host: int, part: str) -> list[int]:
         """Processes on a host whose command line has ``part``."""
@@ -143,14 +161,42 @@ def test_every_launcher_gives_the_same_run(hosts, config, tmp_path):
     """`deepspeed --hostfile` through launch/multinode.sh (pdsh where it is there, else ssh), and torchrun on each host."""
     config["parallel"] = {"zero": 2}
     path, truth = on_one_host(config, tmp_path)
-    process = hosts.start(0, launch.ROOT / "launch" / "multinode.sh", "-H", hosts.folder / "hosts", "train", path, f"run.dir={tmp_path}/deepspeed",
-                          env={"MASTER_PORT": str(launch.free_port())})
+    process = hosts.start(
+        0,
+        launch.ROOT / "launch" / "multinode.sh",
+        "-H",
+        hosts.folder / "hosts",
+        "train",
+        path,
+        f"run.dir={tmp_path}/deepspeed",
+        env={"MASTER_PORT": str(launch.free_port())},
+    )
     output = launch.finish(process, 150)
     assert process.returncode == 0, output[-3000:]
     assert losses(tmp_path / "deepspeed") == truth
     port = str(launch.free_port())
-    nodes = [hosts.start(i, BIN / "torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(i), "--master-addr", hosts.addresses[0], "--master-port", port,
-                         "-m", "fastft", "train", path, f"run.dir={tmp_path}/torchrun") for i in range(2)]
+    nodes = [
+        hosts.start(
+            i,
+            BIN / "torchrun",
+            "--nnodes",
+            "2",
+            "--nproc-per-node",
+            "1",
+            "--node-rank",
+            str(i),
+            "--master-addr",
+            hosts.addresses[0],
+            "--master-port",
+            port,
+            "-m",
+            "fastft",
+            "train",
+            path,
+            f"run.dir={tmp_path}/torchrun",
+        )
+        for i in range(2)
+    ]
     outputs = [launch.finish(node, 120) for node in nodes]
     assert [n.returncode for n in nodes] == [0, 0], outputs[0][-3000:]
     assert losses(tmp_path / "torchrun") == truth
@@ -159,7 +205,9 @@ def test_every_launcher_gives_the_same_run(hosts, config, tmp_path):
 @pytest.mark.parametrize("trouble", ["netem delay 5ms loss 1%", "tbf rate 20mbit burst 32kb latency 100ms"])
 def test_a_slow_or_lossy_network_changes_nothing_but_time(hosts, config, tmp_path, trouble):
     path, truth = on_one_host(config, tmp_path)
-    if (tc := hosts.inside(hosts.names[1], "tc", "qdisc", "add", "dev", "eth0", "root", *trouble.split(), check=False)).returncode:
+    if (
+        tc := hosts.inside(hosts.names[1], "tc", "qdisc", "add", "dev", "eth0", "root", *trouble.split(), check=False)
+    ).returncode:
         pytest.skip(f"this kernel has no {trouble.split()[0]}: {tc.stderr.strip()}")
     try:
         assert between_hosts(hosts, path, tmp_path) == truth
@@ -177,7 +225,9 @@ def test_lost_packets_change_nothing_but_time(hosts, config, tmp_path):
         pytest.skip(f"this kernel's iptables has no statistic match: {made.stderr.strip()}")
     try:
         assert between_hosts(hosts, path, tmp_path) == truth
-        dropped = int(hosts.inside(hosts.names[1], "iptables", "-L", "INPUT", "-v", "-n", "-x").stdout.splitlines()[2].split()[0])
+        dropped = int(
+            hosts.inside(hosts.names[1], "iptables", "-L", "INPUT", "-v", "-n", "-x").stdout.splitlines()[2].split()[0]
+        )
         assert dropped > 0
     finally:
         hosts.inside(hosts.names[1], "iptables", "-D", *rule)
@@ -185,7 +235,18 @@ def test_lost_packets_change_nothing_but_time(hosts, config, tmp_path):
 
 def between_hosts(hosts, path: Path, tmp_path: Path) -> list[float]:
     """The losses of the configuration under `fastft launch` over both hosts."""
-    process = hosts.start(0, sys.executable, "-m", "fastft", "launch", "--hostfile", hosts.folder / "hosts", "train", path, f"run.dir={tmp_path}/there")
+    process = hosts.start(
+        0,
+        sys.executable,
+        "-m",
+        "fastft",
+        "launch",
+        "--hostfile",
+        hosts.folder / "hosts",
+        "train",
+        path,
+        f"run.dir={tmp_path}/there",
+    )
     output = launch.finish(process, 150)
     assert process.returncode == 0, output[-3000:]
     return losses(tmp_path / "there")
@@ -195,7 +256,9 @@ def started(hosts, config: dict, tmp_path: Path, *options: str) -> subprocess.Po
     config["train"] = {"steps": 4000, "log_every": 1}
     config["checkpoint"] = {"every": 5}
     path = launch.write_config(tmp_path / "c.yaml", config)
-    process = hosts.start(0, sys.executable, "-m", "fastft", "launch", "--hostfile", hosts.folder / "hosts", *options, "train", path)
+    process = hosts.start(
+        0, sys.executable, "-m", "fastft", "launch", "--hostfile", hosts.folder / "hosts", *options, "train", path
+    )
     run = tmp_path / "run"
     deadline = time.monotonic() + 90
     while not (run / "metrics.jsonl").exists() or len(losses(run)) < 6:
@@ -208,13 +271,17 @@ def test_a_rank_killed_on_the_other_host_is_named_and_nothing_stays(hosts, confi
     process = started(hosts, config, tmp_path, "--max-restarts", "0")
     os.kill(hosts.pids(1, "-m fastft train")[0], signal.SIGKILL)
     output = launch.finish(process, 30)
-    assert process.returncode == 137 and f"rank 1 on {hosts.addresses[1]} was ended by SIGKILL" in output, output[-2000:]
+    assert process.returncode == 137 and f"rank 1 on {hosts.addresses[1]} was ended by SIGKILL" in output, output[
+        -2000:
+    ]
     assert not hosts.pids(0, "fastft train") and not hosts.pids(1, "fastft")
 
 
 def test_a_killed_launcher_leaves_nothing_on_any_host(hosts, config, tmp_path):
     process = started(hosts, config, tmp_path)
-    launcher = [p for p in hosts.pids(0, "fastft launch") if (Path(f"/proc/{p}/comm").read_text().strip()).startswith("python")]
+    launcher = [
+        p for p in hosts.pids(0, "fastft launch") if (Path(f"/proc/{p}/comm").read_text().strip()).startswith("python")
+    ]
     for pid in launcher:
         os.kill(pid, signal.SIGKILL)
     launch.finish(process, 10)
@@ -247,14 +314,31 @@ def test_preflight_over_two_hosts(hosts, config, tmp_path):
     shared = tmp_path / "shared"
 
     def preflight(*more: str, hostfile: Path = hosts.folder / "hosts") -> tuple[int, str]:
-        process = hosts.start(0, sys.executable, "-m", "fastft", "preflight", path, f"run.dir={shared}", "--hostfile", hostfile, *more)
+        process = hosts.start(
+            0, sys.executable, "-m", "fastft", "preflight", path, f"run.dir={shared}", "--hostfile", hostfile, *more
+        )
         output = launch.finish(process, 90)
         assert "Traceback" not in output, output
         return process.returncode, output
 
     code, output = preflight()
     assert code == 0 and "2 hosts: nothing is wrong." in output and "MB/s" in output, output
-    hosts.inside(hosts.names[1], "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "200mbit", "burst", "64kb", "latency", "50ms")
+    hosts.inside(
+        hosts.names[1],
+        "tc",
+        "qdisc",
+        "add",
+        "dev",
+        "eth0",
+        "root",
+        "tbf",
+        "rate",
+        "200mbit",
+        "burst",
+        "64kb",
+        "latency",
+        "50ms",
+    )
     try:
         code, output = preflight()
     finally:

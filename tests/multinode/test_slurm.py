@@ -48,12 +48,20 @@ PartitionName=p Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
 @pytest.fixture
 def slurm():
     """The environment of a running Slurm; a short path, for munge's socket."""
-    missing = [t for t in ("slurmctld", "slurmd", "munged", "sbatch", "runuser") if not shutil.which(t, path=f"{os.environ['PATH']}:/usr/sbin")]
+    missing = [
+        t
+        for t in ("slurmctld", "slurmd", "munged", "sbatch", "runuser")
+        if not shutil.which(t, path=f"{os.environ['PATH']}:/usr/sbin")
+    ]
     if os.geteuid() != 0 or missing:
         pytest.skip(f"needs root and Slurm (Debian: slurm-wlm munge); not here: {missing or 'root'}")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    env = {**{k: v for k, v in launch.ENV.items() if not k.startswith(("SLURM_", "RDZV_"))}, "SLURM_CONF": str(folder / "slurm.conf"), "NPROC_PER_NODE": "1",
-           "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"}
+    env = {
+        **{k: v for k, v in launch.ENV.items() if not k.startswith(("SLURM_", "RDZV_"))},
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "NPROC_PER_NODE": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin",
+    }
     (folder / "state").mkdir()
     (folder / "munge").mkdir()
     folder.chmod(0o755)
@@ -61,15 +69,41 @@ def slurm():
     (folder / "key").chmod(0o400)
     for name in ("key", "munge"):
         shutil.chown(folder / name, "munge", "munge")
-    (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=socket.gethostname().split(".")[0], ports=[launch.free_port() for _ in range(3)],
-                                                   cpus=os.cpu_count()))
+    (folder / "slurm.conf").write_text(
+        CONF.format(
+            folder=folder,
+            host=socket.gethostname().split(".")[0],
+            ports=[launch.free_port() for _ in range(3)],
+            cpus=os.cpu_count(),
+        )
+    )
     daemons = []
     try:
         munge = folder / "munge"
-        for command in (["runuser", "-u", "munge", "--", "munged", "-F", "-f", f"--key-file={folder / 'key'}", f"--socket={munge}/socket",
-                         f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed"],
-                        ["slurmctld", "-D"], ["slurmd", "-D", "-N", "n0"], ["slurmd", "-D", "-N", "n1"]):
-            daemons.append(subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        for command in (
+            [
+                "runuser",
+                "-u",
+                "munge",
+                "--",
+                "munged",
+                "-F",
+                "-f",
+                f"--key-file={folder / 'key'}",
+                f"--socket={munge}/socket",
+                f"--pid-file={munge}/pid",
+                f"--log-file={munge}/log",
+                f"--seed-file={munge}/seed",
+            ],
+            ["slurmctld", "-D"],
+            ["slurmd", "-D", "-N", "n0"],
+            ["slurmd", "-D", "-N", "n1"],
+        ):
+            daemons.append(
+                subprocess.Popen(
+                    command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                )
+            )
             time.sleep(1)
         wait(lambda: output(env, "sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 30, "two idle nodes")
         yield env
@@ -101,8 +135,24 @@ def wait(condition, seconds: float, what: str) -> None:
 
 def submit(env: dict, log: Path, *arguments) -> str:
     """sbatch; the job's number."""
-    done = subprocess.run(["sbatch", "--parsable", "-o", log, "--gpus-per-node=0", "--cpus-per-task=1", "--mem=0", launch.ROOT / "launch" / "slurm.sbatch",
-                           *arguments], env=env, cwd=launch.ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [
+            "sbatch",
+            "--parsable",
+            "-o",
+            log,
+            "--gpus-per-node=0",
+            "--cpus-per-task=1",
+            "--mem=0",
+            launch.ROOT / "launch" / "slurm.sbatch",
+            *arguments,
+        ],
+        env=env,
+        cwd=launch.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

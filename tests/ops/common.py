@@ -44,7 +44,9 @@ def assert_as_good_as(
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def assert_rounded_once(ours: torch.Tensor, truth: torch.Tensor, what: str, backend: str, *, terms: float = 0.0) -> None:
+def assert_rounded_once(
+    ours: torch.Tensor, truth: torch.Tensor, what: str, backend: str, *, terms: float = 0.0
+) -> None:
     """Every element is the truth rounded to its dtype, up to float32 noise: half a unit in the last place, and 2 % of one more."""
     truncates = ours.dtype == torch.bfloat16 and backend == "triton" and DEVICE == "cpu"
     unit = torch.finfo(ours.dtype).eps * (2 if truncates else 1)

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from fastft.ops import adamw
-from tests.ops.common import BACKENDS, DEVICE, NATIVE, NATIVE_BUILT, assert_as_good_as, assert_rounded_once, rounded, seeded
+from tests.ops.common import (
+    BACKENDS,
+    DEVICE,
+    NATIVE,
+    NATIVE_BUILT,
+    assert_as_good_as,
+    assert_rounded_once,
+    rounded,
+    seeded,
+)
 
 module = sys.modules["fastft.ops.adamw"]  # the package's attribute of that name is the function
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -29,14 +38,19 @@ OPTIONS = {
     "copies": {"copies": True},
     "all": {"amsgrad": True, "decoupled": False, "maximize": True, "grad_scale": 3.0, "found_inf": 0.0, "copies": True},
 }
-TERMS = {"params": 1.0, "exp_avgs": 0.1, "exp_avg_sqs": 0.0, "max_exp_avg_sqs": 0.0}  # sizes of what may cancel in a sum
+TERMS = {
+    "params": 1.0,
+    "exp_avgs": 0.1,
+    "exp_avg_sqs": 0.0,
+    "max_exp_avg_sqs": 0.0,
+}  # sizes of what may cancel in a sum
 STATES = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps")
 
 
 def make(param_dtype, grad_dtype, shapes=SHAPES, first_step=0):
     """A dict of lists: params and grads of order 1, state as after some steps, or zeros before the first."""
     g = seeded(len(shapes), DTYPES.index((param_dtype, grad_dtype)), first_step)
-    draw = lambda shape: torch.randn(shape, generator=g)  # noqa: E731
+    draw = lambda shape: torch.randn(shape, generator=g)
     scale = 0.0 if first_step == 0 else 1.0
     lists = {
         "params": [draw(s).to(param_dtype) for s in shapes],
@@ -264,7 +278,9 @@ def test_opcheck(backend, name):
     lr_tensor = torch.tensor(0.1, device=DEVICE) if everything else None
     tensors = [lists[key] if key != "max_exp_avg_sqs" or everything else [] for key in ("params", "grads", *STATES[1:])]
     numbers = (0.1, 0.9, 0.999, 1e-8, 0.1, True, False)
-    torch.library.opcheck(module._op, (*tensors, copies, [], [], [], [], lr_tensor, scalar, scalar, 0, False, *numbers, backend))
+    torch.library.opcheck(
+        module._op, (*tensors, copies, [], [], [], [], lr_tensor, scalar, scalar, 0, False, *numbers, backend)
+    )
 
 
 @pytest.mark.parametrize("backend", [NATIVE, "reference", None])
@@ -292,7 +308,11 @@ WRONG = {
     "shape": (lambda: _wrong(grads=torch.zeros(9)), ValueError, r"grads\[0\] must be \(3, 3\)"),
     "step_shape": (lambda: _wrong(steps=torch.zeros(1)), ValueError, r"steps\[0\] must be \(\)"),
     "step_dtype": (lambda: _wrong(steps=torch.tensor(1)), ValueError, r"steps\[0\] must be torch.float32"),
-    "state_dtype": (lambda: _wrong(exp_avgs=torch.zeros(3, 3, dtype=torch.float16)), ValueError, "exp_avgs.0. must be torch.float32 or"),
+    "state_dtype": (
+        lambda: _wrong(exp_avgs=torch.zeros(3, 3, dtype=torch.float16)),
+        ValueError,
+        "exp_avgs.0. must be torch.float32 or",
+    ),
     "device": (lambda: _wrong(exp_avgs=torch.zeros(3, 3, device="meta")), ValueError, "on meta"),
     "sparse": (lambda: _wrong(grads=torch.zeros(3, 3).to_sparse()), RuntimeError, "dense gradients only"),
     "complex": (lambda: _wrong(grads=torch.zeros(3, 3, dtype=torch.complex64)), RuntimeError, "real floating"),
@@ -332,7 +352,9 @@ def test_every_cpu_path(path):
     if not all(_C.cpu_features()[feature] for feature in needs):
         pytest.skip(f"this CPU cannot run {path}")
     command = [sys.executable, "-c", CPU_PATH_PROGRAM, path]
-    result = subprocess.run(command, env={**os.environ, "FASTFT_CPU": path}, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env={**os.environ, "FASTFT_CPU": path}, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -356,7 +378,7 @@ def test_trap_indexing_over_2_31(backend):
 def test_trap_cuda_graph_capture_sees_a_new_lr(backend):
     captured, eager = (make(F32, F32, [(5, 3), (4,)], first_step=2) for _ in range(2))
     lr = torch.tensor(1e-2, device="cuda")
-    step = lambda lists: adamw(  # noqa: E731
+    step = lambda lists: adamw(
         *(lists[key] for key in ("params", "grads", *STATES[1:])), **{**HYPER, "lr": lr}, backend=backend
     )
     warm = make(F32, F32, [(5, 3), (4,)], first_step=2)

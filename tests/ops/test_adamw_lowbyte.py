@@ -16,7 +16,9 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 F32, BF16 = torch.float32, torch.bfloat16
 STATES = ("fp32", "bf16", "int8")
 PARAMS = ("fp32", "bf16", "stochastic", "remainder")
-COMBINATIONS = [(p, s) for p, s in itertools.product(PARAMS, STATES) if (p, s) not in (("fp32", "fp32"), ("bf16", "fp32"))]
+COMBINATIONS = [
+    (p, s) for p, s in itertools.product(PARAMS, STATES) if (p, s) not in (("fp32", "fp32"), ("bf16", "fp32"))
+]
 SIZES = [1, 255, 256, 257, 1027, 5003]
 # Each step of the arithmetic is exact in float32: short factors, short numbers. So the roundings are all that is left to differ.
 EXACT = {"lr": 0.5, "beta1": 0.5, "beta2": 0.5, "eps": 1.0, "weight_decay": 2.0**-10}
@@ -25,9 +27,12 @@ EXACT = {"lr": 0.5, "beta1": 0.5, "beta2": 0.5, "eps": 1.0, "weight_decay": 2.0*
 def make(params, state, grad_dtype=F32, sizes=SIZES, number=0):
     """The lists of a call: params of order 1, state as after some steps. Dyadic numbers of few bits where the dtype is wide."""
     g = seeded(PARAMS.index(params), STATES.index(state), number)
-    short = lambda n: torch.randint(-127, 128, (n,), generator=g) * 2.0**-7  # noqa: E731
+    short = lambda n: torch.randint(-127, 128, (n,), generator=g) * 2.0**-7
     masters = [short(n) * torch.randint(1, 255, (n,), generator=g) for n in sizes]
-    lists = {"params": [m.clone() if params == "fp32" else m.bfloat16() for m in masters], "grads": [short(n).to(grad_dtype) for n in sizes]}
+    lists = {
+        "params": [m.clone() if params == "fp32" else m.bfloat16() for m in masters],
+        "grads": [short(n).to(grad_dtype) for n in sizes],
+    }
     m, v = [short(n) for n in sizes], [short(n).square() for n in sizes]
     lists["max_exp_avg_sqs"] = []
     if state == "int8":
@@ -52,7 +57,11 @@ def run(lists, params, backend, **options):
 
 def decoded(lists, i):
     """(param, exp_avg, exp_avg_sq) as float32."""
-    p = lowbyte.join(lists["params"][i], lists["remainders"][i]) if "remainders" in lists else lists["params"][i].float()
+    p = (
+        lowbyte.join(lists["params"][i], lists["remainders"][i])
+        if "remainders" in lists
+        else lists["params"][i].float()
+    )
     if "exp_avg_scales" not in lists:
         return p, lists["exp_avgs"][i].float(), lists["exp_avg_sqs"][i].float()
     m = lowbyte.dequantize(lists["exp_avgs"][i], lists["exp_avg_scales"][i], True)
@@ -71,7 +80,11 @@ def exact(params, state, backend, grad_dtype=F32, sizes=SIZES, **options):
     """One step in which no arithmetic rounds: without gradient and exp_avg the param only decays; the state takes one more call."""
     lists = make(params, state, grad_dtype, sizes)
     first = run(lists, params, backend, **{**EXACT, "lr": 0.0, **options})
-    still = {**lists, "grads": [torch.zeros_like(g) for g in lists["grads"]], "exp_avgs": [torch.zeros_like(m) for m in lists["exp_avgs"]]}
+    still = {
+        **lists,
+        "grads": [torch.zeros_like(g) for g in lists["grads"]],
+        "exp_avgs": [torch.zeros_like(m) for m in lists["exp_avgs"]],
+    }
     second = run(still, params, backend, **{**EXACT, **options})
     return {**{"first " + k: v for k, v in first.items()}, **{"second " + k: v for k, v in second.items()}}
 
@@ -80,14 +93,20 @@ def exact(params, state, backend, grad_dtype=F32, sizes=SIZES, **options):
 @pytest.mark.parametrize(("params", "state"), COMBINATIONS)
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_every_backend_rounds_to_the_same_bits(backend, params, state, grad_dtype):
-    offsets = [2**33 - 700 + 7 * i for i in range(len(SIZES))]  # the upper half of the index changes inside some tensors
-    ours, reference = (exact(params, state, b, grad_dtype, offsets=offsets, seed=2**62 + 5) for b in (backend, "reference"))
+    offsets = [
+        2**33 - 700 + 7 * i for i in range(len(SIZES))
+    ]  # the upper half of the index changes inside some tensors
+    ours, reference = (
+        exact(params, state, b, grad_dtype, offsets=offsets, seed=2**62 + 5) for b in (backend, "reference")
+    )
     if backend == "triton" and DEVICE == "cpu" and params == "bf16":  # its interpreter truncates where a GPU rounds
         ours, reference = ({k: v for k, v in r.items() if "params" not in k} for r in (ours, reference))
     assert_equal(ours, reference)
     changed = exact(params, state, backend, grad_dtype, offsets=offsets, seed=2**62 + 6)
     if state != "fp32" or params == "stochastic":
-        assert any(not torch.equal(a, b) for k in ours for a, b in zip(ours[k], changed[k], strict=True)), "the seed changes nothing"
+        assert any(not torch.equal(a, b) for k in ours for a, b in zip(ours[k], changed[k], strict=True)), (
+            "the seed changes nothing"
+        )
 
 
 CPU_PATH_PROGRAM = """
@@ -110,7 +129,9 @@ def test_every_cpu_path(path):
     if not all(_C.cpu_features()[feature] for feature in needs):
         pytest.skip(f"this CPU cannot run {path}")
     command = [sys.executable, "-c", CPU_PATH_PROGRAM, path]
-    result = subprocess.run(command, env={**os.environ, "FASTFT_CPU": path}, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env={**os.environ, "FASTFT_CPU": path}, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -120,7 +141,12 @@ def neighbours(x, state, signed):
         return 1e-6 * x.abs() + 1e-9
     if state == "bf16":
         return 2.0**-7 * x.abs() + 1e-9
-    top = torch.nn.functional.pad(x.abs().flatten(), (0, -x.numel() % 256)).view(-1, 256).amax(1).repeat_interleave(256)[: x.numel()]
+    top = (
+        torch.nn.functional.pad(x.abs().flatten(), (0, -x.numel() % 256))
+        .view(-1, 256)
+        .amax(1)
+        .repeat_interleave(256)[: x.numel()]
+    )
     return 0.126 * x.abs() + top * 2.0 ** (-16 if signed else -32)
 
 
@@ -133,12 +159,20 @@ def test_matches_float64(backend, params, state):
     for i in range(len(SIZES)):
         inputs = decoded(before, i)
         p, m, v, _, step = definition(
-            *(t.double() for t in (inputs[0], before["grads"][i], *inputs[1:])), None, before["steps"][i].double(), **HYPER
+            *(t.double() for t in (inputs[0], before["grads"][i], *inputs[1:])),
+            None,
+            before["steps"][i].double(),
+            **HYPER,
         )
         assert after["steps"][i] == step
         ours = decoded(after, i)
         for name, got, truth, room in (
-            ("param", ours[0], p, 2.0**-7 * p.abs() + 1e-6 if params in ("bf16", "stochastic") else 3e-7 * p.abs() + 3e-7),
+            (
+                "param",
+                ours[0],
+                p,
+                2.0**-7 * p.abs() + 1e-6 if params in ("bf16", "stochastic") else 3e-7 * p.abs() + 3e-7,
+            ),
             ("exp_avg", ours[1], m, neighbours(m, state, True) + 1e-7),
             ("exp_avg_sq", ours[2], v, neighbours(v, state, False)),
         ):
@@ -203,13 +237,24 @@ def test_trap_a_decaying_exp_avg_sq_does_not_stall(backend, state):
     """beta2 = 0.999 without gradients: after 1000 steps exp_avg_sq is 0.37 of what it was. To nearest, bfloat16 would never move."""
     n, steps = 2048, 50 if backend == "triton" else 1000
     x = torch.rand(n, generator=seeded(0)) + 0.5
-    lists = {"params": [torch.zeros(n)], "grads": [torch.zeros(n)], "exp_avgs": [torch.zeros(n)], "max_exp_avg_sqs": [], "steps": [torch.zeros(())]}
+    lists = {
+        "params": [torch.zeros(n)],
+        "grads": [torch.zeros(n)],
+        "exp_avgs": [torch.zeros(n)],
+        "max_exp_avg_sqs": [],
+        "steps": [torch.zeros(())],
+    }
     if state == "bf16":
         lists |= {"exp_avg_sqs": [x.bfloat16()], "exp_avgs": [torch.zeros(n, dtype=BF16)]}
     else:
         codes, scales = lowbyte.quantize(x, False)
         zero, zero_scales = lowbyte.quantize(torch.zeros(n), True)
-        lists |= {"exp_avg_sqs": [codes], "exp_avg_sq_scales": [scales], "exp_avgs": [zero], "exp_avg_scales": [zero_scales]}
+        lists |= {
+            "exp_avg_sqs": [codes],
+            "exp_avg_sq_scales": [scales],
+            "exp_avgs": [zero],
+            "exp_avg_scales": [zero_scales],
+        }
     lists = {k: [t.to(DEVICE) for t in v] for k, v in lists.items()}
     start = decoded(lists, 0)[2].double().sum()
     for _ in range(steps):
@@ -225,9 +270,19 @@ def test_remainder_trains_bit_for_bit_like_a_float32_master(backend):
     """The same bfloat16 gradients, 20 steps: the pair is the fp32 master, and the param its nearest bfloat16."""
     master = torch.randn(3001, generator=seeded(1)).to(DEVICE)
     param, remainder = lowbyte.split(master)
-    zeros = lambda *_: torch.zeros(3001, device=DEVICE)  # noqa: E731
-    wide = {"params": [master], "exp_avgs": [zeros()], "exp_avg_sqs": [zeros()], "steps": [torch.zeros((), device=DEVICE)]}
-    pair = {"params": [param], "exp_avgs": [zeros()], "exp_avg_sqs": [zeros()], "steps": [torch.zeros((), device=DEVICE)]}
+    zeros = lambda *_: torch.zeros(3001, device=DEVICE)
+    wide = {
+        "params": [master],
+        "exp_avgs": [zeros()],
+        "exp_avg_sqs": [zeros()],
+        "steps": [torch.zeros((), device=DEVICE)],
+    }
+    pair = {
+        "params": [param],
+        "exp_avgs": [zeros()],
+        "exp_avg_sqs": [zeros()],
+        "steps": [torch.zeros((), device=DEVICE)],
+    }
     for step in range(20):
         grads = [torch.randn(3001, generator=seeded(2, step)).to(DEVICE, BF16)]
         adamw(**wide, grads=grads, max_exp_avg_sqs=[], **HYPER, backend=backend)
@@ -239,16 +294,44 @@ def test_remainder_trains_bit_for_bit_like_a_float32_master(backend):
 
 
 WRONG = {
-    "remainder_fp32": (("fp32", "bf16"), {"remainders": [torch.zeros(n, dtype=torch.int16) for n in SIZES]}, "remainders is for bfloat16"),
+    "remainder_fp32": (
+        ("fp32", "bf16"),
+        {"remainders": [torch.zeros(n, dtype=torch.int16) for n in SIZES]},
+        "remainders is for bfloat16",
+    ),
     "stochastic_fp32": (("fp32", "bf16"), {"stochastic_rounding": True}, "stochastic_rounding is for bfloat16 params"),
     "both": (("remainder", "bf16"), {"stochastic_rounding": True}, "exclude each other"),
-    "copies": (("remainder", "bf16"), {"copies": [torch.zeros(n, dtype=BF16) for n in SIZES]}, "copies are for wider params"),
-    "amsgrad": (("fp32", "int8"), {"max_exp_avg_sqs": [torch.zeros(n) for n in SIZES]}, "amsgrad needs float32 or bfloat16"),
+    "copies": (
+        ("remainder", "bf16"),
+        {"copies": [torch.zeros(n, dtype=BF16) for n in SIZES]},
+        "copies are for wider params",
+    ),
+    "amsgrad": (
+        ("fp32", "int8"),
+        {"max_exp_avg_sqs": [torch.zeros(n) for n in SIZES]},
+        "amsgrad needs float32 or bfloat16",
+    ),
     "one_scale": (("fp32", "int8"), {"exp_avg_sq_scales": None}, "come together"),
-    "no_scales": (("fp32", "int8"), {"exp_avg_scales": None, "exp_avg_sq_scales": None}, r"exp_avgs\[0\] must be .*comes with scales"),
-    "scale_shape": (("fp32", "int8"), {"exp_avg_scales": [torch.zeros(1) for _ in SIZES]}, r"exp_avg_scales\[3\] must be \(2,\)"),
-    "mixed": (("fp32", "bf16"), {"exp_avg_sqs": [torch.zeros(n) for n in SIZES]}, "exp_avg_sqs.0. must be torch.bfloat16"),
-    "remainder_dtype": (("remainder", "fp32"), {"remainders": [torch.zeros(n) for n in SIZES]}, "remainders.0. must be torch.int16"),
+    "no_scales": (
+        ("fp32", "int8"),
+        {"exp_avg_scales": None, "exp_avg_sq_scales": None},
+        r"exp_avgs\[0\] must be .*comes with scales",
+    ),
+    "scale_shape": (
+        ("fp32", "int8"),
+        {"exp_avg_scales": [torch.zeros(1) for _ in SIZES]},
+        r"exp_avg_scales\[3\] must be \(2,\)",
+    ),
+    "mixed": (
+        ("fp32", "bf16"),
+        {"exp_avg_sqs": [torch.zeros(n) for n in SIZES]},
+        "exp_avg_sqs.0. must be torch.bfloat16",
+    ),
+    "remainder_dtype": (
+        ("remainder", "fp32"),
+        {"remainders": [torch.zeros(n) for n in SIZES]},
+        "remainders.0. must be torch.int16",
+    ),
     "seed": (("fp32", "bf16"), {"seed": -1}, "seed must be"),
     "offset": (("fp32", "bf16"), {"offsets": [-1] * len(SIZES)}, "none is negative"),
 }
@@ -267,7 +350,18 @@ def test_opcheck(backend):
     module = sys.modules["fastft.ops.adamw"]
     for params, state in (("stochastic", "int8"), ("remainder", "bf16")):
         lists = make(params, state, sizes=[5, 300])
-        names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "copies", "remainders", "exp_avg_scales", "exp_avg_sq_scales")
+        names = (
+            "params",
+            "grads",
+            "exp_avgs",
+            "exp_avg_sqs",
+            "max_exp_avg_sqs",
+            "steps",
+            "copies",
+            "remainders",
+            "exp_avg_scales",
+            "exp_avg_sq_scales",
+        )
         tensors = [lists.get(name, []) for name in names]
         numbers = (7, params == "stochastic", 0.1, 0.9, 0.999, 1e-8, 0.1, True, False)
         torch.library.opcheck(module._op, (*tensors, [0, 300], None, None, None, *numbers, backend))
@@ -277,7 +371,10 @@ def test_opcheck(backend):
 def test_trap_non_contiguous(backend):
     """Positions are those of the flat tensor in its own order, not of memory."""
     for params, state in (("stochastic", "bf16"), ("remainder", "int8")):
-        plain = {k: [t.view(30, 20) if t.numel() == 600 else t for t in v] for k, v in make(params, state, sizes=[600]).items()}
+        plain = {
+            k: [t.view(30, 20) if t.numel() == 600 else t for t in v]
+            for k, v in make(params, state, sizes=[600]).items()
+        }
         strange = {k: [t.T.contiguous().T if t.ndim == 2 else t.clone() for t in v] for k, v in plain.items()}
         expected = run(plain, params, backend)
         adamw(**strange, **HYPER, seed=3, stochastic_rounding=params == "stochastic", backend=backend)

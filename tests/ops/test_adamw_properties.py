@@ -24,12 +24,23 @@ def calls(draw):
     grad_dtype = draw(st.sampled_from([F32, BF16]))
     amsgrad = state != "int8" and draw(st.booleans())
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "remainders", "exp_avg_scales", "exp_avg_sq_scales", "copies")
+    names = (
+        "params",
+        "grads",
+        "exp_avgs",
+        "exp_avg_sqs",
+        "max_exp_avg_sqs",
+        "steps",
+        "remainders",
+        "exp_avg_scales",
+        "exp_avg_sq_scales",
+        "copies",
+    )
     lists = {name: [] for name in names}
     copies = kind in ("fp32", "bf16") and draw(st.booleans())
     for _ in range(draw(st.integers(1, 3))):
         shape, layout = draw(SHAPES), draw(LAYOUTS)
-        normal = lambda scale, shape=shape: torch.randn(shape, generator=g) * scale  # noqa: E731
+        normal = lambda scale, shape=shape: torch.randn(shape, generator=g) * scale
         master, m, v = normal(1.0), normal(0.1), normal(0.1).square()
         lists["params"].append(laid_out(master if kind == "fp32" else master.bfloat16(), layout))
         lists["grads"].append(laid_out(normal(1.0).to(grad_dtype), draw(LAYOUTS)))
@@ -47,10 +58,22 @@ def calls(draw):
             for name, x in (("exp_avgs", m), ("exp_avg_sqs", v), *([("max_exp_avg_sqs", v * 1.5)] if amsgrad else [])):
                 lists[name].append(laid_out(x.to(F32 if state == "fp32" else BF16), layout))
     flags = {name: draw(st.booleans()) for name in ("decoupled", "maximize")}
-    numbers = {"lr": 1e-2, "beta1": draw(st.sampled_from([0.0, 0.5, 0.9])), "beta2": draw(st.sampled_from([0.5, 0.999])), "eps": 1e-6, "weight_decay": 0.1}
+    numbers = {
+        "lr": 1e-2,
+        "beta1": draw(st.sampled_from([0.0, 0.5, 0.9])),
+        "beta2": draw(st.sampled_from([0.5, 0.999])),
+        "eps": 1e-6,
+        "weight_decay": 0.1,
+    }
     scale = draw(st.none() | st.sampled_from([0.25, 3.0]).map(torch.tensor))
-    options = {**flags, **numbers, "grad_scale": scale, "seed": draw(st.integers(0, 2**63 - 1)), "stochastic_rounding": kind == "stochastic",
-               "offsets": [draw(st.integers(0, 2**40)) for _ in lists["params"]]}
+    options = {
+        **flags,
+        **numbers,
+        "grad_scale": scale,
+        "seed": draw(st.integers(0, 2**63 - 1)),
+        "stochastic_rounding": kind == "stochastic",
+        "offsets": [draw(st.integers(0, 2**40)) for _ in lists["params"]],
+    }
     return lists, options
 
 
@@ -69,7 +92,14 @@ def run(lists, options, backend):
     kept = {}
     for name, tensors in lists.items():  # clones of the same strides, gaps included
         kept[name] = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) for t in tensors]
-    adamw(**{**kept, **{name: kept[name] or None for name in ("remainders", "exp_avg_scales", "exp_avg_sq_scales", "copies")}}, **options, backend=backend)
+    adamw(
+        **{
+            **kept,
+            **{name: kept[name] or None for name in ("remainders", "exp_avg_scales", "exp_avg_sq_scales", "copies")},
+        },
+        **options,
+        backend=backend,
+    )
     return kept
 
 
@@ -80,7 +110,11 @@ def numbers(lists, i):
     if not lists["exp_avg_scales"]:
         return {"param": p, "exp_avg": lists["exp_avgs"][i].float(), "exp_avg_sq": lists["exp_avg_sqs"][i].float()}
     m = lowbyte.dequantize(lists["exp_avgs"][i], lists["exp_avg_scales"][i], True)
-    return {"param": p, "exp_avg": m, "exp_avg_sq": lowbyte.dequantize(lists["exp_avg_sqs"][i], lists["exp_avg_sq_scales"][i], False)}
+    return {
+        "param": p,
+        "exp_avg": m,
+        "exp_avg_sq": lowbyte.dequantize(lists["exp_avg_sqs"][i], lists["exp_avg_sq_scales"][i], False),
+    }
 
 
 @settings
@@ -96,7 +130,9 @@ def test_native_does_what_the_reference_does(call):
             off = (a - b).abs()
             room = 0.126 * b.abs() + 2.0**-13 * b.abs().max() if b.numel() else b
             assert (off <= room + 1e-6).all(), name
-            assert (off > 1e-5 * b.abs() + 1e-6).sum() <= 2 + a.numel() // 50, f"{name}: {(off > 1e-5 * b.abs() + 1e-6).sum()} of {a.numel()}"
+            assert (off > 1e-5 * b.abs() + 1e-6).sum() <= 2 + a.numel() // 50, (
+                f"{name}: {(off > 1e-5 * b.abs() + 1e-6).sum()} of {a.numel()}"
+            )
     for grad, given in zip(ours["grads"], lists["grads"], strict=True):
         assert torch.equal(grad, given), "a gradient was written to"
 
@@ -129,7 +165,7 @@ def test_coding_what_was_decoded_changes_nothing(values, signed, random):
     """Codes and scales come back bit for bit, however the second coding rounds; the error is within one step."""
     x = torch.tensor(values, dtype=F32)
     x = x if signed else x.abs()
-    draw = lambda r: torch.full_like(x, r, dtype=torch.int64)  # noqa: E731
+    draw = lambda r: torch.full_like(x, r, dtype=torch.int64)
     codes, scales = lowbyte.quantize(x, signed, draw(random))
     decoded = lowbyte.dequantize(codes, scales, signed)
     for r in (0, 0x8000, 0xFFFF):

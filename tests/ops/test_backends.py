@@ -105,7 +105,9 @@ def test_native_refuses_other_dtypes(backend):
 def run(program, **environment):
     """Output of a Python program in a fresh process."""
     environment = {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **environment}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 

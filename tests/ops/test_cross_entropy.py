@@ -11,7 +11,9 @@ from tests.ops.common import BACKENDS, DEVICE, assert_as_good_as, assert_rounded
 
 module = sys.modules["fastft.ops.cross_entropy"]  # the package's attribute of that name is the function
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # numpy on ignored rows' -inf
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning:triton.runtime.interpreter"
+)  # numpy on ignored rows' -inf
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -134,7 +136,9 @@ def test_reference_gradcheck(name):
 def test_in_place_gives_the_same_bits(backend, name):
     logits, target, options = make((29, 507), name, torch.bfloat16)
     for reduction in ("mean", "sum"):
-        loss, grad = loss_and_gradient(cross_entropy, logits, target, None, backend=backend, reduction=reduction, **options)
+        loss, grad = loss_and_gradient(
+            cross_entropy, logits, target, None, backend=backend, reduction=reduction, **options
+        )
         leaf = logits.clone().requires_grad_()
         scratch = leaf * 1
         in_place = cross_entropy(scratch, target, backend=backend, reduction=reduction, inplace=True, **options)

@@ -13,7 +13,9 @@ from fastft.ops import backends, bad_target, cross_entropy
 from tests.ops.common import BACKENDS, DEVICE, NATIVE, NATIVE_BUILT, assert_rounded_once, seeded
 from tests.ops.test_cross_entropy import formula, loss_and_gradient, make
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # numpy on nan, which is meant
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning:triton.runtime.interpreter"
+)  # numpy on nan, which is meant
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
@@ -55,7 +57,9 @@ def test_trap_out_of_range_target(backend, reduction, bad):
     logits, target = small()
     target[3] = bad
     if DEVICE == "cpu":
-        with pytest.raises(IndexError, match=rf"target {bad} at position 3 is neither in \[0, 11\) nor ignore_index \(-100\)"):
+        with pytest.raises(
+            IndexError, match=rf"target {bad} at position 3 is neither in \[0, 11\) nor ignore_index \(-100\)"
+        ):
             cross_entropy(logits, target, reduction=reduction, backend=backend)
     else:
         loss = cross_entropy(logits, target, reduction=reduction, backend=backend)
@@ -156,7 +160,7 @@ def test_trap_in_place_under_someone_elses_feet(backend):
 def test_trap_no_gradient_is_computed_when_none_is_needed(backend, reduction, how, monkeypatch):
     seen = []
     real = backends.implementation("cross_entropy", backend)
-    spy = lambda *args, **kwargs: (seen.append(kwargs["grad"]), real(*args, **kwargs))  # noqa: E731
+    spy = lambda *args, **kwargs: (seen.append(kwargs["grad"]), real(*args, **kwargs))
     monkeypatch.setitem(backends._loaded, ("cross_entropy", backend), spy)
     logits, target = small(requires_grad=how != "frozen")
     with torch.set_grad_enabled(how != "no_grad"):

@@ -14,7 +14,9 @@ from tests.ops.test_cross_entropy import formula as of_logits
 
 module = sys.modules["fastft.ops.linear_cross_entropy"]  # the package's attribute of that name is the function
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # numpy on ignored rows' -inf
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning:triton.runtime.interpreter"
+)  # numpy on ignored rows' -inf
 
 DTYPES = [torch.float32, torch.bfloat16]
 UNIT = 2.5e-7  # of assert_as_good_as
@@ -114,13 +116,23 @@ CASES = [(b, n) for b in (NATIVE, "reference") for n in OPTIONS] + [(TRITON, n) 
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("backend", "name"), [pytest.param(*(b.values if b != "reference" else [b]), n, marks=getattr(b, "marks", ())) for b, n in CASES])
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [pytest.param(*(b.values if b != "reference" else [b]), n, marks=getattr(b, "marks", ())) for b, n in CASES],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_float64(backend, dtype, name, reduction):
     shape = (31, 37, 507)
     tensors, target, options = make(shape, name, dtype)
     upstream = torch.rand(shape[0], generator=seeded(*shape)).to(DEVICE)
-    assert_matches(tensors, target, upstream, {**options, "reduction": reduction}, backend=backend, chunk_bytes=9 * 507 * dtype.itemsize)
+    assert_matches(
+        tensors,
+        target,
+        upstream,
+        {**options, "reduction": reduction},
+        backend=backend,
+        chunk_bytes=9 * 507 * dtype.itemsize,
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 1000), (5, 1, 3), (123, 252, 1), (64, 16, 4099), (33, 123, 507)])
@@ -135,9 +147,13 @@ def test_odd_shapes(dtype, shape):
 def test_any_shape_stride_and_flag(data):
     """Whatever the shape, the strides, the options, the chunk size and the set of wanted gradients."""
     draw = data.draw
-    rows, width, vocab = (draw(st.integers(1, most), label=what) for what, most in (("rows", 70), ("width", 40), ("vocab", 300)))
+    rows, width, vocab = (
+        draw(st.integers(1, most), label=what) for what, most in (("rows", 70), ("width", 40), ("vocab", 300))
+    )
     name, dtype = draw(st.sampled_from(list(OPTIONS))), draw(st.sampled_from(DTYPES))
-    tensors, target, options = make((rows, width, max(vocab, 4)), name, dtype, draw(st.integers(0, 10**6), label="seed"))
+    tensors, target, options = make(
+        (rows, width, max(vocab, 4)), name, dtype, draw(st.integers(0, 10**6), label="seed")
+    )
     ignored = draw(st.sampled_from([0.0, 0.5, 0.9]), label="ignored")
     target[torch.rand(rows, generator=seeded(rows, width)) < ignored] = options.get("ignore_index", -100)
     if (target == options.get("ignore_index", -100)).all():
@@ -151,7 +167,9 @@ def test_any_shape_stride_and_flag(data):
     wanted = {key for key in tensors if draw(st.booleans(), label=f"{key} wants a gradient")}
     leaves = {key: t.detach().requires_grad_(key in wanted) for key, t in tensors.items()}
     low_rank = (leaves["hidden2"], leaves["weight2"]) if "hidden2" in leaves else None
-    loss = linear_cross_entropy(leaves["hidden"], leaves["weight"], target, bias=leaves.get("bias"), low_rank=low_rank, **options)
+    loss = linear_cross_entropy(
+        leaves["hidden"], leaves["weight"], target, bias=leaves.get("bias"), low_rank=low_rank, **options
+    )
     assert loss.requires_grad == bool(wanted)
     if wanted:
         loss.sum().backward()
@@ -166,7 +184,9 @@ def test_is_torchs_where_both_are_defined(mode, reduction):
     options = torch.nn.LinearCrossEntropyOptions() if mode == "chunked" else None
     tensors, target, own = make((61, 37, 507), "class_weight", torch.float32)
     ours = linear_cross_entropy(tensors["hidden"], tensors["weight"], target, reduction=reduction, **own)
-    other = F.linear_cross_entropy(tensors["hidden"], tensors["weight"], target, weight=own["class_weight"], reduction=reduction, options=options)
+    other = F.linear_cross_entropy(
+        tensors["hidden"], tensors["weight"], target, weight=own["class_weight"], reduction=reduction, options=options
+    )
     torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
 
 
@@ -189,12 +209,17 @@ def test_reference_gradcheck(name):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_leading_dimensions_and_lse(backend):
     g = seeded(1)
-    hidden, weight = torch.randn(2, 3, 7, generator=g).to(DEVICE).requires_grad_(), torch.randn(11, 7, generator=g).to(DEVICE)
+    hidden, weight = (
+        torch.randn(2, 3, 7, generator=g).to(DEVICE).requires_grad_(),
+        torch.randn(11, 7, generator=g).to(DEVICE),
+    )
     target = torch.randint(0, 11, (2, 3), generator=g).to(DEVICE)
     target[0, 1] = -100
     truth = torch.logsumexp(2.0 * torch.tanh(F.linear(hidden, weight) / 2.0), -1).detach()
     for reduction in ("none", "mean"):
-        loss, lse = linear_cross_entropy(hidden, weight, target, reduction=reduction, return_lse=True, softcap=2.0, backend=backend)
+        loss, lse = linear_cross_entropy(
+            hidden, weight, target, reduction=reduction, return_lse=True, softcap=2.0, backend=backend
+        )
         assert loss.shape == (target.shape if reduction == "none" else ()) and loss.dtype == lse.dtype == torch.float32
         assert not lse.requires_grad
         torch.testing.assert_close(lse, truth)  # of the ignored row too
@@ -206,7 +231,10 @@ def test_leading_dimensions_and_lse(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend):
-    hidden, weight = torch.randn(0, 7, device=DEVICE, requires_grad=True), torch.randn(11, 7, device=DEVICE, requires_grad=True)
+    hidden, weight = (
+        torch.randn(0, 7, device=DEVICE, requires_grad=True),
+        torch.randn(11, 7, device=DEVICE, requires_grad=True),
+    )
     target = torch.empty(0, dtype=torch.int64, device=DEVICE)
     for reduction, shape in (("mean", ()), ("sum", ()), ("none", (0,))):
         loss = linear_cross_entropy(hidden, weight, target, reduction=reduction, backend=backend)

@@ -11,7 +11,9 @@ from fastft.ops import backends, bad_target, linear_cross_entropy
 from tests.ops.common import BACKENDS, DEVICE, NATIVE, seeded
 from tests.ops.test_linear_cross_entropy import formula, in_dtype, loss_and_gradients, make
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # numpy on nan, which is meant
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning:triton.runtime.interpreter"
+)  # numpy on nan, which is meant
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 only_native = pytest.mark.parametrize("backend", [NATIVE])
@@ -30,12 +32,22 @@ def small(*, rows=10, width=7, vocab=11, dtype=torch.float32):
 def test_trap_all_rows_ignored(backend, reduction):
     hidden, weight, target = small()
     bias = torch.ones(11, device=DEVICE, requires_grad=True)
-    loss = linear_cross_entropy(hidden, weight, torch.full_like(target, -100), bias=bias, reduction=reduction, backend=backend, chunk_bytes=CHUNK)
+    loss = linear_cross_entropy(
+        hidden,
+        weight,
+        torch.full_like(target, -100),
+        bias=bias,
+        reduction=reduction,
+        backend=backend,
+        chunk_bytes=CHUNK,
+    )
     grads = torch.autograd.grad(loss.sum(), (hidden, weight, bias))
     assert (loss == 0).all() and all((grad == 0).all() for grad in grads)
 
 
-@pytest.mark.parametrize("return_lse", [False, True])  # with it, ignored rows stay in the computation, as they do on CUDA
+@pytest.mark.parametrize(
+    "return_lse", [False, True]
+)  # with it, ignored rows stay in the computation, as they do on CUDA
 @each_reduction
 @each_backend
 def test_trap_ignored_rows_count_for_nothing_whatever_they_hold(backend, reduction, return_lse):
@@ -66,7 +78,9 @@ def test_trap_out_of_range_target_is_named_by_its_place_in_the_input(backend, re
     hidden, weight, target = small()
     target[:3], target[8] = -100, bad
     if DEVICE == "cpu":
-        with pytest.raises(IndexError, match=rf"target {bad} at position 8 is neither in \[0, 11\) nor ignore_index \(-100\)"):
+        with pytest.raises(
+            IndexError, match=rf"target {bad} at position 8 is neither in \[0, 11\) nor ignore_index \(-100\)"
+        ):
             linear_cross_entropy(hidden, weight, target, reduction=reduction, backend=backend, chunk_bytes=CHUNK)
     else:
         loss = linear_cross_entropy(hidden, weight, target, reduction=reduction, backend=backend, chunk_bytes=CHUNK)
@@ -91,7 +105,9 @@ def test_trap_nan_in_a_row_that_counts_is_not_lost(backend, reduction):
 def test_trap_second_backward(backend, reduction, factor):
     hidden, weight, target = small()
     loss = factor * linear_cross_entropy(hidden, weight, target, reduction=reduction, backend=backend).sum()
-    first, second = ([g.clone() for g in torch.autograd.grad(loss, (hidden, weight), retain_graph=True)] for _ in range(2))
+    first, second = (
+        [g.clone() for g in torch.autograd.grad(loss, (hidden, weight), retain_graph=True)] for _ in range(2)
+    )
     loss.backward(retain_graph=True)
     loss.backward()  # what the first one gave away must not be what this one hands out
     for a, b, leaf in zip(first, second, (hidden, weight), strict=True):
@@ -119,7 +135,11 @@ class _Results(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        known = {
+            t.untyped_storage().data_ptr()
+            for t in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         for r in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(r, torch.Tensor) and r.untyped_storage().data_ptr() not in known:
                 self.made.append((str(func), tuple(r.shape)))
@@ -210,7 +230,9 @@ def test_trap_inputs_unchanged(backend, reduction):
     hidden, weight, target = small()
     before = [t.detach().clone() for t in (hidden, weight, target)]
     versions = [t._version for t in (hidden, weight, target)]
-    linear_cross_entropy(hidden, weight, target, reduction=reduction, backend=backend, chunk_bytes=CHUNK).sum().backward()
+    linear_cross_entropy(
+        hidden, weight, target, reduction=reduction, backend=backend, chunk_bytes=CHUNK
+    ).sum().backward()
     assert all(torch.equal(a.detach(), b) for a, b in zip((hidden, weight, target), before, strict=True))
     assert versions == [t._version for t in (hidden, weight, target)]
 
@@ -219,14 +241,20 @@ def test_trap_inputs_unchanged(backend, reduction):
 def test_trap_weight_gradient_summed_in_float32(backend):
     """bfloat16 sums over many chunks stop growing: 512 chunks of one row must be as good as one GEMM over all rows."""
     g = seeded(4)
-    tensors = {"hidden": 1 + 0.1 * torch.randn(512, 24, generator=g), "weight": torch.randn(40, 24, generator=g), "bias": torch.randn(40, generator=g)}
+    tensors = {
+        "hidden": 1 + 0.1 * torch.randn(512, 24, generator=g),
+        "weight": torch.randn(40, 24, generator=g),
+        "bias": torch.randn(40, generator=g),
+    }
     tensors = {key: t.bfloat16().to(DEVICE) for key, t in tensors.items()}
     target = torch.zeros(512, dtype=torch.int64, device=DEVICE)
     _, truth = loss_and_gradients(formula, in_dtype(tensors, torch.float64), target)
     errors = {}
     for chunk_bytes in (1, 2**30):
         _, grads = loss_and_gradients(linear_cross_entropy, tensors, target, backend=backend, chunk_bytes=chunk_bytes)
-        errors[chunk_bytes] = [(grads[key].double() - truth[key]).abs().max() / truth[key].abs().max() for key in ("weight", "bias")]
+        errors[chunk_bytes] = [
+            (grads[key].double() - truth[key]).abs().max() / truth[key].abs().max() for key in ("weight", "bias")
+        ]
     for many, one in zip(errors[1], errors[2**30], strict=True):
         assert many <= 1.5 * one + 1e-3
 
@@ -238,7 +266,9 @@ def test_trap_gradient_scaled_before_it_is_rounded(backend):
     options = {"reduction": "sum", "backend": backend}
     unit = loss_and_gradients(linear_cross_entropy, tensors, target, **options)[1]
     for power in (2**-20, 2**10):  # exact factors change nothing but the exponent
-        scaled = loss_and_gradients(linear_cross_entropy, tensors, target, token_weight=torch.tensor(power, device=DEVICE), **options)[1]
+        scaled = loss_and_gradients(
+            linear_cross_entropy, tensors, target, token_weight=torch.tensor(power, device=DEVICE), **options
+        )[1]
         assert all(torch.equal(scaled[key], unit[key] * power) for key in unit)
 
 
@@ -266,9 +296,15 @@ def test_trap_non_contiguous(backend, reduction, view):
     strange = [VIEWS[view](t) for t in (hidden, weight)]
     strange_target = torch.stack([target, target], -1)[:, 0]
     loss = linear_cross_entropy(*strange, strange_target, reduction=reduction, backend=backend, chunk_bytes=CHUNK)
-    plain = linear_cross_entropy(*(t.contiguous() for t in strange), target, reduction=reduction, backend=backend, chunk_bytes=CHUNK)
+    plain = linear_cross_entropy(
+        *(t.contiguous() for t in strange), target, reduction=reduction, backend=backend, chunk_bytes=CHUNK
+    )
     torch.testing.assert_close(loss, plain)
-    pairs = zip(torch.autograd.grad(loss.sum(), (hidden, weight)), torch.autograd.grad(plain.sum(), (hidden, weight)), strict=True)
+    pairs = zip(
+        torch.autograd.grad(loss.sum(), (hidden, weight)),
+        torch.autograd.grad(plain.sum(), (hidden, weight)),
+        strict=True,
+    )
     for ours, expected in pairs:
         torch.testing.assert_close(ours, expected)
 
@@ -293,7 +329,10 @@ def test_trap_bitwise_the_same_from_run_to_run(backend, reduction):
         assert torch.equal(loss, runs[0][0]) and all(torch.equal(grads[key], runs[0][1][key]) for key in grads)
 
 
-COMPILED = [("aot_eager", None, r) for r in ("mean", "sum", "none")] + [("aot_eager", "reference", "mean"), ("inductor", None, "mean")]
+COMPILED = [("aot_eager", None, r) for r in ("mean", "sum", "none")] + [
+    ("aot_eager", "reference", "mean"),
+    ("inductor", None, "mean"),
+]
 
 
 @pytest.mark.parametrize(("compiler", "backend", "reduction"), COMPILED)
@@ -309,7 +348,9 @@ def test_trap_torch_compile_fullgraph(compiler, backend, reduction):
         return (3.0 * loss).sum() + lse.sum()  # a factor, so that the backward has to multiply
 
     torch._dynamo.reset()
-    eager, compiled = (function(*leaves, target) for function in (step, torch.compile(step, fullgraph=True, backend=compiler)))
+    eager, compiled = (
+        function(*leaves, target) for function in (step, torch.compile(step, fullgraph=True, backend=compiler))
+    )
     torch.testing.assert_close(compiled, eager)
     for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves), strict=True):
         torch.testing.assert_close(a, b)
@@ -320,7 +361,10 @@ def test_trap_more_logits_than_2_to_the_31(backend):
     """70,000 rows of 32,768 classes: 2.3e9 logits, in chunks. Rows on both sides against float64."""
     rows, vocab = 70_000, 32_768
     g = seeded(8)
-    hidden, weight = torch.randn(rows, 1, generator=g).to(DEVICE).bfloat16(), torch.randn(vocab, 1, generator=g).to(DEVICE).bfloat16()
+    hidden, weight = (
+        torch.randn(rows, 1, generator=g).to(DEVICE).bfloat16(),
+        torch.randn(vocab, 1, generator=g).to(DEVICE).bfloat16(),
+    )
     target = torch.randint(0, vocab, (rows,), generator=g).to(DEVICE)
     loss = linear_cross_entropy(hidden, weight, target, reduction="none", backend=backend)
     checked = [0, 1, 65535, 65536, 65537, rows - 1]
@@ -333,7 +377,9 @@ def test_trap_more_logits_than_2_to_the_31(backend):
 def test_trap_no_host_sync(backend):
     hidden, weight, target = small(dtype=torch.bfloat16)
     target[2] = -100
-    step = lambda: (2.0 * linear_cross_entropy(hidden, weight, target, backend=backend, chunk_bytes=2 * 11 * 2)).backward()  # noqa: E731
+    step = lambda: (
+        2.0 * linear_cross_entropy(hidden, weight, target, backend=backend, chunk_bytes=2 * 11 * 2)
+    ).backward()
     step()  # compile the kernels first
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -32,7 +32,9 @@ def test_trap_squares_beyond_float32(backend):
     tensors = [torch.full((100,), 1e30, device=DEVICE), torch.full((3,), 3e38, device=DEVICE, dtype=torch.bfloat16)]
     assert torch.isclose(sum_squares(tensors, backend=backend), truth_of(tensors), rtol=1e-13)
     small = [torch.full((100,), 1e-30, device=DEVICE)]
-    assert sum_squares(small, backend=backend) > 0 and torch.isclose(sum_squares(small, backend=backend), truth_of(small), rtol=1e-13, atol=0)
+    assert sum_squares(small, backend=backend) > 0 and torch.isclose(
+        sum_squares(small, backend=backend), truth_of(small), rtol=1e-13, atol=0
+    )
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
@@ -46,11 +48,16 @@ def test_trap_one_bad_element_is_seen_anywhere(backend, dtype, bad):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40), st.booleans(), st.booleans()), max_size=6), st.integers(0, 2**32))
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40), st.booleans(), st.booleans()), max_size=6),
+    st.integers(0, 2**32),
+)
 def test_property_any_shapes_strides_and_mixes(shapes, seed):
     tensors = []
     for rows, columns, half, transposed in shapes:
-        x = torch.randn(rows, 2 * columns, generator=seeded(seed, rows, columns))[:, ::2].to(torch.bfloat16 if half else torch.float32)
+        x = torch.randn(rows, 2 * columns, generator=seeded(seed, rows, columns))[:, ::2].to(
+            torch.bfloat16 if half else torch.float32
+        )
         tensors.append(x.t() if transposed else x)
     expected = truth_of(tensors) if tensors else torch.zeros((), dtype=torch.float64)
     assert torch.isclose(sum_squares(tensors), expected, rtol=1e-13, atol=0)

@@ -302,7 +302,9 @@ leave(0)  # gloo's threads may abort an interpreter that shuts down
 """
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "bf16"), (0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (3, "fp32")]
+)
 def test_trap_deepspeed_engine(stage, dtype, tmp_path, unused_port):
     pytest.importorskip("deepspeed")
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",

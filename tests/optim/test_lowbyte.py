@@ -73,7 +73,11 @@ def test_control_nearest_stalls_where_stochastic_rounding_does_not(tiny_llama, t
     """Steps of 1e-5 are less than half a unit of most bfloat16 weights: rounded to nearest they are lost, at random they add up."""
     still = {dtype: train_llama(tiny_llama, tokens, dtype, 50, lr=0.0)[0] for dtype in (F32, BF16)}  # the same batches
     falls = {}
-    for name, dtype, settings in (("fp32", F32, {}), ("nearest", BF16, {}), *((k, BF16, VARIANTS[k][1]) for k in ("stochastic params", "remainder"))):
+    for name, dtype, settings in (
+        ("fp32", F32, {}),
+        ("nearest", BF16, {}),
+        *((k, BF16, VARIANTS[k][1]) for k in ("stochastic params", "remainder")),
+    ):
         losses = train_llama(tiny_llama, tokens, dtype, 50, lr=1e-5, **settings)[0]
         falls[name] = sum(still[dtype][-20:]) - sum(losses[-20:])
     assert falls["nearest"] < 0.5 * falls["fp32"], falls
@@ -97,7 +101,9 @@ def train(model, optimizer, steps, first=0):
 def assert_same_state(one, other):
     for a, b in zip(one.state.values(), other.state.values(), strict=True):
         assert a.keys() == b.keys()
-        assert all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])]
+        assert all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a), [
+            k for k in a if not torch.equal(a[k], b[k])
+        ]
 
 
 @each_variant
@@ -109,7 +115,10 @@ def test_resumes_bit_for_bit(name, tmp_path):
     train(model, optimizer, 7)
     torch.save(optimizer.state_dict(), tmp_path / "o.pt")
     saved = torch.load(tmp_path / "o.pt")
-    assert all(v["exp_avg"].shape == p.shape and v["exp_avg"].is_floating_point() for v, p in zip(saved["state"].values(), model.parameters(), strict=True))
+    assert all(
+        v["exp_avg"].shape == p.shape and v["exp_avg"].is_floating_point()
+        for v, p in zip(saved["state"].values(), model.parameters(), strict=True)
+    )
     other_model = copy.deepcopy(model)
     other = FusedAdamW(other_model.parameters(), seed=5, **settings)
     other.load_state_dict(saved)
@@ -148,7 +157,9 @@ def test_state_of_another_dtype_is_converted(before, after):
     for old, new in zip(optimizer.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True):
         scale = old["exp_avg"].float().abs().max()
         assert (old["exp_avg"].float() - new["exp_avg"].float()).abs().max() <= scale / 16
-    assert {s["exp_avg"].dtype for s in other.state.values()} == {{"fp32": F32, "bf16": BF16, "int8": torch.uint8}[after]}
+    assert {s["exp_avg"].dtype for s in other.state.values()} == {
+        {"fp32": F32, "bf16": BF16, "int8": torch.uint8}[after]
+    }
     train(model, other, 1)
 
 
@@ -183,7 +194,7 @@ def test_each_element_has_its_own_random_numbers_and_shards_have_those_of_the_wh
             optimizer.step()
         return [torch.cat([p.detach().float(), optimizer.state[p]["exp_avg_sq"].float()]).view(2, -1) for p in params]
 
-    ones = lambda n: torch.nn.Parameter(torch.ones(n, dtype=BF16))  # noqa: E731
+    ones = lambda n: torch.nn.Parameter(torch.ones(n, dtype=BF16))
     first, second = stepped(ones(1000), ones(1000))
     (whole,) = stepped(ones(2000))
     assert not torch.equal(first, second) and torch.equal(torch.cat([first, second], 1), whole)

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-import launch
 import torch
+
+import launch
 
 PROGRAM = Path(__file__).with_name("universal.py")
 

@@ -6,16 +6,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from train.test_resume import curve, same_checkpoints
 
 import launch
 from fastft.optim import zero_step
 from fastft.train import telemetry
-from train.test_resume import curve, same_checkpoints
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 
 
-def config_of(base: dict, tmp_path, name: str, zero: int, dtype: str, fused: bool, state_dtype: str = "fp32", **deepspeed) -> dict:
+def config_of(
+    base: dict, tmp_path, name: str, zero: int, dtype: str, fused: bool, state_dtype: str = "fp32", **deepspeed
+) -> dict:
     config = copy.deepcopy(base)
     config["data"]["cache"] = str(tmp_path / "prepared")
     config["train"] = {"steps": 5, "log_every": 1}
@@ -38,14 +40,23 @@ CASES += [(2, "bf16", {"state_dtype": "int8"}), (3, "bf16", {"state_dtype": "bf1
 def test_fused_step_is_the_unfused_step(lm_config, tmp_path, world):
     """Stages 1-3, bf16 and fp32, CPU offload, many sub-groups, low-byte state; clipping, decay groups, a schedule: weights, optimizer state, losses, norms."""
     paths, runs = [], []
-    for i, (zero, dtype, deepspeed) in enumerate(CASES if world > 1 else CASES[:3]):  # alone, partitions have no padding and no neighbours
+    for i, (zero, dtype, deepspeed) in enumerate(
+        CASES if world > 1 else CASES[:3]
+    ):  # alone, partitions have no padding and no neighbours
         for fused in (True, False):
             name = f"{i}-z{zero}-{dtype}-{'fused' if fused else 'unfused'}"
             runs.append(name)
-            paths.append(launch.write_config(tmp_path / f"{name}.yaml", config_of(lm_config, tmp_path, name, zero, dtype, fused, **deepspeed)))
+            paths.append(
+                launch.write_config(
+                    tmp_path / f"{name}.yaml", config_of(lm_config, tmp_path, name, zero, dtype, fused, **deepspeed)
+                )
+            )
     launch.ranks(world, [RUNS, "train", *paths])
     for fused, unfused in zip(runs[::2], runs[1::2], strict=True):
-        said = [next(r["zero_step"] for r in telemetry.read(tmp_path / name) if r["kind"] == "run") for name in (fused, unfused)]
+        said = [
+            next(r["zero_step"] for r in telemetry.read(tmp_path / name) if r["kind"] == "run")
+            for name in (fused, unfused)
+        ]
         assert said == ["fused", "unfused: parallel.fused_step: false"], fused
         first, second = curve(tmp_path / fused), curve(tmp_path / unfused)
         assert [c[:3] for c in first] == [c[:3] for c in second], fused

@@ -5,19 +5,38 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastft import cli
 from fastft.errors import UserError
 from fastft.plan import fit, published, report
 from fastft.plan.failures import GPU_HOURS_PER_FAILURE, reliability
-from fastft.plan.model import (HARDWARE, Constants, Hardware, Setup, Shape, bus_bandwidth, collectives, communicated_bytes, communication_seconds,
-                               compute_seconds, memory, model_flops_per_token, optimizer_seconds, step)
+from fastft.plan.model import (
+    HARDWARE,
+    Constants,
+    Hardware,
+    Setup,
+    Shape,
+    bus_bandwidth,
+    collectives,
+    communicated_bytes,
+    communication_seconds,
+    compute_seconds,
+    memory,
+    model_flops_per_token,
+    optimizer_seconds,
+    step,
+)
 
 # Round numbers: 1000 FLOP/s, 100 B/s of HBM, 10 B/s in a node of 4 GPUs, 5 B/s between nodes; 120 parameters in 2 layers of 10.
-PLAIN = Hardware(flops=1000.0, hbm_bandwidth=100.0, memory=1e6, intra_node_bandwidth=10.0, inter_node_bandwidth=5.0, gpus_per_node=4)
+PLAIN = Hardware(
+    flops=1000.0, hbm_bandwidth=100.0, memory=1e6, intra_node_bandwidth=10.0, inter_node_bandwidth=5.0, gpus_per_node=4
+)
 SMALL = Setup(Shape(120, 2, 10), PLAIN, world_size=4, zero=3, micro_batch=2, sequence_length=5)
-HALF = Constants(kernel_efficiency=0.5, activation_traffic=3.0, recompute_share=1.0, exposed_share=0.25, hop_latency=0.1)
+HALF = Constants(
+    kernel_efficiency=0.5, activation_traffic=3.0, recompute_share=1.0, exposed_share=0.25, hop_latency=0.1
+)
 
 
 def change(setup=SMALL, **changes):
@@ -25,13 +44,22 @@ def change(setup=SMALL, **changes):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize(("zero", "expected"), [(0, lambda g: 4), (1, lambda g: 4), (2, lambda g: 2 * g + 2), (3, lambda g: 6 * g)])
+@pytest.mark.parametrize(
+    ("zero", "expected"), [(0, lambda g: 4), (1, lambda g: 4), (2, lambda g: 2 * g + 2), (3, lambda g: 6 * g)]
+)
 def test_bytes_communicated(zero, expected, accumulation):
-    assert sum(communicated_bytes(change(zero=zero, accumulation=accumulation))) == pytest.approx(expected(accumulation) * 120 * 3 / 4)
+    assert sum(communicated_bytes(change(zero=zero, accumulation=accumulation))) == pytest.approx(
+        expected(accumulation) * 120 * 3 / 4
+    )
 
 
 def test_fp32_reduction_doubles_the_gradients_only():
-    assert [sum(communicated_bytes(change(zero=z, reduce_bytes=4))) for z in range(4)] == [8 * 90, 6 * 90, 6 * 90, 8 * 90]
+    assert [sum(communicated_bytes(change(zero=z, reduce_bytes=4))) for z in range(4)] == [
+        8 * 90,
+        6 * 90,
+        6 * 90,
+        8 * 90,
+    ]
 
 
 def test_one_gpu_is_silent():
@@ -73,12 +101,16 @@ def test_the_gather_between_steps_is_not_hidden():
 
 def test_full_recomputation_costs_8_instead_of_6():
     no_traffic = dataclasses.replace(HALF, activation_traffic=1e-12)
-    assert compute_seconds(change(recompute=True), no_traffic) / compute_seconds(SMALL, no_traffic) == pytest.approx(8 / 6)
+    assert compute_seconds(change(recompute=True), no_traffic) / compute_seconds(SMALL, no_traffic) == pytest.approx(
+        8 / 6
+    )
 
 
 def test_memory_by_hand():
     """16 bytes per parameter: all, 4 + 12/N, 2 + 14/N, 16/N and two gathered layers, which here are the model."""
-    assert [memory(change(zero=z)).states for z in range(4)] == pytest.approx([16 * 120, (4 + 3) * 120, (2 + 3.5) * 120, 4 * 120 + 2 * 120])
+    assert [memory(change(zero=z)).states for z in range(4)] == pytest.approx(
+        [16 * 120, (4 + 3) * 120, (2 + 3.5) * 120, 4 * 120 + 2 * 120]
+    )
     assert memory(SMALL).activations == 10 * 10 * 34 * 2
     assert memory(change(recompute=True)).activations == 10 * 10 * (2 * 2 + 34)
     assert memory(change(world_size=1)).states == 16 * 120
@@ -101,7 +133,7 @@ def test_failures_by_hand():
 @given(st.floats(1.0, 1e4), st.integers(1, 100_000), st.floats(0.1, 10.0))
 def test_no_other_save_interval_loses_less(save, world_size, factor):
     found = reliability(world_size, save, 0.0)
-    loss = lambda interval: save / interval + interval / 2 / found.mtbf  # noqa: E731
+    loss = lambda interval: save / interval + interval / 2 / found.mtbf
     assert loss(found.save_interval) <= loss(found.save_interval * factor) * (1 + 1e-9)
 
 
@@ -115,12 +147,29 @@ setups = st.builds(
 def test_orders_that_always_hold(setup):
     constants = fit.calibrated().constants
     now = step(setup, constants)
-    assert math.isfinite(now.seconds) and now.seconds >= now.compute and 0 < now.mfu < 1 and 0 <= now.communication_share < 1
+    assert (
+        math.isfinite(now.seconds)
+        and now.seconds >= now.compute
+        and 0 < now.mfu < 1
+        and 0 <= now.communication_share < 1
+    )
     more = step(change(setup, world_size=setup.world_size + 1), constants)
-    assert more.communication >= now.communication and more.waited >= now.waited and more.optimizer <= now.optimizer and more.compute == now.compute
-    assert step(change(setup, micro_batch=setup.micro_batch + 1), constants).tokens_per_second >= now.tokens_per_second * (1 - 1e-9)
-    assert memory(change(setup, recompute=True)).total <= memory(change(setup, recompute=False)).total + 36 * setup.tokens * setup.model.hidden
-    assert [memory(change(setup, zero=z)).states for z in (0, 1, 2)] == sorted((memory(change(setup, zero=z)).states for z in (0, 1, 2)), reverse=True)
+    assert (
+        more.communication >= now.communication
+        and more.waited >= now.waited
+        and more.optimizer <= now.optimizer
+        and more.compute == now.compute
+    )
+    assert step(
+        change(setup, micro_batch=setup.micro_batch + 1), constants
+    ).tokens_per_second >= now.tokens_per_second * (1 - 1e-9)
+    assert (
+        memory(change(setup, recompute=True)).total
+        <= memory(change(setup, recompute=False)).total + 36 * setup.tokens * setup.model.hidden
+    )
+    assert [memory(change(setup, zero=z)).states for z in (0, 1, 2)] == sorted(
+        (memory(change(setup, zero=z)).states for z in (0, 1, 2)), reverse=True
+    )
     faster = dataclasses.replace(setup.hardware, intra_node_bandwidth=1e15, inter_node_bandwidth=1e15)
     assert step(change(setup, hardware=faster), constants).seconds <= now.seconds
 
@@ -142,9 +191,15 @@ def test_published_runs_fit_their_gpus():
 
 def test_the_fit_finds_the_constants_that_made_the_points():
     truth = Constants(0.55, 300.0, 0.9, 0.4, 3e-6)
-    points = [dataclasses.replace(p, tokens_per_second=step(p.setup, truth).tokens_per_second) for p in published.llm_foundry()]
+    points = [
+        dataclasses.replace(p, tokens_per_second=step(p.setup, truth).tokens_per_second)
+        for p in published.llm_foundry()
+    ]
     found = fit.fit(points)
-    assert dataclasses.astuple(found.constants) == pytest.approx(dataclasses.astuple(truth), rel=1e-4) and found.residual < 1e-6
+    assert (
+        dataclasses.astuple(found.constants) == pytest.approx(dataclasses.astuple(truth), rel=1e-4)
+        and found.residual < 1e-6
+    )
 
 
 def test_points_that_cannot_tell_are_refused():
@@ -165,7 +220,9 @@ def run(capsys, *arguments):
 
 
 def test_command_prints_a_table(capsys):
-    code, output = run(capsys, "--params", "7e9", "--gpus", "8", "--zero", "3", "--zero", "1", "--hardware", "h100", "--tokens", "1e11")
+    code, output = run(
+        capsys, "--params", "7e9", "--gpus", "8", "--zero", "3", "--zero", "1", "--hardware", "h100", "--tokens", "1e11"
+    )
     assert code == 0 and "7,000,000,000 parameters" in output and "days" in output
     assert [line.split()[1] for line in output.splitlines() if line.startswith("│")] == ["1", "3"]
 
@@ -173,7 +230,11 @@ def test_command_prints_a_table(capsys):
 def test_command_prints_json(capsys):
     code, output = run(capsys, "--params", "7e9", "--gpus", "64", "--tokens", "1e12", "--micro-batch", "4", "--json")
     result = json.loads(output)
-    assert code == 0 and [row["zero"] for row in result["stages"]] == [0, 1, 2, 3] and [row["fits"] for row in result["stages"]] == [False, True, True, True]
+    assert (
+        code == 0
+        and [row["zero"] for row in result["stages"]] == [0, 1, 2, 3]
+        and [row["fits"] for row in result["stages"]] == [False, True, True, True]
+    )
     row = result["stages"][3]
     assert row["days"] == pytest.approx(1e12 / row["tokens_per_second"] / row["goodput"] / 86400)
     assert result["mtbf"] == pytest.approx(GPU_HOURS_PER_FAILURE * 3600 / 64)
@@ -181,7 +242,9 @@ def test_command_prints_json(capsys):
 
 def test_options_of_the_nodes_are_heard(capsys):
     slow = json.loads(run(capsys, "--params", "7e9", "--gpus", "16", "--zero", "3", "--node-gbits", "100", "--json")[1])
-    fast = json.loads(run(capsys, "--params", "7e9", "--gpus", "16", "--zero", "3", "--gpus-per-node", "16", "--json")[1])
+    fast = json.loads(
+        run(capsys, "--params", "7e9", "--gpus", "16", "--zero", "3", "--gpus-per-node", "16", "--json")[1]
+    )
     assert slow["hardware"]["inter_node_bandwidth"] == 12.5e9
     assert slow["stages"][0]["step_seconds"] > 2 * fast["stages"][0]["step_seconds"]
 
@@ -231,4 +294,11 @@ def test_a_run_that_fails_faster_than_it_restarts_never_ends():
 
 
 def test_durations():
-    assert [report.duration(s) for s in (90000, 7200, 90, 1.5, 0.0123, 2e-6)] == ["1.04 d", "2 h", "1.5 min", "1.5 s", "12.3 ms", "2 us"]
+    assert [report.duration(s) for s in (90000, 7200, 90, 1.5, 0.0123, 2e-6)] == [
+        "1.04 d",
+        "2 h",
+        "1.5 min",
+        "1.5 s",
+        "12.3 ms",
+        "2 us",
+    ]

@@ -28,9 +28,14 @@ def pods(manifest: dict) -> list[dict]:
     """Pod specs (or, in a TrainJob, patches of them)."""
     spec = manifest["spec"]
     if manifest["kind"] == "TrainJob":
-        jobs = [j for p in spec["runtimePatches"] for j in p["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]]
+        jobs = [
+            j for p in spec["runtimePatches"] for j in p["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        ]
         return [j["template"]["spec"]["template"]["spec"] for j in jobs]
-    return [r["template"]["spec"] for r in spec["pytorchReplicaSpecs" if manifest["kind"] == "PyTorchJob" else "mpiReplicaSpecs"].values()]
+    return [
+        r["template"]["spec"]
+        for r in spec["pytorchReplicaSpecs" if manifest["kind"] == "PyTorchJob" else "mpiReplicaSpecs"].values()
+    ]
 
 
 def test_all_four_are_there():
@@ -65,7 +70,7 @@ def test_pytorchjob_matches_its_model():
         model = getattr(models, kind, None)
         if kind.startswith("dict(") and "Kubeflow" in kind:
             for key, item in value.items():
-                check(item, kind[len("dict(str, "):-1], f"{path}.{key}")
+                check(item, kind[len("dict(str, ") : -1], f"{path}.{key}")
         elif model and hasattr(model, "attribute_map") and kind.startswith("Kubeflow"):
             names = {json_name: model.openapi_types[name] for name, json_name in model.attribute_map.items()}
             for key, item in value.items():
@@ -84,7 +89,11 @@ def test_manifest_matches_its_crd(name):
     if not path:
         pytest.skip(f"{variable} does not name the CRD")
     manifest = load(f"{name}.yaml")
-    version, = [v for v in yaml.safe_load(Path(path).read_text())["spec"]["versions"] if v["name"] == manifest["apiVersion"].split("/")[1]]
+    (version,) = [
+        v
+        for v in yaml.safe_load(Path(path).read_text())["spec"]["versions"]
+        if v["name"] == manifest["apiVersion"].split("/")[1]
+    ]
 
     def check(value, schema: dict, where: str) -> None:
         kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
@@ -125,12 +134,19 @@ def test_pods_have_time_to_save_and_shared_memory(name):
 def test_commands_train_then_resume(name, saved, tmp_path):
     """The command of each manifest, run by bash with torchrun, mpirun and python that say what they were given."""
     manifest = load(name)
-    holders = [manifest["spec"]["trainer"]] if manifest["kind"] == "TrainJob" else [c for p in pods(manifest) for c in p["containers"]]
+    holders = (
+        [manifest["spec"]["trainer"]]
+        if manifest["kind"] == "TrainJob"
+        else [c for p in pods(manifest) for c in p["containers"]]
+    )
     command = holders[0]["command"]
     (tmp_path / "hostfile").write_text("# hosts\nnode-0.fastft slots=8\nnode-1.fastft slots=8\n")
-    for tool, text in {"torchrun": 'echo "$@"', "python": 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT" "$@"',
-                       "mpirun": 'shift 4; OMPI_COMM_WORLD_RANK=9 OMPI_COMM_WORLD_SIZE=16 OMPI_COMM_WORLD_LOCAL_RANK=1 '
-                                 'OMPI_COMM_WORLD_LOCAL_SIZE=8 exec "$@"'}.items():
+    for tool, text in {
+        "torchrun": 'echo "$@"',
+        "python": 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT" "$@"',
+        "mpirun": "shift 4; OMPI_COMM_WORLD_RANK=9 OMPI_COMM_WORLD_SIZE=16 OMPI_COMM_WORLD_LOCAL_RANK=1 "
+        'OMPI_COMM_WORLD_LOCAL_SIZE=8 exec "$@"',
+    }.items():
         (tmp_path / tool).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / tool).chmod(0o755)
     run = tmp_path / "run"
@@ -138,7 +154,13 @@ def test_commands_train_then_resume(name, saved, tmp_path):
         (run / "checkpoints").mkdir(parents=True)
         (run / "checkpoints" / "LATEST").touch()
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CONFIG": "/data/my.yaml", "RUN_DIR": str(run)}
-    done = subprocess.run([a.replace("/etc/mpi/hostfile", str(tmp_path / "hostfile")) for a in command], env=env, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [a.replace("/etc/mpi/hostfile", str(tmp_path / "hostfile")) for a in command],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     expected = f"-m fastft resume {run}" if saved else f"-m fastft train /data/my.yaml run.dir={run}"
     ranks = "9/16 1/8 node-0.fastft:29500 " if "mpirun" in " ".join(command) else ""
     assert done.stdout.strip() == ranks + expected, done.stderr

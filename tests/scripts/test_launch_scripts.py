@@ -16,13 +16,24 @@ import launch
 
 SCRIPTS = launch.ROOT / "launch"
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-CLEAN = {k: v for k, v in launch.ENV.items() if k not in ("RANK", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "EXPORT", "DS_ENV_FILE")
-         and not k.startswith(("RDZV_", "SLURM_"))} | {"PATH": PATH}
+CLEAN = {
+    k: v
+    for k, v in launch.ENV.items()
+    if k not in ("RANK", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "EXPORT", "DS_ENV_FILE")
+    and not k.startswith(("RDZV_", "SLURM_"))
+} | {"PATH": PATH}
 
 
 def script(name: str, *arguments, **env) -> subprocess.CompletedProcess:
     """A script that ends at once (a dry run, a refusal)."""
-    return subprocess.run(["bash", SCRIPTS / name, *map(str, arguments)], env=CLEAN | env, cwd=launch.ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["bash", SCRIPTS / name, *map(str, arguments)],
+        env=CLEAN | env,
+        cwd=launch.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def dry(name: str, *arguments, **env) -> list[str]:
@@ -33,41 +44,141 @@ def dry(name: str, *arguments, **env) -> list[str]:
 
 def test_dry_run_local():
     assert dry("local.sh", "-n", 2, "train", "my.yaml", "run.dir=a b") == [
-        "deepspeed", "--hostfile", "/dev/null", "--master_port", "29500", "--num_gpus", "2", "--module", "fastft", "train", "my.yaml", "run.dir=a b"]
-    assert dry("local.sh", "resume", "runs/my", MASTER_PORT="1234")[3:] == ["--master_port", "1234", "--module", "fastft", "resume", "runs/my"]
+        "deepspeed",
+        "--hostfile",
+        "/dev/null",
+        "--master_port",
+        "29500",
+        "--num_gpus",
+        "2",
+        "--module",
+        "fastft",
+        "train",
+        "my.yaml",
+        "run.dir=a b",
+    ]
+    assert dry("local.sh", "resume", "runs/my", MASTER_PORT="1234")[3:] == [
+        "--master_port",
+        "1234",
+        "--module",
+        "fastft",
+        "resume",
+        "runs/my",
+    ]
 
 
 def test_dry_run_torchrun():
     common = ["--max-restarts", "0", "--rdzv-backend"]
     assert dry("torchrun.sh", "train", "my.yaml", NPROC_PER_NODE="2") == [
-        "torchrun", "--nnodes", "1", "--node-rank", "0", "--nproc-per-node", "2", *common, "static", "--rdzv-endpoint", "127.0.0.1:29400",
-        "-m", "fastft", "train", "my.yaml"]
-    env = {"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "node-0:29400", "NPROC_PER_NODE": "8", "RDZV_BACKEND": "c10d", "RDZV_ID": "x"}
+        "torchrun",
+        "--nnodes",
+        "1",
+        "--node-rank",
+        "0",
+        "--nproc-per-node",
+        "2",
+        *common,
+        "static",
+        "--rdzv-endpoint",
+        "127.0.0.1:29400",
+        "-m",
+        "fastft",
+        "train",
+        "my.yaml",
+    ]
+    env = {
+        "NNODES": "2",
+        "NODE_RANK": "1",
+        "RDZV_ENDPOINT": "node-0:29400",
+        "NPROC_PER_NODE": "8",
+        "RDZV_BACKEND": "c10d",
+        "RDZV_ID": "x",
+    }
     assert dry("torchrun.sh", "resume", "r", **env) == [
-        "torchrun", "--nnodes", "2", "--node-rank", "1", "--nproc-per-node", "8", *common, "c10d", "--rdzv-endpoint", "node-0:29400",
-        "--rdzv-id", "x", "--rdzv-conf", "is_host=0", "-m", "fastft", "resume", "r"]
+        "torchrun",
+        "--nnodes",
+        "2",
+        "--node-rank",
+        "1",
+        "--nproc-per-node",
+        "8",
+        *common,
+        "c10d",
+        "--rdzv-endpoint",
+        "node-0:29400",
+        "--rdzv-id",
+        "x",
+        "--rdzv-conf",
+        "is_host=0",
+        "-m",
+        "fastft",
+        "resume",
+        "r",
+    ]
 
 
 def test_dry_run_multinode(tmp_path):
     """The address is always passed; variables travel in DS_ENV_FILE (pdsh) or in the command (ssh), secrets in neither."""
     hostfile = tmp_path / "hosts"
     hostfile.write_text("# nodes\n10.77.0.1 slots=2\n\n10.77.0.2 slots=2\n")
-    env = {"GLOO_SOCKET_IFNAME": "eth0", "HF_TOKEN": "hf_abc", "MLFLOW_TRACKING_TOKEN": "mlf_abc", "EXPORT": "MY_SETTING", "MY_SETTING": "a b"}
+    env = {
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "HF_TOKEN": "hf_abc",
+        "MLFLOW_TRACKING_TOKEN": "mlf_abc",
+        "EXPORT": "MY_SETTING",
+        "MY_SETTING": "a b",
+    }
     deepspeed = ["deepspeed", "--hostfile", str(hostfile), "--master_addr", "10.77.0.1", "--master_port", "29500"]
     done = script("multinode.sh", "-H", hostfile, "--launcher", "pdsh", "--dry-run", "train", "my.yaml", **env)
     *variables, command = done.stdout.splitlines()
-    assert shlex.split(command) == [*deepspeed, "--force_multi", "--launcher", "pdsh", "--module", "fastft", "train", "my.yaml"]
+    assert shlex.split(command) == [
+        *deepspeed,
+        "--force_multi",
+        "--launcher",
+        "pdsh",
+        "--module",
+        "fastft",
+        "train",
+        "my.yaml",
+    ]
     assert all(line.startswith("# DS_ENV_FILE: ") and "=" in line for line in variables)
-    assert {"# DS_ENV_FILE: GLOO_SOCKET_IFNAME=eth0", "# DS_ENV_FILE: MY_SETTING=a b", f"# DS_ENV_FILE: PATH={PATH}"} <= set(variables)
+    assert {
+        "# DS_ENV_FILE: GLOO_SOCKET_IFNAME=eth0",
+        "# DS_ENV_FILE: MY_SETTING=a b",
+        f"# DS_ENV_FILE: PATH={PATH}",
+    } <= set(variables)
     assert "_abc" not in done.stdout and "MLFLOW_TRACKING_TOKEN stays here" in done.stderr
-    done = script("multinode.sh", "-H", hostfile, "--launcher", "ssh", "--dry-run", "train", "my.yaml", MASTER_ADDR="10.77.0.9", **env)
+    done = script(
+        "multinode.sh",
+        "-H",
+        hostfile,
+        "--launcher",
+        "ssh",
+        "--dry-run",
+        "train",
+        "my.yaml",
+        MASTER_ADDR="10.77.0.9",
+        **env,
+    )
     assert len(done.stdout.splitlines()) == 2 and "_abc" not in done.stdout
     for i, line in enumerate(done.stdout.splitlines()):
         *ssh, remote = shlex.split(line)
         assert ssh == ["ssh", "-o", "BatchMode=yes", f"10.77.0.{i + 1}"] and "export MY_SETTING=a\\ b;" in remote
         deepspeed[4] = "10.77.0.9"
-        assert shlex.split(remote.split(" && exec ")[1]) == ["env", "-u", "RANK", "FASTFT_LAUNCH_ID=ID", *deepspeed, "--no_ssh", "--node_rank", str(i),
-                                                             "--module", "fastft", "train", "my.yaml"]
+        assert shlex.split(remote.split(" && exec ")[1]) == [
+            "env",
+            "-u",
+            "RANK",
+            "FASTFT_LAUNCH_ID=ID",
+            *deepspeed,
+            "--no_ssh",
+            "--node_rank",
+            str(i),
+            "--module",
+            "fastft",
+            "train",
+            "my.yaml",
+        ]
 
 
 def test_dry_run_slurm(lm_config, tmp_path):
@@ -80,33 +191,44 @@ def test_dry_run_slurm(lm_config, tmp_path):
     assert dry("slurm.sbatch", config) == [*step, "resume", str(run)]
 
 
-@pytest.mark.parametrize("name, arguments, env, message", [
-    ("local.sh", ["-n", "two", "train", "c"], {}, "-n two: not a number of ranks"),
-    ("local.sh", [], {}, "nothing to run"),
-    ("local.sh", ["--gpus", "2"], {}, "unknown option --gpus"),
-    ("torchrun.sh", ["train", "c"], {"NNODES": "2"}, "NODE_RANK is not set"),
-    ("torchrun.sh", ["train", "c"], {"NNODES": "2", "NODE_RANK": "0"}, "RDZV_ENDPOINT is not set"),
-    ("torchrun.sh", ["train", "c"], {"NNODES": "2", "NODE_RANK": "2", "RDZV_ENDPOINT": "a:1"}, "it goes from 0 to 1"),
-    ("torchrun.sh", ["train", "c"], {"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "a"}, "is not HOST:PORT"),
-    ("multinode.sh", ["train", "c"], {}, "no hostfile"),
-    ("multinode.sh", ["-H", "nowhere", "train", "c"], {}, "no such file"),
-    ("slurm.sbatch", [], {}, "no configuration"),
-    ("slurm.sbatch", ["README.md"], {}, "not inside a Slurm job"),
-])
+@pytest.mark.parametrize(
+    "name, arguments, env, message",
+    [
+        ("local.sh", ["-n", "two", "train", "c"], {}, "-n two: not a number of ranks"),
+        ("local.sh", [], {}, "nothing to run"),
+        ("local.sh", ["--gpus", "2"], {}, "unknown option --gpus"),
+        ("torchrun.sh", ["train", "c"], {"NNODES": "2"}, "NODE_RANK is not set"),
+        ("torchrun.sh", ["train", "c"], {"NNODES": "2", "NODE_RANK": "0"}, "RDZV_ENDPOINT is not set"),
+        (
+            "torchrun.sh",
+            ["train", "c"],
+            {"NNODES": "2", "NODE_RANK": "2", "RDZV_ENDPOINT": "a:1"},
+            "it goes from 0 to 1",
+        ),
+        ("torchrun.sh", ["train", "c"], {"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "a"}, "is not HOST:PORT"),
+        ("multinode.sh", ["train", "c"], {}, "no hostfile"),
+        ("multinode.sh", ["-H", "nowhere", "train", "c"], {}, "no such file"),
+        ("slurm.sbatch", [], {}, "no configuration"),
+        ("slurm.sbatch", ["README.md"], {}, "not inside a Slurm job"),
+    ],
+)
 def test_bad_input_is_one_line(name, arguments, env, message):
     done = script(name, *arguments, **env)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
 
 
-@pytest.mark.parametrize("text, env, message", [
-    ("# nothing\n\n", {}, "names no host"),
-    ("a slots=1\nb\n", {}, "line 2: 'b' is not 'HOST slots=N'"),
-    ("a slots=1\na slots=1\n", {}, "stands there twice"),
-    ("localhost slots=1\nb slots=1\n", {}, "loopback address"),
-    ("no-such-host.invalid slots=1\n", {}, "does not resolve"),
-    ("10.0.0.1 slots=1\n", {"EXPORT": "HF_TOKEN", "HF_TOKEN": "x"}, "HF_TOKEN looks like a secret"),
-    ("10.0.0.1 slots=1\n", {"EXPORT": "A", "A": "b\nc"}, "A cannot travel"),
-])
+@pytest.mark.parametrize(
+    "text, env, message",
+    [
+        ("# nothing\n\n", {}, "names no host"),
+        ("a slots=1\nb\n", {}, "line 2: 'b' is not 'HOST slots=N'"),
+        ("a slots=1\na slots=1\n", {}, "stands there twice"),
+        ("localhost slots=1\nb slots=1\n", {}, "loopback address"),
+        ("no-such-host.invalid slots=1\n", {}, "does not resolve"),
+        ("10.0.0.1 slots=1\n", {"EXPORT": "HF_TOKEN", "HF_TOKEN": "x"}, "HF_TOKEN looks like a secret"),
+        ("10.0.0.1 slots=1\n", {"EXPORT": "A", "A": "b\nc"}, "A cannot travel"),
+    ],
+)
 def test_bad_hostfile_is_one_line(tmp_path, text, env, message):
     (tmp_path / "hosts").write_text(text)
     done = script("multinode.sh", "-H", tmp_path / "hosts", "train", "c", **env)
@@ -128,13 +250,20 @@ def test_shellcheck():
 
 
 def started(name: str, arguments: list) -> subprocess.Popen:
-    env = {"PATH": PATH, "NPROC_PER_NODE": "2", "MASTER_PORT": str(launch.free_port()), "RDZV_ENDPOINT": f"127.0.0.1:{launch.free_port()}"}
+    env = {
+        "PATH": PATH,
+        "NPROC_PER_NODE": "2",
+        "MASTER_PORT": str(launch.free_port()),
+        "RDZV_ENDPOINT": f"127.0.0.1:{launch.free_port()}",
+    }
     return launch.start([SCRIPTS / name, *(["-n", "2"] if name == "local.sh" else []), *arguments], env)
 
 
 def left(run: Path) -> list[str]:
     """Processes that still hold the run's folder in their command."""
-    found = subprocess.run(["grep", "-la", str(run), *Path("/proc").glob("[0-9]*/cmdline")], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(
+        ["grep", "-la", str(run), *Path("/proc").glob("[0-9]*/cmdline")], capture_output=True, text=True
+    ).stdout.split()
     return [name for name in found if Path(name).exists()]  # without the grep itself
 
 
@@ -161,7 +290,10 @@ def test_two_ranks_by_each_launcher_learn_the_same(lm_config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, signum", [("local.sh", signal.SIGTERM), ("torchrun.sh", signal.SIGUSR1)])
 def test_a_stop_saves_and_ends_with_143(lm_config, tmp_path, name, signum):
-    config, run = launch.write_config(tmp_path / "c.yaml", lm_config | {"train": {"steps": 4000, "log_every": 1}}), tmp_path / "stopped"
+    config, run = (
+        launch.write_config(tmp_path / "c.yaml", lm_config | {"train": {"steps": 4000, "log_every": 1}}),
+        tmp_path / "stopped",
+    )
     process = started(name, ["train", config, f"run.dir={run}"])
     end = time.monotonic() + 60
     while time.monotonic() < end and process.poll() is None and not ((run / "metrics.jsonl").is_file() and losses(run)):

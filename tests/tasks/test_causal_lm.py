@@ -59,7 +59,9 @@ def test_loss_equals_documents_one_by_one(task_of, packing):
     with torch.no_grad():
         total = task.loss(model(**batch.inputs), batch, torch.tensor(1.0))
         pieces = [torch.from_numpy(p.astype(np.int64)) for i in ids for p in task._pack(split.data, int(i))]
-        alone = sum(F.cross_entropy(model(p[None]).logits[0, :-1], p[1:], reduction="sum") for p in pieces if len(p) > 1)
+        alone = sum(
+            F.cross_entropy(model(p[None]).logits[0, :-1], p[1:], reduction="sum") for p in pieces if len(p) > 1
+        )
     assert len(pieces) > 6 or packing == "none"
     assert abs(total - alone) / alone < 1e-6
 
@@ -72,7 +74,11 @@ def test_overlength_policies(task_of, tmp_path):
         assert sequences is None or len(split) == sequences
     with pytest.raises(UserError) as e:
         task_of(train=data, overlength="error").train_split()
-    assert "1 of 2 texts are longer than max_length = 64" in str(e.value) and "long.jsonl:2" in str(e.value) and "split" in str(e.value)
+    assert (
+        "1 of 2 texts are longer than max_length = 64" in str(e.value)
+        and "long.jsonl:2" in str(e.value)
+        and "split" in str(e.value)
+    )
 
 
 def test_empty_rows_are_counted(task_of, tmp_path):
@@ -80,11 +86,14 @@ def test_empty_rows_are_counted(task_of, tmp_path):
     assert split.data.meta["counts"] | {"rows": 3, "empty": 2} == split.data.meta["counts"]
 
 
-@pytest.mark.parametrize("content, parts", [
-    ("", ["is empty", "0 rows"]),
-    ('{"txt": "x"}\n', [":1", "no column 'text'", "Did you mean 'txt'"]),
-    ('{"text": 5}\n', [":1", "not text"]),
-])
+@pytest.mark.parametrize(
+    "content, parts",
+    [
+        ("", ["is empty", "0 rows"]),
+        ('{"txt": "x"}\n', [":1", "no column 'text'", "Did you mean 'txt'"]),
+        ('{"text": 5}\n', [":1", "not text"]),
+    ],
+)
 def test_bad_data(task_of, tmp_path, content, parts):
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(UserError) as e:

@@ -29,7 +29,10 @@ def test_labels_and_batches(task_of):
     split = task.train_split()
     assert task.labels == ["a", "b", "c"] and len(split) == 48 and split.targets.sum() == 48
     batch = task.collate(split, np.array([0, 1, 2]))
-    assert batch.labels.tolist() == [0, 1, 2] and batch.inputs["attention_mask"].sum() == batch.tokens == split.lengths[:3].sum()
+    assert (
+        batch.labels.tolist() == [0, 1, 2]
+        and batch.inputs["attention_mask"].sum() == batch.tokens == split.lengths[:3].sum()
+    )
     assert task.model_overrides()["id2label"] == {0: "a", 1: "b", 2: "c"}
 
 
@@ -41,20 +44,29 @@ def test_whole_number_labels_keep_their_order(task_of, tmp_path):
 
 
 def test_label_not_seen_in_training(task_of, tmp_path):
-    task = task_of(eval={"test": write(tmp_path / "t.jsonl", [{"text": "x", "label": "a"}, {"text": "x", "label": "bb"}])})
+    task = task_of(
+        eval={"test": write(tmp_path / "t.jsonl", [{"text": "x", "label": "a"}, {"text": "x", "label": "bb"}])}
+    )
     task.train_split()
     with pytest.raises(UserError) as e:
         task.eval_splits()
-    assert "t.jsonl:2" in str(e.value) and "'bb' does not occur in the training data" in str(e.value) and "Did you mean" in str(e.value)
+    assert (
+        "t.jsonl:2" in str(e.value)
+        and "'bb' does not occur in the training data" in str(e.value)
+        and "Did you mean" in str(e.value)
+    )
 
 
-@pytest.mark.parametrize("rows, part", [
-    ([{"text": "x", "label": None}, {"text": "y", "label": "b"}], "the label is empty"),
-    ([{"text": "x", "label": " "}, {"text": "y", "label": "b"}], "the label is empty"),
-    ([{"text": "x", "label": ["a", "b"]}], "multi_label: true"),
-    ([{"text": "x", "label": "a"}, {"text": "y", "label": "a"}], "same label"),
-    ([{"text": "x", "lable": "a"}], "Did you mean 'lable'"),
-])
+@pytest.mark.parametrize(
+    "rows, part",
+    [
+        ([{"text": "x", "label": None}, {"text": "y", "label": "b"}], "the label is empty"),
+        ([{"text": "x", "label": " "}, {"text": "y", "label": "b"}], "the label is empty"),
+        ([{"text": "x", "label": ["a", "b"]}], "multi_label: true"),
+        ([{"text": "x", "label": "a"}, {"text": "y", "label": "a"}], "same label"),
+        ([{"text": "x", "lable": "a"}], "Did you mean 'lable'"),
+    ],
+)
 def test_bad_labels(task_of, tmp_path, rows, part):
     with pytest.raises(UserError, match=part):
         task_of(train=write(tmp_path / "b.jsonl", rows)).train_split()
@@ -62,7 +74,12 @@ def test_bad_labels(task_of, tmp_path, rows, part):
 
 def test_multi_label_by_names_indices_and_lists(task_of, tmp_path):
     (tmp_path / "names.txt").write_text("joy\nanger\nlove\n")
-    rows = [{"text": "x", "label": "joy,love"}, {"text": "y", "label": "1"}, {"text": "z", "label": ""}, {"text": "w", "label": ["anger", 2]}]
+    rows = [
+        {"text": "x", "label": "joy,love"},
+        {"text": "y", "label": "1"},
+        {"text": "z", "label": ""},
+        {"text": "w", "label": ["anger", 2]},
+    ]
     task = task_of(train=write(tmp_path / "m.jsonl", rows), multi_label=True, labels=str(tmp_path / "names.txt"))
     split = task.train_split()
     assert np.asarray(split.data["labels"]).tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 1, 1]]
@@ -85,7 +102,10 @@ def test_pairs(task_of, tmp_path):
 def test_truncation_keeps_what_the_tokenizer_keeps(classification_config, minilm, tmp_path):
     """A real BERT tokenizer: [SEP] stays the last token."""
     classification_config["model"]["path"] = minilm
-    classification_config["data"] |= {"train": write(tmp_path / "l.jsonl", [{"text": "word " * 99, "label": k} for k in "ab"]), "overlength": "truncate"}
+    classification_config["data"] |= {
+        "train": write(tmp_path / "l.jsonl", [{"text": "word " * 99, "label": k} for k in "ab"]),
+        "overlength": "truncate",
+    }
     task = TASKS.get("classification")(config.validate(classification_config))
     split = task.train_split()
     row = split.data["tokens"][0]

@@ -34,7 +34,19 @@ def gradients(out: Path, path: Path) -> None:
     optimizer = FusedAdamW(parameter_groups(model, 0.0), lr=0.0)
     engine.start_process_group()
     built = engine.build_engine(model, optimizer, engine.deepspeed_config(config, ranks))
-    run = loop._Run(config, task, split, {}, Schedule.of(config, len(split), task.max_length), ranks, built, optimizer, "", None, Heartbeat())
+    run = loop._Run(
+        config,
+        task,
+        split,
+        {},
+        Schedule.of(config, len(split), task.max_length),
+        ranks,
+        built,
+        optimizer,
+        "",
+        None,
+        Heartbeat(),
+    )
     built.eval()  # no dropout: the micro-batches of different runs draw different masks
     found = {}
 

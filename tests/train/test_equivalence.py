@@ -56,7 +56,14 @@ def test_micro_steps_times_ranks_equal_one_big_batch(uneven, tmp_path, world):
     names = []
     for micro, zero in CUTS:
         name = f"m{micro}z{zero}"
-        names.append((name, launch.write_config(tmp_path / f"{name}.yaml", variant(uneven, tmp_path, name, batch__micro=micro, parallel__zero=zero))))
+        names.append(
+            (
+                name,
+                launch.write_config(
+                    tmp_path / f"{name}.yaml", variant(uneven, tmp_path, name, batch__micro=micro, parallel__zero=zero)
+                ),
+            )
+        )
     launch.ranks(world, [RUNS, "gradients", tmp_path, *[path for _, path in names]])
     for name, _ in names:
         found = torch.load(tmp_path / f"{name}.pt")
@@ -72,14 +79,18 @@ def torch_adamw(config: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
     task = TASKS.get(c.task)(c)
     split = task.train_split()
     model = transformers.AutoModelForCausalLM.from_pretrained(c.model.path)
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": c.optim.weight_decay},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": c.optim.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=c.optim.lr, betas=c.optim.betas, eps=c.optim.eps)
     losses = []
     for step in range(c.train.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(c.optim, step, c.train.steps)
-        batch = task.collate(split, order.sample_ids(len(split), c.data.seed, step * c.batch.size, (step + 1) * c.batch.size))
+        batch = task.collate(
+            split, order.sample_ids(len(split), c.data.seed, step * c.batch.size, (step + 1) * c.batch.size)
+        )
         loss = F.cross_entropy(model(**batch.inputs).logits.flatten(0, 1), batch.labels.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.optim.grad_clip)
@@ -100,7 +111,12 @@ def test_zero_stages_on_two_ranks_equal_torch_adamw(uneven, tmp_path, tiny_llama
     uneven["train"]["steps"] = 20
     uneven["optim"]["grad_clip"] = 0.5  # bites at every step of this model
     losses, weights = torch_adamw(variant(uneven, tmp_path, "torch"))
-    runs = {f"zero{z}": launch.write_config(tmp_path / f"zero{z}.yaml", variant(uneven, tmp_path, f"zero{z}", parallel__zero=z)) for z in range(4)}
+    runs = {
+        f"zero{z}": launch.write_config(
+            tmp_path / f"zero{z}.yaml", variant(uneven, tmp_path, f"zero{z}", parallel__zero=z)
+        )
+        for z in range(4)
+    }
     launch.ranks(2, [RUNS, "train", *runs.values()])
     single = launch.write_config(tmp_path / "single.yaml", variant(uneven, tmp_path, "single"))
     launch.fastft("train", single)

@@ -58,9 +58,21 @@ def test_a_rank_with_other_settings_is_refused_before_the_first_step(lm_config, 
     one = launch.write_config(tmp_path / "one.yaml", lm_config)
     two = launch.write_config(tmp_path / "two.yaml", {**lm_config, "optim": {"lr": 0.5}})
     port = str(launch.free_port())
-    processes = [launch.start([launch.sys.executable, "-m", "fastft", "train", path],
-                              {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                               "MASTER_PORT": port}) for r, path in enumerate((one, two))]
+    processes = [
+        launch.start(
+            [launch.sys.executable, "-m", "fastft", "train", path],
+            {
+                "RANK": str(r),
+                "LOCAL_RANK": str(r),
+                "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "2",
+                "LOCAL_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+        )
+        for r, path in enumerate((one, two))
+    ]
     outputs = [launch.finish(p, 120) for p in processes]
     assert [p.returncode for p in processes] == [1, 1]
     assert all("rank 1 has settings" in o and "Traceback" not in o for o in outputs), outputs

@@ -1,8 +1,8 @@
 """optim.master and optim.state_dtype in the real loop, on two ranks: what is stored in fewer bytes learns what fp32 learns."""
 
-import launch
 import torch
 
+import launch
 from fastft.train import telemetry
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
@@ -21,10 +21,19 @@ def test_every_master_learns_the_same(lm_config, tmp_path):
     lm_config["train"] = {"steps": 30, "log_every": 1}
     paths = []
     for name, optim in VARIANTS.items():
-        config = {**lm_config, "optim": {**lm_config["optim"], **optim}, "run": {**lm_config["run"], "dir": str(tmp_path / name)}}
+        config = {
+            **lm_config,
+            "optim": {**lm_config["optim"], **optim},
+            "run": {**lm_config["run"], "dir": str(tmp_path / name)},
+        }
         paths.append(launch.write_config(tmp_path / f"{name}.yaml", config))
     launch.ranks(2, [RUNS, "train", *paths])
-    curves = {name: torch.tensor([r["loss"] for r in telemetry.read(tmp_path / name) if r["kind"] == "train"]).view(3, 10).mean(1) for name in VARIANTS}
+    curves = {
+        name: torch.tensor([r["loss"] for r in telemetry.read(tmp_path / name) if r["kind"] == "train"])
+        .view(3, 10)
+        .mean(1)
+        for name in VARIANTS
+    }
     assert curves["fp32"][2] < curves["fp32"][0] - 0.3, curves
     for name, curve in curves.items():
         assert (curve - curves["fp32"]).abs().max() < 0.02, curves

@@ -4,11 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import launch
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import launch
 from fastft.train import telemetry
 
 STEPS, SAVED = 12, 6
@@ -62,7 +62,13 @@ def test_the_run_goes_on(without_dropout, tmp_path, before, after, tolerance):
         assert not list((run / "checkpoints").glob("*.tmp"))
         # Decay on a bias or a norm would be seen here: the settings of every group have come through.
         for name, tensor in load_file(run / "model" / "model.safetensors").items():
-            torch.testing.assert_close(tensor, model[name], rtol=0, atol=2e-5 if dtype == "fp32" else 2e-2, msg=lambda m, n=name: f"{n} {ranks} {zero}: {m}")
+            torch.testing.assert_close(
+                tensor,
+                model[name],
+                rtol=0,
+                atol=2e-5 if dtype == "fp32" else 2e-2,
+                msg=lambda m, n=name: f"{n} {ranks} {zero}: {m}",
+            )
 
 
 def test_stage_0_in_fp32_and_the_others_do_not_mix(without_dropout, tmp_path):

@@ -84,9 +84,21 @@ def test_signal_saves_and_leaves_then_resume_finishes(lm_config, tmp_path, signu
     run = Path(lm_config["run"]["dir"])
     config = launch.write_config(tmp_path / "c.yaml", lm_config)
     port = str(launch.free_port())
-    processes = [launch.start([sys.executable, "-m", "fastft", "train", config],
-                              {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "LOCAL_SIZE": str(world),
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for r in range(world)]
+    processes = [
+        launch.start(
+            [sys.executable, "-m", "fastft", "train", config],
+            {
+                "RANK": str(r),
+                "LOCAL_RANK": str(r),
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "LOCAL_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+        )
+        for r in range(world)
+    ]
     try:
         deadline = time.monotonic() + 120
         while not ((run / "metrics.jsonl").exists() and len(curve(run)) >= 3):
@@ -131,7 +143,9 @@ def test_damage_is_found_before_use(finished):
         file.write_bytes(good)
     assert checkpoint.find(folder)[0].name == "step-4"
     (folder / "step-4" / "MANIFEST.json").rename(folder / "aside")
-    assert checkpoint.find(folder)[2] == [f"{folder / 'step-4' / 'MANIFEST.json'}: No such file or directory."]  # passed over, but not in silence
+    assert checkpoint.find(folder)[2] == [
+        f"{folder / 'step-4' / 'MANIFEST.json'}: No such file or directory."
+    ]  # passed over, but not in silence
     (folder / "aside").rename(folder / "step-4" / "MANIFEST.json")
     for step in (2, 4):
         (folder / f"step-{step}" / "rng-0.pt").unlink()
@@ -175,10 +189,18 @@ def test_the_best_checkpoint_stays(lm_config, tmp_path):
     folder, run = tmp_path / "run" / "checkpoints", Path(lm_config["run"]["dir"])
     losses = {r["step"]: r["loss"] for r in telemetry.read(run) if r["kind"] == "eval"}
     best = json.loads((folder / "BEST").read_text())
-    assert best["step"] == min(losses, key=losses.get) and best["value"] == losses[best["step"]] and best["metric"] == "eval.loss"
+    assert (
+        best["step"] == min(losses, key=losses.get)
+        and best["value"] == losses[best["step"]]
+        and best["metric"] == "eval.loss"
+    )
     assert checkpoint.steps(folder) == sorted({best["step"], 8})
-    code, output = launch.fastft("train", tmp_path / "c.yaml", "--overwrite", "checkpoint.best_by=eval.los", check=False)
-    assert code == 1 and "eval.los is not measured" in output and "eval.loss" in output and checkpoint.steps(folder)  # refused before anything was touched
+    code, output = launch.fastft(
+        "train", tmp_path / "c.yaml", "--overwrite", "checkpoint.best_by=eval.los", check=False
+    )
+    assert (
+        code == 1 and "eval.los is not measured" in output and "eval.loss" in output and checkpoint.steps(folder)
+    )  # refused before anything was touched
 
 
 def test_nan_is_not_the_best():
@@ -198,7 +220,9 @@ def test_a_resume_takes_the_optimizers_settings_of_the_configuration(lm_config, 
     run = Path(lm_config["run"]["dir"])
     shutil.copytree(run, tmp_path / "other")
     launch.fastft("resume", run, "train.steps=6")
-    launch.fastft("resume", tmp_path / "other", f"run.dir={tmp_path / 'other'}", "train.steps=6", "optim.weight_decay=0.9")
+    launch.fastft(
+        "resume", tmp_path / "other", f"run.dir={tmp_path / 'other'}", "train.steps=6", "optim.weight_decay=0.9"
+    )
     one, other = (load_file(folder / "model" / "model.safetensors") for folder in (run, tmp_path / "other"))
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
@@ -225,8 +249,8 @@ def test_more_epochs_go_on_where_the_last_step_ended(lm_config, tmp_path):
     taken = [traced(step) for step in (first - 1, first, first + 1, last["step"])]
     seed = configuration.load(run / "config.yaml").data.seed
     every = order.sample_ids(n, seed, 0, 2 * n).tolist()
-    assert taken[0] == every[7 * (first - 2):7 * (first - 1)] and taken[1] == every[7 * (first - 1):n]
-    assert taken[2] == every[n:n + 7] and taken[3] == every[2 * n - len(taken[3]):]
+    assert taken[0] == every[7 * (first - 2) : 7 * (first - 1)] and taken[1] == every[7 * (first - 1) : n]
+    assert taken[2] == every[n : n + 7] and taken[3] == every[2 * n - len(taken[3]) :]
     launch.fastft("resume", run, "train.epochs=null", f"train.steps={last['step'] + 1}")
     assert traced(last["step"] + 1) == order.sample_ids(n, seed, 2 * n, 2 * n + 7).tolist()
     code, output = launch.fastft("resume", run, "train.steps=null", f"train.epochs={(2 * n + 1) / n}", check=False)
@@ -262,5 +286,7 @@ def test_other_trained_parameters_are_refused(lm_config, tmp_path):
     lm_config["parallel"] = {"zero": 1}
     lm_config["train"] = {"steps": 1}
     launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config))
-    code, output = launch.fastft("resume", tmp_path / "run", "model.freeze=['model.layers.1.*']", "train.steps=2", check=False)
+    code, output = launch.fastft(
+        "resume", tmp_path / "run", "model.freeze=['model.layers.1.*']", "train.steps=2", check=False
+    )
     assert code == 1 and "other trained parameters" in output and "Traceback" not in output

@@ -15,7 +15,13 @@ from fastft.train.engine import Ranks
 from fastft.train.writer import Writer
 
 ALONE = Ranks(0, 0, 1, 1, torch.device("cpu"))
-STATE = {"w": torch.arange(3_000_000, dtype=torch.float32), "empty": torch.zeros(0), "view": torch.arange(10)[2:5], "n": 3, **{f"s{i}": torch.full((8,), i) for i in range(300)}}
+STATE = {
+    "w": torch.arange(3_000_000, dtype=torch.float32),
+    "empty": torch.zeros(0),
+    "view": torch.arange(10)[2:5],
+    "n": 3,
+    **{f"s{i}": torch.full((8,), i) for i in range(300)},
+}
 
 
 def written(folder, state, name="x.pt") -> tuple[Writer, dict]:
@@ -39,17 +45,21 @@ def test_a_file_is_what_torch_save_writes(tmp_path, monkeypatch):
         assert entries["x.pt"] == {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         again = torch.load(path, weights_only=True)
         assert all(torch.equal(again[k], v) if torch.is_tensor(v) else again[k] == v for k, v in STATE.items())
-        assert abs(path.stat().st_size - (tmp_path / "plain.pt").stat().st_size) < 100 * len(STATE)  # the names within differ
+        assert abs(path.stat().st_size - (tmp_path / "plain.pt").stat().st_size) < 100 * len(
+            STATE
+        )  # the names within differ
         path.unlink()
 
 
 @pytest.mark.parametrize("call", ["write", "fdatasync", "fsync"])
 def test_an_error_of_the_disk_reaches_the_training(tmp_path, monkeypatch, call):
     """Also in the middle of a file, where torch, while it cleans up, writes once more."""
+
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
     if call == "write":
+
         class Full(writer._Stream):
             def _write(self, part):
                 if self.bytes > 100_000:

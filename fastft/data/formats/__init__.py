@@ -25,7 +25,11 @@ def files_of(source: Source) -> list[Path]:
     path = Path(source.path)
     if not path.exists():
         siblings = sorted(p.name for p in path.parent.iterdir())[:20] if path.parent.is_dir() else []
-        hint = f"In {path.parent} there are: {', '.join(siblings)}." if siblings else f"The folder {path.parent} does not exist either."
+        hint = (
+            f"In {path.parent} there are: {', '.join(siblings)}."
+            if siblings
+            else f"The folder {path.parent} does not exist either."
+        )
         raise UserError(f"{path}: no such file or folder.", hint)
     if path.is_file() or hf.is_saved_dataset(path):
         return [path]
@@ -33,7 +37,9 @@ def files_of(source: Source) -> list[Path]:
     if nothing := [p for p in files if not p.is_file()]:
         raise UserError(f"{nothing[0]}: is a link to nothing.", "Mend or remove it.")
     if not files:
-        raise UserError(f"{path}: the folder holds no file of a known format.", f"Known: {', '.join(FORMATS.names())} (also .gz).")
+        raise UserError(
+            f"{path}: the folder holds no file of a known format.", f"Known: {', '.join(FORMATS.names())} (also .gz)."
+        )
     return files
 
 
@@ -48,9 +54,12 @@ def read(source: Source) -> Iterator[tuple[str, Record]]:
     for path in files_of(source):
         name = source.format if source.format != "auto" else ("hf" if path.is_dir() else format_of(path))
         if name is None:
-            raise UserError(f"{path}: cannot tell the format from the name.",
-                            f"Set format to one of: {', '.join(FORMATS.names())}.")
+            raise UserError(
+                f"{path}: cannot tell the format from the name.", f"Set format to one of: {', '.join(FORMATS.names())}."
+            )
         try:
             yield from FORMATS.get(name)(path, source)
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:  # truncated gzip, not UTF-8, no permission
-            raise UserError(f"{path}: cannot be read as {name}: {e}", "Files must be UTF-8 text, or gzip of it.") from None
+            raise UserError(
+                f"{path}: cannot be read as {name}: {e}", "Files must be UTF-8 text, or gzip of it."
+            ) from None

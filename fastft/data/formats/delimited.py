@@ -27,9 +27,14 @@ def _read(path, source, delimiter):
         try:
             header = source.header or next(filter(None, rows), None)
             if header is None:
-                raise UserError(f"{path}: the file is empty.", "The first line must name the columns, or set header in the source.")
+                raise UserError(
+                    f"{path}: the file is empty.", "The first line must name the columns, or set header in the source."
+                )
             if len(set(header)) != len(header):
-                raise UserError(f"{path}:{rows.line_num or 1}: a column name stands twice: {header}.", "Rename one, or set header in the source.")
+                raise UserError(
+                    f"{path}:{rows.line_num or 1}: a column name stands twice: {header}.",
+                    "Rename one, or set header in the source.",
+                )
             end = rows.line_num
             for row in rows:
                 line, end = end + 1, rows.line_num  # a row with line breaks in it is known by its first line
@@ -38,8 +43,11 @@ def _read(path, source, delimiter):
                 if len(row) != len(header):
                     raise UserError(
                         f"{path}:{line}: {len(row)} cells, but the header has {len(header)} columns ({', '.join(header)}).",
-                        "Quote cells that hold the delimiter; if quote characters are plain text here, set quoting: none.")
+                        "Quote cells that hold the delimiter; if quote characters are plain text here, set quoting: none.",
+                    )
                 yield f"{path}:{line}", dict(zip(header, row, strict=True))
         except csv.Error as e:
-            raise UserError(f"{path}:{end + 1}: broken {path.suffix or 'csv'}: {e}",
-                            "If quote characters are plain text here, set quoting: none in the source.") from None
+            raise UserError(
+                f"{path}:{end + 1}: broken {path.suffix or 'csv'}: {e}",
+                "If quote characters are plain text here, set quoting: none in the source.",
+            ) from None

@@ -15,11 +15,16 @@ def read(path, source):
     import datasets
 
     if not is_saved_dataset(path):
-        raise UserError(f"{path}: not a data set saved by Dataset.save_to_disk.", "It must hold dataset_info.json or dataset_dict.json.")
+        raise UserError(
+            f"{path}: not a data set saved by Dataset.save_to_disk.",
+            "It must hold dataset_info.json or dataset_dict.json.",
+        )
     data = datasets.load_from_disk(str(path))
     if isinstance(data, datasets.DatasetDict):
         if source.split is None:
-            raise UserError(f"{path}: holds several splits ({', '.join(data)}).", "Name one: {path: ..., split: train}.")
+            raise UserError(
+                f"{path}: holds several splits ({', '.join(data)}).", "Name one: {path: ..., split: train}."
+            )
         if source.split not in data:
             raise UserError(f"{path}: no split {source.split!r}.", did_you_mean(source.split, data))
         data = data[source.split]
@@ -31,7 +36,9 @@ def read(path, source):
     for row, record in enumerate(data):
         for name, feature in classes.items():  # class indices become the names that the data set gives them
             value = record[name]
-            record[name] = [_class_name(feature, v) for v in value] if isinstance(value, list) else _class_name(feature, value)
+            record[name] = (
+                [_class_name(feature, v) for v in value] if isinstance(value, list) else _class_name(feature, value)
+            )
         yield f"{path}:row {row + 1}", record
 
 

@@ -38,11 +38,15 @@ def read(path, source):
             except ValueError as e:
                 if not isinstance(e, json.JSONDecodeError):  # Python refuses to read an integer of thousands of digits
                     raise UserError(f"{path}:{number}: {e}.", "Mend or remove this line.") from None
-                raise UserError(f"{path}:{number}: broken JSON: {e.msg} at column {e.colno}: {line[max(0, e.pos - 30):e.pos + 30].strip()!r}",
-                                "Each line must be one JSON object; mend or remove this line.") from None
+                raise UserError(
+                    f"{path}:{number}: broken JSON: {e.msg} at column {e.colno}: {line[max(0, e.pos - 30) : e.pos + 30].strip()!r}",
+                    "Each line must be one JSON object; mend or remove this line.",
+                ) from None
             if not isinstance(record, dict):
-                raise UserError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}.",
-                                'Each line must be an object such as {"text": "..."}.')
+                raise UserError(
+                    f"{path}:{number}: expected a JSON object, got {type(record).__name__}.",
+                    'Each line must be an object such as {"text": "..."}.',
+                )
             if isinstance(record, _Ambiguous):
                 raise UserError(f"{path}:{number}: the key {record.twice!r} stands twice.", "Mend or remove this line.")
             yield f"{path}:{number}", record

@@ -53,9 +53,21 @@ def _decode(code, scale, SIGNED: tl.constexpr):
     magnitude = code.to(tl.uint32)
     if SIGNED:
         magnitude = magnitude & 0x7F
-        x = tl.where(magnitude < 8, magnitude.to(tl.float32) * 2.0**-17, ((magnitude + 896) << 20).to(tl.float32, bitcast=True)) * scale
+        x = (
+            tl.where(
+                magnitude < 8,
+                magnitude.to(tl.float32) * 2.0**-17,
+                ((magnitude + 896) << 20).to(tl.float32, bitcast=True),
+            )
+            * scale
+        )
         return tl.where(code > 0x7F, -x, x)
-    return tl.where(magnitude < 8, magnitude.to(tl.float32) * 2.0**-33, ((magnitude + 768) << 20).to(tl.float32, bitcast=True)) * scale
+    return (
+        tl.where(
+            magnitude < 8, magnitude.to(tl.float32) * 2.0**-33, ((magnitude + 768) << 20).to(tl.float32, bitcast=True)
+        )
+        * scale
+    )
 
 
 @triton.jit
@@ -119,10 +131,20 @@ def _adamw_kernel(
         p = tl.load(param + i, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad + i, mask=mask, other=0.0).to(tl.float32)
         if remainder is not None:
-            p = (_bits(p) + tl.load(remainder + i, mask=mask, other=0).to(tl.int32).to(tl.uint32)).to(tl.float32, bitcast=True)
+            p = (_bits(p) + tl.load(remainder + i, mask=mask, other=0).to(tl.int32).to(tl.uint32)).to(
+                tl.float32, bitcast=True
+            )
         if exp_avg_scale is not None:
-            m = _decode(tl.load(exp_avg + i, mask=mask, other=0), tl.load(exp_avg_scale + block, mask=block_mask, other=0.0)[:, None], True)
-            v = _decode(tl.load(exp_avg_sq + i, mask=mask, other=0), tl.load(exp_avg_sq_scale + block, mask=block_mask, other=0.0)[:, None], False)
+            m = _decode(
+                tl.load(exp_avg + i, mask=mask, other=0),
+                tl.load(exp_avg_scale + block, mask=block_mask, other=0.0)[:, None],
+                True,
+            )
+            v = _decode(
+                tl.load(exp_avg_sq + i, mask=mask, other=0),
+                tl.load(exp_avg_sq_scale + block, mask=block_mask, other=0.0)[:, None],
+                False,
+            )
         else:
             m = tl.load(exp_avg + i, mask=mask, other=0.0).to(tl.float32)
             v = tl.load(exp_avg_sq + i, mask=mask, other=0.0).to(tl.float32)
@@ -153,7 +175,9 @@ def _adamw_kernel(
             tl.store(exp_avg + i, m, mask=mask)
             tl.store(exp_avg_sq + i, v, mask=mask)
         if max_exp_avg_sq is not None:
-            v = tl.maximum(tl.load(max_exp_avg_sq + i, mask=mask, other=0.0).to(tl.float32), v, propagate_nan=tl.PropagateNan.ALL)
+            v = tl.maximum(
+                tl.load(max_exp_avg_sq + i, mask=mask, other=0.0).to(tl.float32), v, propagate_nan=tl.PropagateNan.ALL
+            )
             tl.store(max_exp_avg_sq + i, v.to(max_exp_avg_sq.dtype.element_ty), mask=mask)
         # Rounded to nearest: the fast square root and division are off by some ulp, and memory is the limit anyway.
         denominator = tl.div_rn(tl.sqrt_rn(v), root_correction2) + eps
