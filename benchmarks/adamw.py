@@ -1,13 +1,15 @@
 """One AdamW step on the CPU: FusedAdamW against torch.optim.AdamW(fused=True), DeepSpeedCPUAdam and the memory itself.
 
-stream     _C.stream_4r3w: the same 4 reads and 3 writes of fp32 with next to no arithmetic, the limit for the flat fp32 cases
+stream     _C.stream_4r3w: the same 4 reads and 3 writes of fp32 with next to no arithmetic, the limit for the flat fp32
+           cases
 flat       one tensor, as a ZeRO shard is
 tiny       many small tensors, where the cost is in the calls
-bf16 out   bf16 gradients, fp32 parameters, bf16 copy out in the same pass: also 28 bytes per parameter. The peers need three passes:
-           gradient to fp32, step, parameter to bf16
-fewer bytes   state and parameters as fastft/ops/lowbyte.py stores them. "bytes" is what a step has to read and write per parameter, GB/s counts these,
-           "x fp32" is against our own fp32 step with the same kind of gradient and a bf16 copy out where the weights are bf16, and the peers do what
-           they can do for the same model: fp32 or, with bf16 weights, three passes
+bf16 out   bf16 gradients, fp32 parameters, bf16 copy out in the same pass: also 28 bytes per parameter. The peers need
+           three passes: gradient to fp32, step, parameter to bf16
+fewer bytes   state and parameters as fastft/ops/lowbyte.py stores them. "bytes" is what a step has to read and write
+           per parameter, GB/s counts these, "x fp32" is against our own fp32 step with the same kind of gradient and a
+           bf16 copy out where the weights are bf16, and the peers do what they can do for the same model: fp32 or, with
+           bf16 weights, three passes
 
     python benchmarks/adamw.py [--machine NAME]        FASTFT_CPU=scalar|avx2|avx512 chooses the instruction set
 """
@@ -24,9 +26,21 @@ FLAT = (1_000_000, 32_000_000, 128_000_000)
 TINY = (4000, 500)  # tensors, elements of each
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 COLUMNS = {
-    "case": "s", "parameters": ",d", "bytes": ".1f", "fastft ms": ".2f", "torch ms": ".2f", "deepspeed ms": ".2f", "stream ms": ".2f", "fastft GB/s": ".1f",
-    "x torch": ".2f", "x deepspeed": ".2f", "x fp32": ".2f", "of stream": ".2f", "error": ".1e", "torch error": ".1e",
-}  # fmt: skip
+    "case": "s",
+    "parameters": ",d",
+    "bytes": ".1f",
+    "fastft ms": ".2f",
+    "torch ms": ".2f",
+    "deepspeed ms": ".2f",
+    "stream ms": ".2f",
+    "fastft GB/s": ".1f",
+    "x torch": ".2f",
+    "x deepspeed": ".2f",
+    "x fp32": ".2f",
+    "of stream": ".2f",
+    "error": ".1e",
+    "torch error": ".1e",
+}
 
 
 def parameters(sizes, dtype=torch.float32) -> list[torch.nn.Parameter]:

@@ -2,9 +2,10 @@
 
     python benchmarks/banking77.py --model PATH --data FOLDER   (train.csv and test.csv of banking77)
 
-Every training runs in a process of its own. Throughput: short runs in turn, round by round; samples/s between the end of the first and the end of the last step, and
-the median of the rounds' ratios. ``trainer, heap kept`` is Trainer under the allocator settings that fastft makes for itself, to tell that share of the difference apart.
-Accuracy: full trainings (3 epochs) of fastft and Trainer, one after the other.
+Every training runs in a process of its own. Throughput: short runs in turn, round by round; samples/s between the end
+of the first and the end of the last step, and the median of the rounds' ratios. ``trainer, heap kept`` is Trainer under
+the allocator settings that fastft makes for itself, to tell that share of the difference apart. Accuracy: full
+trainings (3 epochs) of fastft and Trainer, one after the other.
 """
 
 import argparse
@@ -174,14 +175,16 @@ def report(args: argparse.Namespace, rounds: list[dict], full: dict) -> None:
         "",
         f"6-layer BERT (22.7 M parameters), fp32, {json.dumps(SETTINGS)}; {args.rounds} rounds of {args.steps} steps.",
         "",
-        "| contender | samples/s (median) | fastft is faster by (median, min-max of rounds) | accuracy after 3 epochs | samples/s of the full run |",
+        "| contender | samples/s (median) | fastft is faster by (median, min-max of rounds) | accuracy after 3 epochs "
+        "| samples/s of the full run |",
         "|---|---|---|---|---|",
     ]
     for name in CONTENDERS:
         ratios = [r["fastft"] / r[name] for r in rounds]
         whole = full.get(name)
         lines.append(
-            f"| {name} | {statistics.median(r[name] for r in rounds):.1f} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | "
+            f"| {name} | {statistics.median(r[name] for r in rounds):.1f} "
+            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | "
             + (f"{whole['accuracy']:.4f} | {whole['samples_per_second']:.1f} |" if whole else "- | - |")
         )
     table = "\n".join(lines) + "\n"

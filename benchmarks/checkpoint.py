@@ -3,7 +3,8 @@
 blocking s      checkpoint.background: false: copy, write, hash, sync, rename
 background s    checkpoint.background: true: until training goes on, that is the copy to memory
 of blocking     their ratio, median over the rounds; the modes take turns
-step s, beside a write s   a training step with nothing else, and while the thread writes: what a save costs in another coin
+step s, beside a write s   a training step with nothing else, and while the thread writes: what a save costs in another
+            coin
 seek            the sample ids of step 10^6 of a set of 10^9 samples, in milliseconds
 
     python benchmarks/checkpoint.py [--machine NAME] [--rounds 5]

@@ -1,8 +1,8 @@
 """Timing that stays honest on a shared machine, and the record of a run.
 
-Contenders take turns within each round, so that a neighbour's burst of load hits all of them; a ratio is the median over rounds of
-(time of the baseline in that round / time of the contender in that round). Absolute times are the minimum: what the code needs when
-nobody disturbs it.
+Contenders take turns within each round, so that a neighbour's burst of load hits all of them; a ratio is the median
+over rounds of (time of the baseline in that round / time of the contender in that round). Absolute times are the
+minimum: what the code needs when nobody disturbs it.
 """
 
 import argparse
@@ -20,15 +20,18 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# glibc gives big blocks back to the kernel on free, so each call's outputs are new pages, and faulting them in costs more
-# than the loss. These keep them: what a program does that holds its buffers.
+# glibc gives big blocks back to the kernel on free, so each call's outputs are new pages, and faulting them in costs
+# more than the loss. These keep them: what a program does that holds its buffers.
 KEEP_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "1000000000"}
 
 
 def arguments(
     description: str, rounds: int = 15, more: Callable[[argparse.ArgumentParser], object] = lambda parser: None
 ) -> argparse.Namespace:
-    """What `more` adds, and --machine, --rounds, --threads, --keep-heap, --quick. With --keep-heap the process starts again under KEEP_HEAP."""
+    """What `more` adds, and --machine, --rounds, --threads, --keep-heap, --quick.
+
+    With --keep-heap the process starts again under KEEP_HEAP.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--machine", default=default_machine(), help="how the record names this machine")
     parser.add_argument("--rounds", type=int, default=rounds)
@@ -59,7 +62,8 @@ def interleave(
     warmup: int = 2,
     prepare: dict[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, in another order in each: who comes after whom finds other things in the caches.
+    """Seconds of each contender in each round, in another order in each:
+    who comes after whom finds other things in the caches.
 
     `prepare` runs before each, untimed.
     """
@@ -99,7 +103,10 @@ def peak_memory(work: Callable[[], object]) -> tuple[int, int]:
 
 
 def check(name: str, got: torch.Tensor, peer: torch.Tensor, truth: torch.Tensor, tiny: float) -> tuple[float, float]:
-    """(our largest error, torch's) against float64. A benchmark of a wrong result is worth nothing, so it stops here."""
+    """(our largest error, torch's) against float64.
+
+    A benchmark of a wrong result is worth nothing, so it stops here.
+    """
     ours = (got.double() - truth).abs().max().item()
     theirs = (peer.double() - truth).abs().max().item()
     if not ours <= 2 * theirs + tiny:
@@ -110,7 +117,8 @@ def check(name: str, got: torch.Tensor, peer: torch.Tensor, truth: torch.Tensor,
 def record(
     name: str, args: argparse.Namespace, rows: list[dict], columns: dict[str, str], shown: list[dict] | None = None
 ) -> None:
-    """Appends the rows to results/<name>.jsonl, rewrites results/<name>.md from the last run of each setting, and prints it.
+    """Appends the rows to results/<name>.jsonl, rewrites results/<name>.md from the last run of each setting,
+    and prints it.
 
     shown: what the table is to hold instead of the rows, where they replace some of an earlier run's.
     """
@@ -167,5 +175,8 @@ def _rewrite(path: Path, name: str, heading: str, run: dict, table: str) -> None
             sections["## " + title] = body.strip()
     facts = ", ".join(f"{k} {v}" for k, v in run.items() if k not in ("machine", "heap", "threads"))
     sections[heading] = f"{run['machine']}: {facts}\n\n{table.strip()}"
-    intro = f"# {name}\n\nWritten by `python benchmarks/{name}.py`. How times and ratios are taken: `benchmarks/common.py`.\n\n"
+    intro = (
+        f"# {name}\n\nWritten by `python benchmarks/{name}.py`. "
+        "How times and ratios are taken: `benchmarks/common.py`.\n\n"
+    )
     path.write_text(intro + "\n\n".join(f"{title}\n\n{body}" for title, body in sorted(sections.items())) + "\n")

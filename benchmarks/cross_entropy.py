@@ -16,19 +16,49 @@ from fastft.ops.cross_entropy import cross_entropy
 
 CASES = [(32000, 2048), (50257, 1024), (151936, 512)]  # (vocab, rows)
 COLUMNS = {
-    "dtype": "s", "vocab": "d", "rows": "d", "torch ms": ".1f", "fastft ms": ".1f", "in place ms": ".1f", "kernel ms": ".1f",
-    "fastft x": ".1f", "in place x": ".1f", "kernel x": ".1f", "kernel GB/s": ".0f", "error": ".1e", "torch error": ".1e",
-}  # fmt: skip
+    "dtype": "s",
+    "vocab": "d",
+    "rows": "d",
+    "torch ms": ".1f",
+    "fastft ms": ".1f",
+    "in place ms": ".1f",
+    "kernel ms": ".1f",
+    "fastft x": ".1f",
+    "in place x": ".1f",
+    "kernel x": ".1f",
+    "kernel GB/s": ".0f",
+    "error": ".1e",
+    "torch error": ".1e",
+}
 
 
 def kernel(logits, target, grad, loss, scale, bad_row):
     _C.cross_entropy(
-        device=-1, stream=0, logits=logits.data_ptr(), dtype=_C.F32 if logits.dtype == torch.float32 else _C.BF16,
-        rows=logits.shape[0], vocab=logits.shape[1], logits_stride=logits.stride(0), target=target.data_ptr(), class_weight=0,
-        token_weight=0, token_weight_stride=0, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, logit_scale=1.0,
-        loss=loss.data_ptr(), lse=0, grad=grad.data_ptr(), grad_stride=grad.stride(0), grad_scale=scale.data_ptr(),
-        grad_scale_stride=0, bad_row=bad_row.data_ptr(), num_threads=0,
-    )  # fmt: skip
+        device=-1,
+        stream=0,
+        logits=logits.data_ptr(),
+        dtype=_C.F32 if logits.dtype == torch.float32 else _C.BF16,
+        rows=logits.shape[0],
+        vocab=logits.shape[1],
+        logits_stride=logits.stride(0),
+        target=target.data_ptr(),
+        class_weight=0,
+        token_weight=0,
+        token_weight_stride=0,
+        ignore_index=-100,
+        label_smoothing=0.0,
+        z_loss=0.0,
+        softcap=0.0,
+        logit_scale=1.0,
+        loss=loss.data_ptr(),
+        lse=0,
+        grad=grad.data_ptr(),
+        grad_stride=grad.stride(0),
+        grad_scale=scale.data_ptr(),
+        grad_scale_stride=0,
+        bad_row=bad_row.data_ptr(),
+        num_threads=0,
+    )
 
 
 def errors(logits, target) -> tuple[float, float]:

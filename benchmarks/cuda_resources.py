@@ -1,6 +1,8 @@
-"""Registers, shared memory and spills of every CUDA kernel for every architecture, as ptxas reports them; needs nvcc, no GPU.
+"""Registers, shared memory and spills of every CUDA kernel for every architecture, as ptxas reports them;
+needs nvcc, no GPU.
 
-python benchmarks/cuda_resources.py     runs csrc/check_cuda.sh (warnings are errors) and writes benchmarks/results/cuda_resources.md
+python benchmarks/cuda_resources.py     runs csrc/check_cuda.sh (warnings are errors) and writes
+            benchmarks/results/cuda_resources.md
 """
 
 import os

@@ -1,7 +1,8 @@
-"""What becomes of a run when something breaks: the real fault, injected into real ranks under `fastft launch`, over ZeRO stages and dtypes.
+"""What becomes of a run when something breaks: the real fault, injected into real ranks under `fastft launch`,
+over ZeRO stages and dtypes.
 
-survived   the run ended by itself (or after one `fastft resume`, where the fault is meant to end it) with weights bit-identical to those of an
-           undisturbed run; where "how" says what else is meant to happen, that happened
+survived   the run ended by itself (or after one `fastft resume`, where the fault is meant to end it) with weights
+           bit-identical to those of an undisturbed run; where "how" says what else is meant to happen, that happened
 seen       seconds from the fault to the launcher's word about it, largest of the tries
 lost       steps that had to be done again, largest of the tries; a checkpoint is written every 5 steps
 
@@ -118,7 +119,10 @@ def stopped_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
 
 
 def killed_launcher(bench: Bench, zero: int, dtype: str) -> Outcome:
-    """SIGKILL of the launcher: no rank stays; resume ends as if nothing had been. Seen: until the last process is gone."""
+    """SIGKILL of the launcher: no rank stays; resume ends as if nothing had been.
+
+    Seen: until the last process is gone.
+    """
     truth, run = bench.undisturbed(zero, dtype), bench.run_dir()
     process = bench.start("train", bench.config(run, zero, dtype))
     wait_for(lambda: reached(run) >= 7, process)
@@ -139,7 +143,10 @@ def killed_launcher(bench: Bench, zero: int, dtype: str) -> Outcome:
 
 
 def terminated(bench: Bench, zero: int, dtype: str) -> Outcome:
-    """SIGTERM while one rank is stopped, so that the others wait inside a collective; it goes on a second later. Seen: until all is saved and left."""
+    """SIGTERM while one rank is stopped, so that the others wait inside a collective; it goes on a second later.
+
+    Seen: until all is saved and left.
+    """
     truth, run, rank = bench.undisturbed(zero, dtype), bench.run_dir(), random.randrange(bench.ranks)
     process = bench.start("train", bench.config(run, zero, dtype))
     wait_for(lambda: reached(run) >= 4, process)
@@ -163,7 +170,9 @@ def terminated(bench: Bench, zero: int, dtype: str) -> Outcome:
 
 
 def broken_disk(kind: str) -> Callable[[Bench, int, str], Outcome]:
-    """A disk (a tmpfs) that is full, or read-only, at the second save: all ranks end with its name, the first checkpoint stays. Needs root."""
+    """A disk (a tmpfs) that is full, or read-only, at the second save:
+    all ranks end with its name, the first checkpoint stays. Needs root.
+    """
 
     def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
         truth, run = bench.undisturbed(zero, dtype), bench.run_dir()
@@ -196,7 +205,9 @@ def broken_disk(kind: str) -> Callable[[Bench, int, str], Outcome]:
 
 
 def hanging_disk(bench: Bench, zero: int, dtype: str) -> Outcome:
-    """A disk (an ext4 image) that stops to answer (fsfreeze) in the middle of a run: the watchdog sees that no save gets on. Needs root and loop devices."""
+    """A disk (an ext4 image) that stops to answer (fsfreeze) in the middle of a run:
+    the watchdog sees that no save gets on. Needs root and loop devices.
+    """
     truth, run = bench.undisturbed(zero, dtype), bench.run_dir()
     disk, image = run / "checkpoints", Path(f"{run}.img")
     disk.mkdir(parents=True)
@@ -234,7 +245,9 @@ def hanging_disk(bench: Bench, zero: int, dtype: str) -> Outcome:
 
 
 def always_crashing(bench: Bench, zero: int, dtype: str) -> Outcome:
-    """A rank that is killed at every start: a bounded number of tries, each after a longer wait, then the true exit code."""
+    """A rank that is killed at every start: a bounded number of tries,
+    each after a longer wait, then the true exit code.
+    """
     run = bench.run_dir()
     process = bench.start("train", bench.config(run, zero, dtype), env={"FASTFT_KILL_AT": "begin:1"}, max_restarts=2)
     code = process.wait()
@@ -272,7 +285,9 @@ def slow_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
 
 
 def damaged(kind: str) -> Callable[[Bench, int, str], Outcome]:
-    """A random file of the newest checkpoint with a bit flipped, cut short, or gone: found before use, and the checkpoint before is taken."""
+    """A random file of the newest checkpoint with a bit flipped, cut short, or gone:
+    found before use, and the checkpoint before is taken.
+    """
 
     def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
         truth, run = bench.undisturbed(zero, dtype), bench.run_dir()
@@ -318,7 +333,9 @@ if os.environ.get("RANK") == "1":
 
 
 def poisoned(begin: int, end: int) -> Callable[[Bench, int, str], Outcome]:
-    """NaN out of one rank's layers (two to a step) from one call on: the step is skipped on all ranks; after more than max_skipped in a row, the run stops."""
+    """NaN out of one rank's layers (two to a step) from one call on: the step is skipped on all ranks;
+    after more than max_skipped in a row, the run stops.
+    """
 
     def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
         run = bench.run_dir()
@@ -475,7 +492,7 @@ def main() -> None:
         parser.add_argument(
             "--update",
             action="store_true",
-            help="the table keeps the rows of results/faults.jsonl that this run does not make anew",
+            help="the table keeps the rows of results/faults.jsonl that this run does not measure again",
         )
         parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS))
 

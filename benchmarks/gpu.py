@@ -1,10 +1,13 @@
-"""Every kernel on the GPU at hand: the ceilings of the device first, then each case checked against float64, then timed beside its peers.
+"""Every kernel on the GPU at hand: the ceilings of the device first,
+then each case checked against float64, then timed beside its peers.
 
-    python benchmarks/gpu.py [ceilings adamw sum_squares cross_entropy linear_cross_entropy] [--machine NAME] [--quick] [--device cpu]
+    python benchmarks/gpu.py [ceilings adamw sum_squares cross_entropy linear_cross_entropy] [--machine NAME] [--quick]
+    [--device cpu]
 
-benchmarks/gpu.sh runs it, after a build and the tests. Times are medians over repeats with the device's own clock (triton.testing.do_bench, which
-empties the L2 cache before each). Peers take part where they can be imported; a peer that fails is named with its error. Rows go to
-benchmarks/results/gpu.jsonl with device and versions, and as a table to the output. --device cpu and --quick only show that the script runs.
+benchmarks/gpu.sh runs it, after a build and the tests. Times are medians over repeats with the device's own clock
+(triton.testing.do_bench, which empties the L2 cache before each). Peers take part where they can be imported; a peer
+that fails is named with its error. Rows go to benchmarks/results/gpu.jsonl with device and versions, and as a table to
+the output. --device cpu and --quick only show that the script runs.
 """
 
 import argparse
@@ -73,7 +76,7 @@ class Bench:
         return torch.cuda.max_memory_allocated() - before
 
     def contenders(self, case: dict, calls: dict, floor_bytes: float = 0.0, flops: float = 0.0) -> None:
-        """Times each call and records a row: against the first (ours), and against the floor by the measured ceilings."""
+        """Times each call and records a row: against the first (ours) and the floor by the measured ceilings."""
         floor = max(floor_bytes / self.copy_rate, flops / self.gemm_rate) if floor_bytes or flops else float("nan")
         ours = None
         for name, call in calls.items():
@@ -146,17 +149,25 @@ def ceilings(b: Bench) -> None:
 def bench_adamw(b: Bench) -> None:
     options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
     for n, with_copy in ((b.size(128_000_000), False), (b.size(1_000_000_000), False), (b.size(1_000_000_000), True)):
-        p, m, v = torch.randn(n, device=b.device), *(torch.zeros(n, device=b.device) for _ in range(2))
-        g = (0.01 * torch.randn(n, device=b.device)).to(BF16 if with_copy else F32)
-        step = torch.zeros((), device=b.device)
-        copies = [torch.empty(n, device=b.device, dtype=BF16)] if with_copy else None
         _check_adamw(b, options)
-        calls = {f"fastft {name}": lambda name=name: adamw([p], [g], [m], [v], [], [step], copies=copies, **options, backend=name)
-                 for name in ours_on(b.device, "adamw")}  # fmt: skip
-        if not with_copy:
-            calls |= _adamw_peers(p, g)
-        b.contenders({"op": "adamw", "n": n, "bf16 gradient and copy": with_copy}, calls, floor_bytes=28 * n)
-        del p, m, v, g, calls, copies
+        _bench_adamw_of(b, n, with_copy, options)
+
+
+def _bench_adamw_of(b: Bench, n: int, with_copy: bool, options: dict) -> None:
+    """One size, in a function of its own: its tensors are freed before those of the next."""
+    p, m, v = torch.randn(n, device=b.device), *(torch.zeros(n, device=b.device) for _ in range(2))
+    g = (0.01 * torch.randn(n, device=b.device)).to(BF16 if with_copy else F32)
+    step = torch.zeros((), device=b.device)
+    copies = [torch.empty(n, device=b.device, dtype=BF16)] if with_copy else None
+    calls = {
+        f"fastft {name}": lambda name=name: adamw(
+            [p], [g], [m], [v], [], [step], copies=copies, **options, backend=name
+        )
+        for name in ours_on(b.device, "adamw")
+    }
+    if not with_copy:
+        calls |= _adamw_peers(p, g)
+    b.contenders({"op": "adamw", "n": n, "bf16 gradient and copy": with_copy}, calls, floor_bytes=28 * n)
 
 
 def _check_adamw(b: Bench, options: dict) -> None:
@@ -220,10 +231,10 @@ def bench_sum_squares(b: Bench) -> None:
                 small.double().square().sum(),
             )
         calls = {
-            f"fastft {name}": lambda name=name: sum_squares([x], backend=name)
+            f"fastft {name}": lambda name=name, x=x: sum_squares([x], backend=name)
             for name in ours_on(b.device, "sum_squares")
         }
-        calls["torch foreach_norm"] = lambda: torch._foreach_norm([x], 2, dtype=F32)
+        calls["torch foreach_norm"] = lambda x=x: torch._foreach_norm([x], 2, dtype=F32)
         b.contenders(
             {"op": "sum_squares", "n": x.numel(), "dtype": str(dtype)[6:]},
             calls,
@@ -321,8 +332,13 @@ def _check_linear(hidden, weight, target, plain) -> None:
     check("linear_cross_entropy", *found)
 
 
-PARTS = {"ceilings": ceilings, "adamw": bench_adamw, "sum_squares": bench_sum_squares, "cross_entropy": bench_cross_entropy,
-         "linear_cross_entropy": bench_linear_cross_entropy}  # fmt: skip
+PARTS = {
+    "ceilings": ceilings,
+    "adamw": bench_adamw,
+    "sum_squares": bench_sum_squares,
+    "cross_entropy": bench_cross_entropy,
+    "linear_cross_entropy": bench_linear_cross_entropy,
+}
 
 
 def table(rows: list[dict]) -> str:
@@ -338,7 +354,8 @@ def table(rows: list[dict]) -> str:
         )
         figures = (
             row.get("error")
-            or f"{row['ms']:9.3f} ms  {row['x_ours']:6.2f} x ours  {row['of_ceiling']:5.0%} of ceiling  {row['peak_mib']:9.1f} MiB"
+            or f"{row['ms']:9.3f} ms  {row['x_ours']:6.2f} x ours  {row['of_ceiling']:5.0%} of ceiling  "
+            f"{row['peak_mib']:9.1f} MiB"
         )
         lines.append(f"{row['op']:<21}{case:<40}{row['contender']:<28}{figures}")
     return "\n".join(lines)

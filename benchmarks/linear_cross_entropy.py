@@ -2,13 +2,15 @@
 
 GEMMs      logits, d hidden and d weight as three torch.mm into arrays that are there: the floor
 fastft     linear_cross_entropy(hidden, weight, target), then the gradients of hidden and weight
-torch      F.linear_cross_entropy without options, that is F.cross_entropy(F.linear(hidden, weight), target): holds all logits
-chunked    F.linear_cross_entropy with LinearCrossEntropyOptions(). It passes over d weight in float32 for every few rows, so it runs
-           once, on "chunked rows", and fastft beside it on as many: all 2048 rows of the first shape took it 34 s
+torch      F.linear_cross_entropy without options, that is F.cross_entropy(F.linear(hidden, weight), target): holds all
+           logits
+chunked    F.linear_cross_entropy with LinearCrossEntropyOptions(). It passes over d weight in float32 for every few
+           rows, so it runs once, on "chunked rows", and fastft beside it on as many: all 2048 rows of the first shape
+           took it 34 s
 
-Memory is measured in processes of their own: how far one forward and backward raises the resident set above the inputs, less the two
-gradients, which everyone returns; as a share of logits and their gradient, 2 rows * vocab elements. Liger Kernel is not here: its fused
-linear cross-entropy is Triton for GPUs and does not run on CPU tensors.
+Memory is measured in processes of their own: how far one forward and backward raises the resident set above the inputs,
+less the two gradients, which everyone returns; as a share of logits and their gradient, 2 rows * vocab elements. Liger
+Kernel is not here: its fused linear cross-entropy is Triton for GPUs and does not run on CPU tensors.
 
     python benchmarks/linear_cross_entropy.py [--keep-heap] [--machine NAME] [--rounds 4]
 """
@@ -37,10 +39,23 @@ CASES = [
 ]
 MEMORY = [(BF16, 768, 50257, 8192), (F32, 768, 50257, 4096)]
 COLUMNS = {
-    "dtype": "s", "hidden": "d", "vocab": "d", "rows": "d", "ignored": ".0%", "GEMMs ms": ".0f", "fastft ms": ".0f", "torch ms": ".0f",
-    "fastft / GEMMs": ".2f", "x torch": ".2f", "x chunked": ".1f", "chunked rows": "d", "fastft memory": ".1%", "torch memory": ".0%",
-    "error": ".1e", "torch error": ".1e",
-}  # fmt: skip
+    "dtype": "s",
+    "hidden": "d",
+    "vocab": "d",
+    "rows": "d",
+    "ignored": ".0%",
+    "GEMMs ms": ".0f",
+    "fastft ms": ".0f",
+    "torch ms": ".0f",
+    "fastft / GEMMs": ".2f",
+    "x torch": ".2f",
+    "x chunked": ".1f",
+    "chunked rows": "d",
+    "fastft memory": ".1%",
+    "torch memory": ".0%",
+    "error": ".1e",
+    "torch error": ".1e",
+}
 
 
 def inputs(dtype, hidden, vocab, rows, ignored=0.0):
@@ -69,7 +84,9 @@ def gradients_of(name: str):
 
 
 def errors(h, w, target) -> tuple[float, float]:
-    """Largest relative-to-largest errors of d hidden, ours and torch's, on 16 rows; loss and d weight (of some classes) are checked too."""
+    """Largest relative-to-largest errors of d hidden, ours and torch's, on 16 rows;
+    loss and d weight (of some classes) are checked too.
+    """
     few = target.clone()
     few = few[few != -100][:16]
     x, vocab = h.detach()[:16], w.shape[0]
@@ -108,8 +125,16 @@ def case(dtype, hidden, vocab, rows, ignored, rounds) -> dict:
         "torch": lambda: runs["torch"](h, w, target),
     }
     times = common.interleave(contenders, rounds, warmup=1)
-    row = {"dtype": str(dtype).removeprefix("torch."), "hidden": hidden, "vocab": vocab, "rows": rows, "ignored": ignored,
-           "error": ours, "torch error": theirs, "fastft / GEMMs": 1 / common.speedup(times, "GEMMs", "fastft")}  # fmt: skip
+    row = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "hidden": hidden,
+        "vocab": vocab,
+        "rows": rows,
+        "ignored": ignored,
+        "error": ours,
+        "torch error": theirs,
+        "fastft / GEMMs": 1 / common.speedup(times, "GEMMs", "fastft"),
+    }
     row |= {f"{name} ms": min(seconds) * 1e3 for name, seconds in times.items()} | {
         "x torch": common.speedup(times, "torch", "fastft")
     }

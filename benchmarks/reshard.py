@@ -1,5 +1,6 @@
-"""Whether a run that goes on with other ranks or another ZeRO stage is the same run: losses of the steps after the change against those of the run
-that was never changed (other samples would show there), and the largest difference of a weight at the end.
+"""Whether a run that goes on with other ranks or another ZeRO stage is the same run: losses of the steps after the
+change against those of the run that was never changed (other samples would show there), and the largest difference of a
+weight at the end.
 
     python benchmarks/reshard.py [--machine NAME] [--steps 50]
 """

@@ -1,10 +1,12 @@
-"""How long a whole `fastft resume` takes at step 10^6 of a set of 10^9 samples, against the same at the start of a small set.
+"""How long a whole `fastft resume` takes at step 10^6 of a set of 10^9 samples,
+against the same at the start of a small set.
 
-small s, large s   from the start of the process to the end of the first step: imports, model, checkpoint, prepared data, the step. The model, the
-                   checkpoint's size and the step are the same in both; the runs take turns
+small s, large s   from the start of the process to the end of the first step: imports, model, checkpoint, prepared
+                   data, the step. The model, the checkpoint's size and the step are the same in both; the runs take
+                   turns
 beyond s           their difference, median over the rounds
-data GB            of the large set's columns. They are sparse files that hold rows where the steps will look, so that they fit on a disk; a
-                   memory-mapped page that was never written is mapped like any other
+data GB            of the large set's columns. They are sparse files that hold rows where the steps will look, so that
+                   they fit on a disk; a memory-mapped page that was never written is mapped like any other
 
     python benchmarks/resume.py [--machine NAME] [--rounds 5]
 """
@@ -59,7 +61,9 @@ def write_config(folder: Path, run: Path, steps: int) -> Path:
 
 
 def enlarge(prepared: Path, samples: int, steps: range) -> float:
-    """Turn a prepared split into one of ``samples`` documents of one pack each, with tokens in those that the steps ask for; returns its GB."""
+    """Turn a prepared split into one of ``samples`` documents of one pack each,
+    with tokens in those that the steps ask for; returns its GB.
+    """
     manifest = json.loads((prepared / "MANIFEST.json").read_text())
     del manifest["digest"]
     tokens = np.fromfile(prepared / "tokens.values.bin", dtype="<i4")[:LENGTH]

@@ -1,7 +1,9 @@
-"""What a user gains: training steps of a small bfloat16 decoder with a large vocabulary on the CPU, our ops against plain torch.
+"""What a user gains: training steps of a small bfloat16 decoder with a large vocabulary on the CPU,
+our ops against plain torch.
 
-The same Llama (4 layers of width 512, tied embeddings), the same loop (forward, backward, optimizer step), the same batches; each
-contender in processes of its own that take turns, so that a neighbour's load hits both and the resident set is its own.
+The same Llama (4 layers of width 512, tied embeddings), the same loop (forward, backward, optimizer step), the same
+batches; each contender in processes of its own that take turns, so that a neighbour's load hits both and the resident
+set is its own.
 
 fastft     the loss at the head by linear_cross_entropy, FusedAdamW
 torch      F.cross_entropy of the model's logits, torch.optim.AdamW(fused=True)
@@ -23,13 +25,24 @@ VOCABULARIES = (50257, 151936)
 ROWS, LENGTH = 4, 512  # sequences of a step, tokens of each
 STEPS = 4  # timed steps of a process, after one that is not
 COLUMNS = {
-    "vocab": "d", "tokens a step": "d", "parameters M": ".0f", "torch tok/s": ".0f", "fastft tok/s": ".0f", "speedup": ".2f", "torch GB": ".2f",
-    "fastft GB": ".2f", "memory": ".2f", "torch loss": ".4f", "fastft loss": ".4f",
-}  # fmt: skip
+    "vocab": "d",
+    "tokens a step": "d",
+    "parameters M": ".0f",
+    "torch tok/s": ".0f",
+    "fastft tok/s": ".0f",
+    "speedup": ".2f",
+    "torch GB": ".2f",
+    "fastft GB": ".2f",
+    "memory": ".2f",
+    "torch loss": ".4f",
+    "fastft loss": ".4f",
+}
 
 
 def train(name: str, vocab: int, rows: int, length: int) -> dict:
-    """In a process of its own: seconds of each step, bytes by which training raised the resident set over the model's, last loss."""
+    """In a process of its own: seconds of each step, bytes by which training raised the resident set over the model's,
+    last loss.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fastft.models.head import FusedHead
@@ -88,8 +101,13 @@ def case(vocab: int, rows: int, length: int, args) -> dict:
         raise SystemExit(f"the two losses part: {losses}; not reported")
     seconds = {name: [min(run["seconds"]) for run in runs] for name, runs in found.items()}
     memory = {name: statistics.median(run["bytes"] for run in runs) for name, runs in found.items()}
-    row = {"vocab": vocab, "tokens a step": rows * length, "parameters M": found["fastft"][0]["parameters"] / 1e6,
-           "speedup": common.speedup(seconds, "torch", "fastft"), "memory": memory["fastft"] / memory["torch"]}  # fmt: skip
+    row = {
+        "vocab": vocab,
+        "tokens a step": rows * length,
+        "parameters M": found["fastft"][0]["parameters"] / 1e6,
+        "speedup": common.speedup(seconds, "torch", "fastft"),
+        "memory": memory["fastft"] / memory["torch"],
+    }
     for name in found:
         row |= {
             f"{name} tok/s": rows * length / min(seconds[name]),

@@ -5,9 +5,10 @@ unfused     DeepSpeed's own step with FusedAdamW as its client optimizer
 deepspeed   DeepSpeed's own step with its DeepSpeedCPUAdam
 torch       DeepSpeed's own step with torch.optim.AdamW(fused=True)
 
-One rank, bf16 parameters with fp32 master weights, gradient clipping. Only engine.step() is timed: gradient norm, overflow check where the
-contender makes one, clipping, Adam and the weights' store. First the bf16 weights after 3 steps are compared: fused and unfused bit for bit,
-the others within 2 units in the last place of the largest. The peers run DeepSpeed's defaults, which spare them the overflow check.
+One rank, bf16 parameters with fp32 master weights, gradient clipping. Only engine.step() is timed: gradient norm,
+overflow check where the contender makes one, clipping, Adam and the weights' store. First the bf16 weights after 3
+steps are compared: fused and unfused bit for bit, the others within 2 units in the last place of the largest. The peers
+run DeepSpeed's defaults, which spare them the overflow check.
 
     python benchmarks/zero_step.py [--machine NAME] [--parameters MILLIONS ...]
 """
@@ -31,13 +32,25 @@ from fastft.train import engine
 OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 WIDTH, VOCABULARY = 1024, 32000
 COLUMNS = {
-    "stage": "d", "parameters": ",d", "fused ms": ".1f", "unfused ms": ".1f", "deepspeed ms": ".1f", "torch ms": ".1f", "fused GB/s": ".1f",
-    "of unfused": ".2f", "of deepspeed": ".2f", "of torch": ".2f", "of the best": ".2f", "weights differ": ".1e",
-}  # fmt: skip
+    "stage": "d",
+    "parameters": ",d",
+    "fused ms": ".1f",
+    "unfused ms": ".1f",
+    "deepspeed ms": ".1f",
+    "torch ms": ".1f",
+    "fused GB/s": ".1f",
+    "of unfused": ".2f",
+    "of deepspeed": ".2f",
+    "of torch": ".2f",
+    "of the best": ".2f",
+    "weights differ": ".1e",
+}
 
 
 class Net(torch.nn.Module):
-    """Shapes of a decoder (an embedding and blocks of four matrices); the forward touches every parameter for little work."""
+    """Shapes of a decoder (an embedding and blocks of four matrices);
+    the forward touches every parameter for little work.
+    """
 
     def __init__(self, millions: int):
         super().__init__()
