@@ -1,12 +1,13 @@
 """Builds fastft/_C from csrc with CMake and Ninja. FASTFT_BUILD says what to build:
 
-auto (default)  CUDA when a small CUDA program can be compiled and linked here, else CPU only; the log says which and why
+auto (default)  CUDA when a small CUDA program can be compiled and linked here, else CPU only; the log says which and
+                why
 cpu             CPU kernels only
 cuda            CPU and CUDA kernels; an error when there is no working toolkit
 none            no native module: a pure Python package
 
-FASTFT_CUDA_ARCHS="80;90;100" names the GPU architectures (the last also as PTX). No torch is needed to build, and the result
-serves every torch version: the kernels take raw addresses.
+FASTFT_CUDA_ARCHS="80;90;100" names the GPU architectures (the last also as PTX). No torch is needed to build, and the
+result serves every torch version: the kernels take raw addresses.
 """
 
 import os
@@ -89,8 +90,8 @@ def resolve_cuda(mode: str) -> str | None:
     nvcc, why = probe_cuda(cuda_archs()[-1])
     if nvcc is None and mode == "cuda":
         raise SetupError(
-            f"FASTFT_BUILD=cuda, but {why}. Install a CUDA toolkit (nvcc, cudart headers and libcudart_static), point CUDA_HOME or "
-            "CUDACXX at it, or use FASTFT_BUILD=cpu."
+            f"FASTFT_BUILD=cuda, but {why}. Install a CUDA toolkit (nvcc, cudart headers and libcudart_static), point "
+            "CUDA_HOME or CUDACXX at it, or use FASTFT_BUILD=cpu."
         )
     say(f"building CPU {'and CUDA kernels' if nvcc else 'kernels only'} (FASTFT_BUILD={mode}): {why}")
     return nvcc
@@ -111,7 +112,8 @@ def build_tools() -> tuple[str, str, str]:
             if there is None
         ]
         raise SetupError(
-            f"missing to build: {', '.join(missing)}; build with isolation (plain pip install .) or run pip install {' '.join(missing)}"
+            f"missing to build: {', '.join(missing)}; "
+            f"build with isolation (plain pip install .) or run pip install {' '.join(missing)}"
         )
     return (*found, pybind11.get_cmake_dir())
 

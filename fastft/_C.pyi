@@ -12,7 +12,9 @@ F32: int
 BF16: int
 
 def build_info() -> dict[str, object]:
-    """version (str), cuda (bool), cuda_archs (list[str]), compiler (str), openmp (bool), cpu_paths (list[str] compiled in)."""
+    """The build: version (str), cuda (bool), cuda_archs (list[str]),
+    compiler (str), openmp (bool), cpu_paths (list[str]: those compiled in).
+    """
 
 def cpu_features() -> dict[str, bool]:
     """What this CPU has: avx2, fma, f16c, avx512f, avx512bw, avx512vl, avx512dq, avx512_bf16."""
@@ -32,9 +34,8 @@ def adamw(
     remainders: list[int],  # int16, with param_store 2
     exp_avg_scales: list[int],  # float32[ceil(numel / 256)], with state_store 2
     exp_avg_sq_scales: list[int],
-    steps: list[
-        int
-    ],  # one float32 scalar per tensor (host memory for the CPU, device memory for CUDA): steps done so far
+    # one float32 scalar per tensor (host memory for the CPU, device memory for CUDA): steps done so far
+    steps: list[int],
     numels: list[int],
     offsets: list[int],  # index of a tensor's first element for the random numbers; empty: 0
     param_dtype: int,
@@ -54,10 +55,16 @@ def adamw(
     found_inf: int,  # float32 scalar; when != 0 nothing at all is written (parameters, state, step), or 0
     num_threads: int,
 ) -> None:
-    """One AdamW step over a list of contiguous tensors, arithmetic in float32 (bias corrections and 1 - beta in float64).
-    Increments each *steps[i] by 1 unless found_inf. Rules as torch.optim.AdamW:
-    denom = sqrt(v) / sqrt(1 - beta2^t) + eps;  p -= lr / (1 - beta1^t) * m / denom.
-    What is stored in fewer bytes is defined, bit by bit, in fastft/ops/lowbyte.py."""
+    """One AdamW step over a list of contiguous tensors.
+
+    Arithmetic in float32 (bias corrections and 1 - beta in float64). Increments each *steps[i] by 1 unless found_inf.
+    Rules as torch.optim.AdamW:
+
+        denom = sqrt(v) / sqrt(1 - beta2^t) + eps
+        p -= lr / (1 - beta1^t) * m / denom
+
+    What is stored in fewer bytes is defined, bit by bit, in fastft/ops/lowbyte.py.
+    """
 
 def cross_entropy(
     *,
@@ -83,7 +90,8 @@ def cross_entropy(
     grad_stride: int,
     grad_scale: int,  # float32: multiplies the gradient before it is rounded, or 0
     grad_scale_stride: int,  # 1: one factor per row; 0: one scalar
-    bad_row: int,  # int64 scalar out (host for the CPU, device for CUDA): index of a row whose target is out of range, else -1
+    # int64 scalar out (host for the CPU, device for CUDA): index of a row whose target is out of range, else -1
+    bad_row: int,
     num_threads: int,
 ) -> None:
     """Softmax cross-entropy, forward and gradient in one go. Per row i with target y, x = cap(logit_scale * logits),
@@ -94,8 +102,8 @@ def cross_entropy(
         loss = token_weight_i * (nll + z_loss * lse^2)
         grad = d loss / d logits * grad_scale_i          (grad rows of ignored targets are 0)
 
-    An out-of-range target (not ignore_index) yields loss NaN, grad 0 and bad_row. A row of all -inf, or one with a NaN, yields NaN
-    loss and NaN grad, as torch does. rows * vocab may exceed 2^31."""
+    An out-of-range target (not ignore_index) yields loss NaN, grad 0 and bad_row. A row of all -inf, or one with a NaN,
+    yields NaN loss and NaN grad, as torch does. rows * vocab may exceed 2^31."""
 
 SUM_SQUARES_SCRATCH: int
 
@@ -113,5 +121,7 @@ def sum_squares(
     """Sum of the squares of all elements of contiguous tensors, in float64."""
 
 def stream_4r3w(*, p: int, g: int, m: int, v: int, n: int, num_threads: int) -> None:
-    """p += g, m += g, v += g over float32[n] on the CPU: the memory traffic of one fp32 AdamW step (4 reads, 3 writes) and
-    next to no arithmetic. The limit that benchmarks/adamw.py compares with."""
+    """p += g, m += g, v += g over float32[n] on the CPU, the limit that benchmarks/adamw.py compares with.
+
+    It has the memory traffic of one fp32 AdamW step (4 reads, 3 writes) and next to no arithmetic.
+    """

@@ -1,7 +1,7 @@
 """What this machine has, which backend each op would use here, and whether each backend computes what it should.
 
-The self-check compares every op on every backend that loads with torch's own result in float64, through the same table that
-training uses; a kernel that was built for another machine or miscompiled shows here rather than in a loss curve.
+The self-check compares every op on every backend that loads with torch's own result in float64, through the same table
+that training uses; a kernel that was built for another machine or miscompiled shows here rather than in a loss curve.
 """
 
 import os
@@ -157,7 +157,8 @@ def _check_linear_cross_entropy(backend: str, device: str, dtype: torch.dtype) -
     truth = [t.detach().double().requires_grad_() for t in ours]
     target = torch.randint(0, 503, (23,), generator=generator).to(device)
     target[[4, 11]] = -100
-    # Chunks of five rows. Summed, so that the loss is large and its error, which is that of rounded logits, relatively small.
+    # Chunks of five rows. Summed, so that the loss is large and its error, which is that of rounded logits, relatively
+    # small.
     options = {"label_smoothing": 0.1, "reduction": "sum"}
     loss = linear_cross_entropy(
         *ours[:2], target, bias=ours[2], chunk_bytes=5 * 503 * dtype.itemsize, backend=backend, **options
@@ -192,8 +193,21 @@ def _check_adamw(backend: str, device: str, dtype: torch.dtype) -> float:
     copy = torch.empty(1003, device=device, dtype=torch.bfloat16)
     for i in range(3):
         grad = torch.randn(1003, generator=generator).to(device, dtype)
-        adamw([param], [grad], [m], [v], [], [step], copies=[copy], lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1,
-              backend=backend)  # fmt: skip
+        adamw(
+            [param],
+            [grad],
+            [m],
+            [v],
+            [],
+            [step],
+            copies=[copy],
+            lr=1e-2,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.1,
+            backend=backend,
+        )
         true_param.grad = grad.double()
         optimizer.step()
         if dtype == torch.bfloat16 and i < 2:  # what bfloat16 rounds away in between is no error of this step

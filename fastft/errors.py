@@ -1,4 +1,4 @@
-"""What the command line ends with: a mistake that a user can mend (one screen, no traceback), or a signal."""
+"""What the command line ends with: a mistake that a user can fix (one screen, no traceback), or a signal."""
 
 import difflib
 import signal
@@ -23,7 +23,10 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A signal ended the run early; the checkpoint is written. ``exit_code`` is the shell's convention, 128 + signal."""
+    """A signal ended the run early; the checkpoint is written.
+
+    ``exit_code`` is the shell's convention, 128 + signal.
+    """
 
     def __init__(self, signum: int, step: int, run_dir: str):
         self.exit_code = 128 + signum

@@ -1,4 +1,6 @@
-"""Files and folders on disk: a path holds the old content or the whole new one, never a part; one writer at a time; digests."""
+"""Files and folders on disk: a path holds the old content or the whole new one, never a part;
+one writer at a time; digests.
+"""
 
 import errno
 import fcntl
@@ -13,24 +15,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-NO_LOCKS = (
-    errno.ENOSYS,
-    errno.ENOLCK,
-    errno.EOPNOTSUPP,
-)  # flock's answers on a file system without locks: Lustre as often mounted, some of FUSE
+# flock's answers on a file system without locks: Lustre as often mounted, some of FUSE
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-TOUCHED, ABANDONED = (
-    5.0,
-    60.0,
-)  # seconds: how often a held lock is touched, and after how long without it nobody holds it
+TOUCHED = 5.0  # seconds between two touches of a held lock
+ABANDONED = 60.0  # seconds without a touch after which nobody holds it
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside ``path`` for a file or folder to be made, which takes its place when the block ends.
 
-    The name is hidden and fastft's own: what a killed process left under it is removed, and no file of the user has it. When the block
-    raises, what it made is removed and ``path`` stays as it was.
+    The name is hidden and fastft's own: what a killed process left under it is removed, and no file of the user has it.
+    When the block raises, what it made is removed and ``path`` stays as it was.
     """
     scratch, aside = (path.with_name(f".{path.name}.fastft-{part}") for part in ("new", "old"))
     remove(scratch)
@@ -69,8 +66,8 @@ def fsync(path: Path) -> None:
 def locked(path: Path) -> Iterator[bool]:
     """Wait for a file's lock and hold it; yields False, holding nothing, where the path may not be written.
 
-    Where the file system has no locks a hidden file beside the path stands for one: made by whoever holds it and touched all the time, so that the one
-    of a killed process is seen to be nobody's.
+    Where the file system has no locks a hidden file beside the path serves as one: made by whoever holds it and touched
+    all the time, so that the one of a killed process is seen to be nobody's.
     """
     with ExitStack() as held:
         try:
@@ -91,7 +88,9 @@ def locked(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def _locked_by_file(path: Path) -> Iterator[None]:
-    """Two holders at once are possible where one was stopped for long, or three processes met in a moment: what is made under it must not depend on who makes it."""
+    """Two holders at once are possible where one was stopped for long, or three processes met in a moment:
+    what is made under it must not depend on who makes it.
+    """
     mine = uuid.uuid4().hex
     seen, since = None, 0.0
     while True:

@@ -34,7 +34,7 @@ read_hostfile() {
         [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
         [[ $line =~ ^[[:space:]]*([A-Za-z0-9._:@-]+)[[:space:]]+slots=([1-9][0-9]*)[[:space:]]*$ ]] ||
             die "hostfile $1, line $number: '$line' is not 'HOST slots=N'."
-        [[ " ${hosts[*]} " != *" ${BASH_REMATCH[1]} "* ]] || die "hostfile $1, line $number: ${BASH_REMATCH[1]} stands there twice."
+        [[ " ${hosts[*]} " != *" ${BASH_REMATCH[1]} "* ]] || die "hostfile $1, line $number: ${BASH_REMATCH[1]} appears twice."
         hosts+=("${BASH_REMATCH[1]}")
         slots+=("${BASH_REMATCH[2]}")
     done <"$1"
@@ -154,7 +154,7 @@ all_nodes() {
 if [[ $launcher == ssh ]]; then
     run all_nodes "$@"
 else
-    folder=$(mktemp -d) # mode 700. DeepSpeed joins DS_ENV_FILE to ~ and to ., so that an absolute path stands for itself
+    folder=$(mktemp -d) # mode 700. DeepSpeed joins DS_ENV_FILE to ~ and to ., so that an absolute path is taken as it is
     trap 'rm -rf "$folder"' EXIT
     printf '%s\nFASTFT_LAUNCH_ID=%s\n' "$variables" "$launch_id" >"$folder/deepspeed_env"
     export DS_ENV_FILE="$folder/deepspeed_env"

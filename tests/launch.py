@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -27,7 +28,9 @@ def write_config(path: Path, config: dict) -> Path:
 
 
 def free_port() -> int:
-    """A port that is free now, and that no other test process is given: outside the range that the kernel hands out, a stretch per process."""
+    """A port that is free now, and that no other test process is given:
+    outside the range that the kernel hands out, a stretch per process.
+    """
     stretch = 15_000 + 250 * (os.getpid() % 64)
     while True:
         port = stretch + random.randrange(250)
@@ -69,10 +72,8 @@ def finish(process: "subprocess.Popen | Warm", timeout: float) -> str:
 
 
 def kill_group(process: "subprocess.Popen | Warm") -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def fastft(*arguments, timeout: float = 180, env: dict | None = None, check: bool = True) -> tuple[int, str]:

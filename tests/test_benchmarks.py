@@ -36,14 +36,22 @@ def test_resource_report_is_read():
     spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "benchmarks" / "cuda_resources.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    log = ("== a.cu sm_80\nvoid fastft::(anonymous namespace)::k<fastft::bf16, false>(fastft::Args)\n    0 bytes stack frame, 8 bytes spill stores, 4 bytes "
-           "spill loads\n    used 64 registers, used 1 barriers, 512 bytes smem\n== a.cu sm_90\nvoid fastft::(anonymous namespace)::k<fastft::bf16, false>("
-           "fastft::Args)\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n    used 30 registers\ncheck_cuda: all clean\n")  # fmt: skip
+    log = (
+        "== a.cu sm_80\n"
+        "void fastft::(anonymous namespace)::k<fastft::bf16, false>(fastft::Args)\n"
+        "    0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
+        "    used 64 registers, used 1 barriers, 512 bytes smem\n"
+        "== a.cu sm_90\n"
+        "void fastft::(anonymous namespace)::k<fastft::bf16, false>(fastft::Args)\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "    used 30 registers\n"
+        "check_cuda: all clean\n"
+    )
     assert module.parse(log) == ({"k<bf16, false>": {"80": (64, 512, 12), "90": (30, 0, 0)}}, ["80", "90"])
 
 
 def test_plan_table_is_the_recorded_one(tmp_path):
-    """It is arithmetic on published numbers, so what stands in benchmarks/results is what the code says today."""
+    """It is arithmetic on published numbers, so what is in benchmarks/results is what the code says today."""
     process = launch.start([sys.executable, "benchmarks/plan.py", "--out", str(tmp_path / "plan.md")], cwd=ROOT)
     assert "predicted" in launch.finish(process, 60) and process.returncode == 0
     assert (tmp_path / "plan.md").read_text() == (ROOT / "benchmarks" / "results" / "plan.md").read_text()

@@ -105,7 +105,8 @@ def test_sdist_has_sources(tmp_path):
         command, cwd=tree, check=True, capture_output=True, timeout=120, env={**os.environ, "FASTFT_BUILD": "none"}
     )
     (archive,) = (tmp_path / "d").glob("*.tar.gz")
-    names = {n.split("/", 1)[1] for n in tarfile.open(archive).getnames() if "/" in n}
+    with tarfile.open(archive) as tar:
+        names = {n.split("/", 1)[1] for n in tar.getnames() if "/" in n}
     wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()} | {
         "setup.py",
         "fastft/_C.pyi",
@@ -140,8 +141,11 @@ def test_check_cuda_without_nvcc():
 
 @pytest.mark.parametrize("order", ["import torch, fastft._C", "import fastft._C, torch"])
 def test_one_openmp_runtime(order):
-    """torch's wheel brings its own libgomp. Ours asks for the same SONAME, so whichever is loaded first serves both; two would mean
-    two thread pools spinning on the same cores."""
+    """torch's wheel brings its own libgomp.
+
+    Ours asks for the same SONAME, so whichever is loaded first serves both; two would mean two thread pools spinning on
+    the same cores.
+    """
     native()
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc/self/maps")
@@ -155,7 +159,9 @@ def test_one_openmp_runtime(order):
 
 
 def test_no_cuda_library_is_needed():
-    """A CUDA build must import where there is no driver: cudart is static, and it looks for the driver on the first call."""
+    """A CUDA build must import where there is no driver: cudart is static,
+    and it looks for the driver on the first call.
+    """
     if not sys.platform.startswith("linux") or shutil.which("ldd") is None:
         pytest.skip("needs ldd")
     libraries = subprocess.run(["ldd", native().__file__], capture_output=True, text=True, check=True).stdout
@@ -186,16 +192,64 @@ def test_unknown_cpu_path():
     assert "ValueError: FASTFT_CPU=sse is not known; use scalar, avx2 or avx512" in result.stderr
 
 
-ADAMW = dict(
-    device=-1, stream=0, params=[], grads=[], exp_avgs=[], exp_avg_sqs=[], max_exp_avg_sqs=[], copies=[], remainders=[], exp_avg_scales=[],
-    exp_avg_sq_scales=[], steps=[], numels=[], offsets=[], param_dtype=0, grad_dtype=0, param_store=0, state_store=0, seed=0, lr=0.1, lr_ptr=0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, maximize=False, grad_scale=0,
-    found_inf=0, num_threads=0,
-)  # fmt: skip
-CROSS_ENTROPY = dict(
-    device=-1, stream=0, logits=0, dtype=0, rows=0, vocab=5, logits_stride=5, target=0, class_weight=0, token_weight=0, token_weight_stride=1,
-    ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, logit_scale=1.0, loss=0, lse=0, grad=0, grad_stride=0, grad_scale=0,
-    grad_scale_stride=1, bad_row=0, num_threads=0,
-)  # fmt: skip
+ADAMW = {
+    "device": -1,
+    "stream": 0,
+    "params": [],
+    "grads": [],
+    "exp_avgs": [],
+    "exp_avg_sqs": [],
+    "max_exp_avg_sqs": [],
+    "copies": [],
+    "remainders": [],
+    "exp_avg_scales": [],
+    "exp_avg_sq_scales": [],
+    "steps": [],
+    "numels": [],
+    "offsets": [],
+    "param_dtype": 0,
+    "grad_dtype": 0,
+    "param_store": 0,
+    "state_store": 0,
+    "seed": 0,
+    "lr": 0.1,
+    "lr_ptr": 0,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "decoupled": True,
+    "maximize": False,
+    "grad_scale": 0,
+    "found_inf": 0,
+    "num_threads": 0,
+}
+CROSS_ENTROPY = {
+    "device": -1,
+    "stream": 0,
+    "logits": 0,
+    "dtype": 0,
+    "rows": 0,
+    "vocab": 5,
+    "logits_stride": 5,
+    "target": 0,
+    "class_weight": 0,
+    "token_weight": 0,
+    "token_weight_stride": 1,
+    "ignore_index": -100,
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "softcap": 0.0,
+    "logit_scale": 1.0,
+    "loss": 0,
+    "lse": 0,
+    "grad": 0,
+    "grad_stride": 0,
+    "grad_scale": 0,
+    "grad_scale_stride": 1,
+    "bad_row": 0,
+    "num_threads": 0,
+}
 
 
 @pytest.mark.parametrize(

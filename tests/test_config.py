@@ -97,7 +97,7 @@ def test_bad_overrides(tmp_path, override, part):
 
 def test_missing_file_offers_neighbours(tmp_path):
     (tmp_path / "banking.yaml").touch()
-    with pytest.raises(UserError, match="banking.yaml"):
+    with pytest.raises(UserError, match=r"banking.yaml"):
         config.load(tmp_path / "bankin.yaml")
 
 
@@ -142,6 +142,6 @@ def test_inputs_are_the_local_files(tmp_path):
     "override", ["optim.lr=true", "train.steps=yes", "batch.micro=on", "run.threads=true", "optim.warmup=true"]
 )
 def test_a_boolean_is_no_number(tmp_path, override):
-    with pytest.raises(UserError, match="boolean|no value"):
+    with pytest.raises(UserError, match=r"boolean|no value"):
         load(tmp_path, MINIMAL, [override])
     assert load(tmp_path, MINIMAL, ["checkpoint.background=no"]).checkpoint.background is False

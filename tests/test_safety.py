@@ -210,7 +210,9 @@ def test_small_mistakes(trained, tmp_path, capsys):
 
 
 def test_prepared_data_goes_over_nobodys_folder(trained, tmp_path):
-    """data.cache with a folder train/ that is a user's own data set, also one of .json files only; and a set whose name is a path."""
+    """data.cache with a folder train/ that is a user's own data set, also one of .json files only;
+    and a set whose name is a path.
+    """
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a.json").write_text("{}")
     assert "holds other files" in refused("train", trained[0], f"data.cache={tmp_path}", f"run.dir={tmp_path}/run")
@@ -221,7 +223,9 @@ def test_prepared_data_goes_over_nobodys_folder(trained, tmp_path):
 
 
 def test_a_run_reads_nothing_that_it_writes(trained, tmp_path):
-    """A folder as training data with run.dir in it, also through a link: metrics.jsonl would be data at the next resume. A data.cache is no data, but in a saved data set."""
+    """A folder as training data with run.dir in it, also through a link: metrics.jsonl
+    would be data at the next resume. A data.cache is no data, but in a saved data set.
+    """
     shutil.copy(trained[0].parent / "train.jsonl", tmp_path)
     given = (f"data.train={tmp_path}", f"run.dir={tmp_path}/run")
     assert "holds run.dir" in refused("train", trained[0], *given)
@@ -254,7 +258,7 @@ def test_a_run_reads_nothing_that_it_writes(trained, tmp_path):
 
 
 def test_a_file_that_arrives_before_the_data_is_read(trained, tmp_path, monkeypatch):
-    """Between the listing that the key is made of and the reading: it would be learnt from, and stand in no manifest."""
+    """Between the listing that the key is made of and the reading: it would be learnt from, and be in no manifest."""
     (tmp_path / "data").mkdir()
     shutil.copy(trained[0].parent / "train.jsonl", tmp_path / "data" / "a.jsonl")
     config = configuration.load(trained[0], [f"data.train={tmp_path}/data", f"run.dir={tmp_path}/run"])
@@ -265,7 +269,7 @@ def test_a_file_that_arrives_before_the_data_is_read(trained, tmp_path, monkeypa
         return fingerprint(files, known)
 
     monkeypatch.setattr(prepared, "fingerprint", late)
-    with pytest.raises(UserError, match="z.jsonl: came or went"):
+    with pytest.raises(UserError, match=r"z.jsonl: came or went"):
         TASKS.get(config.task)(config).train_split()
     monkeypatch.undo()
     assert len(TASKS.get(config.task)(config).train_split()) == 64
@@ -342,7 +346,7 @@ def test_an_export_is_compared_and_refuses_nan(trained, tmp_path, capsys, monkey
     model = transformers.AutoModelForSequenceClassification.from_pretrained(trained[1] / "model")
     state = model.state_dict()
     state["classifier.bias"] = torch.full_like(state["classifier.bias"], float("nan"))
-    with pytest.raises(UserError, match="classifier.bias hold NaN"):
+    with pytest.raises(UserError, match=r"classifier.bias hold NaN"):
         export.save(
             model,
             state,
@@ -382,7 +386,7 @@ def test_labels_of_saved_data_sets(classification_config, tmp_path):
 @pytest.mark.parametrize("value", ["[null]", '[["a"]]', '[{"a": 1}]', "[NaN]"])
 def test_labels_that_are_none(classification_config, tmp_path, value):
     (tmp_path / "odd.jsonl").write_text('{"text": "x", "label": ["b"]}\n{"text": "x", "label": ' + value + "}\n")
-    with pytest.raises(UserError, match="odd.jsonl:2: .* among the labels is no label"):
+    with pytest.raises(UserError, match=r"odd.jsonl:2: .* among the labels is no label"):
         classification(classification_config, train=str(tmp_path / "odd.jsonl"), multi_label=True).train_split()
 
 
@@ -557,5 +561,5 @@ def test_output_that_cannot_be_written(trained, capsys):
 
 def test_a_huge_number_in_a_row(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "n": ' + "9" * 5000 + "}\n")
-    with pytest.raises(UserError, match="a.jsonl:1"):
+    with pytest.raises(UserError, match=r"a.jsonl:1"):
         list(formats.read(configuration.Source(path=str(tmp_path / "a.jsonl"))))

@@ -1,9 +1,12 @@
-"""Processes that start with torch, transformers, DeepSpeed and fastft imported already: forked from one that did nothing else.
+"""Processes that start with torch, transformers, DeepSpeed and fastft imported already:
+forked from one that did nothing else.
 
-Importing takes three seconds, three quarters of what most tests of the command line need. What runs is `python -m fastft ARGUMENTS` or a script all the
-same: in a process and a session of its own, with its own environment, working directory and standard streams, left by the same exit. Whatever is read
-when a module is imported is read once, so a test that sets such a variable starts a real process (launch.start), as all tests of launchers do. The seed of Python's hashes is
-the same in all, so what may depend on the order of a set is tested cold, too (launch.ranks, FASTFT_TEST_COLD=1).
+Importing takes three seconds, three quarters of what most tests of the command line need. What runs is `python -m
+fastft ARGUMENTS` or a script all the same: in a process and a session of its own, with its own environment, working
+directory and standard streams, left by the same exit. Whatever is read when a module is imported is read once, so a
+test that sets such a variable starts a real process (launch.start), as all tests of launchers do. The seed of Python's
+hashes is the same in all, so what may depend on the order of a set is tested cold, too (launch.ranks,
+FASTFT_TEST_COLD=1).
 """
 
 import atexit

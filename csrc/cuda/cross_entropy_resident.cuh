@@ -147,7 +147,7 @@ __global__ void __maxnreg__(CAP ? 128 : 88) resident_kernel(const __grid_constan
     if (!CAP) x[j] = e;  // under a cap the gradient needs the logit too, and takes exp again
   }
   s = cluster.merge_blocks(block_merge(s));
-  cluster.arrive();  // its second half stands at the end
+  cluster.arrive();  // its second half (wait) is at the end
   RowGrad g{0.0f, 0.0f, 0.0f, 0.0f};  // an ignored row's
   if (t.counts) {
     g = finish_row<SMOOTH>(a, i, t.y, s, x_y, first);

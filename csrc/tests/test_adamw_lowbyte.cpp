@@ -59,7 +59,7 @@ double decode(std::uint8_t code, float scale, bool with_sign) {
 
 struct Tensor {
   Array param, grad;
-  std::vector<float> m, v;  // the numbers that the state stands for before the step
+  std::vector<float> m, v;  // the numbers that the state encodes before the step
   std::vector<std::uint8_t> m_bytes, v_bytes;
   std::vector<float> m_scale, v_scale;
   std::vector<std::int16_t> remainder;

@@ -1,13 +1,16 @@
 """How the sequences of one optimizer step are dealt to micro-steps and ranks.
 
-The gradient of a step does not depend on the deal (the loss is normalised by the whole step's target count), so it is free to
-choose the one that computes least padding: sorted by length, neighbours share a forward.
+The gradient of a step does not depend on the deal (the loss is normalised by the whole step's target count), so it is
+free to choose the one that computes least padding: sorted by length, neighbours share a forward.
 """
+
+from itertools import pairwise
 
 import numpy as np
 
-# A forward-backward has a fixed cost (kernel launches, the engine's hooks) that a split must win back; in tokens, measured on
-# a 6-layer BERT on 2 cores. A GPU pays the same order: small kernels there are launch-bound below a few hundred tokens.
+# A forward-backward has a fixed cost (kernel launches, the engine's hooks) that a split must win back; in tokens,
+# measured on a 6-layer BERT on 2 cores. A GPU pays the same order: small kernels there are launch-bound below a few
+# hundred tokens.
 OVERHEAD_TOKENS = 64
 
 Plan = list[list[np.ndarray]]  # [micro-step][rank] -> sample ids, possibly empty
@@ -33,8 +36,8 @@ def by_length(ids: np.ndarray, lengths: np.ndarray, ranks: int, micro_tokens: in
 
     Notes
     -----
-    Every rank takes part in every micro-step (ZeRO's collectives need it). The cut is a shortest path over positions in the sorted
-    order: cost of a micro-step = longest length * sequences on the fullest rank + OVERHEAD_TOKENS.
+    Every rank takes part in every micro-step (ZeRO's collectives need it). The cut is a shortest path over positions in
+    the sorted order: cost of a micro-step = longest length * sequences on the fullest rank + OVERHEAD_TOKENS.
     """
     order = np.argsort(lengths, kind="stable")
     sorted_lengths = lengths[order]
@@ -53,4 +56,4 @@ def by_length(ids: np.ndarray, lengths: np.ndarray, ranks: int, micro_tokens: in
     while cuts[-1] > 0:
         cuts.append(int(back[cuts[-1]]))
     cuts.reverse()
-    return [np.array_split(ids[order[a:b]], ranks) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [np.array_split(ids[order[a:b]], ranks) for a, b in pairwise(cuts)]

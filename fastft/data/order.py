@@ -1,8 +1,8 @@
 """Sample order as a pure function of (seed, epoch, position).
 
 A keyed permutation of [0, n): a balanced Feistel network over the next even power of two, with cycle walking back into
-the range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). No table, no state: position 10^12 costs as much
-as position 0, and it does not matter which rank or which restart asks.
+the range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). No table, no state: position 10^12 costs
+as much as position 0, and it does not matter which rank or which restart asks.
 """
 
 import hashlib

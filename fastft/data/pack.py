@@ -1,7 +1,8 @@
 """Packing plans: which document pieces share a sequence.
 
 Best-fit decreasing (Johnson 1973; Ding et al. 2024, "Fewer truncations improve language modeling"): pieces by falling
-length, each into the fullest sequence that still has room. The plan is made before training, so it depends on nothing but the lengths.
+length, each into the fullest sequence that still has room. The plan is made before training, so it depends on nothing
+but the lengths.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """Prepared data on disk: named numpy columns behind a manifest that hashes them and says what they were made from.
 
-A folder holds ``<column>.npy`` (one value per row), or ``<column>.values.bin`` and ``<column>.offsets.npy`` (a sequence per row), and
-``MANIFEST.json``, written last: a folder without a valid one is not there. Columns are memory-mapped, so that opening takes as
-long for 10^9 rows as for ten.
+A folder holds ``<column>.npy`` (one value per row), or ``<column>.values.bin`` and ``<column>.offsets.npy`` (a sequence
+per row), and ``MANIFEST.json``, written last: a folder without a valid one is not there. Columns are memory-mapped, so
+that opening takes as long for 10^9 rows as for ten.
 """
 
 import json
@@ -46,7 +46,7 @@ class RaggedWriter:
     def __init__(self, folder: Path, name: str):
         self.path = folder / f"{name}.values.bin"
         self.offsets_path = folder / f"{name}.offsets.npy"
-        self.file = open(self.path, "wb")
+        self.file = open(self.path, "wb")  # noqa: SIM115  # open until close(), for as long as rows come
         self.offsets = array("q", [0])
 
     def append(self, values: Iterable[int]) -> None:
@@ -138,7 +138,8 @@ def prepare(folder: Path, settings: str, sources: list[str], build: Callable[[Pa
             if strangers := _strangers(folder):
                 raise UserError(
                     f"{folder}: is where prepared data goes, but holds other files: {', '.join(strangers[:5])}.",
-                    "Choose another data.cache, or delete the folder if prepared data is all there was in it; nothing was touched.",
+                    "Choose another data.cache, or delete the folder if prepared data is all there was in it; "
+                    "nothing was touched.",
                 )
             with replacing(folder) as scratch:
                 scratch.mkdir()
@@ -166,7 +167,7 @@ def prepare(folder: Path, settings: str, sources: list[str], build: Callable[[Pa
 
 
 def _manifest(folder: Path) -> dict | None:
-    """The manifest of a prepared folder; None when there is none that matches its own digest and is in today's format."""
+    """The manifest of a prepared folder; None without one that matches its own digest and is in today's format."""
     try:
         manifest = json.loads((folder / "MANIFEST.json").read_bytes())
     except (OSError, ValueError):
@@ -194,7 +195,10 @@ def _strangers(folder: Path) -> list[str]:
 
 
 def check(folder: Path, key: str) -> str | None:
-    """Why a prepared folder cannot be used for this key; None when it can. Sizes are checked here, hashes by ``verify``."""
+    """Why a prepared folder cannot be used for this key; None when it can.
+
+    Sizes are checked here, hashes by ``verify``.
+    """
     if not (folder / "MANIFEST.json").is_file():
         return "not there"
     if (manifest := _manifest(folder)) is None:
@@ -212,12 +216,14 @@ def verify(folder: Path) -> None:
     """Re-hash every file against the manifest. UserError names the first that differs."""
     if (manifest := _manifest(folder)) is None:
         raise UserError(
-            f"{folder / 'MANIFEST.json'}: does not match its own digest.", f"Delete {folder}; it will be made anew."
+            f"{folder / 'MANIFEST.json'}: does not match its own digest.",
+            f"Delete {folder}; it will be prepared again.",
         )
     for name, entry in manifest["files"].items():
         if sha256_file(folder / name) != entry["sha256"]:
             raise UserError(
-                f"{folder / name}: does not match its hash in MANIFEST.json.", f"Delete {folder}; it will be made anew."
+                f"{folder / name}: does not match its hash in MANIFEST.json.",
+                f"Delete {folder}; it will be prepared again.",
             )
 
 

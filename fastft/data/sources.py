@@ -7,7 +7,7 @@ from pathlib import Path
 from fastft.errors import UserError
 from fastft.files import sha256_file
 
-SETTLED = 1.0  # seconds that a file must have been left alone before its times stand for its content
+SETTLED = 1.0  # seconds that a file must have been left alone before its times identify its content
 
 
 def folders(folder: Path) -> Iterator[Path]:
@@ -26,7 +26,10 @@ def folders(folder: Path) -> Iterator[Path]:
 
 
 def walk(folder: Path) -> list[Path]:
-    """All files in ``folders``, sorted. Links to nothing are among them, for whoever reads them to refuse, but for hidden ones (editors' locks)."""
+    """All files in ``folders``, sorted.
+
+    Links to nothing are among them, for whoever reads them to refuse, but for hidden ones (editors' locks).
+    """
     paths = (path for here in folders(folder) for path in here.iterdir())
     return sorted(
         path
@@ -42,7 +45,7 @@ def holds(folder: Path, path: Path) -> bool:
 
 
 def files_in(sources: list[str]) -> list[Path]:
-    """The sources in their order, each folder as the files in it; what is given twice stands there twice."""
+    """The sources in their order, each folder as the files in it; what is given twice is listed twice."""
     found = []
     for source in (Path(s).absolute() for s in sources):
         found += walk(source) if source.is_dir() else [source]
@@ -52,9 +55,10 @@ def files_in(sources: list[str]) -> list[Path]:
 def fingerprint(files: list[Path], known: dict[str, dict]) -> dict[str, dict]:
     """SHA-256 of every file, by path.
 
-    Reading a terabyte again at every resume would take longer than losing the steps: a file that stands in ``known`` as the same inode with its size and
-    times of modification and of the inode's change is not read. This is kept only of files that had been left alone for SETTLED before they were read
-    to the end. What is written through a memory map may keep a file's times until it reaches the disk.
+    Reading a terabyte again at every resume would take longer than losing the steps: a file that is in ``known`` as the
+    same inode with its size and times of modification and of the inode's change is not read. This is kept only of files
+    that had been left alone for SETTLED before they were read to the end. What is written through a memory map may keep
+    a file's times until it reaches the disk.
 
     Returns
     -------
@@ -73,7 +77,10 @@ def fingerprint(files: list[Path], known: dict[str, dict]) -> dict[str, dict]:
 
 
 def unchanged(sources: list[str], found: dict[str, dict]) -> dict[str, dict]:
-    """``fingerprint`` once more, after the sources were read. UserError when they are not as ``found``: what was read may be a part of each version."""
+    """``fingerprint`` once more, after the sources were read.
+
+    UserError when they are not as ``found``: what was read may be a part of each version.
+    """
     advice = "Run again when nothing writes to it any more."
     now = files_in(sources)
     if other := {str(file) for file in now} ^ set(found):

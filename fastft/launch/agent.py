@@ -1,11 +1,13 @@
 """One host's ranks: started, watched and ended together.
 
-``python -m fastft.launch.agent`` runs on every host. The launcher speaks to it through its standard input, one JSON object a line: first the
-``Spec``, then ``{"beat": true}`` every few seconds and ``{"signal": N}``. The end of that stream, or silence, means that the launcher or the
-network is gone: the ranks are killed. It answers on standard output, one JSON object a line, each with ``event``:
+``python -m fastft.launch.agent`` runs on every host. The launcher speaks to it through its standard input, one JSON
+object a line: first the ``Spec``, then ``{"beat": true}`` every few seconds and ``{"signal": N}``. The end of that
+stream, or silence, means that the launcher or the network is gone: the ranks are killed. It answers on standard output,
+one JSON object a line, each with ``event``:
 
     output      ``text``: a line that rank 0 printed
-    exit        ``rank``, ``code`` (negative: a signal), ``mistake`` (a UserError's text or null), ``tail`` (the end of its log)
+    exit        ``rank``, ``code`` (negative: a signal), ``mistake`` (a UserError's text or null), ``tail`` (the end of
+                its log)
     stuck       ``rank``, which no signal ends: it waits for a disk that does not answer
     hang        ``rank``, ``step``, ``silent`` (seconds), ``state`` (of the process, as in /proc), ``stack``
     done        ``code``: of the first rank that failed, or 0
@@ -92,13 +94,14 @@ class Rank:
 
     def signal(self, signum: int) -> None:
         if self.process.poll() is None:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signum)
-            except ProcessLookupError:
-                pass
 
     def state(self) -> str:
-        """Of the main thread: R running, S sleeping, T stopped, Z ended (proc(5)); D where any thread of a process that is not stopped waits for a disk."""
+        """Of the main thread: R running, S sleeping, T stopped, Z ended (proc(5)).
+
+        D where any thread of a process that is not stopped waits for a disk.
+        """
         main, states = str(self.process.pid), {}
         for stat in Path(f"/proc/{main}/task").glob("*/stat"):
             with suppress(OSError):
@@ -213,9 +216,8 @@ class Agent:
         ]
         if not silent:
             return
-        states = {
-            rank: rank.state() for rank in silent
-        }  # before SIGUSR1, which a stopped process only gets when it goes on
+        # Before SIGUSR1, which a stopped process only gets when it goes on.
+        states = {rank: rank.state() for rank in silent}
         self._signal(signal.SIGUSR1)
         time.sleep(1.0)
         for rank in sorted(silent, key=lambda r: (states[r] != "T", r.rank)):  # a stopped one is why the others wait
@@ -257,10 +259,8 @@ def find_rank(run_dir: Path, rank: int | None = None) -> int | None:
 
 
 def say(event: str, **fields) -> None:
-    try:
+    with suppress(OSError):  # nobody listens any more; the standard input's end says the same
         print(json.dumps({"event": event, **fields}), flush=True)
-    except (BrokenPipeError, OSError):
-        pass  # nobody listens any more; the standard input's end says the same
 
 
 def main() -> None:

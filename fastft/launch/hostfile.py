@@ -20,7 +20,7 @@ def read(path: Path) -> list[Host]:
     Raises
     ------
     UserError
-        No such file, no host in it, a line of another form (with its number), a host that stands twice.
+        No such file, no host in it, a line of another form (with its number), a host that appears twice.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such host file.", "A line for each host: name slots=8")
@@ -34,7 +34,7 @@ def read(path: Path) -> list[Host]:
         if found[1].startswith("-"):
             raise UserError(f"{path}:{number}: {found[1]!r} is no host name.")
         if found[1] in hosts:
-            raise UserError(f"{path}:{number}: {found[1]} stands twice.", "Give a host once, with all its slots.")
+            raise UserError(f"{path}:{number}: {found[1]} appears twice.", "Give a host once, with all its slots.")
         hosts[found[1]] = Host(found[1], int(found[2]))
     if not hosts:
         raise UserError(f"{path}: names no host.", "A line for each host: name slots=8")

@@ -1,4 +1,6 @@
-"""`fastft launch`: an agent on every host, all of them ended when one fails, the run gone on with from its newest checkpoint."""
+"""`fastft launch`: an agent on every host, all of them ended when one fails,
+the run gone on with from its newest checkpoint.
+"""
 
 import json
 import os
@@ -17,7 +19,8 @@ from fastft.errors import UserError
 from fastft.launch.agent import Spec
 from fastft.launch.hostfile import Host, address, free_port, is_here
 
-# What the ranks on other hosts need of this environment. It travels through ssh's standard input: nothing of it stands in a command line.
+# What the ranks on other hosts need of this environment. It travels through ssh's standard input: nothing of it is in a
+# command line.
 FORWARDED = (
     "CUDA_",
     "DS_",
@@ -68,9 +71,8 @@ class Plan:
     python: str = sys.executable  # on every host
     ssh: tuple[str, ...] = SSH
 
-    id: str = field(
-        default_factory=lambda: uuid.uuid4().hex
-    )  # what the run's folder is marked with once its rank 0 has taken it
+    # What the run's folder is marked with once its rank 0 has taken it.
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def logs(self, attempt: int) -> Path:
         return self.run_dir / "logs" / f"attempt-{attempt}"
@@ -101,7 +103,8 @@ def plan(arguments: list[str], hosts: list[Host], run_dir: Path, *, master_addr:
 def describe(plan: Plan) -> list[str]:
     """The command of every host, one a line, without environment values."""
     return [
-        f"{host.name}: {shlex.join(remote_command(plan, host, AGENT))}  # ranks {first} to {first + host.slots - 1}: {shlex.join(plan.arguments)}"
+        f"{host.name}: {shlex.join(remote_command(plan, host, AGENT))}"
+        f"  # ranks {first} to {first + host.slots - 1}: {shlex.join(plan.arguments)}"
         for host, first in zip(plan.hosts, _firsts(plan.hosts), strict=True)
     ]
 
@@ -109,9 +112,8 @@ def describe(plan: Plan) -> list[str]:
 def launch(plan: Plan) -> int:
     """Run to the end, with restarts. Returns the exit code: 0, or the first failed rank's (128 + N for signal N)."""
     stop = _Signals()
-    attempt = max(
-        (int(p.name.removeprefix("attempt-")) for p in (plan.run_dir / "logs").glob("attempt-*")), default=0
-    )  # older logs stay
+    older = (int(p.name.removeprefix("attempt-")) for p in (plan.run_dir / "logs").glob("attempt-*"))
+    attempt = max(older, default=0)  # their logs stay
     first, failures = attempt + 1, 0
     reached = newest_step(plan.run_dir)
     while True:
@@ -119,7 +121,7 @@ def launch(plan: Plan) -> int:
         outcome = _Attempt(plan, attempt, attempt == first, stop).run()
         if outcome.code == 0 or outcome.kind != FAILED:
             return outcome.code
-        failures = failures + 1 if newest_step(plan.run_dir) == reached else 1  # what got further may fail anew
+        failures = failures + 1 if newest_step(plan.run_dir) == reached else 1  # what got further may fail again
         reached = newest_step(plan.run_dir)
         if failures > plan.max_restarts:
             print(
@@ -128,10 +130,8 @@ def launch(plan: Plan) -> int:
             )
             return outcome.code
         wait = min(plan.backoff * 2 ** (failures - 1), 300.0)
-        print(
-            f"launch: restart {failures} of {plan.max_restarts} in {wait:.0f} s, from {f'step {reached}' if reached and plan.claimed() else 'the start'}",
-            file=sys.stderr,
-        )
+        start = f"step {reached}" if reached and plan.claimed() else "the start"
+        print(f"launch: restart {failures} of {plan.max_restarts} in {wait:.0f} s, from {start}", file=sys.stderr)
         if stop.wait(wait):
             return 128 + stop.signum
 
@@ -270,13 +270,14 @@ class _Attempt:
             )
             self._failed(
                 137,
-                f"rank {event['rank']} {where} has taken no step for {event['silent']:.0f} s (after step {event['step']}); it {doing}.\n{event['stack']}",
+                f"rank {event['rank']} {where} has taken no step for {event['silent']:.0f} s "
+                f"(after step {event['step']}); it {doing}.\n{event['stack']}",
             )
         elif name == "stuck":
             self._failed(
                 137,
-                f"rank {event['rank']} {where} cannot be ended: it waits in the kernel, for a disk (or a driver) that does not answer, and ends "
-                "when that does. Nothing is restarted before.",
+                f"rank {event['rank']} {where} cannot be ended: it waits in the kernel, for a disk (or a driver) that "
+                "does not answer, and ends when that does. Nothing is restarted before.",
                 MISTAKE,
             )
         elif name == "exit" and event["code"]:
@@ -308,7 +309,9 @@ class _Attempt:
             )
 
     def _failed(self, code: int, message: str, kind: str = FAILED) -> None:
-        """The first failure decides the outcome and ends the others; what follows from it is only told when nothing better was."""
+        """The first failure decides the outcome and ends the others;
+        what follows from it is only told when nothing better was.
+        """
         if self.outcome is None or (self.outcome.kind == FAILED and kind == MISTAKE):
             self.outcome = _Outcome(code, kind)
             print(f"launch: {message}", file=sys.stderr)
@@ -360,7 +363,9 @@ def _firsts(hosts: list[Host]) -> list[int]:
 
 
 def _again(plan: Plan) -> list[str]:
-    """The command that goes on: resume from the newest checkpoint, or from the start over the run that this launch began; before that, the same again."""
+    """The command that goes on: resume from the newest checkpoint, or from the
+    start over the run that this launch began; before that, the same again.
+    """
     if plan.arguments[0] == "train" and plan.claimed():  # else run_dir may hold somebody else's run
         if newest_step(plan.run_dir):
             return ["resume", str(plan.run_dir)]

@@ -148,7 +148,9 @@ def _all(probes: list[Probe], **order) -> list[dict]:
 
 
 def _skew(probe: Probe) -> float | None:
-    """Seconds that its clock is ahead of ours, of the quickest of three answers (NTP's rule: the middle of the round trip)."""
+    """Seconds that its clock is ahead of ours, of the quickest
+    of three answers (NTP's rule: the middle of the round trip).
+    """
     best = None
     for _ in range(3):
         start = time.time()
@@ -160,7 +162,10 @@ def _skew(probe: Probe) -> float | None:
 
 
 def _bandwidths(probes: list[Probe], found: list[dict]) -> None:
-    """From every host to the next, one after the other; the last sends to the first. What looks slow is measured again: hosts may be busy for a moment."""
+    """From every host to the next, one after the other; the last sends to the first.
+
+    What looks slow is measured again: hosts may be busy for a moment.
+    """
     good = [i for i, facts in enumerate(found) if "error" not in facts]
     if len(good) < 2:
         return
@@ -225,7 +230,8 @@ def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
             wrong.append(f"{name}: sees another {plan.run_dir}: run.dir must be on a disk that all hosts share")
         elif need_bytes and f["disk_free"] < need_bytes:
             wrong.append(
-                f"{name}: {f['disk_free'] / 1e9:.1f} GB free in {plan.run_dir}, the checkpoints need {need_bytes / 1e9:.1f} GB"
+                f"{name}: {f['disk_free'] / 1e9:.1f} GB free in {plan.run_dir}, "
+                f"the checkpoints need {need_bytes / 1e9:.1f} GB"
             )
         if f["gpus"] and (f["shm"] or 0) < MIN_SHM:
             wrong.append(f"{name}: /dev/shm has {(f['shm'] or 0) / 1e9:.2f} GB free, NCCL wants {MIN_SHM / 1e9:.0f} GB")
@@ -233,7 +239,8 @@ def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
             wrong.append(f"{name}: cannot send to {f['to']}")
         elif _is_slow(f, good):
             wrong.append(
-                f"{name}: {f['bandwidth'] / 1e6:,.0f} MB/s to {f['to']}, the median is {statistics.median(speeds) / 1e6:,.0f}"
+                f"{name}: {f['bandwidth'] / 1e6:,.0f} MB/s to {f['to']}, "
+                f"the median is {statistics.median(speeds) / 1e6:,.0f}"
             )
         slots = next(h.slots for h in plan.hosts if h.name == name)
         if f["gpus"] and slots > len(f["gpus"]):
@@ -244,7 +251,9 @@ def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
 
 
 def checkpoint_bytes(model: Path, dtype: str, keep: int) -> int:
-    """About what ``keep`` checkpoints of a local model and the one being written take: weights, fp32 master and moments. 0 where its files do not say."""
+    """About what ``keep`` checkpoints of a local model and the one being written take:
+    weights, fp32 master and moments. 0 where its files do not say.
+    """
     files = list(model.glob("*.safetensors")) if model.is_dir() else []
     stored = sum(f.stat().st_size for f in files)
     per = {"fp32": 4, "bf16": 2}[dtype]

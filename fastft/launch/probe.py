@@ -1,4 +1,6 @@
-"""What one host says of itself to `fastft preflight`: ``python -m fastft.launch.probe``, orders on standard input, answers on standard output, JSON lines."""
+"""What one host says of itself to `fastft preflight`: ``python -m fastft.launch.probe``,
+orders on standard input, answers on standard output, JSON lines.
+"""
 
 import hashlib
 import json
@@ -17,7 +19,9 @@ BLOCK = 1 << 20
 
 
 def facts(run_dir: str, port: int, marker: str, inputs: list[str]) -> dict:
-    """Versions, code, clock, disk, shared memory, GPUs, the size of every input, and whether the run's folder is the one that the first host sees."""
+    """Versions, code, clock, disk, shared memory, GPUs, the size of every input,
+    and whether the run's folder is the one that the first host sees.
+    """
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),

@@ -1,10 +1,11 @@
-"""The output head of a Hugging Face model as a loss: hidden states go in, linear_cross_entropy's loss comes out, logits are never all there.
+"""The output head of a Hugging Face model as a loss: hidden states go in,
+linear_cross_entropy's loss comes out, logits are never all there.
 
-The head module itself is called, by the model, where it always is: its forward hooks run, so ZeRO-3 gathers its weight and FSDP, PEFT
-and tied embeddings find what they expect. Only while targets are set does its forward return a loss instead of logits; generation,
-evaluation of logits, state dict names and save_pretrained never meet it. What the model does to the logits afterwards (Gemma 2's cap,
-Granite's and Cohere's scale, BART's bias) goes into the op instead; that this list is complete for the model at hand is measured before
-training, not assumed.
+The head module itself is called, by the model, where it always is: its forward hooks run, so ZeRO-3 gathers its weight
+and FSDP, PEFT and tied embeddings find what they expect. Only while targets are set does its forward return a loss
+instead of logits; generation, evaluation of logits, state dict names and save_pretrained never meet it. What the model
+does to the logits afterwards (Gemma 2's cap, Granite's and Cohere's scale, BART's bias) goes into the op instead; that
+this list is complete for the model at hand is measured before training, not assumed.
 """
 
 import types
@@ -18,9 +19,8 @@ from torch import Tensor, nn
 from fastft.errors import UserError
 from fastft.ops import BackendError, cross_entropy, linear_cross_entropy
 
-Parts = tuple[
-    Tensor, Tensor | None, tuple[Tensor, Tensor] | None
-]  # weight (V, H), bias (V,), low_rank; see linear_cross_entropy
+# weight (V, H), bias (V,), low_rank; see linear_cross_entropy
+Parts = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
 
 
 class HeadError(ValueError):
@@ -42,8 +42,9 @@ class FusedHead:
     Parameters
     ----------
     model : transformers model or PEFT model
-        Causal or sequence-to-sequence, its logits being head(hidden states), perhaps scaled, capped or shifted as ``after`` says. The
-        head is a Linear, PEFT's LoRA of one, or any module with a method ``loss_parts(hidden) -> (weight, bias, low_rank)``.
+        Causal or sequence-to-sequence, its logits being head(hidden states), perhaps scaled, capped or shifted as
+        ``after`` says. The head is a Linear, PEFT's LoRA of one, or any module with a method ``loss_parts(hidden) ->
+        (weight, bias, low_rank)``.
 
     Raises
     ------
@@ -74,7 +75,8 @@ class FusedHead:
         model : callable
             The model, or a DeepSpeed engine around it.
         inputs : dict
-            Its keyword arguments, without labels: those would make it compute a loss of its own, from logits that are not there.
+            Its keyword arguments, without labels: those would make it compute a loss of its own, from logits that are
+            not there.
         target : (B, T) int64
             What each position of the head's input is to predict: not shifted.
         **options
@@ -95,8 +97,8 @@ class FusedHead:
     @contextmanager
     def _expecting(self, target: Tensor, options: dict) -> Iterator[_Call]:
         self._call = call = _Call(target, options, [])
-        # Registered now, so that it runs after every other hook of the head: what ZeRO-3's return is what has to go into the backward,
-        # or the weight is not gathered again when its gradient arrives.
+        # Registered now, so that it runs after every other hook of the head: what ZeRO-3's return is what has to go
+        # into the backward, or the weight is not gathered again when its gradient arrives.
         hook = self.head.register_forward_hook(lambda _module, _inputs, output: call.losses.append(output))
         try:
             yield call
@@ -105,7 +107,9 @@ class FusedHead:
             self._call = None
 
     def _own_foreign_parameters(self) -> None:
-        """Parameters of the head's children are used without calling the children: ZeRO-3 has to gather them for the head itself."""
+        """Parameters of the head's children are used without calling the children:
+        ZeRO-3 has to gather them for the head itself.
+        """
         own = {id(p) for p in self.head.parameters(recurse=False)}
         foreign = [p for p in self.head.parameters() if id(p) not in own]
         if foreign:
@@ -144,7 +148,8 @@ def install(model: nn.Module, inputs: dict, choice: str) -> tuple[FusedHead | No
     except (HeadError, BackendError, ValueError) as error:
         reason = str(error)
     else:
-        # fp32: sums in another order; bf16: logits of size 10 carry errors of 0.04, of which each of two paths has its own.
+        # fp32: sums in another order; bf16: logits of size 10 carry errors of 0.04, of which each of two paths has its
+        # own.
         allowed = 1e-4 if next(head.head.parameters()).dtype == torch.float32 else 5e-2
         if difference <= allowed:
             return head, "asked for" if choice == "linear_cross_entropy" else "automatic"
@@ -160,10 +165,11 @@ def install(model: nn.Module, inputs: dict, choice: str) -> tuple[FusedHead | No
 
 
 def post_processing(model: nn.Module) -> dict:
-    """What this model does to its head's output, as options of linear_cross_entropy plus ``shift``, a (V,) buffer to be added.
+    """What this model does to its head's output, as options of linear_cross_entropy plus ``shift``,
+    a (V,) buffer to be added.
 
-    By the names that transformers' models use: final_logit_softcapping (Gemma 2 and 3n), logits_scaling (Granite: a divisor), logit_scale
-    (Cohere: a factor), final_logits_bias (BART, Marian, Pegasus).
+    By the names that transformers' models use: final_logit_softcapping (Gemma 2 and 3n), logits_scaling (Granite: a
+    divisor), logit_scale (Cohere: a factor), final_logits_bias (BART, Marian, Pegasus).
     """
     config = model.config.get_text_config(decoder=True)
     found: dict = {}
@@ -191,7 +197,8 @@ def _forward_of(fused: FusedHead) -> Callable:
         if hidden.shape[:-1] != call.target.shape:
             raise HeadError(f"targets are {tuple(call.target.shape)}, the head's input is {tuple(hidden.shape)}")
         loss = linear_cross_entropy(hidden, weight, call.target, bias=bias, low_rank=low_rank, **after, **call.options)
-        # In the shape of logits with one class, so that what the model does to logits next goes through; nobody reads the result.
+        # In the shape of logits with one class, so that what the model does to logits next goes through; nobody reads
+        # the result.
         return loss.reshape(1, -1, 1)
 
     return forward
@@ -236,10 +243,11 @@ def _lora_parts_of(head: nn.Module) -> Callable[[Tensor], Parts]:
 
 
 def _difference(head: FusedHead, model: nn.Module, inputs: dict) -> float:
-    """Largest difference of a token's loss taken at the head from the one of the model's logits, relative to the largest loss.
+    """Largest difference of a token's loss taken at the head from the one of the model's logits,
+    relative to the largest loss.
 
-    The head's input is scaled up until it puts out 30: a cap or a scale that is not accounted for would hardly show on the small logits
-    of a model with random weights.
+    The head's input is scaled up until it puts out 30: a cap or a scale that is not accounted for would hardly show on
+    the small logits of a model with random weights.
     """
     was_training = model.training
     model.eval()

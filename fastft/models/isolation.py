@@ -1,7 +1,8 @@
 """Proof, on the model at hand, that packed documents do not see each other.
 
-Restarting position ids are all that fastft passes; whether a model's attention honours them depends on its code, its attention
-backend and the transformers version (state-space layers never do). So it is measured before training, not assumed.
+Restarting position ids are all that fastft passes; whether a model's attention honours them depends on its code, its
+attention backend and the transformers version (state-space layers never do). So it is measured before training, not
+assumed.
 """
 
 import inspect
@@ -59,8 +60,8 @@ def check_isolation(model: torch.nn.Module, length: int, device: torch.device, f
     allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
     if not difference <= allowed:
         raise UserError(
-            f"{type(model).__name__}: logits of packed documents differ from unpacked ones by {difference:.2g} of the largest "
-            f"(allowed {allowed:.0e}): documents in one sequence see each other.",
+            f"{type(model).__name__}: logits of packed documents differ from unpacked ones by {difference:.2g} of the "
+            f"largest (allowed {allowed:.0e}): documents in one sequence see each other.",
             HINT,
         )
     return difference

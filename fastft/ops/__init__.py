@@ -8,5 +8,12 @@ from fastft.ops.sum_squares import sum_squares
 from fastft.ops.vocab_parallel import vocab_parallel_cross_entropy
 
 __all__ = [
-    "BackendError", "adamw", "bad_target", "choices", "cross_entropy", "linear_cross_entropy", "sum_squares", "vocab_parallel_cross_entropy"
-]  # fmt: skip
+    "BackendError",
+    "adamw",
+    "bad_target",
+    "choices",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "sum_squares",
+    "vocab_parallel_cross_entropy",
+]

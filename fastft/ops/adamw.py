@@ -1,7 +1,8 @@
 """One AdamW step over lists of tensors, in place.
 
-`decoupled=True` is AdamW (arXiv 1711.05101, algorithm 2), False is Adam with L2 (arXiv 1412.6980). The rules, term by term, are
-torch.optim.AdamW's and stand in fastft/_C.pyi. How state and parameters are kept in fewer bytes stands in fastft/ops/lowbyte.py.
+`decoupled=True` is AdamW (arXiv 1711.05101, algorithm 2), False is Adam with L2 (arXiv 1412.6980). The rules, term by
+term, are torch.optim.AdamW's and are in fastft/_C.pyi. How quantized state and parameters are stored is in
+fastft/ops/lowbyte.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,23 +43,28 @@ def adamw(
     found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """Update params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs (empty: no amsgrad), steps, copies, remainders and scales in place.
+    """One step in place: params, exp_avgs, exp_avg_sqs,
+    max_exp_avg_sqs, steps, copies, remainders and scales are updated.
 
-    All tensors of one index have one shape. params: float32 or bfloat16 (float16, float64: reference backend only), grads likewise,
-    of any mix. Any strides. The arithmetic is float32 whatever is stored.
+    All tensors of one index have one shape. params: float32 or bfloat16 (float16, float64: reference backend only),
+    grads likewise, of any mix. Any strides. The arithmetic is float32 whatever is stored.
 
-    exp_avgs, exp_avg_sqs   float32 (float64 for float64 params), or bfloat16, or uint8 codes in blocks of 256 (`lowbyte.quantize`); the two
-                alike. bfloat16 and uint8 are rounded stochastically: to nearest, exp_avg_sq would not move at beta2 = 0.999,
-                because a step changes it by 0.1 % and bfloat16 is 0.4 % apart.
-    exp_avg_scales, exp_avg_sq_scales   with uint8 states: per param a float32 tensor of (ceil(numel / 256),). No amsgrad then.
-    max_exp_avg_sqs         in the dtype of exp_avgs; bfloat16 is rounded to nearest, or a maximum of random roundings would creep up.
+    exp_avgs, exp_avg_sqs   float32 (float64 for float64 params), or bfloat16, or uint8 codes in blocks of 256
+                (`lowbyte.quantize`); the two alike. bfloat16 and uint8 are rounded stochastically: to nearest,
+                exp_avg_sq would not move at beta2 = 0.999, because a step changes it by 0.1 % and bfloat16 is 0.4 %
+                apart.
+    exp_avg_scales, exp_avg_sq_scales   with uint8 states: per param a float32 tensor of (ceil(numel / 256),). No
+                amsgrad then.
+    max_exp_avg_sqs         empty without amsgrad; in the dtype of exp_avgs; bfloat16 is rounded to nearest, or a
+                maximum of random roundings would creep up.
     steps       one float32 0-dim tensor per param, on the param's device: steps done so far; each is incremented.
     copies      None, or per param None or a bfloat16 tensor that receives the updated param, rounded to nearest.
     remainders  None, or one int16 tensor per param, all bfloat16: the param and its remainder are one float32 number
                 (`lowbyte.join`), and the param is that number rounded to nearest.
     stochastic_rounding     params, all bfloat16, are rounded up or down at random so that the mean is exact.
-    seed, offsets           the random numbers are a function of (seed, step, offset + position in the flat param) and nothing else: give
-                each shard its offset in the whole, and the result does not depend on how it is cut. 0 <= seed < 2^63; default offsets are 0.
+    seed, offsets           the random numbers are a function of (seed, step, offset + position in the flat param) and
+                nothing else: give each shard its offset in the whole, and the result does not depend on how it is cut.
+                0 <= seed < 2^63; default offsets are 0.
     lr          a float, or a 0-dim tensor (so that a captured CUDA graph sees a new value).
     grad_scale  0-dim float32 on the params' device; gradients are multiplied by it (in float32).
     found_inf   0-dim float32 on the params' device; when it is not 0 nothing at all is written.
@@ -79,14 +85,37 @@ def adamw(
         or not 0 <= seed < 2**63
     )
     recorded = _is_recorded(params, grads)
-    if not (extra or recorded) and _is_everyday(params, grads, exp_avgs, exp_avg_sqs, steps, grad_scale, found_inf):
-        if backends.select("adamw", backend, "cpu", (_F32, _F32)) == "native":
-            native.adamw(
-                params, grads, exp_avgs, exp_avg_sqs, (), steps, (), (), (), (), [], lr=lr, lr_tensor=None, beta1=beta1, beta2=beta2, eps=eps,
-                weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, grad_scale=grad_scale, found_inf=found_inf, seed=0, stochastic_rounding=False,
-            )  # fmt: skip
-            torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
-            return
+    everyday = not (extra or recorded) and _is_everyday(
+        params, grads, exp_avgs, exp_avg_sqs, steps, grad_scale, found_inf
+    )
+    if everyday and backends.select("adamw", backend, "cpu", (_F32, _F32)) == "native":
+        native.adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            (),
+            steps,
+            (),
+            (),
+            (),
+            (),
+            [],
+            lr=lr,
+            lr_tensor=None,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled=decoupled,
+            maximize=maximize,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            seed=0,
+            stochastic_rounding=False,
+        )
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
+        return
     lists = {
         "params": params,
         "grads": grads,
@@ -101,8 +130,8 @@ def adamw(
         "offsets": () if offsets is None else offsets,
     }
     kinds = adamw_check.check(lists, stochastic_rounding, seed)
-    # The dispatcher costs 100 us a call and 3 us a tensor, more than the whole update of small tensors; where nothing records the
-    # call (torch.compile, make_fx, fake tensors), it adds nothing to what _apply does.
+    # The dispatcher costs 100 us a call and 3 us a tensor, more than the whole update of small tensors; where nothing
+    # records the call (torch.compile, make_fx, fake tensors), it adds nothing to what _apply does.
     run = _op if recorded else _apply
     for device, param_dtype, grad_dtype, members in _groups(lists, kinds):
         chosen = backends.select("adamw", backend, device.type, (param_dtype, grad_dtype))
@@ -139,9 +168,11 @@ def _is_everyday(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> bool:
-    """Whether all is contiguous float32 on the CPU and fits together: one look at each tensor instead of the lists, kinds and groups of the general way.
+    """Whether all is contiguous float32 on the CPU and fits together: one look at each tensor instead of the lists,
+    kinds and groups of the general way.
 
-    A step over a large tensor leaves no Python in the caches: what is saved here is worth 1 % of a step of 32M parameters and a third of one of 1M.
+    A step over a large tensor leaves no Python in the caches: what is saved here is worth 1 % of a step of 32M
+    parameters and a third of one of 1M.
     """
     if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs) == len(steps):
         return False
@@ -153,14 +184,15 @@ def _is_everyday(
             p.dtype is g.dtype is m.dtype is v.dtype is s.dtype is _F32
             and p.shape == g.shape == m.shape == v.shape
             and p.is_cpu and g.is_cpu and m.is_cpu and v.is_cpu and s.is_cpu and s.ndim == 0
-            and g.layout is torch.strided and not g.is_neg() and p.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
+            and g.layout is torch.strided and not g.is_neg()
+            and p.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
         ):  # fmt: skip
             return False
     return True
 
 
 def _is_recorded(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """Whether somebody has to see the call as one op: a compiler, a dispatch mode, a tensor that is not plain memory."""
+    """Whether somebody must see the call as one op: a compiler, a dispatch mode, a tensor that is not plain memory."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     return not (_PLAIN.issuperset(map(type, params)) and _PLAIN.issuperset(map(type, grads)))
@@ -169,7 +201,9 @@ def _is_recorded(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
 def _groups(
     lists: dict[str, Sequence], kinds: list[adamw_check.Kind]
 ) -> Iterator[tuple[torch.device, torch.dtype, torch.dtype, list[list]]]:
-    """One kernel call takes one device, one dtype per list, and all copies or none: (device, dtypes of param and grad, lists)."""
+    """One kernel call takes one device, one dtype per list, and all copies or none:
+    (device, dtypes of param and grad, lists).
+    """
     copies = lists["copies"]
     if kinds.count(kinds[0]) == len(kinds) and all(copy is not None for copy in copies):
         yield *kinds[0][:3], [list(values) for values in lists.values()]
@@ -208,10 +242,13 @@ def _apply(
     maximize: bool,
     backend: str,
 ) -> None:
-    """One device, one dtype per list. Hands the backend tensors of equal, dense layout, through copies where they are not."""
+    """One device, one dtype per list.
+
+    Hands the backend tensors of equal, dense layout, through copies where they are not.
+    """
     if lr_tensor is not None and lr_tensor.device.type == "cpu":
         lr, lr_tensor = lr_tensor.item(), None
-    grads = [grad.resolve_neg() for grad in grads]  # a view may stand for the numbers with the other sign
+    grads = [grad.resolve_neg() for grad in grads]  # a view may have its sign flipped lazily (torch's negative bit)
     given = (grads, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, remainders)
     dense = given
     if not all(map(Tensor.is_contiguous, chain.from_iterable(given))):
@@ -276,9 +313,17 @@ _op = torch.library.custom_op(
     "fastft::adamw",
     _apply,
     mutates_args={
-        "params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "copies", "remainders", "exp_avg_scales", "exp_avg_sq_scales",
+        "params",
+        "exp_avgs",
+        "exp_avg_sqs",
+        "max_exp_avg_sqs",
+        "steps",
+        "copies",
+        "remainders",
+        "exp_avg_scales",
+        "exp_avg_sq_scales",
     },
-)  # fmt: skip
+)
 
 
 @_op.register_fake
@@ -287,7 +332,9 @@ def _fake(*_):
 
 
 def _dense(given: tuple[list[Tensor], ...], by_position: bool) -> list[list[Tensor]]:
-    """The lists (grads, params, ...) with dense copies in place of tensors that are not laid out as their param, or as the param's layout without gaps."""
+    """The lists (grads, params, ...) with dense copies in place of tensors that are not laid out as their param,
+    or as the param's layout without gaps.
+    """
     dense = [list(tensors) for tensors in given]
     for i, param in enumerate(given[1]):
         if all(tensors[i].is_contiguous() for tensors in given if tensors):

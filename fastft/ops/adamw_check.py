@@ -1,6 +1,7 @@
 """What a caller of adamw may get wrong.
 
-Whole lists are compared, which costs 1 us per tensor for all checks together; the sentence about the culprit is made only when there is one.
+Whole lists are compared, which costs 1 us per tensor for all checks together; the sentence about the culprit is made
+only when there is one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,7 +32,7 @@ def check(lists: dict[str, Sequence], stochastic_rounding: bool, seed: int) -> l
     for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         if [t.shape for t in tensors] != shapes or [t.device for t in tensors] != devices:
             _refuse_place(name, tensors, zip(shapes, devices, strict=True))
-    if any([t.ndim for t in steps]) or [t.device for t in steps] != devices:
+    if any(t.ndim for t in steps) or [t.device for t in steps] != devices:
         _refuse_place("steps", steps, ((torch.Size(()), device) for device in devices))
     kinds = [
         (device, p.dtype, g.dtype, g.layout, m.dtype, v.dtype, s.dtype)

@@ -1,9 +1,10 @@
 """The table (op, backend) -> implementation, and the one place where a backend is chosen.
 
-The choice, strongest first: the argument `backend=` of the call; the environment variable FASTFT_BACKEND, either one name for
-all ops ("triton") or pairs ("cross_entropy=triton,adamw=native"); else automatic: the first registered backend that loads and
-takes this device and these dtypes. A backend that was asked for and cannot be used is an error. An automatic choice is logged
-once, with the reason why each better backend was passed over, and `choices()` returns all of them for the run's record.
+The choice, strongest first: the argument `backend=` of the call; the environment variable FASTFT_BACKEND, either one
+name for all ops ("triton") or pairs ("cross_entropy=triton,adamw=native"); else automatic: the first registered backend
+that loads and takes this device and these dtypes. A backend that was asked for and cannot be used is an error. An
+automatic choice is logged once, with the reason why each better backend was passed over, and `choices()` returns all of
+them for the run's record.
 """
 
 import logging
@@ -100,8 +101,9 @@ def select(op: str, requested: str | None, device_type: str, dtypes: tuple[torch
     if reason:
         usable = [name for name in names(op) if not why_not(op, name, device_type, dtypes)]
         raise BackendError(
-            f"{source} asks for backend {requested!r} of op {op!r}, which cannot be used for {_describe(device_type, dtypes)}: "
-            f"{reason}. Available here: {', '.join(usable) or 'none'}"
+            f"{source} asks for backend {requested!r} of op {op!r}, "
+            f"which cannot be used for {_describe(device_type, dtypes)}: {reason}. "
+            f"Available here: {', '.join(usable) or 'none'}"
         )
     _record(op, requested, device_type, dtypes, source, {})
     return requested
@@ -113,7 +115,7 @@ select._dynamo_marked_constant = True
 
 
 def choices() -> list[dict]:
-    """What was picked so far, for the run's record: op, backend, device, dtypes, why, passed_over (backend -> reason)."""
+    """What was picked so far, for the run's record: op, backend, device, dtypes, why, passed_over (name -> reason)."""
     return [dict(choice) for choice in _choices.values()]
 
 

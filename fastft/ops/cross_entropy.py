@@ -1,8 +1,8 @@
 """Softmax cross-entropy over (N, V) logits: loss and gradient in one pass over the logits.
 
-torch.nn.functional.cross_entropy holds the logits in float32, their log-softmax and its gradient, and walks over them about nine
-times. Here the forward writes the gradient at once, already scaled by 1 / denominator in float32 before it is rounded, and the
-backward hands it over. The maths stands in fastft/_C.pyi.
+torch.nn.functional.cross_entropy holds the logits in float32, their log-softmax and its gradient, and walks over them
+about nine times. Here the forward writes the gradient at once, already scaled by 1 / denominator in float32 before it
+is rounded, and the backward hands it over. The maths is in fastft/_C.pyi.
 """
 
 import math
@@ -33,25 +33,28 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Superset of torch.nn.functional.cross_entropy for class indices; same values where both are defined.
 
-    logits        (..., V), float32 or bfloat16 (float16, float64: reference backend only). Rows are read where they lie when the
-                  last dimension is contiguous and the leading ones flatten to a view; otherwise a contiguous copy is made.
+    logits        (..., V), float32 or bfloat16 (float16, float64: reference backend only). Rows are read where they lie
+                  when the last dimension is contiguous and the leading ones flatten to a view; otherwise a contiguous
+                  copy is made.
     target        (...), int64: class indices, or `ignore_index` anywhere.
     weight        (V,) floating: weight of each class.
-    reduction     "mean" divides by the sum of token_weight * weight[target] over the targets that are not ignored; "sum"; "none".
+    reduction     "mean" divides by the sum of token_weight * weight[target] over the targets that are not ignored;
+                  "sum"; "none".
     z_loss        adds z_loss * lse^2 to each row (PaLM, arXiv 2204.02311, section 5).
     softcap       logits become softcap * tanh(logit_scale * logits / softcap) (Gemma 2, arXiv 2408.00118, section 2).
     token_weight  (...) floating, a factor for each row's loss; or a 0-dim tensor for all. With reduction="sum" and
-                  token_weight = 1 / (valid tokens of the whole global batch) the loss needs no factor afterwards, so the gradient
-                  is scaled once, in float32, before it is rounded to bfloat16.
+                  token_weight = 1 / (valid tokens of the whole global batch) the loss needs no factor afterwards, so
+                  the gradient is scaled once, in float32, before it is rounded to bfloat16.
     return_lse    also return the logsumexp of the scaled and capped logits, (...) float32, not differentiable.
     inplace       the storage of `logits` becomes the gradient, which saves one (N, V) array. Not for reduction="none".
 
-    Returns the loss in float32 (float64 for float64 logits): 0-dim, or target's shape for "none". When all targets are ignored the
-    loss is 0 and so is the gradient (torch: nan). `weight` and `token_weight` get no gradient. Only backend="reference" is twice
-    differentiable. When logits need no gradient nothing but the loss is computed.
+    Returns the loss in float32 (float64 for float64 logits): 0-dim, or target's shape for "none". When all targets are
+    ignored the loss is 0 and so is the gradient (torch: nan). `weight` and `token_weight` get no gradient. Only
+    backend="reference" is twice differentiable. When logits need no gradient nothing but the loss is computed.
 
-    Raises ValueError for shapes, dtypes or options that do not fit; IndexError on the CPU for a target outside [0, V). On CUDA,
-    where looking would stall the stream, such a row has loss nan and gradient 0, and `bad_target(device)` names it.
+    Raises ValueError for shapes, dtypes or options that do not fit; IndexError on the CPU for a target outside [0, V).
+    On CUDA, where looking would stall the stream, such a row has loss nan and gradient 0, and `bad_target(device)`
+    names it.
     """
     cross_entropy_check.check(logits, target, weight, token_weight, label_smoothing, reduction, softcap, inplace)
     vocab = logits.shape[-1]
@@ -84,7 +87,9 @@ def cross_entropy(
 
 
 def bad_target(device: torch.device | str) -> int:
-    """Row of the last out-of-range target that was met on this CUDA device, -1 when there was none. Waits for the device.
+    """Row of the last out-of-range target that was met on this CUDA device, -1 when there was none.
+
+    Waits for the device.
 
     Ask for it when a loss is nan; the answer is cleared.
     """
@@ -151,7 +156,8 @@ def _report(bad_row: Tensor, target: Tensor, ignore_index: int, vocab: int) -> N
         row = int(bad_row.item())
         if row >= 0:
             raise IndexError(
-                f"target {int(target[row])} at position {row} is neither in [0, {vocab}) nor ignore_index ({ignore_index})"
+                f"target {int(target[row])} at position {row} is neither in [0, {vocab}) "
+                f"nor ignore_index ({ignore_index})"
             )
     elif bad_row.device in _flags:
         torch.maximum(_flags[bad_row.device], bad_row, out=_flags[bad_row.device])
@@ -176,7 +182,7 @@ def _total(row_loss: Tensor, scale: Tensor | None) -> Tensor:
     return (total if scale is None else total * scale).to(row_loss.dtype)
 
 
-# ---- mean and sum: the forward computes the gradient -------------------------------------------------------------------------
+# ---- mean and sum: the forward computes the gradient -----------------------------------------------------------------
 
 
 @torch.library.custom_op("fastft::cross_entropy", mutates_args=())
@@ -237,7 +243,10 @@ _reduced_op.register_autograd(_reduced_backward, setup_context=_reduced_setup)
 
 
 def _times(grad: Tensor, factor: Tensor, op: str = "cross_entropy") -> Tensor:
-    """grad * factor (0-dim), rounded once. The saved `grad` itself is given away only when no second backward can come."""
+    """grad * factor (0-dim), rounded once.
+
+    The saved `grad` itself is given away only when no second backward can come.
+    """
     if torch.compiler.is_compiling() or type(factor) is not Tensor:  # the latter: inside AOTAutograd
         return (grad.to(factor.dtype) * factor).to(grad.dtype)
     if torch.is_grad_enabled():
@@ -251,7 +260,7 @@ def _times(grad: Tensor, factor: Tensor, op: str = "cross_entropy") -> Tensor:
     return out
 
 
-# ---- mean and sum, the logits' storage becomes the gradient ------------------------------------------------------------------
+# ---- mean and sum, the logits' storage becomes the gradient ----------------------------------------------------------
 
 
 @torch.library.custom_op("fastft::cross_entropy_", mutates_args={"logits"})
@@ -300,9 +309,8 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, weight, token_weight, scale, options, want_lse, backend):
-        data = (
-            logits.detach()
-        )  # shares the version counter: whoever saved these logits for a backward gets torch's error
+        # Shares the version counter: whoever saved these logits for a backward gets torch's error.
+        data = logits.detach()
         loss, lse = _in_place_op(data, target, weight, token_weight, scale, *options, want_lse, backend)
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(data)
@@ -314,7 +322,7 @@ class _InPlace(torch.autograd.Function):
         return _times(grad, grad_loss), *[None] * 7
 
 
-# ---- none: the gradient waits for the backward, which brings a factor per row ------------------------------------------------
+# ---- none: the gradient waits for the backward, which brings a factor per row ----------------------------------------
 
 
 @torch.library.custom_op("fastft::cross_entropy_rows", mutates_args=())
@@ -388,7 +396,7 @@ def _rows_backward(ctx, grad_loss, _grad_lse):
 _rows_op.register_autograd(_rows_backward, setup_context=_rows_setup)
 
 
-# ---- the reference's look at the targets -------------------------------------------------------------------------------------
+# ---- the reference's look at the targets -----------------------------------------------------------------------------
 
 
 @torch.library.custom_op("fastft::bad_target_row", mutates_args=())

@@ -26,7 +26,8 @@ def check(logits, target, weight, token_weight, label_smoothing, reduction, soft
         )
     if inplace and _overlaps(logits):
         raise ValueError(
-            "inplace=True needs logits whose elements have memory of their own; these are expanded or overlapping: pass logits.contiguous()"
+            "inplace=True needs logits whose elements have memory of their own; these are expanded or overlapping: "
+            "pass logits.contiguous()"
         )
     if inplace and logits.is_leaf and logits.requires_grad:
         raise ValueError("inplace=True would overwrite a leaf that requires grad")

@@ -1,4 +1,6 @@
-"""Softmax cross-entropy in plain PyTorch: what the kernels are held against. Float32 arithmetic, float64 for float64 logits.
+"""Softmax cross-entropy in plain PyTorch: what the kernels are held against.
+
+Float32 arithmetic, float64 for float64 logits.
 
 Shapes: logits (N, V), target (N,) int64, weight (V,) or None, token_weight (N,), () or None. softcap 0.0 means none.
 """

@@ -1,9 +1,10 @@
-"""The last linear layer and softmax cross-entropy in one: from hidden states to the loss without ever holding all logits.
+"""The last linear layer and softmax cross-entropy in one: from
+hidden states to the loss without ever holding all logits.
 
-(N, V) logits and their gradient are the largest arrays of a language model's training step. Here a chunk of rows at a time is turned
-into logits, by `fastft.ops.cross_entropy`'s kernels into their gradient in place, and by two more GEMMs into gradients of the hidden
-states and of the weight: 6 N H V flops, no logit computed twice, and one chunk of logits in memory (cf. Liger Kernel, arXiv 2410.10989,
-section 3.2, whose chunks of V / H-th of the rows make skinny GEMMs).
+(N, V) logits and their gradient are the largest arrays of a language model's training step. Here a chunk of rows at a
+time is turned into logits, by `fastft.ops.cross_entropy`'s kernels into their gradient in place, and by two more GEMMs
+into gradients of the hidden states and of the weight: 6 N H V flops, no logit computed twice, and one chunk of logits
+in memory (cf. Liger Kernel, arXiv 2410.10989, section 3.2, whose chunks of V / H-th of the rows make skinny GEMMs).
 """
 
 import math
@@ -38,30 +39,33 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """cross_entropy(hidden weight^T + bias, target, ...) for class indices, a superset of torch.nn.functional.linear_cross_entropy.
+    """cross_entropy(hidden weight^T + bias, target, ...) for class indices,
+    a superset of torch.nn.functional.linear_cross_entropy.
 
     hidden        (..., H), float32 or bfloat16 (float16, float64: reference backend only), any strides.
     weight        (V, H) in hidden's dtype; the layout of torch.nn.Linear.weight.
     target        (...), int64: class indices, or `ignore_index` anywhere. Ignored rows cost next to nothing on the CPU.
     bias          (V,) in hidden's dtype.
-    low_rank      (hidden2, weight2), (..., R) and (V, R): adds hidden2 weight2^T to the logits. With LoRA (arXiv 2106.09685) on this
-                  layer hidden2 = scale * dropout(hidden) A^T and weight2 = B, and neither W + scale B A nor its gradient is ever made.
+    low_rank      (hidden2, weight2), (..., R) and (V, R): adds hidden2 weight2^T to the logits. With LoRA (arXiv
+                  2106.09685) on this layer hidden2 = scale * dropout(hidden) A^T and weight2 = B, and neither W + scale
+                  B A nor its gradient is ever made.
     class_weight  (V,) floating: torch's `weight` of each class.
-    chunk_bytes   most bytes of logits at a time, at least one row; default 128 MiB but at least 512 rows on the CPU, 1 GiB on CUDA; and all
-                  rows at once where that takes less than a chunk and the float32 sum of weight's gradient, which only chunks need.
+    chunk_bytes   most bytes of logits at a time, at least one row; default 128 MiB but at least 512 rows on the CPU, 1
+                  GiB on CUDA; and all rows at once where that takes less than a chunk and the float32 sum of weight's
+                  gradient, which only chunks need.
     Everything else is as in `fastft.ops.cross_entropy`, which also says what the terms of the loss are.
 
-    Returns the loss in float32 (float64 for float64 weights): 0-dim, or target's shape for "none"; with return_lse also the logsumexp
-    of every row's scaled and capped logits, which keeps ignored rows in the computation.
+    Returns the loss in float32 (float64 for float64 weights): 0-dim, or target's shape for "none"; with return_lse also
+    the logsumexp of every row's scaled and capped logits, which keeps ignored rows in the computation.
 
-    "mean" and "sum" compute in the forward those gradients that are needed, and the backward hands them over. "none" knows its upstream
-    gradients only in the backward, which computes the logits again (8 N H V flops). Weight gradients are summed over chunks in float32
-    and rounded once. When all targets are ignored the loss and all gradients are 0. Only backend="reference", which holds all logits,
-    is twice differentiable.
+    "mean" and "sum" compute in the forward those gradients that are needed, and the backward hands them over. "none"
+    knows its upstream gradients only in the backward, which computes the logits again (8 N H V flops). Weight gradients
+    are summed over chunks in float32 and rounded once. When all targets are ignored the loss and all gradients are 0.
+    Only backend="reference", which holds all logits, is twice differentiable.
 
-    Raises ValueError for shapes, dtypes or options that do not fit; IndexError on the CPU for a target outside [0, V). On CUDA such a
-    row has loss nan and gradient 0, and `fastft.ops.bad_target(device)` names it. RuntimeError for a second backward through a graph
-    that was not retained, and for a double backward.
+    Raises ValueError for shapes, dtypes or options that do not fit; IndexError on the CPU for a target outside [0, V).
+    On CUDA such a row has loss nan and gradient 0, and `fastft.ops.bad_target(device)` names it. RuntimeError for a
+    second backward through a graph that was not retained, and for a double backward.
     """
     hidden2, weight2 = low_rank if low_rank is not None else (None, None)
     _check(hidden, weight, target, bias, hidden2, weight2, chunk_bytes)
@@ -146,7 +150,7 @@ def _or_empty(grads: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
 
 
-# ---- mean and sum: the forward computes the gradients ------------------------------------------------------------------------
+# ---- mean and sum: the forward computes the gradients ----------------------------------------------------------------
 
 
 @torch.library.custom_op("fastft::linear_cross_entropy", mutates_args=())
@@ -170,7 +174,9 @@ def _reduced_op(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss (), lse (N,) or (0,), gradients of hidden, weight, bias, hidden2, weight2, each (0,) where `needs` says no)."""
+    """(loss (), lse (N,) or (0,), gradients of hidden, weight,
+    bias, hidden2, weight2, each (0,) where `needs` says no).
+    """
     loss, lse = _outputs(hidden, want_lse)
     _bad_row_op(target, ignore_index, weight.shape[0])
     grads = backends.implementation(OP, backend)(
@@ -226,7 +232,7 @@ def _reduced_backward(ctx, grad_loss, *_):
 _reduced_op.register_autograd(_reduced_backward, setup_context=_reduced_setup)
 
 
-# ---- none: the gradients wait for the backward, which brings a factor per row ------------------------------------------------
+# ---- none: the gradients wait for the backward, which brings a factor per row ----------------------------------------
 
 
 @torch.library.custom_op("fastft::linear_cross_entropy_rows", mutates_args=())
@@ -299,7 +305,9 @@ def _rows_grad_op(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of sum_i grad_loss_i * loss_i: of hidden, weight, bias, hidden2, weight2, each (0,) where `needs` says no."""
+    """Gradients of sum_i grad_loss_i * loss_i: of hidden, weight,
+    bias, hidden2, weight2, each (0,) where `needs` says no.
+    """
     grads = backends.implementation(OP, backend)(
         hidden,
         weight,

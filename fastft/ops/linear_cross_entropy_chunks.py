@@ -1,4 +1,5 @@
-"""The chunk loop of linear_cross_entropy: logits of some rows at a time, overwritten by their gradient, used up by the GEMMs.
+"""The chunk loop of linear_cross_entropy: logits of some rows at a time,
+overwritten by their gradient, used up by the GEMMs.
 
 Of three (N, V) x (V, H) GEMMs per row the forward does one and the gradients one each; no logit is computed twice.
 """
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from fastft.ops import backends
 
-# Bytes of logits per chunk. CPU: 1.3k rows of 50k bfloat16 classes; GEMMs gain nothing from more (768 x 50257, 2 cores: 134 Gflop/s at
-# 256 rows and at 2048), and each chunk costs one pass over dW. CUDA: 2k-4k rows keep the GEMMs at their peak.
+# Bytes of logits per chunk. CPU: 1.3k rows of 50k bfloat16 classes; GEMMs gain nothing from more (768 x 50257, 2 cores:
+# 134 Gflop/s at 256 rows and at 2048), and each chunk costs one pass over dW. CUDA: 2k-4k rows keep the GEMMs at their
+# peak.
 CHUNK_BYTES = {"cpu": 128 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
 LEAST_ROWS = (
@@ -24,10 +26,12 @@ SLAB_BYTES = 4 << 20  # of a piece of dW on the CPU: stays in the L2/L3 cache be
 def rows_per_chunk(
     rows: int, vocab: int, itemsize: int, device_type: str, chunk_bytes: int | None, sum_bytes: int = 0
 ) -> int:
-    """Rows of each chunk but the last: within the budget, and all of about the same size (oneDNN compiles code per size).
+    """Rows of each chunk but the last: within the budget, and
+    all of about the same size (oneDNN compiles code per size).
 
-    sum_bytes: of the float32 sum that several chunks need for dW and one chunk does not. Where all logits take no more than a chunk and that
-    sum (bfloat16: up to some 2 H rows), one chunk is both smaller and faster, and it is taken unless chunk_bytes forbids it.
+    sum_bytes: of the float32 sum that several chunks need for dW and one chunk does not. Where all logits take no more
+    than a chunk and that sum (bfloat16: up to some 2 H rows), one chunk is both smaller and faster, and it is taken
+    unless chunk_bytes forbids it.
     """
     if chunk_bytes is None:
         budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES_ELSEWHERE)
@@ -63,9 +67,12 @@ def run(
     lse: Tensor | None,  # (N,) float32 out
     needs: list[bool],  # gradients wanted of hidden, weight, bias, hidden2, weight2
 ) -> list[Tensor | None]:
-    """Fills loss and lse; returns the gradients of sum_i grad_scale_i * loss_i that are wanted, None in the other places."""
+    """Fills loss and lse; returns the gradients of sum_i grad_scale_i * loss_i that are wanted,
+    None in the other places.
+    """
     vocab = weight.shape[0]
-    # Only the CPU leaves ignored rows out: on CUDA their number would have to come to the host, which stalls the stream.
+    # Only the CPU leaves ignored rows out: on CUDA their number would have to come to the host, which stalls the
+    # stream.
     compact = lse is None and target.device.type == "cpu"
     kept = torch.nonzero(target != ignore_index)[:, 0] if compact else None
     if kept is not None and kept.numel() == target.shape[0]:
@@ -121,7 +128,7 @@ def implementation(backend: str) -> Callable[[], Callable]:
 
 
 def _take(tensor: Tensor | None, rows: slice | Tensor) -> Tensor | None:
-    """A chunk's rows; 0-dim tensors and None stand for all rows alike."""
+    """A chunk's rows; 0-dim tensors and None apply to all rows alike."""
     if tensor is None or tensor.ndim == 0:
         return tensor
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
@@ -178,8 +185,8 @@ class _Gradients:
 class _Sum:
     """grad^T x summed over chunks in float32, (V, H).
 
-    In bfloat16 every chunk after the first would round the whole sum again, and small late terms would vanish in it. One chunk needs
-    no sum: the GEMM itself adds up in float32.
+    In bfloat16 every chunk after the first would round the whole sum again, and small late terms would vanish in it.
+    One chunk needs no sum: the GEMM itself adds up in float32.
     """
 
     def __init__(self, like: Tensor, chunks: int):
@@ -201,8 +208,11 @@ class _Sum:
         self.first = False
 
     def _add_slabs(self, grad: Tensor, x: Tensor) -> None:
-        """torch's CPU GEMM cannot write float32 from bfloat16. A slab at a time, so that its product is still in the cache when it is
-        added: total.add_(product) over the whole, mixing dtypes, is not vectorised (768 x 50257: 150 ms, slabs 25)."""
+        """torch's CPU GEMM cannot write float32 from bfloat16.
+
+        A slab at a time, so that its product is still in the cache when it is added: total.add_(product) over the
+        whole, mixing dtypes, is not vectorised (768 x 50257: 150 ms, slabs 25).
+        """
         height = max(SLAB_BYTES // (x.shape[1] * self.total.element_size()), 1)
         product = x.new_empty(min(height, self.like.shape[0]), x.shape[1])
         widened = torch.empty_like(product, dtype=self.total.dtype)

@@ -1,17 +1,21 @@
-"""State and parameters in fewer bytes, defined bit by bit in plain PyTorch: the kernels do the same, and are held against this.
+"""State and parameters in fewer bytes, defined bit by bit in plain PyTorch:
+the kernels do the same, and are held against this.
 
 Random numbers    A counter-based generator: a keyed integer hash (two multiply-xorshift rounds with the constants of
-                  Wellons' lowbias32) of (seed, step, element), so that any shard of a tensor can be rounded alone. Each element
-                  has a 16-bit number for its param, one for exp_avg and one for exp_avg_sq.
-bfloat16          16 random bits are added below the last bit that is kept: up with the probability that makes the mean exact.
-Remainder         The lower half of a float32 as a signed 16-bit number. The bfloat16 beside it is the float32 rounded to nearest, ties away
-                  from zero. Ties to even cannot work: an even bfloat16 is then nearest for 65537 float32 numbers.
-8-bit codes       Blocks of 256 elements of the flat tensor with a scale each (Dettmers et al. 2022, arXiv 2110.02861), but with small floats
-                  of 3 mantissa bits in place of their table, and powers of two for scales. exp_avg: sign, 14 binades,
-                  then 2^-17 apart; exp_avg_sq: 30 binades, then 2^-33 apart, so that its root reaches as far down as exp_avg. Coding a
-                  decoded number changes nothing, since no multiplication by a scale rounds: states go through float32
-                  checkpoints and back without the loss of a bit. A positive exp_avg_sq never becomes 0, or a step
-                  would be exp_avg / eps. NaN, Inf and numbers above 2^126 turn their whole block into NaN.
+                  Wellons' lowbias32) of (seed, step, element), so that any shard of a tensor can be rounded alone. Each
+                  element has a 16-bit number for its param, one for exp_avg and one for exp_avg_sq.
+bfloat16          16 random bits are added below the last bit that is kept: up with the probability that makes the mean
+                  exact.
+Remainder         The lower half of a float32 as a signed 16-bit number. The bfloat16 beside it is the float32 rounded
+                  to nearest, ties away from zero. Ties to even cannot work: an even bfloat16 is then nearest for 65537
+                  float32 numbers.
+8-bit codes       Blocks of 256 elements of the flat tensor with a scale each (Dettmers et al. 2022, arXiv 2110.02861),
+                  but with small floats of 3 mantissa bits in place of their table, and powers of two for scales.
+                  exp_avg: sign, 14 binades, then 2^-17 apart; exp_avg_sq: 30 binades, then 2^-33 apart, so that its
+                  root reaches as far down as exp_avg. Coding a decoded number changes nothing, since no multiplication
+                  by a scale rounds: states go through float32 checkpoints and back without the loss of a bit. A
+                  positive exp_avg_sq never becomes 0, or a step would be exp_avg / eps. NaN, Inf and numbers above
+                  2^126 turn their whole block into NaN.
 """
 
 import torch
@@ -33,7 +37,8 @@ def blocks(numel: int) -> int:
 
 
 def random16(seed: int, step: Tensor, offset: int, numel: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers of [0, 2^16) for param, exp_avg and exp_avg_sq of the elements offset, offset + 1, ...: int64 (numel,) each.
+    """Numbers of [0, 2^16) for param, exp_avg and exp_avg_sq of
+    the elements offset, offset + 1, ...: int64 (numel,) each.
 
     seed    of [0, 2^63).
     step    0-dim, the number of this step, the first being 1; its device is where the numbers are made.
@@ -46,7 +51,8 @@ def random16(seed: int, step: Tensor, offset: int, numel: int) -> tuple[Tensor, 
     x = (x ^ x >> 16) * 0x7FEB352D + key1 & _MASK
     x = (x ^ x >> 15) * 0x846CA68B & _MASK
     first = x ^ x >> 16
-    # For any lower half of `first`, the upper half of this product takes each value once; so exp_avg's and exp_avg_sq's numbers are independent.
+    # For any lower half of `first`, the upper half of this product takes each value once; so exp_avg's and exp_avg_sq's
+    # numbers are independent.
     second = first * 0x9E3779B1 & _MASK
     return first >> 16, first & 0xFFFF, second >> 16
 
@@ -64,7 +70,10 @@ def _mix(x):
 
 
 def round_stochastic(x: Tensor, random: Tensor) -> Tensor:
-    """x (float32) as bfloat16; random: int64 of [0, 2^16), any shape with x's elements. NaN stays NaN, Inf stays Inf."""
+    """x (float32) as bfloat16; random: int64 of [0, 2^16), any shape with x's elements.
+
+    NaN stays NaN, Inf stays Inf.
+    """
     bits = _bits(x)
     rounded = bits + random.view(x.shape) >> 16
     return _from_upper(torch.where(x.isnan(), bits >> 16 | 0x40, rounded))
@@ -105,10 +114,7 @@ def quantize(x: Tensor, signed: bool, random: Tensor | None = None) -> tuple[Ten
     steps_below = torch.floor(scaled.clamp(max=2.0**low) * 2.0 ** (3 - low) + random * 2.0**-16).to(torch.int64)
     steps_above = (_bits(scaled) + (random << 4) >> _MANTISSA) - offset
     code = torch.where(scaled < 2.0**low, steps_below, steps_above)
-    if signed:
-        code = code | (flat.signbit().to(torch.int64) << 7)
-    else:
-        code = torch.where(flat > 0, code.clamp(min=1), code)
+    code = code | (flat.signbit().to(torch.int64) << 7) if signed else torch.where(flat > 0, code.clamp(min=1), code)
     code = code.masked_fill(broken.repeat_interleave(BLOCK)[: flat.numel()], 0)
     return code.to(torch.uint8).view(x.shape), scales
 

@@ -1,7 +1,7 @@
 """Sum of the squares of all elements of a list of tensors, in float64: what a gradient norm reads memory for.
 
-torch.nn.utils.get_total_norm rounds every tensor's norm to the tensor's dtype, and DeepSpeed makes a float64 copy of every gradient
-first (18 bytes of traffic per bfloat16 element); this reads each element once (2 bytes).
+torch.nn.utils.get_total_norm rounds every tensor's norm to the tensor's dtype, and DeepSpeed makes a float64 copy of
+every gradient first (18 bytes of traffic per bfloat16 element); this reads each element once (2 bytes).
 """
 
 from collections.abc import Iterable
@@ -15,12 +15,13 @@ from fastft.ops import backends, native, triton
 def sum_squares(tensors: Iterable[Tensor], *, backend: str | None = None) -> Tensor:
     """Sum of x^2 over every element of every tensor.
 
-    tensors  any shapes and strides, float32 or bfloat16 in any mix (float16, float64: reference backend only), on one device. An
-             empty list sums to 0 on the CPU.
+    tensors  any shapes and strides, float32 or bfloat16 in any mix (float16, float64: reference backend only), on one
+             device. An empty list sums to 0 on the CPU.
     backend  see fastft.ops.backends; None chooses by itself.
 
-    Returns a 0-dim float64 tensor on the tensors' device: inf or nan exactly when an element is (or, for float64 input, when the sum
-    overflows). Not differentiable. The same input gives the same bits at any number of threads. Does not wait for the device.
+    Returns a 0-dim float64 tensor on the tensors' device: inf or nan exactly when an element is (or, for float64 input,
+    when the sum overflows). Not differentiable. The same input gives the same bits at any number of threads. Does not
+    wait for the device.
 
     Raises ValueError for tensors on several devices or of dtypes that are not floating.
     """

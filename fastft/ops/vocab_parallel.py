@@ -1,7 +1,7 @@
 """Softmax cross-entropy where every rank of a process group holds the logits of its own share of the classes.
 
-A rank reads its shard once for its logsumexp and once for the gradient; between the two stands one collective of a few numbers per row
-(Megatron-LM, arXiv 1909.08053, section 3, needs three all-reduces).
+A rank reads its shard once for its logsumexp and once for the gradient; between the two is one collective of a few
+numbers per row (Megatron-LM, arXiv 1909.08053, section 3, needs three all-reduces).
 """
 
 import torch
@@ -38,8 +38,9 @@ def vocab_parallel_cross_entropy(
     vocab_size   classes over all ranks; default: V_local times the ranks.
     The other arguments are cross_entropy's, and have to be the same on all ranks.
 
-    Returns the loss in float32, the same bits on every rank: 0-dim, or target's shape for reduction="none". Its gradient with respect to
-    the local logits is computed in the forward (for "none" in the backward, which brings a factor per row) and rounded once.
+    Returns the loss in float32, the same bits on every rank: 0-dim, or target's shape for reduction="none". Its
+    gradient with respect to the local logits is computed in the forward (for "none" in the backward, which brings a
+    factor per row) and rounded once.
 
     Raises what cross_entropy raises; ValueError when only one of vocab_start and vocab_size is given.
     """
@@ -120,7 +121,10 @@ class _VocabParallel(torch.autograd.Function):
 
 
 def _gradient(rows, at, owned, lse_local, lse, factor, x_at, vocab, options, backend) -> Tensor:
-    """factor * ((1 + 2 z_loss lse) p_c - (1 - smoothing) [c is the target] - smoothing / vocab), times the cap's slope."""
+    """The logits' gradient, times the cap's slope:
+
+    factor * ((1 + 2 z_loss lse) p_c - (1 - smoothing) [c is the target] - smoothing / vocab)
+    """
     _, smoothing, z_loss, softcap, logit_scale = options
     valid, at = at != _IGNORED, at.clamp_min(0)
     of_p = factor * (1 + 2 * z_loss * lse)  # (N,)

@@ -1,4 +1,6 @@
-"""FusedAdamW: AdamW through `fastft.ops.adamw`, interchangeable with torch.optim.AdamW, fit to be DeepSpeed's client optimizer."""
+"""FusedAdamW: AdamW through `fastft.ops.adamw`, interchangeable with torch.optim.AdamW,
+fit to be DeepSpeed's client optimizer.
+"""
 
 import itertools
 import logging
@@ -20,7 +22,8 @@ _OFFSET = "_fastft_offset"  # attribute of a param: see set_offset
 
 
 def set_offset(param: Tensor, offset: int) -> None:
-    """Tell FusedAdamW where a shard begins in the whole that it is cut from, in elements: rounding then does not depend on the cut.
+    """Tell FusedAdamW where a shard begins in the whole that it is cut from, in elements:
+    rounding then does not depend on the cut.
 
     Params without an offset are counted through, group by group.
     """
@@ -37,27 +40,32 @@ class _Kept:
 class FusedAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101), or Adam with L2 when adam_w_mode is False; the rules are torch.optim.AdamW's.
 
-    params        tensors or parameter groups, float32 or bfloat16 (float16, float64: reference backend only), on any devices.
+    params        tensors or parameter groups, float32 or bfloat16 (float16, float64: reference backend only), on any
+                  devices.
     lr            float, or a 0-dim tensor.
     state_dtype   "fp32"; "bf16" and "int8" (codes in blocks of 256) are rounded stochastically. int8 excludes amsgrad.
-    stochastic_rounding   bfloat16 params are rounded up or down at random, with the exact mean: no fp32 master is needed.
-    remainder     bfloat16 params and an int16 state each are the fp32 master together, exactly. Excludes stochastic_rounding. Neither is
-                  for wider params: step() raises ValueError.
-    seed          of all this rounding, from 0 to 2^63 - 1. The numbers are a function of (seed, step, element) and nothing else; see set_offset.
+    stochastic_rounding   bfloat16 params are rounded up or down at random, with the exact mean: no fp32 master is
+                needed.
+    remainder     bfloat16 params and an int16 state each are the fp32 master together, exactly. Excludes
+                  stochastic_rounding. Neither is for wider params: step() raises ValueError.
+    seed          of all this rounding, from 0 to 2^63 - 1. The numbers are a function of (seed, step, element) and
+                  nothing else; see set_offset.
     backend       see fastft.ops.backends; None chooses by itself.
 
-    Bytes of params and state, read and written once per step with the gradient: fp32 28 per parameter; bfloat16 params and gradients with
-    remainder 26, with stochastic rounding 20, and with int8 state 10. Definitions: fastft/ops/lowbyte.py.
+    Bytes of params and state, read and written once per step with the gradient: fp32 28 per parameter; bfloat16 params
+    and gradients with remainder 26, with stochastic rounding 20, and with int8 state 10. Definitions:
+    fastft/ops/lowbyte.py.
 
-    State per param: step (0-dim float32 on the param's device), exp_avg, exp_avg_sq, with amsgrad also max_exp_avg_sq, in float32
-    also for bfloat16 params; remainder; with int8 exp_avg_scale and exp_avg_sq_scale. state_dict() loads into torch.optim.AdamW, and its
-    loads here: it holds int8 state as float32, which loses nothing, since coding it again gives the same codes. So DeepSpeed's
-    checkpoints keep it, universal ones too (those drop the remainder: DeepSpeed takes exp_avg, exp_avg_sq and the param only).
-    A state dict of another state_dtype is converted, to nearest.
+    State per param: step (0-dim float32 on the param's device), exp_avg, exp_avg_sq, with amsgrad also max_exp_avg_sq,
+    in float32 also for bfloat16 params; remainder; with int8 exp_avg_scale and exp_avg_sq_scale. state_dict() loads
+    into torch.optim.AdamW, and its loads here: it holds int8 state as float32, which loses nothing, since coding it
+    again gives the same codes. So DeepSpeed's checkpoints keep it, universal ones too (those drop the remainder:
+    DeepSpeed takes exp_avg, exp_avg_sq and the param only). A state dict of another state_dtype is converted, to
+    nearest.
 
-    For DeepSpeed: nothing is remembered between calls except `self.state`, so groups and their params may be swapped or emptied.
-    FP16_UnfusedOptimizer (stage 0 with bfloat16 or float16) calls step() once on zero gradients while it is built, which would
-    count a step and decay the weights; build the engine inside `with optimizer.steps_suspended():`.
+    For DeepSpeed: nothing is remembered between calls except `self.state`, so groups and their params may be swapped or
+    emptied. FP16_UnfusedOptimizer (stage 0 with bfloat16 or float16) calls step() once on zero gradients while it is
+    built, which would count a step and decay the weights; build the engine inside `with optimizer.steps_suspended():`.
 
     Raises ValueError for arguments out of range or that exclude each other.
     """
@@ -127,7 +135,8 @@ class FusedAdamW(torch.optim.Optimizer):
     ) -> Any:
         """One update of every param that has a gradient; returns what `closure` returned.
 
-        grad_scale  0-dim float32: gradients are multiplied by it (torch's GradScaler, which divides, does its own unscaling).
+        grad_scale  0-dim float32: gradients are multiplied by it (torch's GradScaler, which divides, does its own
+                    unscaling).
         found_inf   0-dim float32: when it is not 0 params, state and steps stay as they are.
 
         Raises RuntimeError for sparse or complex gradients.
@@ -141,7 +150,8 @@ class FusedAdamW(torch.optim.Optimizer):
             return _watched_step(self, *(() if closure is None else (closure,)), **given)
         return self._step(closure, grad_scale=grad_scale, found_inf=found_inf)
 
-    # torch would wrap step itself for its profiler and its hooks. Where nobody uses them, that costs 0.1 ms after a large step, with cold caches.
+    # torch would wrap step itself for its profiler and its hooks. Where nobody uses them, that costs 0.1 ms after a
+    # large step, with cold caches.
     step.hooked = True
 
     def _step(
@@ -172,7 +182,9 @@ class FusedAdamW(torch.optim.Optimizer):
 
     @contextmanager
     def scaled(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Iterator[None]:
-        """While inside, step() uses these unless it is given its own: for wrappers (DeepSpeed's engine) that call it without arguments."""
+        """While inside, step() uses these unless it is given its own:
+        for wrappers (DeepSpeed's engine) that call it without arguments.
+        """
         before, self._scaling = self._scaling, (grad_scale, found_inf)
         try:
             yield
@@ -232,7 +244,8 @@ class FusedAdamW(torch.optim.Optimizer):
 
         group       the param's group; its params are not looked at.
         param       (n,) float32 or bfloat16.
-        grads       1-D tensors that cover param from its first element on, one after the other; what they leave (padding) stays as it is.
+        grads       1-D tensors that cover param from its first element on, one after the other; what they leave
+                    (padding) stays as it is.
         out         (n,): receives the updated param in out's dtype; with bfloat16 in the same pass over memory.
         grad_scale  0-dim float32: gradients are multiplied by it.
         """
@@ -332,7 +345,7 @@ class FusedAdamW(torch.optim.Optimizer):
             state.pop("remainder", None)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; int8 state as the float32 that it stands for."""
+        """As torch's; int8 state as the float32 that it encodes."""
         state_dict = super().state_dict()
         if self.state_dtype == "int8":
             state_dict["state"] = {key: _decoded_state(value) for key, value in state_dict["state"].items()}
@@ -340,7 +353,9 @@ class FusedAdamW(torch.optim.Optimizer):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of torch.optim.Adam(W). The state gets this optimizer's state_dtype, whatever the params are.
+        """Load a state dict of this class or of torch.optim.Adam(W).
+
+        The state gets this optimizer's state_dtype, whatever the params are.
 
         Like torch's, it does not copy tensors that already have the right device and dtype.
         """

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-# Llama 3 (Grattafiori et al. 2024, arXiv 2407.21783, section 3.3.4): 419 unexpected interruptions in 54 days on 16,384 H100.
+# Llama 3 (Grattafiori et al. 2024, arXiv 2407.21783, section 3.3.4): 419 unexpected interruptions in 54 days on 16,384
+# H100.
 GPU_HOURS_PER_FAILURE = 16_384 * 54 * 24 / 419
 
 
@@ -29,12 +30,13 @@ class Reliability:
 def reliability(
     world_size: int, save_seconds: float, restart_seconds: float, gpu_hours_per_failure: float = GPU_HOURS_PER_FAILURE
 ) -> Reliability:
-    """To first order in everything over mtbf: saving, on average half an interval done again per failure, and restarting.
+    """To first order in everything over mtbf: saving, on average half an interval done again per failure,
+    and restarting.
 
     Parameters
     ----------
     save_seconds : float
-        For which training stands still per checkpoint.
+        For which training stops per checkpoint.
     restart_seconds : float
         From a failure to the first new step.
     """

@@ -1,7 +1,7 @@
 """The model's five constants, by least squares on published measurements.
 
-Fitted on up to 128 GPUs it is held to those on 256 and 512 (`validation`); a plan is made with the constants of all of them, since the small runs
-alone determine the latency per hop only to a factor of about two.
+Fitted on up to 128 GPUs it is held to those on 256 and 512 (`validation`); a plan is made with the constants of all of
+them, since the small runs alone determine the latency per hop only to a factor of about two.
 """
 
 import functools
@@ -44,7 +44,8 @@ class Row:
 
 
 def fit(points: Sequence[Point], start: Constants = START, iterations: int = 100) -> Fit:
-    """Levenberg-Marquardt on the logarithms of constants (all positive) and of throughputs (so that every point counts by its relative error).
+    """Levenberg-Marquardt on the logarithms of constants (all positive)
+    and of throughputs (so that every point counts by its relative error).
 
     Raises
     ------

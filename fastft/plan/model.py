@@ -1,10 +1,12 @@
 """The scaling model: bytes, FLOPs and seconds of one optimizer step of data-parallel training under ZeRO.
 
-    step = G * (max(compute, overlapped communication) + exposed communication) + what stands between steps + optimizer + stall
+    step = G * (max(compute, overlapped communication) + exposed communication) + communication between steps +
+    optimizer + stall
 
-with G micro-steps per step. Everything is of one GPU, in bytes, seconds and FLOPs, unless a name says otherwise. Sources: ZeRO (Rajbhandari et al.
-2020, arXiv 1910.02054) for bytes communicated and held; Korthikanti et al. 2022 (arXiv 2205.05198) for activations; PaLM (Chowdhery et al. 2022,
-appendix B) for model FLOPs and MFU. The constants that no formula gives are in `Constants`; fit.py gets them from published measurements.
+with G micro-steps per step. Everything is of one GPU, in bytes, seconds and FLOPs, unless a name says otherwise.
+Sources: ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) for bytes communicated and held; Korthikanti et al. 2022
+(arXiv 2205.05198) for activations; PaLM (Chowdhery et al. 2022, appendix B) for model FLOPs and MFU. The constants that
+no formula gives are in `Constants`; fit.py gets them from published measurements.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ MASTER_BYTES = 12  # fp32 master weights and Adam's two moments
 OPTIMIZER_BYTES = (
     28  # read and written per parameter of the shard: fp32 weight, moments and their stores, bf16 gradient and weight
 )
-ACTIVATION_BYTES = 34  # held per token, layer and hidden unit for the backward pass, with flash attention (Korthikanti et al., equation 2)
+# held per token, layer and hidden unit for the backward pass, with flash attention (Korthikanti et al., equation 2)
+ACTIVATION_BYTES = 34
 CHECKPOINT_BYTES = 2  # the same with full recomputation: each layer's input
 RESERVED_BYTES = 4e9  # CUDA context, NCCL's buffers, fragmentation: an allowance, not a measurement
 
@@ -32,7 +35,8 @@ class Hardware:
     intra_node_bandwidth : float
         NVLink bytes per second and direction of one GPU.
     inter_node_bandwidth : float
-        Bytes per second and direction of a whole node's network cards: a ring crosses between two nodes over all of them at once.
+        Bytes per second and direction of a whole node's network cards: a ring crosses between two nodes over all of
+        them at once.
     gpus_per_node : int
     """
 
@@ -63,7 +67,9 @@ class Shape:
 
     @classmethod
     def of_size(cls, parameters: int) -> "Shape":
-        """A usual shape of that size: parameters = 12 * layers * hidden ** 2 (Kaplan et al. 2020) and hidden = 128 * layers, as in 7B and 13B models."""
+        """A usual shape of that size: parameters = 12 * layers * hidden ** 2
+        (Kaplan et al. 2020) and hidden = 128 * layers, as in 7B and 13B models.
+        """
         layers = max(1, round((parameters / (12 * 128**2)) ** (1 / 3)))
         return cls(parameters, layers, max(1, round((parameters / (12 * layers)) ** 0.5)))
 
@@ -116,12 +122,15 @@ class Constants:
     kernel_efficiency : float
         Share of peak FLOP/s that matrix products and attention reach while they run.
     activation_traffic : float
-        Bytes of HBM traffic per token, layer and hidden unit of everything that is no matrix product (norms, activations, residuals, casts).
+        Bytes of HBM traffic per token, layer and hidden unit of everything that is no matrix product (norms,
+        activations, residuals, casts).
     recompute_share : float
-        Time of the recomputed forward pass over what its FLOPs say: 1 means 8 instead of 6 FLOPs per parameter and token.
+        Time of the recomputed forward pass over what its FLOPs say: 1 means 8 instead of 6 FLOPs per parameter and
+        token.
     exposed_share : float
-        Share of the overlappable communication, at the links' nominal bandwidth, that the step takes longer by: what computation does not hide, and what
-        it loses to communication kernels. Measurements see only exposed_share / bandwidth, so lower real bandwidth is in it.
+        Share of the overlappable communication, at the links' nominal bandwidth, that the step takes longer by: what
+        computation does not hide, and what it loses to communication kernels. Measurements see only exposed_share /
+        bandwidth, so lower real bandwidth is in it.
     hop_latency : float
         Seconds per hop of a ring collective.
     """
@@ -179,8 +188,8 @@ class Memory:
 def communicated_bytes(setup: Setup) -> tuple[float, float]:
     """Bytes that a GPU sends per step: (next to forward and backward passes, between steps).
 
-    With f = (N-1)/N, Psi parameters and 2-byte gradients, in all: stages 0 and 1 4 Psi f, stage 2 (2 G + 2) Psi f, stage 3 6 G Psi f. Stages 1 and 2
-    gather the new weights between steps, where nothing hides it.
+    With f = (N-1)/N, Psi parameters and 2-byte gradients, in all: stages 0 and 1 4 Psi f, stage 2 (2 G + 2) Psi f,
+    stage 3 6 G Psi f. Stages 1 and 2 gather the new weights between steps, where nothing hides it.
     """
     elements = setup.model.parameters * (setup.world_size - 1) / setup.world_size
     weights, gradients, passes = WEIGHT_BYTES * elements, setup.reduce_bytes * elements, setup.accumulation
@@ -194,7 +203,9 @@ def communicated_bytes(setup: Setup) -> tuple[float, float]:
 
 
 def collectives(setup: Setup) -> tuple[int, int]:
-    """Ring collectives per step, (next to the passes, between steps), one per layer and one for the embedding; an all-reduce is two."""
+    """Ring collectives per step, (next to the passes, between steps), one per layer and one for the embedding;
+    an all-reduce is two.
+    """
     units = setup.model.layers + 1
     overlapped = {0: 2, 1: 1, 2: setup.accumulation, 3: 3 * setup.accumulation}[setup.zero] * units
     return overlapped, units if setup.zero in (1, 2) else 0
@@ -209,7 +220,9 @@ def bus_bandwidth(setup: Setup) -> float:
 
 
 def communication_seconds(setup: Setup, constants: Constants) -> tuple[float, float]:
-    """Seconds per step (next to the passes, between steps), were nothing hidden: bytes over bandwidth and N - 1 hops per collective."""
+    """Seconds per step (next to the passes, between steps), were nothing hidden:
+    bytes over bandwidth and N - 1 hops per collective.
+    """
     hops = (setup.world_size - 1) * constants.hop_latency
     sizes, counts = communicated_bytes(setup), collectives(setup)
     overlapped, between = (
@@ -219,15 +232,18 @@ def communication_seconds(setup: Setup, constants: Constants) -> tuple[float, fl
 
 
 def model_flops_per_token(setup: Setup) -> float:
-    """6 per parameter and 12 * layers * hidden * sequence length for attention (PaLM, appendix B, which leaves out the causal mask's half)."""
+    """6 per parameter and 12 * layers * hidden * sequence length for
+    attention (PaLM, appendix B, which leaves out the causal mask's half).
+    """
     return 6 * setup.model.parameters + 12 * setup.model.layers * setup.model.hidden * setup.sequence_length
 
 
 def compute_seconds(setup: Setup, constants: Constants) -> float:
-    """Forward and backward pass of one micro-step: FLOPs at the kernels' rate, the rest's HBM traffic, and what is recomputed.
+    """Forward and backward pass of one micro-step: FLOPs at the kernels' rate,
+    the rest's HBM traffic, and what is recomputed.
 
-    Attention's FLOPs matter: at 2,048 tokens they are 4 % of a 70B model's, 17 % of a 1B model's. So does the traffic, which falls with 1/hidden and is
-    why small models reach less of the peak.
+    Attention's FLOPs matter: at 2,048 tokens they are 4 % of a 70B model's, 17 % of a 1B model's. So does the traffic,
+    which falls with 1/hidden and is why small models reach less of the peak.
     """
     flops = model_flops_per_token(setup) / (setup.hardware.flops * constants.kernel_efficiency)
     traffic = constants.activation_traffic * setup.model.layers * setup.model.hidden / setup.hardware.hbm_bandwidth
@@ -251,10 +267,11 @@ def step(setup: Setup, constants: Constants) -> Step:
 
 
 def memory(setup: Setup) -> Memory:
-    """Bytes on one GPU: 16 per parameter, of which stage 1 shards the optimizer's 12, stage 2 also gradients, stage 3 also weights.
+    """Bytes on one GPU: 16 per parameter, of which stage 1 shards the optimizer's 12,
+    stage 2 also gradients, stage 3 also weights.
 
-    Activations: 34 bytes per token, layer and hidden unit; with recomputation 2, and one layer's 34 while it is gone through. Logits are not counted:
-    the loss is taken chunk by chunk. Stage 3 also holds two gathered layers.
+    Activations: 34 bytes per token, layer and hidden unit; with recomputation 2, and one layer's 34 while it is gone
+    through. Logits are not counted: the loss is taken chunk by chunk. Stage 3 also holds two gathered layers.
     """
     parameters, n, layers = setup.model.parameters, setup.world_size, setup.model.layers
     weights, gradients, optimizer = WEIGHT_BYTES * parameters, WEIGHT_BYTES * parameters, MASTER_BYTES * parameters

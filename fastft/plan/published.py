@@ -1,11 +1,12 @@
 """Published measurements that the scaling model is fitted on and held to.
 
-llm-foundry: the tables "H100 80GB BF16" and "H100 80GB BF16 (Large Scale, >= 128 GPUs)" of mosaicml/llm-foundry, scripts/train/benchmarking/README.md at commit
-c90b9b312c64: every row of 2,048 tokens and a model of 1b and more. FULL_SHARD is stage 3; SHARD_GRAD_OP, with accumulation 1, is stage 2. Composer's
-mixed precision DEFAULT gathers weights in bf16 and reduces gradients in fp32. Layers and hidden sizes are those of its MPT configurations.
+llm-foundry: the tables "H100 80GB BF16" and "H100 80GB BF16 (Large Scale, >= 128 GPUs)" of mosaicml/llm-foundry,
+scripts/train/benchmarking/README.md at commit c90b9b312c64: every row of 2,048 tokens and a model of 1b and more.
+FULL_SHARD is stage 3; SHARD_GRAD_OP, with accumulation 1, is stage 2. Composer's mixed precision DEFAULT gathers
+weights in bf16 and reduces gradients in fp32. Layers and hidden sizes are those of its MPT configurations.
 
-torchtitan: pytorch/torchtitan, docs/performance.md, tables of Llama 3.1 8B on Grand Teton: FSDP, local batch 2, 8,192 tokens, H100 with 2.4 TB/s and 96 GB
-held to 500 W.
+torchtitan: pytorch/torchtitan, docs/performance.md, tables of Llama 3.1 8B on Grand Teton: FSDP, local batch 2, 8,192
+tokens, H100 with 2.4 TB/s and 96 GB held to 500 W.
 """
 
 import dataclasses
@@ -24,13 +25,15 @@ MPT = {
 
 # model, GPUs, micro batch, accumulation, ZeRO stage, activation checkpointing, tokens/s/GPU
 LLM_FOUNDRY = (
-    ("1b", 8, 14, 1, 3, False, 45455), ("1b", 16, 20, 1, 3, False, 46037), ("1b", 32, 20, 1, 3, False, 45130), ("1b", 64, 20, 1, 3, False, 44402),
+    ("1b", 8, 14, 1, 3, False, 45455), ("1b", 16, 20, 1, 3, False, 46037), ("1b", 32, 20, 1, 3, False, 45130),
+    ("1b", 64, 20, 1, 3, False, 44402),
     ("1b", 128, 12, 1, 2, False, 44123), ("1b", 256, 12, 1, 2, False, 42555), ("1b", 512, 12, 1, 2, False, 39837),
     ("3b", 16, 10, 3, 3, False, 24142), ("3b", 32, 6, 3, 3, False, 23021), ("3b", 64, 6, 3, 3, False, 22525),
     ("3b", 128, 8, 1, 2, False, 23422), ("3b", 256, 8, 1, 2, False, 22772), ("3b", 512, 8, 1, 2, False, 21664),
     ("7b", 8, 6, 1, 3, False, 10643),
     ("7b", 128, 6, 1, 3, False, 10475), ("7b", 256, 6, 1, 3, False, 10119), ("7b", 512, 6, 1, 3, False, 9670),
-    ("13b", 8, 2, 1, 3, False, 4792), ("13b", 16, 2, 1, 3, False, 4767), ("13b", 32, 2, 1, 3, False, 4811), ("13b", 64, 2, 1, 3, False, 4800),
+    ("13b", 8, 2, 1, 3, False, 4792), ("13b", 16, 2, 1, 3, False, 4767), ("13b", 32, 2, 1, 3, False, 4811),
+    ("13b", 64, 2, 1, 3, False, 4800),
     ("13b", 128, 16, 1, 3, True, 5080), ("13b", 256, 16, 1, 3, True, 4989), ("13b", 512, 16, 1, 3, True, 4952),
     ("30b", 8, 3, 21, 3, True, 2002), ("30b", 16, 10, 3, 3, True, 2263), ("30b", 32, 14, 3, 3, True, 2308),
     ("30b", 128, 8, 1, 3, True, 2199), ("30b", 256, 8, 1, 3, True, 2148), ("30b", 512, 8, 1, 3, True, 2115),

@@ -82,7 +82,9 @@ def _check(name: str, value: float | None, good, rule: str) -> None:
 
 
 def shape(model: str | None, params: float | None) -> Shape:
-    """Of a model folder or hub id (its config.json, on the meta device: no weights are read), or of a number of parameters."""
+    """Of a model folder or hub id (its config.json, on the meta device: no weights are read),
+    or of a number of parameters.
+    """
     if (model is None) == (params is None):
         raise UserError(
             "Give either a model (folder or hub id) or --params.", "For example: fastft plan --params 7e9 --gpus 8"
@@ -121,7 +123,9 @@ def _shape_of_config(path: str) -> Shape:
 
 
 def plan(model: Shape, request: Request) -> dict:
-    """A JSON-able report: the model, the constants, and a row per ZeRO stage (seconds, bytes, tokens per second of all GPUs)."""
+    """A JSON-able report: the model, the constants, and a row per
+    ZeRO stage (seconds, bytes, tokens per second of all GPUs).
+    """
     constants = calibrated().constants
     if request.efficiency is not None:
         constants = dataclasses.replace(constants, kernel_efficiency=request.efficiency)
@@ -143,12 +147,23 @@ def plan(model: Shape, request: Request) -> dict:
         predicted, held = step(setup, constants), memory(setup)
         rate = predicted.tokens_per_second * request.gpus
         kept = rate * failures.goodput
-        rows.append({
-            "zero": stage, "memory": held.total, "states": held.states, "activations": held.activations, "fits": held.total <= hardware.memory,
-            "step_seconds": predicted.seconds, "tokens_per_second": rate, "mfu": predicted.mfu, "communication_seconds": predicted.communication,
-            "communication_share": predicted.communication_share, "save_interval": failures.save_interval, "goodput": failures.goodput,
-            "days": request.tokens / kept / 86400 if request.tokens and kept else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "zero": stage,
+                "memory": held.total,
+                "states": held.states,
+                "activations": held.activations,
+                "fits": held.total <= hardware.memory,
+                "step_seconds": predicted.seconds,
+                "tokens_per_second": rate,
+                "mfu": predicted.mfu,
+                "communication_seconds": predicted.communication,
+                "communication_share": predicted.communication_share,
+                "save_interval": failures.save_interval,
+                "goodput": failures.goodput,
+                "days": request.tokens / kept / 86400 if request.tokens and kept else None,
+            }
+        )
     return {
         "model": dataclasses.asdict(model),
         "gpus": request.gpus,

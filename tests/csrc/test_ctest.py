@@ -1,4 +1,6 @@
-"""Builds and runs the C++ tests: every kernel on every instruction set against float64 (csrc/tests), plain and under sanitizers."""
+"""Builds and runs the C++ tests: every kernel on every instruction set against float64 (csrc/tests),
+plain and under sanitizers.
+"""
 
 import os
 import shutil
@@ -41,10 +43,13 @@ def test_ctest(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ctest_under_sanitizers(tmp_path):
-    """Reads and writes past an end, overflow, misalignment: AddressSanitizer and UndefinedBehaviorSanitizer stop at the first."""
+    """Reads and writes past an end, overflow, misalignment:
+    AddressSanitizer and UndefinedBehaviorSanitizer stop at the first.
+    """
     probe = tmp_path / "probe.cpp"
     probe.write_text(
-        "#include <cstdlib>\nint main() { int* p = static_cast<int*>(std::malloc(4)); int x = p[std::rand() % 2 + 1]; return x != x; }\n"
+        "#include <cstdlib>\n"
+        "int main() { int* p = static_cast<int*>(std::malloc(4)); int x = p[std::rand() % 2 + 1]; return x != x; }\n"
     )
     compiler = os.environ.get("CXX", "g++")
     compiled = subprocess.run(
@@ -67,8 +72,9 @@ def test_ctest_under_sanitizers(tmp_path):
 
 
 def assert_no_shared_code(build: Path) -> None:
-    """A weak symbol (an inline function, a std:: template) compiled with AVX-512 could replace the baseline's copy at link time, and
-    the module would die of an illegal instruction on an older CPU."""
+    """A weak symbol (an inline function, a std:: template) compiled with AVX-512 could replace the
+    baseline's copy at link time, and the module would die of an illegal instruction on an older CPU.
+    """
     objects = [*build.rglob("kernels_avx2.cpp.o"), *build.rglob("kernels_avx512.cpp.o")]
     if shutil.which("nm") is None or not objects:
         return

@@ -99,7 +99,7 @@ def test_verify_finds_a_flipped_bit(tmp_path):
     data = bytearray((folder / "tokens.values.bin").read_bytes())
     data[0] ^= 1
     (folder / "tokens.values.bin").write_bytes(data)
-    with pytest.raises(UserError, match="tokens.values.bin"):
+    with pytest.raises(UserError, match=r"tokens.values.bin"):
         verify(folder)
 
 
@@ -112,7 +112,9 @@ def test_no_rows_at_all(tmp_path):
 
 
 def test_sources_are_read_again_only_when_they_changed(tmp_path, monkeypatch):
-    """By their bytes; a file left alone is known by its size and times, so that a resume does not read the corpus again."""
+    """By their bytes; a file left alone is known by its size and times,
+    so that a resume does not read the corpus again.
+    """
     folder, reads, builds = tmp_path / "d", [], []
     sha256_file = sources.sha256_file
     monkeypatch.setattr(sources, "sha256_file", lambda path: reads.append(path.name) or sha256_file(path))
@@ -176,7 +178,7 @@ def test_prepared_data_of_another_version_or_with_a_changed_manifest_is_made_ane
 
 @pytest.mark.parametrize("change", ["content", "new file", "file gone"])
 def test_sources_that_change_while_they_are_read(tmp_path, change):
-    """What was read is of neither version: it may not stand under the key of one."""
+    """What was read is of neither version: it may not be stored under the key of one."""
     source = tmp_path / "corpus"
     source.mkdir()
     for name in ("a.txt", "b.txt"):
@@ -230,7 +232,9 @@ def test_a_file_system_without_locks(tmp_path, answer, left_behind):
 
 
 def test_a_lock_of_another_is_left_to_it(tmp_path, monkeypatch):
-    """One that was taken over: by the look at it before it is taken away, and at the release of a holder who was stopped for long."""
+    """One that was taken over: by the look at it before it is taken away,
+    and at the release of a holder who was stopped for long.
+    """
     path = tmp_path / "lock"
     path.write_text("new holder")
     files._take_away(path, "old holder")

@@ -45,7 +45,9 @@ def test_trace_and_replay_know_the_data_that_the_run_read(classification_config,
 
 
 def test_replay_of_the_first_step_is_its_loss(classification_config, tmp_path):
-    """No dropout and one sequence per step: the loss of step 1 is that of its sample under the model that the run began with; the head is drawn from the seed."""
+    """No dropout and one sequence per step: the loss of step 1 is that of its
+    sample under the model that the run began with; the head is drawn from the seed.
+    """
     classification_config["batch"] = {"size": 1}
     launch.fastft("train", launch.write_config(tmp_path / "c.yaml", classification_config))
     run = Path(classification_config["run"]["dir"])

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_host_file(tmp_path):
         ("node1\n", ":1: expected `name slots=N`"),
         ("a slots=0\n", ":1: expected"),
         ("a slots=1\nb slots=x\n", ":2: expected"),
-        ("a slots=1\na slots=2\n", ":2: a stands twice"),
+        ("a slots=1\na slots=2\n", ":2: a appears twice"),
         ("-oProxyCommand=x slots=1\n", "expected|no host name"),
     ],
 )
@@ -42,7 +43,7 @@ def test_host_files_that_are_wrong(tmp_path, text, message):
 def test_plans(tmp_path):
     with pytest.raises(UserError, match="no such host file"):
         hostfile.read(tmp_path / "none")
-    with pytest.raises(UserError, match="host no-such-host.invalid"):
+    with pytest.raises(UserError, match=r"host no-such-host.invalid"):
         launcher.plan(["train", "c.yaml"], [Host("no-such-host.invalid", 1)], tmp_path)
     with pytest.raises(UserError, match="cannot reach"):
         launcher.plan(["train", "c.yaml"], [Host("localhost", 1), Host("127.0.0.2", 1)], tmp_path)
@@ -70,7 +71,9 @@ def test_what_cannot_be_launched(arguments, message):
 
 
 def test_ranks_run_as_under_any_launcher(lm_config, tmp_path):
-    """Two ranks, ZeRO-2: the losses of the same ranks started by hand; a log per rank; rank 0's lines are passed on; a mistake is not tried again."""
+    """Two ranks, ZeRO-2: the losses of the same ranks started by hand; a log per rank;
+    rank 0's lines are passed on; a mistake is not tried again.
+    """
     from fastft.train import telemetry
 
     lm_config["train"] = {"steps": 3, "log_every": 1}
@@ -123,7 +126,7 @@ def test_an_agent_that_is_not_heard_kills_its_ranks(lm_config, tmp_path):
 
 
 def test_a_killed_agent_takes_its_ranks_with_it(lm_config, tmp_path):
-    """SIGKILL of the agent itself: the kernel ends the ranks (PR_SET_PDEATHSIG), and the launcher says so and goes on."""
+    """SIGKILL of the agent itself: the kernel ends the ranks (PR_SET_PDEATHSIG); the launcher says so and goes on."""
     lm_config["train"] = {"steps": 60, "log_every": 1}
     lm_config["checkpoint"] = {"every": 10}
     path = launch.write_config(tmp_path / "c.yaml", lm_config)
@@ -158,7 +161,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_restart_takes_nobody_elses_run(lm_config, tmp_path):
-    """A rank that dies before it has looked at run.dir, which holds another run: the next try is the same command again, and is refused."""
+    """A rank that dies before it has looked at run.dir, which holds another run:
+    the next try is the same command again, and is refused.
+    """
     lm_config["train"] = {"steps": 2}
     path = launch.write_config(tmp_path / "c.yaml", lm_config)
     launch.fastft("train", path)
@@ -166,7 +171,8 @@ def test_a_restart_takes_nobody_elses_run(lm_config, tmp_path):
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(
         "import os, signal\n"
-        "if 'RANK' in os.environ and not os.path.exists(os.environ['MARK']):\n    open(os.environ['MARK'], 'w'); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if 'RANK' in os.environ and not os.path.exists(os.environ['MARK']):\n"
+        "    open(os.environ['MARK'], 'w'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     env = {"PYTHONPATH": f"{tmp_path}/hook:{launch.ENV['PYTHONPATH']}", "MARK": str(tmp_path / "mark")}
     code, output = launch.fastft(
@@ -206,10 +212,8 @@ def test_a_rank_that_cannot_write_ends_all_with_its_reason(lm_config, tmp_path, 
     process = started(launch.write_config(tmp_path / "c.yaml", lm_config), tmp_path / "run")
     while process.poll() is None:
         for scratch in (tmp_path / "run" / "checkpoints").glob("step-*.tmp"):
-            try:
+            with suppress(OSError):
                 (scratch / "rng-1.pt").mkdir()
-            except OSError:
-                pass
         time.sleep(0.001)
     output = launch.finish(process, 10)
     assert process.returncode == 1 and "rank 1:" in output and "rng-1.pt" in output, output[-2000:]

@@ -1,4 +1,6 @@
-"""What preflight finds, from facts as hosts give them; the conversation itself is tested over real hosts in tests/multinode."""
+"""What preflight finds, from facts as hosts give them; the
+conversation itself is tested over real hosts in tests/multinode.
+"""
 
 import copy
 import sys
@@ -80,7 +82,8 @@ def test_a_host_with_an_older_fastft_is_named(tmp_path, monkeypatch):
     """It answers, but not all that is asked of it today."""
     old = tmp_path / "old"
     old.write_text(
-        f'#!{sys.executable}\nimport sys\nfor line in sys.stdin:\n    print(\'{{"host": "b", "python": "3.11"}}\', flush=True)\n'
+        f"#!{sys.executable}\nimport sys\nfor line in sys.stdin:\n"
+        '    print(\'{"host": "b", "python": "3.11"}\', flush=True)\n'
     )
     old.chmod(0o755)
     plan = launcher.Plan([], [Host("localhost", 1), Host("b", 1)], tmp_path / "run", "127.0.0.1", launch.free_port())
@@ -121,7 +124,9 @@ def test_inputs_that_cannot_be_read(tmp_path):
 
 
 def test_a_shell_that_prints_and_one_that_is_gone(tmp_path, monkeypatch):
-    """Lines that are no answer are passed over, JSON or not; a host whose process ends before it is asked is named with its last words."""
+    """Lines that are no answer are passed over, JSON or not; a host
+    whose process ends before it is asked is named with its last words.
+    """
     real = [launch.sys.executable, "-m", "fastft.launch.probe"]
     chatty = ["sh", "-c", f"echo Welcome; echo 12; cd {launch.ROOT}; exec {' '.join(real)}"]
     plan = launcher.Plan([], [Host("localhost", 1)], tmp_path / "run", "127.0.0.1", launch.free_port())

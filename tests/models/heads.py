@@ -82,7 +82,9 @@ class LowRankHead(nn.Linear):
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model by name: one of CAUSAL or PAIRS, or llama with "lora" (PEFT's, on the head and elsewhere) or "low_rank" (hand-written)."""
+    """A model by name: one of CAUSAL or PAIRS, or llama with "lora"
+    (PEFT's, on the head and elsewhere) or "low_rank" (hand-written).
+    """
     torch.manual_seed(0)
     if name in PAIRS:
         auto, config = transformers.AutoModelForSeq2SeqLM, PAIRS[name]()

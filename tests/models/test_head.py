@@ -203,7 +203,7 @@ def test_a_run_records_what_it_used(lm_config, tmp_path, implementation):
     config = copy.deepcopy(lm_config)
     config["loss"] = {"implementation": implementation}
     launch.fastft("train", launch.write_config(tmp_path / "c.yaml", config))
-    records = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     used = records[0]["loss"]["implementation"]
     assert used == ("cross_entropy" if implementation == "cross_entropy" else "linear_cross_entropy")
     chosen = {c["op"] for r in records if r["kind"] == "backends" for c in r["chosen"]}

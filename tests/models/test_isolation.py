@@ -45,7 +45,7 @@ def test_bf16_is_allowed_its_rounding():
 
 
 def test_a_model_that_leaks_is_refused():
-    """A Llama whose attention is given a cache: transformers then reads restarting positions as one continued sequence."""
+    """A Llama whose attention is given a cache: transformers then reads restarting positions as one sequence."""
     model = model_of("llama")
     inner = model.forward
     leaky = lambda input_ids, position_ids, use_cache: inner(

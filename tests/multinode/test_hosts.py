@@ -1,4 +1,6 @@
-"""Two hosts that are network namespaces with a real sshd each: every way of launching, ZeRO 1-3, a slow and lossy network, a killed rank, a dead host."""
+"""Two hosts that are network namespaces with a real sshd each: every way of launching,
+ZeRO 1-3, a slow and lossy network, a killed rank, a dead host.
+"""
 
 import os
 import shutil
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ BIN = Path(sys.executable).parent
 
 
 class Hosts:
-    """Namespaces 10.77.X.1 and 10.77.X.2 on a bridge, an sshd in each, and an ``ssh`` first on PATH that knows the key."""
+    """Namespaces 10.77.X.1 and 10.77.X.2 on a bridge, an sshd in each; an ``ssh`` first on PATH that knows the key."""
 
     def __init__(self, folder: Path):
         self.folder, self.number = folder, os.getpid() % 250 + 1
@@ -42,17 +45,16 @@ class Hosts:
             for device in ("lo", "eth0"):
                 self.inside(name, "ip", "link", "set", device, "up")
             (self.folder / f"sshd-{name}").write_text(
-                f"Port 22\nListenAddress {address}\nHostKey {self.folder}/key\nAuthorizedKeysFile {self.folder}/authorized\nUsePAM no\nStrictModes no\n"
+                f"Port 22\nListenAddress {address}\nHostKey {self.folder}/key\n"
+                f"AuthorizedKeysFile {self.folder}/authorized\nUsePAM no\nStrictModes no\n"
                 f"PermitRootLogin yes\nPidFile none\n"
             )
-            self.daemons.append(
-                subprocess.Popen(
-                    ["ip", "netns", "exec", name, SSHD, "-D", "-e", "-f", self.folder / f"sshd-{name}"],
-                    stderr=open(self.folder / f"{name}.log", "w"),
-                )
-            )
+            command = ["ip", "netns", "exec", name, SSHD, "-D", "-e", "-f", self.folder / f"sshd-{name}"]
+            with open(self.folder / f"{name}.log", "w") as log:
+                self.daemons.append(subprocess.Popen(command, stderr=log))
         (self.folder / "ssh_config").write_text(
-            f"Host *\n IdentityFile {self.folder}/key\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n"
+            f"Host *\n IdentityFile {self.folder}/key\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n"
+            " LogLevel ERROR\n"
         )
         wrapper = self.folder / "bin" / "ssh"
         wrapper.parent.mkdir()
@@ -71,10 +73,8 @@ class Hosts:
         for name in self.names:
             pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
             for pid in map(int, pids):
-                try:
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             subprocess.run(["ip", "netns", "del", name], check=False)
         subprocess.run(["ip", "link", "del", self.bridge], check=False)
 
@@ -158,7 +158,7 @@ def test_two_hosts_give_the_losses_of_one(hosts, config, tmp_path, zero):
 
 
 def test_every_launcher_gives_the_same_run(hosts, config, tmp_path):
-    """`deepspeed --hostfile` through launch/multinode.sh (pdsh where it is there, else ssh), and torchrun on each host."""
+    """`deepspeed --hostfile` through launch/multinode.sh (pdsh if it is there, else ssh); torchrun on each host."""
     config["parallel"] = {"zero": 2}
     path, truth = on_one_host(config, tmp_path)
     process = hosts.start(
@@ -293,7 +293,9 @@ def test_a_killed_launcher_leaves_nothing_on_any_host(hosts, config, tmp_path):
 
 
 def test_a_dead_host_is_named(hosts, config, tmp_path):
-    """The cable is pulled: the launcher names the host; the ranks on the far side, which nobody reaches, end by themselves."""
+    """The cable is pulled: the launcher names the host; the ranks on the far side,
+    which nobody reaches, end by themselves.
+    """
     process = started(hosts, config, tmp_path, "--max-restarts", "0")
     run("ip", "link", "set", hosts.names[1], "down")
     try:
@@ -309,7 +311,9 @@ def test_a_dead_host_is_named(hosts, config, tmp_path):
 
 
 def test_preflight_over_two_hosts(hosts, config, tmp_path):
-    """A table and 0; then each real fault with the host's name: a run.dir that is not shared, a slow link, a host that cannot be reached."""
+    """A table and 0; then each real fault with the host's name: a run.dir that is not shared,
+    a slow link, a host that cannot be reached.
+    """
     path = launch.write_config(tmp_path / "c.yaml", config)
     shared = tmp_path / "shared"
 

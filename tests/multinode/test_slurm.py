@@ -1,4 +1,6 @@
-"""launch/slurm.sbatch under a real Slurm of two nodes (two slurmd on this machine), built in a temporary folder and taken down again."""
+"""launch/slurm.sbatch under a real Slurm of two nodes (two slurmd on this machine),
+built in a temporary folder and taken down again.
+"""
 
 import json
 import os
@@ -165,7 +167,9 @@ def losses(run: Path) -> list[tuple]:
 
 @pytest.mark.slow
 def test_two_nodes_train_then_a_warned_job_requeues_itself_and_goes_on(slurm, lm_config, tmp_path):
-    """The losses are those of two ranks without Slurm, also when SIGUSR1 (the warning before the time limit) came in between."""
+    """The losses are those of two ranks without Slurm, also when
+    SIGUSR1 (the warning before the time limit) came in between.
+    """
     config, log, steps = launch.write_config(tmp_path / "c.yaml", lm_config), tmp_path / "log", 400
     job = submit(slurm, log, config, f"run.dir={tmp_path / 'slurm'}", f"train.steps={steps}")
     try:

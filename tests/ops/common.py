@@ -23,7 +23,9 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
-    """x in dtype, rounded as this backend can at best: Triton's interpreter (3.9) truncates to bfloat16 where a GPU rounds."""
+    """x in dtype, rounded as this backend can at best: Triton's
+    interpreter (3.9) truncates to bfloat16 where a GPU rounds.
+    """
     if dtype == torch.bfloat16 and backend == "triton" and DEVICE == "cpu":
         return (x.float().view(torch.int32) & -65536).view(torch.float32).to(dtype)
     return x.to(dtype)
@@ -32,7 +34,8 @@ def rounded(x: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
 def assert_as_good_as(
     ours: torch.Tensor, baseline: torch.Tensor, truth: torch.Tensor, what: str, *, terms: float = 0.0
 ) -> None:
-    """quack's rule: our largest error against float64 is at most twice the baseline's in the same dtype, plus two float32 units.
+    """quack's rule: our largest error against float64 is at most twice the baseline's in the same dtype,
+    plus two float32 units.
 
     terms: size of the terms that make up the result, where they may cancel.
     """
@@ -47,7 +50,9 @@ def assert_as_good_as(
 def assert_rounded_once(
     ours: torch.Tensor, truth: torch.Tensor, what: str, backend: str, *, terms: float = 0.0
 ) -> None:
-    """Every element is the truth rounded to its dtype, up to float32 noise: half a unit in the last place, and 2 % of one more."""
+    """Every element is the truth rounded to its dtype, up to float32 noise:
+    half a unit in the last place, and 2 % of one more.
+    """
     truncates = ours.dtype == torch.bfloat16 and backend == "triton" and DEVICE == "cpu"
     unit = torch.finfo(ours.dtype).eps * (2 if truncates else 1)
     noise = 4e-7 * truth.abs() + 3e-7 * max(truth.abs().max().item(), terms)

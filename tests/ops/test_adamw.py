@@ -63,8 +63,24 @@ def make(param_dtype, grad_dtype, shapes=SHAPES, first_step=0):
     return {name: [t.to(DEVICE) for t in tensors] for name, tensors in lists.items()}
 
 
-def definition(p, g, m, v, v_max, step, *, lr, beta1, beta2, eps, weight_decay, amsgrad=False, decoupled=True, maximize=False,
-               grad_scale=1.0):  # fmt: skip
+def definition(
+    p,
+    g,
+    m,
+    v,
+    v_max,
+    step,
+    *,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    amsgrad=False,
+    decoupled=True,
+    maximize=False,
+    grad_scale=1.0,
+):
     """torch.optim.AdamW's rules on tensors of one dtype; float64 gives the truth, float32 the usual error."""
     g = g * grad_scale * (-1 if maximize else 1)
     g = g if decoupled else g + weight_decay * p
@@ -240,8 +256,14 @@ def test_trap_non_contiguous(backend, params, others):
 def test_copies_may_be_given_for_some(backend):
     before = make(F32, F32, [(5,), (6,)])
     copy = torch.zeros(6, dtype=BF16, device=DEVICE)
-    adamw(*(before[k] for k in ("params", "grads", "exp_avgs", "exp_avg_sqs")), [], before["steps"], copies=[None, copy],
-          **HYPER, backend=backend)  # fmt: skip
+    adamw(
+        *(before[k] for k in ("params", "grads", "exp_avgs", "exp_avg_sqs")),
+        [],
+        before["steps"],
+        copies=[None, copy],
+        **HYPER,
+        backend=backend,
+    )
     torch.testing.assert_close(copy.float(), before["params"][1], rtol=8e-3, atol=0)
     assert [s.item() for s in before["steps"]] == [1, 1]
 

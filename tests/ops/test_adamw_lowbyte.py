@@ -1,4 +1,6 @@
-"""adamw with state and params in fewer bytes: every backend bit for bit where the arithmetic is exact, against float64 elsewhere."""
+"""adamw with state and params in fewer bytes: every backend bit for bit where the arithmetic is exact,
+against float64 elsewhere.
+"""
 
 import itertools
 import os
@@ -20,12 +22,16 @@ COMBINATIONS = [
     (p, s) for p, s in itertools.product(PARAMS, STATES) if (p, s) not in (("fp32", "fp32"), ("bf16", "fp32"))
 ]
 SIZES = [1, 255, 256, 257, 1027, 5003]
-# Each step of the arithmetic is exact in float32: short factors, short numbers. So the roundings are all that is left to differ.
+# Each step of the arithmetic is exact in float32: short factors, short numbers. So the roundings are all that is left
+# to differ.
 EXACT = {"lr": 0.5, "beta1": 0.5, "beta2": 0.5, "eps": 1.0, "weight_decay": 2.0**-10}
 
 
 def make(params, state, grad_dtype=F32, sizes=SIZES, number=0):
-    """The lists of a call: params of order 1, state as after some steps. Dyadic numbers of few bits where the dtype is wide."""
+    """The lists of a call: params of order 1, state as after some steps.
+
+    Dyadic numbers of few bits where the dtype is wide.
+    """
     g = seeded(PARAMS.index(params), STATES.index(state), number)
     short = lambda n: torch.randint(-127, 128, (n,), generator=g) * 2.0**-7
     masters = [short(n) * torch.randint(1, 255, (n,), generator=g) for n in sizes]
@@ -77,7 +83,9 @@ def assert_equal(one, other):
 
 
 def exact(params, state, backend, grad_dtype=F32, sizes=SIZES, **options):
-    """One step in which no arithmetic rounds: without gradient and exp_avg the param only decays; the state takes one more call."""
+    """One step in which no arithmetic rounds: without gradient and exp_avg the param only decays;
+    the state takes one more call.
+    """
     lists = make(params, state, grad_dtype, sizes)
     first = run(lists, params, backend, **{**EXACT, "lr": 0.0, **options})
     still = {
@@ -153,7 +161,9 @@ def neighbours(x, state, signed):
 @pytest.mark.parametrize(("params", "state"), COMBINATIONS)
 @each_backend
 def test_matches_float64(backend, params, state):
-    """Each result lies within one rounding of the truth from the stored inputs; with a remainder the master is as good as float32."""
+    """Each result lies within one rounding of the truth from the stored inputs;
+    with a remainder the master is as good as float32.
+    """
     before = make(params, state, BF16, number=1)
     after = run(before, params, backend)
     for i in range(len(SIZES)):
@@ -183,7 +193,9 @@ def test_matches_float64(backend, params, state):
 @pytest.mark.parametrize(("params", "state"), COMBINATIONS)
 @each_backend
 def test_trap_a_shard_is_rounded_as_the_whole(backend, params, state):
-    """Whatever the cut (on a block's border, where there are blocks), the pieces with their offsets give the bits of the whole."""
+    """Whatever the cut (on a block's border, where there are blocks),
+    the pieces with their offsets give the bits of the whole.
+    """
     n, cut = 1500, 512 if state == "int8" else 701
     whole = make(params, state, sizes=[n])
     after = run(whole, params, backend, offsets=[100])
@@ -221,10 +233,13 @@ def test_stochastic_rounding_has_the_exact_mean(backend):
     """Over many elements the mean of what was rounded is the truth; to nearest it would be off by up to half a unit."""
     n, target = 200_000, 1.0 + 2.0**-9  # a quarter of the way from 1 to the next bfloat16
     lists = {
-        "params": [torch.ones(n, dtype=BF16, device=DEVICE)], "grads": [torch.zeros(n, device=DEVICE)], "max_exp_avg_sqs": [],
-        "exp_avgs": [torch.full((n,), 2 * target - 1, device=DEVICE)], "exp_avg_sqs": [torch.zeros(n, device=DEVICE)],
+        "params": [torch.ones(n, dtype=BF16, device=DEVICE)],
+        "grads": [torch.zeros(n, device=DEVICE)],
+        "max_exp_avg_sqs": [],
+        "exp_avgs": [torch.full((n,), 2 * target - 1, device=DEVICE)],
+        "exp_avg_sqs": [torch.zeros(n, device=DEVICE)],
         "steps": [torch.zeros((), device=DEVICE)],
-    }  # fmt: skip
+    }
     options = {"lr": 2.0**-9, "weight_decay": -1.0, "beta1": 0.5, "beta2": 0.5, "eps": 1e30}
     after = run(lists, "stochastic", backend, **options)["params"][0].double()
     assert set(after.unique().tolist()) == {1.0, 1.0078125}
@@ -234,7 +249,10 @@ def test_stochastic_rounding_has_the_exact_mean(backend):
 @pytest.mark.parametrize("state", ["bf16", "int8"])
 @each_backend
 def test_trap_a_decaying_exp_avg_sq_does_not_stall(backend, state):
-    """beta2 = 0.999 without gradients: after 1000 steps exp_avg_sq is 0.37 of what it was. To nearest, bfloat16 would never move."""
+    """beta2 = 0.999 without gradients: after 1000 steps exp_avg_sq is 0.37 of what it was.
+
+    To nearest, bfloat16 would never move.
+    """
     n, steps = 2048, 50 if backend == "triton" else 1000
     x = torch.rand(n, generator=seeded(0)) + 0.5
     lists = {

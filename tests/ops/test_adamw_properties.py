@@ -1,4 +1,6 @@
-"""Properties of adamw over drawn shapes, strides, dtypes and flags: native against the reference, and what must not change."""
+"""Properties of adamw over drawn shapes, strides, dtypes and flags:
+native against the reference, and what must not change.
+"""
 
 import hypothesis
 import pytest
@@ -120,7 +122,9 @@ def numbers(lists, i):
 @settings
 @hypothesis.given(calls())
 def test_native_does_what_the_reference_does(call):
-    """Equal up to float32 noise, which may flip a rounding to the neighbour: almost all elements then agree to 1e-5, all to one unit."""
+    """Equal up to float32 noise, which may flip a rounding to the neighbour:
+    almost all elements then agree to 1e-5, all to one unit.
+    """
     lists, options = call
     ours, theirs = (run(lists, options, backend) for backend in ("native", "reference"))
     for i in range(len(lists["params"])):

@@ -77,7 +77,7 @@ def test_a_backend_that_was_asked_for_never_falls_back(table, backend, reason):
 @pytest.mark.parametrize("value", ["nativ", "twice=nativ", "trice=plain", "twice="])
 def test_unknown_names_in_the_environment(table, monkeypatch, value):
     monkeypatch.setenv(table.ENVIRONMENT_VARIABLE, value)
-    with pytest.raises(ValueError, match="unknown .*; known: "):
+    with pytest.raises(ValueError, match=r"unknown .*; known: "):
         table.select("twice", None, *CPU_F32)
 
 
@@ -98,7 +98,7 @@ def test_nothing_fits(table):
 
 @pytest.mark.parametrize("backend", [NATIVE])
 def test_native_refuses_other_dtypes(backend):
-    with pytest.raises(BackendError, match="takes float32 and bfloat16, not float16. Available here: .*reference"):
+    with pytest.raises(BackendError, match=r"takes float32 and bfloat16, not float16. Available here: .*reference"):
         cross_entropy(torch.zeros(1, 2).half(), torch.zeros(1, dtype=torch.int64), backend=backend)
 
 
@@ -118,7 +118,7 @@ CALL += "loss = cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), backend={
 
 @pytest.mark.skipif(not TRITON_INSTALLED or torch.cuda.is_available(), reason="triton on a CPU")
 def test_triton_on_a_cpu_only_in_the_interpreter():
-    with pytest.raises(AssertionError, match="BackendError.*only in its interpreter, with TRITON_INTERPRET=1"):
+    with pytest.raises(AssertionError, match=r"BackendError.*only in its interpreter, with TRITON_INTERPRET=1"):
         run(CALL.format(backend="triton"))
     assert "'backend': 'triton'" in run(CALL.format(backend="triton"), TRITON_INTERPRET="1")
     assert "'backend': 'triton'" not in run(CALL.format(backend=None), TRITON_INTERPRET="1")
@@ -133,7 +133,7 @@ def test_missing_triton_names_the_extra():
 
 def test_missing_native_module_is_told():
     hide = "import sys; sys.modules['fastft._C'] = None\n"
-    with pytest.raises(AssertionError, match="BackendError.*not built: .*fastft._C.*Available here: reference"):
+    with pytest.raises(AssertionError, match=r"BackendError.*not built: .*fastft._C.*Available here: reference"):
         run(hide + CALL.format(backend="native"))
     output = run(hide + CALL.format(backend=None))
     assert "'backend': 'reference'" in output and "'native': 'not built: " in output

@@ -1,4 +1,7 @@
-"""cross_entropy against float64, over backend x dtype x options x shape. The traps are in test_cross_entropy_traps.py."""
+"""cross_entropy against float64, over backend x dtype x options x shape.
+
+The traps are in test_cross_entropy_traps.py.
+"""
 
 import sys
 
@@ -48,9 +51,20 @@ SHAPES = {
 CASES = [(shape, name) for shape in SHAPES for name in SHAPES[shape]]
 
 
-def formula(logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, logit_scale=1.0,
-            token_weight=None, reduction="mean"):  # fmt: skip
-    """The definition, through torch's own cross-entropy; float64 logits give the truth, float32 logits torch's error."""
+def formula(
+    logits,
+    target,
+    *,
+    weight=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    logit_scale=1.0,
+    token_weight=None,
+    reduction="mean",
+):
+    """The definition, through torch's cross-entropy; float64 logits give the truth, float32 logits torch's error."""
     x = logits * logit_scale
     x = x if softcap is None else softcap * torch.tanh(x / softcap)
     valid = target != ignore_index
@@ -104,7 +118,8 @@ def test_matches_float64(backend, dtype, shape, name, reduction):
     base_loss, base_grad = loss_and_gradient(formula, logits.float(), target, upstream, **options)
     loss, grad = loss_and_gradient(cross_entropy, logits, target, upstream, backend=backend, **options)
     assert_as_good_as(loss, base_loss, true_loss, "loss", terms=0.1)
-    # 1 - tanh^2 cancels, and so does p - 1 with a single class: float32's error there is up to 8 times as large in the gradient.
+    # 1 - tanh^2 cancels, and so does p - 1 with a single class: float32's error there is up to 8 times as large in the
+    # gradient.
     terms = 8 * true_grad.abs().max().item() if "softcap" in options or shape[1] == 1 else 0.0
     assert_as_good_as(grad, rounded(base_grad, dtype, backend), true_grad, "gradient", terms=terms)
     assert_rounded_once(grad, true_grad, "gradient", backend, terms=terms)

@@ -1,4 +1,7 @@
-"""linear_cross_entropy against float64, over backend x dtype x options x reduction. The traps are in test_linear_cross_entropy_traps.py."""
+"""linear_cross_entropy against float64, over backend x dtype x options x reduction.
+
+The traps are in test_linear_cross_entropy_traps.py.
+"""
 
 import sys
 
@@ -93,7 +96,8 @@ def in_dtype(tensors, dtype):
 def assert_matches(tensors, target, upstream, options, slack=0.0, **ours):
     """Loss and every gradient: at most twice the error of torch's plain path in the same dtype.
 
-    slack: errors of this share of the truth, and of so much in each row's loss, pass anyway (torch's own may happen to be none).
+    slack: errors of this share of the truth, and of so much in each row's loss, pass anyway (torch's own may happen to
+    be none).
     """
     truth = loss_and_gradients(formula, in_dtype(tensors, torch.float64), target, upstream.double(), **options)
     plain = loss_and_gradients(formula, tensors, target, upstream, **options)
@@ -102,8 +106,8 @@ def assert_matches(tensors, target, upstream, options, slack=0.0, **ours):
     assert_as_good_as(got[0], plain[0].float(), truth[0], "loss", terms=1.0 + slack * rows / UNIT)
     for name, grad in got[1].items():
         size = truth[1][name].abs().max().item()
-        # float32 sums in another order: a few units of the largest term. Triton's interpreter truncates to bfloat16, which is biased.
-        # bfloat16: which of the two roundings of a largest element is luckier is a matter of chance.
+        # float32 sums in another order: a few units of the largest term. Triton's interpreter truncates to bfloat16,
+        # which is biased. bfloat16: which of the two roundings of a largest element is luckier is a matter of chance.
         noise = (8 if grad.dtype == torch.float32 else 0.003 / UNIT) * size
         if grad.dtype == torch.bfloat16 and ours.get("backend") == "triton" and DEVICE == "cpu":
             noise = 0.01 / UNIT * size
@@ -162,8 +166,14 @@ def test_any_shape_stride_and_flag(data):
     for key in tensors:
         if draw(st.booleans(), label=f"{key} strided"):
             tensors[key] = torch.stack([tensors[key]] * 2, -1)[..., 0]
-    got = assert_matches(tensors, target, torch.rand(rows, generator=seeded(rows)).to(DEVICE), options,
-                         slack=30 * torch.finfo(dtype).eps, chunk_bytes=draw(st.none() | st.integers(1, 20 * 300)))  # fmt: skip
+    got = assert_matches(
+        tensors,
+        target,
+        torch.rand(rows, generator=seeded(rows)).to(DEVICE),
+        options,
+        slack=30 * torch.finfo(dtype).eps,
+        chunk_bytes=draw(st.none() | st.integers(1, 20 * 300)),
+    )
     wanted = {key for key in tensors if draw(st.booleans(), label=f"{key} wants a gradient")}
     leaves = {key: t.detach().requires_grad_(key in wanted) for key, t in tensors.items()}
     low_rank = (leaves["hidden2"], leaves["weight2"]) if "hidden2" in leaves else None

@@ -261,7 +261,9 @@ def test_trap_weight_gradient_summed_in_float32(backend):
 
 @each_backend
 def test_trap_gradient_scaled_before_it_is_rounded(backend):
-    """1 / tokens is a factor of the logits' gradient in float32; multiplied afterwards it would round every gradient twice."""
+    """1 / tokens is a factor of the logits' gradient in float32;
+    multiplied afterwards it would round every gradient twice.
+    """
     tensors, target, _ = make((29, 31, 507), "plain", torch.bfloat16)
     options = {"reduction": "sum", "backend": backend}
     unit = loss_and_gradients(linear_cross_entropy, tensors, target, **options)[1]
@@ -323,8 +325,19 @@ def test_trap_tied_weight_gets_both_gradients(backend):
 def test_trap_bitwise_the_same_from_run_to_run(backend, reduction):
     tensors, target, options = make((29, 31, 507), "all", torch.bfloat16)
     upstream = torch.rand(29, generator=seeded(9)).to(DEVICE)
-    runs = [loss_and_gradients(linear_cross_entropy, tensors, target, upstream, reduction=reduction, backend=backend, chunk_bytes=9 * 507 * 2, **options)
-            for _ in range(3)]  # fmt: skip
+    runs = [
+        loss_and_gradients(
+            linear_cross_entropy,
+            tensors,
+            target,
+            upstream,
+            reduction=reduction,
+            backend=backend,
+            chunk_bytes=9 * 507 * 2,
+            **options,
+        )
+        for _ in range(3)
+    ]
     for loss, grads in runs[1:]:
         assert torch.equal(loss, runs[0][0]) and all(torch.equal(grads[key], runs[0][1][key]) for key in grads)
 
@@ -343,8 +356,16 @@ def test_trap_torch_compile_fullgraph(compiler, backend, reduction):
     leaves = (hidden, weight, *low_rank)
 
     def step(hidden, weight, hidden2, weight2, target):
-        loss, lse = linear_cross_entropy(hidden * 1, weight, target, low_rank=(hidden2, weight2), reduction=reduction, softcap=5.0,
-                                         return_lse=True, backend=backend)  # fmt: skip
+        loss, lse = linear_cross_entropy(
+            hidden * 1,
+            weight,
+            target,
+            low_rank=(hidden2, weight2),
+            reduction=reduction,
+            softcap=5.0,
+            return_lse=True,
+            backend=backend,
+        )
         return (3.0 * loss).sum() + lse.sum()  # a factor, so that the backward has to multiply
 
     torch._dynamo.reset()

@@ -85,7 +85,7 @@ def test_opcheck_and_compile():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match="not torch.int64"):
+    with pytest.raises(ValueError, match=r"not torch.int64"):
         sum_squares([torch.arange(3)])
     with pytest.raises(ValueError, match="of one device"):
         sum_squares([torch.ones(2), torch.ones(2, device="meta")])

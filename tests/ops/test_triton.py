@@ -1,6 +1,7 @@
 """The Triton kernels beyond the interpreter: they compile to machine code for real GPUs, without one.
 
-The interpreter runs Python, so it also accepts what the compiler does not: a variable that changes its type in a branch, say.
+The interpreter runs Python, so it also accepts what the compiler does not: a variable that changes its type in a
+branch, say.
 """
 
 import os
@@ -31,27 +32,32 @@ def build(kernel, types, constants, num_warps=4):
 F = "*fp32"
 for dtype in ("*fp32", "*bf16"):
     types = dict(logits=dtype, logits_stride="i32", target="*i64", class_weight=F, class_weight_sum=F, token_weight=F,
-                 token_weight_stride="i32", grad_scale=F, grad_scale_stride="i32", loss=F, lse=F, grad=dtype, grad_stride="i32",
-                 bad_row="*i64", vocab="i32", ignore_index="i32", label_smoothing="fp32", smooth_per_class="fp32", z_loss="fp32",
-                 softcap="fp32", logit_scale="fp32")
+                 token_weight_stride="i32", grad_scale=F, grad_scale_stride="i32", loss=F, lse=F, grad=dtype,
+                 grad_stride="i32", bad_row="*i64", vocab="i32", ignore_index="i32", label_smoothing="fp32",
+                 smooth_per_class="fp32", z_loss="fp32", softcap="fp32", logit_scale="fp32")
     absent = dict.fromkeys(("class_weight", "class_weight_sum", "token_weight", "lse", "grad_scale"))
     plain = dict(CAPPED=False, SMOOTH=False, BLOCK=8192)
-    full = dict(CAPPED=True, SMOOTH=True, BLOCK=2048, token_weight_stride=1, grad_scale_stride=1)  # Triton makes 1 a constant
+    # Triton makes 1 a constant.
+    full = dict(CAPPED=True, SMOOTH=True, BLOCK=2048, token_weight_stride=1, grad_scale_stride=1)
     kernel = cross_entropy._cross_entropy_kernel
     build(kernel, types, {**plain, **absent}, 16)
     build(kernel, types, {**plain, **absent, "grad": None}, 16)
-    build(kernel, types, {**plain, **absent, "loss": None, "vocab": 1, "logits_stride": 1, "grad_stride": 1, "BLOCK": 1})
+    ones = {"vocab": 1, "logits_stride": 1, "grad_stride": 1, "BLOCK": 1}
+    build(kernel, types, {**plain, **absent, **ones, "loss": None})
     build(kernel, types, full, 8)
     build(kernel, types, {**full, "class_weight": None, "class_weight_sum": None, "ignore_index": 1}, 8)
     for in_place in (True, False):
-        build(cross_entropy._scale_kernel, dict(grad=dtype, factor=F, out=dtype, n="i64"), dict(IN_PLACE=in_place, BLOCK=4096))
+        types = dict(grad=dtype, factor=F, out=dtype, n="i64")
+        build(cross_entropy._scale_kernel, types, dict(IN_PLACE=in_place, BLOCK=4096))
 
     build(sum_squares._partial_sums, dict(x_ptr=dtype, out_ptr="*fp64", n="i64"), dict(BLOCK=4096, PER_PROGRAM=65536))
 
-    types = dict(param=dtype, grad="*bf16", exp_avg=F, exp_avg_sq=F, max_exp_avg_sq=F, copy="*bf16", remainder="*i16", exp_avg_scale=F,
-                 exp_avg_sq_scale=F, factors=F, grad_scale=F, found_inf=F, numel="i64", beta2="fp32", one_minus_beta1="fp32",
-                 one_minus_beta2="fp32", eps="fp32", weight_decay="fp32", seed_base="i64", offset="i64")
-    absent = dict.fromkeys(("max_exp_avg_sq", "copy", "grad_scale", "found_inf", "remainder", "exp_avg_scale", "exp_avg_sq_scale"))
+    types = dict(param=dtype, grad="*bf16", exp_avg=F, exp_avg_sq=F, max_exp_avg_sq=F, copy="*bf16", remainder="*i16",
+                 exp_avg_scale=F, exp_avg_sq_scale=F, factors=F, grad_scale=F, found_inf=F, numel="i64", beta2="fp32",
+                 one_minus_beta1="fp32", one_minus_beta2="fp32", eps="fp32", weight_decay="fp32", seed_base="i64",
+                 offset="i64")
+    absent = dict.fromkeys(("max_exp_avg_sq", "copy", "grad_scale", "found_inf", "remainder", "exp_avg_scale",
+                            "exp_avg_sq_scale"))
     no_scales = dict.fromkeys(("remainder", "exp_avg_scale", "exp_avg_sq_scale"))
     kernel = adamw._adamw_kernel
     build(kernel, types, {**absent, "numel": 1, "DECOUPLED": True, "MAXIMIZE": False, "STOCHASTIC": False})

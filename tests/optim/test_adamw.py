@@ -176,7 +176,7 @@ def test_closure_and_lr_scheduler_and_tensor_lr():
 
 
 def test_trap_zero_swaps_and_empties_the_groups():
-    """Stages 1 and 2 step one group at a time through a new list; stage 3 hands over flat tensors and takes them back."""
+    """Stages 1 and 2 step a group at a time through a new list; stage 3 hands over flat tensors and takes them back."""
     flats = [torch.randn(5), torch.randn(4)]  # plain tensors, not Parameters, as ZeRO's are
     expected = [f.clone().requires_grad_() for f in flats]
     theirs = torch.optim.AdamW([{"params": [f]} for f in expected], lr=1e-2)
@@ -278,7 +278,8 @@ groups = [{"params": decay, "weight_decay": 0.5}, {"params": rest, "weight_decay
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, half a minute
 optimizer = FusedAdamW(groups, lr=1e-2)
 before = [p.detach().clone() for p in net.parameters()]
-config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
+config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage},
+          "zero_allow_untested_optimizer": True,
           "zero_force_ds_cpu_optimizer": False, "bf16": {"enabled": dtype == "bf16"}}
 with optimizer.steps_suspended():
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
@@ -307,8 +308,14 @@ leave(0)  # gloo's threads may abort an interpreter that shuts down
 )
 def test_trap_deepspeed_engine(stage, dtype, tmp_path, unused_port):
     pytest.importorskip("deepspeed")
-    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(unused_port), "DS_ACCELERATOR": "cpu"}  # fmt: skip
+    environment = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(unused_port),
+        "DS_ACCELERATOR": "cpu",
+    }
     result = subprocess.run(
         [sys.executable, "-c", ENGINE, str(stage), dtype],
         env={**os.environ, **environment},
@@ -334,8 +341,11 @@ def test_step_hooks_and_the_profiler_see_every_step():
     """torch wraps step() for them; FusedAdamW does it itself, only where one is listening."""
     param = torch.nn.Parameter(torch.ones(8))
     optimizer, seen = FusedAdamW([param]), []
-    handles = [optimizer.register_step_pre_hook(lambda *_: seen.append("before")), optimizer.register_step_post_hook(lambda *_: seen.append("after")),
-               torch_optimizer.register_optimizer_step_post_hook(lambda *_: seen.append("everywhere"))]  # fmt: skip
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: seen.append("before")),
+        optimizer.register_step_post_hook(lambda *_: seen.append("after")),
+        torch_optimizer.register_optimizer_step_post_hook(lambda *_: seen.append("everywhere")),
+    ]
     param.grad = torch.ones(8)
     optimizer.step()
     assert seen == ["before", "after", "everywhere"]

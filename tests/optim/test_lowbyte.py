@@ -29,12 +29,15 @@ def tokens(tiny_llama, corpus):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    texts = [json.loads(line)["text"] for line in open(corpus / "train.jsonl")]
+    texts = [json.loads(line)["text"] for line in (corpus / "train.jsonl").read_text().splitlines()]
     return torch.tensor([token for text in texts for token in tokenizer(text)["input_ids"]])
 
 
 def train_llama(folder, tokens, dtype, steps, **settings):
-    """Losses of `steps` steps on 8 x 64 tokens each, and the model. Every call sees the same batches and starts from the same weights."""
+    """Losses of `steps` steps on 8 x 64 tokens each, and the model.
+
+    Every call sees the same batches and starts from the same weights.
+    """
     from transformers import AutoModelForCausalLM
 
     threads = torch.get_num_threads()
@@ -61,7 +64,10 @@ def fp32_losses(tiny_llama, tokens):
 
 @each_variant
 def test_converges_like_fp32(tiny_llama, tokens, fp32_losses, name):
-    """Loss from 6.24 to 5.1: every ten steps of the curve within 0.01 of fp32's. Measured: 0.004; bfloat16 params to nearest 0.024."""
+    """Loss from 6.24 to 5.1: every ten steps of the curve within 0.01 of fp32's.
+
+    Measured: 0.004; bfloat16 params to nearest 0.024.
+    """
     dtype, settings = VARIANTS[name]
     losses = train_llama(tiny_llama, tokens, dtype, 60, lr=1e-3, seed=1, **settings)[0]
     ours, theirs = (torch.tensor(x).view(6, 10).mean(1) for x in (losses, fp32_losses))
@@ -70,7 +76,9 @@ def test_converges_like_fp32(tiny_llama, tokens, fp32_losses, name):
 
 
 def test_control_nearest_stalls_where_stochastic_rounding_does_not(tiny_llama, tokens):
-    """Steps of 1e-5 are less than half a unit of most bfloat16 weights: rounded to nearest they are lost, at random they add up."""
+    """Steps of 1e-5 are less than half a unit of most bfloat16 weights:
+    rounded to nearest they are lost, at random they add up.
+    """
     still = {dtype: train_llama(tiny_llama, tokens, dtype, 50, lr=0.0)[0] for dtype in (F32, BF16)}  # the same batches
     falls = {}
     for name, dtype, settings in (
@@ -168,7 +176,7 @@ def test_float32_state_put_in_from_outside_is_converted_at_the_next_step():
     model = net()
     optimizer = FusedAdamW(model.parameters(), state_dtype="int8")
     train(model, optimizer, 3)
-    other = FusedAdamW([p for p in model.parameters()], state_dtype="int8")
+    other = FusedAdamW(list(model.parameters()), state_dtype="int8")
     for p, values in zip(model.parameters(), optimizer.state_dict()["state"].values(), strict=True):
         other.state[p] = {"step": 3, "exp_avg": values["exp_avg"].clone(), "exp_avg_sq": values["exp_avg_sq"].clone()}
     weights = copy.deepcopy(model.state_dict())

@@ -38,7 +38,9 @@ CASES += [(2, "bf16", {"state_dtype": "int8"}), (3, "bf16", {"state_dtype": "bf1
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_fused_step_is_the_unfused_step(lm_config, tmp_path, world):
-    """Stages 1-3, bf16 and fp32, CPU offload, many sub-groups, low-byte state; clipping, decay groups, a schedule: weights, optimizer state, losses, norms."""
+    """Stages 1-3, bf16 and fp32, CPU offload, many sub-groups, low-byte state;
+    clipping, decay groups, a schedule: weights, optimizer state, losses, norms.
+    """
     paths, runs = [], []
     for i, (zero, dtype, deepspeed) in enumerate(
         CASES if world > 1 else CASES[:3]
@@ -90,7 +92,8 @@ from fastft.optim import FusedAdamW, zero_step
 from fastft.train import engine
 
 def build(zero):
-    config = configuration.validate({"task": "causal_lm", "model": {"path": "x", "dtype": "bf16"}, "parallel": {"zero": zero}, "run": {"device": "cpu"}})
+    config = configuration.validate({"task": "causal_lm", "model": {"path": "x", "dtype": "bf16"},
+                                     "parallel": {"zero": zero}, "run": {"device": "cpu"}})
     ranks = engine.environment(config)
     engine.start_process_group()
     torch.manual_seed(0)

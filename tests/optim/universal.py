@@ -1,4 +1,7 @@
-"""Run as ranks by test_universal.py: ``universal.py save|load STAGE DTYPE STATE FOLDER``. A universal checkpoint of a run with another number of ranks."""
+"""Run as ranks by test_universal.py: ``universal.py save|load STAGE DTYPE STATE FOLDER``.
+
+A universal checkpoint of a run with another number of ranks.
+"""
 
 import sys
 from pathlib import Path

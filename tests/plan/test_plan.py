@@ -29,7 +29,8 @@ from fastft.plan.model import (
     step,
 )
 
-# Round numbers: 1000 FLOP/s, 100 B/s of HBM, 10 B/s in a node of 4 GPUs, 5 B/s between nodes; 120 parameters in 2 layers of 10.
+# Round numbers: 1000 FLOP/s, 100 B/s of HBM, 10 B/s in a node of 4 GPUs, 5 B/s between nodes; 120 parameters in 2
+# layers of 10.
 PLAIN = Hardware(
     flops=1000.0, hbm_bandwidth=100.0, memory=1e6, intra_node_bandwidth=10.0, inter_node_bandwidth=5.0, gpus_per_node=4
 )
@@ -138,7 +139,8 @@ def test_no_other_save_interval_loses_less(save, world_size, factor):
 
 
 setups = st.builds(
-    Setup, st.builds(Shape.of_size, st.integers(10**6, 10**12)), st.sampled_from(list(HARDWARE.values())), st.integers(1, 4096), st.integers(0, 3),
+    Setup, st.builds(Shape.of_size, st.integers(10**6, 10**12)), st.sampled_from(list(HARDWARE.values())),
+    st.integers(1, 4096), st.integers(0, 3),
     st.integers(1, 64), st.integers(1, 8192), st.integers(1, 32), st.booleans(), st.sampled_from([2, 4]))  # fmt: skip
 
 
@@ -275,11 +277,16 @@ def test_a_config_without_its_class(capsys, tmp_path, tiny_llama):
     (["--params", "0"], "--params"), (["--params", "nan"], "--params"), (["--params", "7e9", "--gpus", "0"], "--gpus"),
     (["--params", "7e9", "--zero", "4"], "--zero"), (["--params", "7e9", "--hardware", "h1000"], "--hardware"),
     (["--params", "7e9", "--micro-batch", "-1"], "--micro-batch"),
-    (["--params", "7e9", "--sequence-length", "0"], "--sequence-length"), (["--params", "7e9", "--accumulation", "0"], "--accumulation"),
-    (["--params", "7e9", "--tokens", "inf"], "--tokens"), (["--params", "7e9", "--save-seconds", "0"], "--save-seconds"),
-    (["--params", "7e9", "--restart-seconds", "-1"], "--restart-seconds"), (["--params", "7e9", "--stall", "-1"], "--stall"),
-    (["--params", "7e9", "--efficiency", "1.5"], "--efficiency"), (["--params", "7e9", "--node-gbits", "0"], "--node-gbits"),
-    (["--params", "7e9", "--gpus-per-node", "0"], "--gpus-per-node"), ([], "--params"), (["./nowhere"], "./nowhere"), (["x", "--params", "7e9"], "--params"),
+    (["--params", "7e9", "--sequence-length", "0"], "--sequence-length"),
+    (["--params", "7e9", "--accumulation", "0"], "--accumulation"),
+    (["--params", "7e9", "--tokens", "inf"], "--tokens"),
+    (["--params", "7e9", "--save-seconds", "0"], "--save-seconds"),
+    (["--params", "7e9", "--restart-seconds", "-1"], "--restart-seconds"),
+    (["--params", "7e9", "--stall", "-1"], "--stall"),
+    (["--params", "7e9", "--efficiency", "1.5"], "--efficiency"),
+    (["--params", "7e9", "--node-gbits", "0"], "--node-gbits"),
+    (["--params", "7e9", "--gpus-per-node", "0"], "--gpus-per-node"), ([], "--params"), (["./nowhere"], "./nowhere"),
+    (["x", "--params", "7e9"], "--params"),
 ])  # fmt: skip
 def test_bad_options_are_named(capsys, arguments, option):
     code, output = run(capsys, *arguments)

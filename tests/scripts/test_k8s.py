@@ -1,10 +1,12 @@
 """The manifests in launch/k8s against schemas, as far as those can be had from PyPI; no cluster is asked.
 
-* TrainJob, and the pod templates of all: the models of kubeflow-trainer-api (in the `test` extra). They ignore unknown fields, so each
-  manifest must come back whole from them.
-* PyTorchJob outside its pods: the models of kubeflow-training, where it is installed (with its dependencies it takes 59 MB, so it is in no extra).
-* MPIJob v2beta1 and PyTorchJob v1 in whole: their CRDs, where FASTFT_MPIJOB_CRD names mpi-operator's manifests/base/kubeflow.org_mpijobs.yaml and
-  FASTFT_PYTORCHJOB_CRD training-operator's manifests/base/crds/kubeflow.org_pytorchjobs.yaml (they are in no package); their pods are checked in any case.
+* TrainJob, and the pod templates of all: the models of kubeflow-trainer-api (in the `test` extra). They ignore unknown
+  fields, so each manifest must come back whole from them.
+* PyTorchJob outside its pods: the models of kubeflow-training, where it is installed (with its dependencies it takes 59
+  MB, so it is in no extra).
+* MPIJob v2beta1 and PyTorchJob v1 in whole: their CRDs, where FASTFT_MPIJOB_CRD names mpi-operator's
+  manifests/base/kubeflow.org_mpijobs.yaml and FASTFT_PYTORCHJOB_CRD training-operator's
+  manifests/base/crds/kubeflow.org_pytorchjobs.yaml (they are in no package); their pods are checked in any case.
 """
 
 import os

@@ -118,7 +118,7 @@ def test_dry_run_torchrun():
 
 
 def test_dry_run_multinode(tmp_path):
-    """The address is always passed; variables travel in DS_ENV_FILE (pdsh) or in the command (ssh), secrets in neither."""
+    """The address is always passed; variables are in DS_ENV_FILE (pdsh) or in the command (ssh), secrets in neither."""
     hostfile = tmp_path / "hosts"
     hostfile.write_text("# nodes\n10.77.0.1 slots=2\n\n10.77.0.2 slots=2\n")
     env = {
@@ -222,7 +222,7 @@ def test_bad_input_is_one_line(name, arguments, env, message):
     [
         ("# nothing\n\n", {}, "names no host"),
         ("a slots=1\nb\n", {}, "line 2: 'b' is not 'HOST slots=N'"),
-        ("a slots=1\na slots=1\n", {}, "stands there twice"),
+        ("a slots=1\na slots=1\n", {}, "appears twice"),
         ("localhost slots=1\nb slots=1\n", {}, "loopback address"),
         ("no-such-host.invalid slots=1\n", {}, "does not resolve"),
         ("10.0.0.1 slots=1\n", {"EXPORT": "HF_TOKEN", "HF_TOKEN": "x"}, "HF_TOKEN looks like a secret"),

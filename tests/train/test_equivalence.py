@@ -1,4 +1,4 @@
-"""However a step is cut into micro-steps, ranks and shards, it is the step of one big batch; and it is torch's AdamW."""
+"""However a step is cut into micro-steps, ranks and shards, it is the step of one big batch, and torch's AdamW."""
 
 import copy
 

@@ -16,8 +16,12 @@ config = configuration.validate({"task": "causal_lm", "model": {"path": "x"}})
 ranks = engine.Ranks(dist.get_rank(), 3, dist.get_rank(), 3, torch.device("cpu"))
 
 health.check_agreement(config, "data", ranks)
-other = configuration.validate({"task": "causal_lm", "model": {"path": "x"}, "run": {"seed": 18}}) if ranks.rank == 1 else config
-for given, key, parts in ((other, "data", ("rank 1", "seed 18", "rank 0 has 17")), (config, f"data{ranks.rank == 2}", ("rank 2 has data",))):
+changed = configuration.validate({"task": "causal_lm", "model": {"path": "x"}, "run": {"seed": 18}})
+other = changed if ranks.rank == 1 else config
+for given, key, parts in (
+    (other, "data", ("rank 1", "seed 18", "rank 0 has 17")),
+    (config, f"data{ranks.rank == 2}", ("rank 2 has data",)),
+):
     try:
         health.check_agreement(given, key, ranks)
         raise SystemExit("ranks that differ went through")

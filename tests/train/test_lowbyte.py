@@ -1,4 +1,6 @@
-"""optim.master and optim.state_dtype in the real loop, on two ranks: what is stored in fewer bytes learns what fp32 learns."""
+"""optim.master and optim.state_dtype in the real loop, on two ranks:
+what is stored in fewer bytes learns what fp32 learns.
+"""
 
 import torch
 
@@ -15,7 +17,9 @@ VARIANTS = {
 
 
 def test_every_master_learns_the_same(lm_config, tmp_path):
-    """Losses of 30 steps of ZeRO-2: means of ten within 0.02 of fp32's (bf16 gradients and dropout of the same draws), and falling."""
+    """Losses of 30 steps of ZeRO-2: means of ten within 0.02 of fp32's (bf16 gradients and dropout of the same draws),
+    and falling.
+    """
     lm_config["model"]["dtype"] = "bf16"
     lm_config["parallel"] = {"zero": 2}
     lm_config["train"] = {"steps": 30, "log_every": 1}
@@ -35,5 +39,5 @@ def test_every_master_learns_the_same(lm_config, tmp_path):
         for name in VARIANTS
     }
     assert curves["fp32"][2] < curves["fp32"][0] - 0.3, curves
-    for name, curve in curves.items():
+    for curve in curves.values():
         assert (curve - curves["fp32"]).abs().max() < 0.02, curves

@@ -1,4 +1,6 @@
-"""A run goes on with another number of ranks or another ZeRO stage: the same samples, the same losses, the same settings of every group."""
+"""A run goes on with another number of ranks or another ZeRO stage:
+the same samples, the same losses, the same settings of every group.
+"""
 
 import json
 import shutil
@@ -67,7 +69,7 @@ def test_the_run_goes_on(without_dropout, tmp_path, before, after, tolerance):
                 model[name],
                 rtol=0,
                 atol=2e-5 if dtype == "fp32" else 2e-2,
-                msg=lambda m, n=name: f"{n} {ranks} {zero}: {m}",
+                msg=lambda m, where=f"{name} {ranks} {zero}": f"{where}: {m}",
             )
 
 

@@ -1,4 +1,4 @@
-"""A resumed run is the run that was never interrupted, bit for bit; damaged checkpoints are seen before they are used."""
+"""A resumed run is the run that was never interrupted, bit for bit; damaged checkpoints are seen before use."""
 
 import json
 import shutil
@@ -54,7 +54,9 @@ LOW_BYTE = [(3, "bf16", 2, {"state_dtype": "int8", "master": "remainder"})]
 
 @pytest.mark.parametrize("zero, dtype, world, optim", [*((*case, {}) for case in CASES), *LOW_BYTE])
 def test_resume_is_bit_exact(lm_config, tmp_path, monkeypatch, zero, dtype, world, optim):
-    """Weights, optimizer state, RNG (the model has dropout), losses and norms, after 6 steps resumed from 3 in a new process."""
+    """Weights, optimizer state, RNG (the model has dropout), losses and norms,
+    after 6 steps resumed from 3 in a new process.
+    """
     if (zero, dtype, world) in ((0, "fp32", 1), (3, "bf16", 2)):
         monkeypatch.setenv("FASTFT_TEST_COLD", "1")  # with hash seeds of their own
     lm_config["optim"] |= optim
@@ -127,7 +129,9 @@ def finished(lm_config, tmp_path) -> Path:
 
 
 def test_damage_is_found_before_use(finished):
-    """A flipped bit in any file of the newest checkpoint: the one before is taken; with both damaged, an error names the file."""
+    """A flipped bit in any file of the newest checkpoint: the one before is taken;
+    with both damaged, an error names the file.
+    """
     folder = finished / "checkpoints"
     assert checkpoint.steps(folder) == [2, 4] and json.loads((folder / "LATEST").read_text()) == {"step": 4}
     for name in json.loads((folder / "step-4" / "MANIFEST.json").read_text())["files"]:
@@ -149,7 +153,7 @@ def test_damage_is_found_before_use(finished):
     (folder / "aside").rename(folder / "step-4" / "MANIFEST.json")
     for step in (2, 4):
         (folder / f"step-{step}" / "rng-0.pt").unlink()
-    with pytest.raises(UserError, match="rng-0.pt is missing"):
+    with pytest.raises(UserError, match=r"rng-0.pt is missing"):
         checkpoint.find(folder)
     with pytest.raises(UserError, match="no checkpoint of step 3"):
         checkpoint.find(folder, step=3)
@@ -181,7 +185,9 @@ def test_export_of_a_checkpoint_is_the_model(finished, tmp_path):
 
 
 def test_the_best_checkpoint_stays(lm_config, tmp_path):
-    """The loss of a model at a rate of learning that ruins it is best at the first save: BEST names it, and it is kept beside the newest."""
+    """The loss of a model at a rate of learning that ruins it is best at the first save:
+    BEST names it, and it is kept beside the newest.
+    """
     lm_config["optim"]["lr"] = 0.5
     lm_config["train"] = {"steps": 8, "eval_every": 2}
     lm_config["checkpoint"] = {"every": 2, "keep": 1, "best_by": "eval.loss"}
@@ -228,7 +234,7 @@ def test_a_resume_takes_the_optimizers_settings_of_the_configuration(lm_config, 
 
 
 def test_more_epochs_go_on_where_the_last_step_ended(lm_config, tmp_path):
-    """The last step of a run counted in epochs is short; the steps that follow leave nothing out, and trace knows it."""
+    """The last step of a run counted in epochs is short; those that follow leave nothing out, and trace knows it."""
     lm_config["batch"], lm_config["train"] = {"size": 7}, {"epochs": 1.0, "log_every": 1}
     lm_config["checkpoint"] = {"every": 5}
     launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config))
@@ -281,7 +287,7 @@ def test_a_manifest_vouches_for_itself(finished):
 
 
 def test_other_trained_parameters_are_refused(lm_config, tmp_path):
-    """Flat shards are restored by position: another layer frozen, of the same size, would take the first one's weights."""
+    """Flat shards are restored by position: another frozen layer of the same size would take the first's weights."""
     lm_config["model"]["freeze"] = ["model.layers.0.*"]
     lm_config["parallel"] = {"zero": 1}
     lm_config["train"] = {"steps": 1}

@@ -1,4 +1,6 @@
-"""The thread that writes checkpoints: files as torch.save writes them, errors that reach the training, and a sign of life only while the disk answers."""
+"""The thread that writes checkpoints: files as torch.save writes them, errors that reach the training,
+and a sign of life only while the disk answers.
+"""
 
 import errno
 import os
@@ -77,7 +79,7 @@ def test_an_error_of_the_disk_reaches_the_training(tmp_path, monkeypatch, call):
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_sign_of_life_only_while_the_disk_answers(tmp_path, monkeypatch, answers):
-    """A pipe that is read slowly, or by nobody for two seconds, stands for the disk."""
+    """A pipe that is read slowly, or by nobody for two seconds, plays the disk."""
     monkeypatch.setattr(writer, "PART", 50_000)
     os.mkfifo(tmp_path / "x.pt")
     found, beats, turns = Writer(ALONE), [], []

@@ -35,7 +35,7 @@ def files_of(source: Source) -> list[Path]:
         return [path]
     files = [p for p in walk(path) if format_of(p) is not None]
     if nothing := [p for p in files if not p.is_file()]:
-        raise UserError(f"{nothing[0]}: is a link to nothing.", "Mend or remove it.")
+        raise UserError(f"{nothing[0]}: is a link to nothing.", "Fix or remove it.")
     if not files:
         raise UserError(
             f"{path}: the folder holds no file of a known format.", f"Known: {', '.join(FORMATS.names())} (also .gz)."

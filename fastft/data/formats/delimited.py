@@ -32,7 +32,7 @@ def _read(path, source, delimiter):
                 )
             if len(set(header)) != len(header):
                 raise UserError(
-                    f"{path}:{rows.line_num or 1}: a column name stands twice: {header}.",
+                    f"{path}:{rows.line_num or 1}: a column name appears twice: {header}.",
                     "Rename one, or set header in the source.",
                 )
             end = rows.line_num
@@ -42,8 +42,10 @@ def _read(path, source, delimiter):
                     continue
                 if len(row) != len(header):
                     raise UserError(
-                        f"{path}:{line}: {len(row)} cells, but the header has {len(header)} columns ({', '.join(header)}).",
-                        "Quote cells that hold the delimiter; if quote characters are plain text here, set quoting: none.",
+                        f"{path}:{line}: {len(row)} cells, but the header has {len(header)} columns "
+                        f"({', '.join(header)}).",
+                        "Quote cells that hold the delimiter; "
+                        "if quote characters are plain text here, set quoting: none.",
                     )
                 yield f"{path}:{line}", dict(zip(header, row, strict=True))
         except csv.Error as e:

@@ -34,13 +34,14 @@ def read(path, source):
             try:
                 record = _decode(line)
             except RecursionError:
-                raise UserError(f"{path}:{number}: nested too deeply.", "Mend or remove this line.") from None
+                raise UserError(f"{path}:{number}: nested too deeply.", "Fix or remove this line.") from None
             except ValueError as e:
                 if not isinstance(e, json.JSONDecodeError):  # Python refuses to read an integer of thousands of digits
-                    raise UserError(f"{path}:{number}: {e}.", "Mend or remove this line.") from None
+                    raise UserError(f"{path}:{number}: {e}.", "Fix or remove this line.") from None
+                near = line[max(0, e.pos - 30) : e.pos + 30].strip()
                 raise UserError(
-                    f"{path}:{number}: broken JSON: {e.msg} at column {e.colno}: {line[max(0, e.pos - 30) : e.pos + 30].strip()!r}",
-                    "Each line must be one JSON object; mend or remove this line.",
+                    f"{path}:{number}: broken JSON: {e.msg} at column {e.colno}: {near!r}",
+                    "Each line must be one JSON object; fix or remove this line.",
                 ) from None
             if not isinstance(record, dict):
                 raise UserError(
@@ -48,5 +49,5 @@ def read(path, source):
                     'Each line must be an object such as {"text": "..."}.',
                 )
             if isinstance(record, _Ambiguous):
-                raise UserError(f"{path}:{number}: the key {record.twice!r} stands twice.", "Mend or remove this line.")
+                raise UserError(f"{path}:{number}: the key {record.twice!r} appears twice.", "Fix or remove this line.")
             yield f"{path}:{number}", record

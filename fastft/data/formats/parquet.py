@@ -19,7 +19,7 @@ def read(path, source):
         file = pq.ParquetFile(opened)
         names = file.schema_arrow.names
         if twice := {name for name in names if names.count(name) > 1}:
-            raise UserError(f"{path}: a column name stands twice: {', '.join(sorted(twice))}.", "Rename one.")
+            raise UserError(f"{path}: a column name appears twice: {', '.join(sorted(twice))}.", "Rename one.")
         row = 0
         for batch in file.iter_batches():
             for record in batch.to_pylist():

@@ -22,13 +22,16 @@ def require():
 
 
 def loader(module: str, function: str) -> Callable[[], Callable]:
-    """For the table: a function that imports a file of this folder and returns its `function`, or raises ImportError."""
+    """For the table: a function that imports a file of this folder and returns its `function`, or an ImportError."""
     return lambda: getattr(importlib.import_module(f"fastft.ops.triton.{module}"), function)
 
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether kernels run in the interpreter. Triton decides when a kernel is defined, so the answer may not change later."""
+    """Whether kernels run in the interpreter.
+
+    Triton decides when a kernel is defined, so the answer may not change later.
+    """
     return bool(require().knobs.runtime.interpret)
 
 

@@ -24,7 +24,9 @@ def _mix(x):
 
 @triton.jit
 def _random16(seed_base, step, position):
-    """lowbyte.random16: numbers for param, exp_avg, exp_avg_sq. seed_base: what the host made of the seed; position: int64."""
+    """lowbyte.random16: numbers for param, exp_avg, exp_avg_sq.
+    seed_base: what the host made of the seed; position: int64.
+    """
     base = _mix((step.to(tl.int64) + seed_base).to(tl.uint32))
     high = (position >> 32).to(tl.uint32)
     key0 = _mix(base + tl.full((), 0x85EBCA6B, tl.uint32) + high)

@@ -1,7 +1,8 @@
-"""Softmax cross-entropy in Triton: one program per row, an online softmax over blocks, then the gradient block by block.
+"""Softmax cross-entropy in Triton: one program per row, an online softmax over blocks,
+then the gradient block by block.
 
-Two reads and one write of the logits; rows longer than the L2 share of a program are read from memory twice. Offsets are 64-bit:
-rows * V passes 2^31 with 16k tokens and 131k classes.
+Two reads and one write of the logits; rows longer than the L2 share of a program are read from memory twice. Offsets
+are 64-bit: rows * V passes 2^31 with 16k tokens and 131k classes.
 """
 
 import torch
@@ -26,7 +27,9 @@ def _tanh(a):
 
 @triton.jit
 def _read(row_ptr, columns, mask, logit_scale, softcap, CAPPED: tl.constexpr):
-    """x = cap(logit_scale * logits) in float32; -inf outside the row (set last, or a cap or a negative scale would undo it)."""
+    """x = cap(logit_scale * logits) in float32; -inf outside the
+    row (set last, or a cap or a negative scale would undo it).
+    """
     x = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32) * logit_scale
     if CAPPED:
         x = softcap * _tanh(x / softcap)
