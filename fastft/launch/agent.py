@@ -1,56 +1,28 @@
 """One host's ranks: started, watched and ended together.
 
-``python -m fastft.launch.agent`` runs on every host. The launcher speaks to it through its standard input, one JSON
-object a line: first the ``Spec``, then ``{"beat": true}`` every few seconds and ``{"signal": N}``. The end of that
-stream, or silence, means that the launcher or the network is gone: the ranks are killed. It answers on standard output,
-one JSON object a line, each with ``event``:
-
-    output      ``text``: a line that rank 0 printed
-    exit        ``rank``, ``code`` (negative: a signal), ``mistake`` (a UserError's text or null), ``tail`` (the end of
-                its log)
-    stuck       ``rank``, which no signal ends: it waits for a disk that does not answer
-    hang        ``rank``, ``step``, ``silent`` (seconds), ``state`` (of the process, as in /proc), ``stack``
-    done        ``code``: of the first rank that failed, or 0
+``python -m fastft.launch.agent`` runs on every host and speaks with the launcher as fastft.launch.protocol says. When
+the launcher is gone, or not heard for SILENCE seconds, the ranks are killed.
 """
 
 import json
 import os
 import queue
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-BEAT = struct.Struct("<qd")  # step (-1: nothing to watch), Unix time
+from fastft.launch import protocol
+from fastft.launch.protocol import BEAT, Beat, Spec  # noqa: F401  # BEAT: for those who know it by this module
+
 GRACE = 2.0  # seconds that the other ranks get to say why they fail, once one has
 GRACE_STOPPING = 600.0  # the same after a signal that asked them to save and leave
 FIRST = 5.0  # times the watchdog: process groups, engines and checkpoints take longer than a step
 UNKILLABLE = 20.0  # seconds after SIGKILL until a rank that waits for a disk is left behind
 SILENCE = 30.0  # seconds without a word from the launcher
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What an agent starts."""
-
-    arguments: list[str]  # of fastft
-    node: int
-    first_rank: int
-    ranks: int  # on this host
-    world: int
-    master_addr: str
-    master_port: int
-    env: dict[str, str]
-    logs: str  # folder, made when it is not there
-    watchdog: float  # seconds without a step; 0: never
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
 
 class Rank:
@@ -60,7 +32,7 @@ class Rank:
         self.rank = spec.first_rank + local
         logs = Path(spec.logs)
         self.log, self.beat, self.mistake = (logs / f"rank-{self.rank}.{kind}" for kind in ("log", "beat", "mistake"))
-        self.beat.write_bytes(BEAT.pack(-1, 0.0))
+        protocol.new_beat(self.beat)
         self.waits = 0  # times in a row that it was seen to wait in the kernel, once it was killed
         self.mistake.unlink(missing_ok=True)
         env = {
@@ -74,9 +46,9 @@ class Rank:
             "GROUP_RANK": str(spec.node),
             "MASTER_ADDR": spec.master_addr,
             "MASTER_PORT": str(spec.master_port),
-            "FASTFT_AGENT": str(os.getpid()),
-            "FASTFT_HEARTBEAT": str(self.beat),
-            "FASTFT_MISTAKE": str(self.mistake),
+            protocol.AGENT: str(os.getpid()),
+            protocol.HEARTBEAT: str(self.beat),
+            protocol.MISTAKE: str(self.mistake),
             "PYTHONUNBUFFERED": "1",
         }
         with open(self.log, "wb") as log:
@@ -89,8 +61,8 @@ class Rank:
                 start_new_session=True,
             )
 
-    def last_beat(self) -> tuple[int, float]:
-        return BEAT.unpack(self.beat.read_bytes())
+    def last_beat(self) -> Beat:
+        return protocol.read_beat(self.beat)
 
     def signal(self, signum: int) -> None:
         if self.process.poll() is None:
@@ -200,7 +172,7 @@ class Agent:
 
     def _ended(self, rank: Rank) -> None:
         code = rank.process.returncode
-        mistake = rank.mistake.read_text(encoding="utf-8") if rank.mistake.exists() else None
+        mistake = protocol.read_mistake(rank.mistake)
         say("exit", rank=rank.rank, code=code, mistake=mistake, tail=rank.tail() if code else "")
         if code:
             self.code = self.code or code
@@ -258,18 +230,18 @@ def find_rank(run_dir: Path, rank: int | None = None) -> int | None:
     return None
 
 
-def say(event: str, **fields) -> None:
+def say(event: str, **fields: object) -> None:
     with suppress(OSError):  # nobody listens any more; the standard input's end says the same
-        print(json.dumps({"event": event, **fields}), flush=True)
+        print(protocol.event_line(event, **fields), flush=True)
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which decides
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    spec = Spec(**json.loads(sys.stdin.readline()))
+    spec = Spec.from_json(sys.stdin.readline())
     agent = Agent(spec)
     # A SIGTERM to every process of a job (a service manager, a shutdown) must not take the ranks from under their save.
-    signal.signal(signal.SIGTERM, lambda *_: agent.orders.put({"signal": int(signal.SIGTERM)}))
+    signal.signal(signal.SIGTERM, lambda *_: agent.orders.put(protocol.signal_order(signal.SIGTERM)))
     code = agent.run()
     sys.exit(code if code >= 0 else 128 - code)
 

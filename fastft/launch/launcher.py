@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastft.errors import UserError
-from fastft.launch.agent import Spec
+from fastft.launch import protocol
 from fastft.launch.hostfile import Host, address, free_port, is_here
+from fastft.launch.protocol import Spec
 
 # What the ranks on other hosts need of this environment. It travels through ssh's standard input: nothing of it is in a
 # command line.
@@ -188,9 +189,8 @@ class _Attempt:
         plan = self.plan
         port = plan.master_port or (free_port(plan.master_addr) if is_here(plan.master_addr) else 29500 + self.attempt)
         arguments = plan.arguments if self.first else _again(plan)
-        env = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)} | {
-            "FASTFT_LAUNCH": plan.id
-        }
+        forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+        env = forwarded | {protocol.LAUNCH: plan.id}
         self.nodes = []
         for number, (host, first) in enumerate(zip(plan.hosts, _firsts(plan.hosts), strict=True)):
             spec = Spec(
@@ -215,7 +215,7 @@ class _Attempt:
                 pass
             if time.monotonic() - spoken > BEAT:
                 spoken = time.monotonic()
-                self._tell({"beat": True})
+                self._tell(protocol.STILL_HERE)
             self._pass_signal_on()
             if self.deadline is not None and time.monotonic() > self.deadline:
                 for node in self.nodes:
@@ -242,16 +242,7 @@ class _Attempt:
     def _read(self, node: _Node) -> None:
         try:
             for line in node.process.stdout:
-                try:
-                    event = json.loads(line)
-                    self.events.put(
-                        (
-                            node,
-                            event if isinstance(event, dict) and "event" in event else {"event": "told", "text": line},
-                        )
-                    )
-                except json.JSONDecodeError:
-                    self.events.put((node, {"event": "told", "text": line}))
+                self.events.put((node, protocol.read_event(line)))
         finally:
             self.events.put((node, None))
 
@@ -317,7 +308,7 @@ class _Attempt:
             print(f"launch: {message}", file=sys.stderr)
             if not (kind == STOPPED and self.stop.signum):
                 self._tell(
-                    {"signal": int(signal.SIGTERM if kind == STOPPED else signal.SIGKILL)},
+                    protocol.signal_order(signal.SIGTERM if kind == STOPPED else signal.SIGKILL),
                     delay=0 if kind == STOPPED else 2.5,
                 )
             self.deadline = time.monotonic() + STOP_LIMIT
@@ -327,7 +318,7 @@ class _Attempt:
     def _pass_signal_on(self) -> None:
         if self.stop.count > self.passed_on:
             self.passed_on = self.stop.count
-            self._tell({"signal": self.stop.signum if self.stop.count == 1 else int(signal.SIGKILL)})
+            self._tell(protocol.signal_order(self.stop.signum if self.stop.count == 1 else signal.SIGKILL))
             self.deadline = time.monotonic() + STOP_LIMIT
 
     def _tell(self, order: dict, delay: float = 0.0) -> None:
