@@ -10,17 +10,16 @@ from importlib import metadata
 from json import dumps
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
 import fastft
-from fastft.ops import adamw, backends, cross_entropy, linear_cross_entropy, native, sum_squares
+from fastft.ops import backends, native, selfcheck
+from fastft.ops.selfcheck import TOLERANCE
 
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "datasets", "peft", "safetensors", "numpy")
 DTYPES = (torch.float32, torch.bfloat16)
-# Largest error over largest true value. bfloat16: one unit in the last place, which also lets truncation pass.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1 / 128}
+CHECKS = selfcheck.checks()  # op -> its self-check
 
 
 def report() -> dict:
@@ -47,11 +46,12 @@ def report() -> dict:
         ],
         "self_check": [
             _checked(op, backend, device, dtype)
-            for op in CHECKS
+            for op in backends.ops()
+            if op in CHECKS
             for backend in backends.names(op)
             for device in devices
             for dtype in DTYPES
-            if not backends.why_not(op, backend, device, _dtypes(op, dtype))
+            if not backends.why_not(op, backend, device, selfcheck.dtypes(op, dtype))
         ],
     }
 
@@ -89,12 +89,8 @@ def _native() -> dict:
     }
 
 
-def _dtypes(op: str, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    return (dtype, dtype) if op == "adamw" else (dtype,)
-
-
 def _choice(op: str, device: str, dtype: torch.dtype) -> dict:
-    dtypes = _dtypes(op, dtype)
+    dtypes = selfcheck.dtypes(op, dtype)
     picked, passed_over = backends.preview(op, device, dtypes)
     reasons = {name: backends.why_not(op, name, device, dtypes) for name in backends.names(op)}
     return {
@@ -111,128 +107,10 @@ def _checked(op: str, backend: str, device: str, dtype: torch.dtype) -> dict:
     row = {"op": op, "backend": backend, "device": device, "dtype": str(dtype).removeprefix("torch."), "problem": ""}
     try:
         error = CHECKS[op](backend, device, dtype)
-    except (
-        RuntimeError,
-        ValueError,
-        IndexError,
-    ) as problem:  # a kernel that cannot run is a finding, not the end of the report
+    except (RuntimeError, ValueError, IndexError) as problem:  # is a finding, not the end of the report
         return {**row, "error": None, "tolerance": TOLERANCE[dtype], "passed": False, "problem": str(problem)}
-    return {
-        **row,
-        "error": error,
-        "tolerance": TOLERANCE[dtype],
-        "passed": error <= TOLERANCE[dtype],
-    }  # nan does not pass
-
-
-def _relative(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Largest error of (ours, truth) over the largest true value, worst pair; nan when any of ours is nan."""
-    errors = [(ours.double() - truth.double()).abs().max() / truth.double().abs().max() for ours, truth in pairs]
-    return torch.stack(errors).max().item()
-
-
-def _check_cross_entropy(backend: str, device: str, dtype: torch.dtype) -> float:
-    generator = torch.Generator().manual_seed(1)
-    logits = (3 * torch.randn(9, 1003, generator=generator)).to(device, dtype)
-    target = torch.randint(0, 1003, (9,), generator=generator).to(device)
-    target[4] = -100
-    weight = (torch.rand(1003, generator=generator) + 0.5).to(device)
-    ours, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    loss = cross_entropy(ours, target, weight=weight, label_smoothing=0.1, backend=backend)
-    true_loss = F.cross_entropy(truth, target, weight=weight.double(), label_smoothing=0.1)
-    loss.backward()
-    true_loss.backward()
-    rows = cross_entropy(logits, target, reduction="none", backend=backend)
-    true_rows = F.cross_entropy(logits.double(), target, reduction="none")
-    return _relative([(loss.detach(), true_loss.detach()), (ours.grad, truth.grad), (rows, true_rows)])
-
-
-def _check_linear_cross_entropy(backend: str, device: str, dtype: torch.dtype) -> float:
-    generator = torch.Generator().manual_seed(4)
-    tensors = [
-        scale * torch.randn(shape, generator=generator)
-        for scale, shape in ((1.0, (23, 31)), (0.3, (503, 31)), (1.0, (503,)))
-    ]
-    ours = [t.to(device, dtype).requires_grad_() for t in tensors]  # hidden, weight, bias
-    truth = [t.detach().double().requires_grad_() for t in ours]
-    target = torch.randint(0, 503, (23,), generator=generator).to(device)
-    target[[4, 11]] = -100
-    # Chunks of five rows. Summed, so that the loss is large and its error, which is that of rounded logits, relatively
-    # small.
-    options = {"label_smoothing": 0.1, "reduction": "sum"}
-    loss = linear_cross_entropy(
-        *ours[:2], target, bias=ours[2], chunk_bytes=5 * 503 * dtype.itemsize, backend=backend, **options
-    )
-    true_loss = F.cross_entropy(F.linear(*truth), target, **options)
-    pairs = zip(torch.autograd.grad(loss, ours), torch.autograd.grad(true_loss, truth), strict=True)
-    errors = [_relative([pair]) for pair in pairs]
-    # bfloat16 rounds the logits as well as the result, a unit each.
-    return max(
-        _relative([(loss.detach(), true_loss.detach())]),
-        *(e / (4 if dtype == torch.bfloat16 else 1) for e in errors),
-        key=lambda x: (x != x, x),
-    )
-
-
-def _check_scale(backend: str, device: str, dtype: torch.dtype) -> float:
-    grad = torch.randn(5, 1003, generator=torch.Generator().manual_seed(2)).to(device, dtype)
-    factor = torch.tensor(0.3, device=device)
-    truth = grad.double() * factor.double()
-    apart, in_place = torch.empty_like(grad), grad.clone()
-    backends.implementation("scale", backend)(grad, factor, apart)
-    backends.implementation("scale", backend)(in_place, factor, in_place)
-    return _relative([(apart, truth), (in_place, truth)])
-
-
-def _check_adamw(backend: str, device: str, dtype: torch.dtype) -> float:
-    generator = torch.Generator().manual_seed(3)
-    param = torch.randn(1003, generator=generator).to(device, dtype)
-    true_param = torch.nn.Parameter(param.double())
-    optimizer = torch.optim.AdamW([true_param], lr=1e-2, weight_decay=0.1, foreach=False)
-    m, v, step = (torch.zeros(shape, device=device) for shape in ((1003,), (1003,), ()))
-    copy = torch.empty(1003, device=device, dtype=torch.bfloat16)
-    for i in range(3):
-        grad = torch.randn(1003, generator=generator).to(device, dtype)
-        adamw(
-            [param],
-            [grad],
-            [m],
-            [v],
-            [],
-            [step],
-            copies=[copy],
-            lr=1e-2,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=0.1,
-            backend=backend,
-        )
-        true_param.grad = grad.double()
-        optimizer.step()
-        if dtype == torch.bfloat16 and i < 2:  # what bfloat16 rounds away in between is no error of this step
-            true_param.data = param.double()
-    state = optimizer.state[true_param]
-    # Held to the dtype's tolerance times its own scale: the copy is bfloat16 also beside float32 params.
-    copy_error = _relative([(copy, true_param.detach())]) * TOLERANCE[dtype] / TOLERANCE[torch.bfloat16]
-    error = _relative([(param, true_param.detach()), (m, state["exp_avg"]), (v, state["exp_avg_sq"])])
-    return max(error, copy_error, abs(step.item() - 3), key=lambda x: (x != x, x))
-
-
-def _check_sum_squares(backend: str, device: str, dtype: torch.dtype) -> float:
-    generator = torch.Generator().manual_seed(4)
-    tensors = [torch.randn(n, generator=generator).to(device, dtype) for n in (1, 1003, 70001)]
-    truth = torch.stack([t.double().square().sum() for t in tensors]).sum()
-    return _relative([(sum_squares(tensors, backend=backend), truth)])
-
-
-CHECKS = {
-    "cross_entropy": _check_cross_entropy,
-    "linear_cross_entropy": _check_linear_cross_entropy,
-    "scale": _check_scale,
-    "adamw": _check_adamw,
-    "sum_squares": _check_sum_squares,
-}
+    passed = error <= TOLERANCE[dtype]  # nan does not pass
+    return {**row, "error": error, "tolerance": TOLERANCE[dtype], "passed": passed}
 
 
 def _print_tables(found: dict, console: Console) -> None:
