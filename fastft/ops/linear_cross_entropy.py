@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from fastft.ops import backends, linear_cross_entropy_chunks, linear_cross_entropy_reference, native, triton
-from fastft.ops.cross_entropy import _CUDA, _bad_row_op, _compute_dtype, _inverse_denominator, _times, _total
 from fastft.ops.cross_entropy_check import check_options
+from fastft.ops.cross_entropy_common import (
+    CUDA,
+    bad_row_op,
+    compute_dtype,
+    inverse_denominator,
+    scaled_gradient,
+    sum_rows,
+)
 from fastft.ops.cross_entropy_reference import logsumexp
 
 OP = "linear_cross_entropy"
@@ -75,7 +82,7 @@ def linear_cross_entropy(
     rows = hidden.reshape(-1, hidden.shape[-1])  # (N, H)
     rows2 = None if hidden2 is None else hidden2.reshape(-1, hidden2.shape[-1])  # (N, R)
     flat_target = target.reshape(-1).contiguous()  # (N,)
-    dtype = _compute_dtype(weight)
+    dtype = compute_dtype(weight)
     if class_weight is not None:
         class_weight = class_weight.to(dtype).contiguous()
     if token_weight is not None:
@@ -83,7 +90,7 @@ def linear_cross_entropy(
     chosen = backends.select(OP, backend, hidden.device.type, (hidden.dtype,))
     scale = None
     if reduction == "mean":
-        scale = _inverse_denominator(flat_target, class_weight, token_weight, ignore_index, weight.shape[0], dtype)
+        scale = inverse_denominator(flat_target, class_weight, token_weight, ignore_index, weight.shape[0], dtype)
 
     tensors = (rows, weight, bias, rows2, weight2)
     labels = (flat_target, class_weight, token_weight)
@@ -130,7 +137,7 @@ def _check(hidden, weight, target, bias, hidden2, weight2, chunk_bytes) -> None:
 def _reference(tensors, labels, scale, options, reduction, return_lse) -> tuple[Tensor, Tensor]:
     """The reference, through torch's own autograd."""
     target, vocab = labels[0], tensors[1].shape[0]
-    bad_row = _bad_row_op(target, options[0], vocab)
+    bad_row = bad_row_op(target, options[0], vocab)
     loss = backends.implementation(OP, "reference")(*tensors, *labels, *options)
     lse = loss.new_empty(0)
     if return_lse:
@@ -142,7 +149,7 @@ def _reference(tensors, labels, scale, options, reduction, return_lse) -> tuple[
 
 
 def _outputs(hidden: Tensor, want_lse: bool) -> tuple[Tensor, Tensor]:
-    dtype, rows = _compute_dtype(hidden), hidden.shape[0]
+    dtype, rows = compute_dtype(hidden), hidden.shape[0]
     return hidden.new_empty(rows, dtype=dtype), hidden.new_empty(rows if want_lse else 0, dtype=dtype)
 
 
@@ -178,7 +185,7 @@ def _reduced_op(
     bias, hidden2, weight2, each (0,) where `needs` says no).
     """
     loss, lse = _outputs(hidden, want_lse)
-    _bad_row_op(target, ignore_index, weight.shape[0])
+    bad_row_op(target, ignore_index, weight.shape[0])
     grads = backends.implementation(OP, backend)(
         hidden,
         weight,
@@ -199,7 +206,7 @@ def _reduced_op(
         lse=lse if want_lse else None,
         needs=needs,
     )
-    return _total(loss, scale), lse, *_or_empty(grads, hidden)
+    return sum_rows(loss, scale), lse, *_or_empty(grads, hidden)
 
 
 @_reduced_op.register_fake
@@ -226,7 +233,7 @@ def _reduced_backward(ctx, grad_loss, *_):
     # Inside AOTAutograd nothing may be given away, and it asks once anyway.
     if type(grad_loss) is Tensor and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
         ctx.grads = grads if torch._C._autograd._get_current_graph_task_keep_graph() else None
-    return *(None if grad is None else _times(grad, grad_loss, OP) for grad in grads), *[None] * 13
+    return *(None if grad is None else scaled_gradient(grad, grad_loss, OP) for grad in grads), *[None] * 13
 
 
 _reduced_op.register_autograd(_reduced_backward, setup_context=_reduced_setup)
@@ -256,7 +263,7 @@ def _rows_op(
 ) -> tuple[Tensor, Tensor]:
     """(loss (N,), lse (N,) or (0,))."""
     loss, lse = _outputs(hidden, want_lse)
-    _bad_row_op(target, ignore_index, weight.shape[0])
+    bad_row_op(target, ignore_index, weight.shape[0])
     backends.implementation(OP, backend)(
         hidden,
         weight,
@@ -356,7 +363,7 @@ def _rows_backward(ctx, grad_loss, _grad_lse):
 _rows_op.register_autograd(_rows_backward, setup_context=_rows_setup)
 
 
-for _backend, _refuses, _automatic_on in (("native", native.refuses, None), ("triton", triton.refuses, _CUDA)):
+for _backend, _refuses, _automatic_on in (("native", native.refuses, None), ("triton", triton.refuses, CUDA)):
     _load = linear_cross_entropy_chunks.implementation(_backend)
     backends.register(OP, _backend, load=_load, refuses=_refuses, automatic_on=_automatic_on)
 backends.register(OP, "reference", load=lambda: linear_cross_entropy_reference.loss_per_row, refuses=lambda *_: "")

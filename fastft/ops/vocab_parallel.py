@@ -9,7 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastft.ops import backends, cross_entropy_check
-from fastft.ops.cross_entropy import _bad_row_op, _contiguous_rows, _inverse_denominator, _run, _times, _total
+from fastft.ops.cross_entropy_common import (
+    bad_row_op,
+    contiguous_rows,
+    inverse_denominator,
+    run_kernel,
+    scaled_gradient,
+    sum_rows,
+)
 
 _IGNORED = -100  # within a shard: no class there is negative
 
@@ -51,19 +58,19 @@ def vocab_parallel_cross_entropy(
     if vocab_start is None:
         vocab_start, vocab_size = dist.get_rank(group) * shard, dist.get_world_size(group) * shard
     flat_target = target.reshape(-1).contiguous()
-    _bad_row_op(flat_target, ignore_index, vocab_size)
+    bad_row_op(flat_target, ignore_index, vocab_size)
     if token_weight is not None:
         token_weight = token_weight.to(torch.float32).reshape(-1 if token_weight.ndim else ())
     factor = token_weight
     if reduction == "mean":
-        inverse = _inverse_denominator(flat_target, None, token_weight, ignore_index, vocab_size, torch.float32)
+        inverse = inverse_denominator(flat_target, None, token_weight, ignore_index, vocab_size, torch.float32)
         factor = inverse if factor is None else factor * inverse
     chosen = backends.select("cross_entropy", backend, logits.device.type, (logits.dtype,))
     options = (ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale)
     loss = _VocabParallel.apply(
         rows, flat_target, factor, group, vocab_start, vocab_size, options, chosen, reduction != "none"
     )
-    return loss.reshape(target.shape) if reduction == "none" else _total(loss, None)
+    return loss.reshape(target.shape) if reduction == "none" else sum_rows(loss, None)
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -72,14 +79,14 @@ class _VocabParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, target, factor, group, start, vocab, options, backend, gradient_now):
         ignore_index, smoothing, z_loss, softcap, logit_scale = options
-        rows = _contiguous_rows(rows)
+        rows = contiguous_rows(rows)
         valid = target != ignore_index
         local = target - start
         owned = valid & (local >= 0) & (local < rows.shape[1])
         at = torch.where(owned, local, 0)
         lse_local = torch.empty(len(target), dtype=torch.float32, device=rows.device)
         nothing = torch.full_like(target, ignore_index)  # every row ignored: the kernel gives the logsumexp alone
-        _run(
+        run_kernel(
             backend,
             rows,
             nothing,
@@ -115,7 +122,7 @@ class _VocabParallel(torch.autograd.Function):
     def backward(ctx, grad_loss):
         if ctx.now:  # grad_loss is one number, expanded by the sum over rows
             (grad,) = ctx.saved_tensors
-            return _times(grad, grad_loss[0] if len(grad_loss) else grad_loss.new_ones(())), *[None] * 8
+            return scaled_gradient(grad, grad_loss[0] if len(grad_loss) else grad_loss.new_ones(())), *[None] * 8
         rows, at, owned, lse_local, lse, factor, x_at = ctx.saved_tensors
         return _gradient(rows, at, owned, lse_local, lse, factor * grad_loss, x_at, *ctx.rest), *[None] * 8
 
@@ -137,7 +144,7 @@ def _gradient(rows, at, owned, lse_local, lse, factor, x_at, vocab, options, bac
         return torch.where(valid[:, None], grad * _slope(x, softcap) * logit_scale, 0.0).to(rows.dtype)
     grad = torch.empty_like(rows)
     target = torch.where(valid, at, _IGNORED)  # the kernel writes zeros there, whatever the logits are
-    _run(
+    run_kernel(
         backend,
         rows,
         target,

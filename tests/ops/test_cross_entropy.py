@@ -3,16 +3,14 @@
 The traps are in test_cross_entropy_traps.py.
 """
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastft.ops import cross_entropy
+from fastft.ops import cross_entropy_autograd as autograd
+from fastft.ops import cross_entropy_common as common
 from tests.ops.common import BACKENDS, DEVICE, assert_as_good_as, assert_rounded_once, rounded, seeded
-
-module = sys.modules["fastft.ops.cross_entropy"]  # the package's attribute of that name is the function
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning:triton.runtime.interpreter"
@@ -250,9 +248,9 @@ def test_opcheck(backend, name):
                options.get("softcap", 0.0), options.get("logit_scale", 1.0))  # fmt: skip
     leaf = logits.clone().requires_grad_()
     scale = torch.tensor(0.2, device=DEVICE)
-    torch.library.opcheck(module._reduced_op, (leaf, target, *tensors, scale, *numbers, True, True, backend))
-    torch.library.opcheck(module._rows_op, (leaf, target, *tensors, *numbers, True, backend))
+    torch.library.opcheck(autograd.reduced_op, (leaf, target, *tensors, scale, *numbers, True, True, backend))
+    torch.library.opcheck(autograd.rows_op, (leaf, target, *tensors, *numbers, True, backend))
     rows = torch.rand(7, device=DEVICE)
-    torch.library.opcheck(module._rows_grad_op, (logits, target, *tensors, rows, *numbers, backend))
-    torch.library.opcheck(module._in_place_op, (logits.clone(), target, *tensors, scale, *numbers, True, backend))
-    torch.library.opcheck(module._bad_row_op, (target, numbers[0], 33))
+    torch.library.opcheck(autograd._rows_grad_op, (logits, target, *tensors, rows, *numbers, backend))
+    torch.library.opcheck(autograd._in_place_op, (logits.clone(), target, *tensors, scale, *numbers, True, backend))
+    torch.library.opcheck(common.bad_row_op, (target, numbers[0], 33))
