@@ -3,21 +3,18 @@ fit to be DeepSpeed's client optimizer.
 """
 
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from fastft.ops import lowbyte
-from fastft.ops.adamw import adamw, state_dtype
+from fastft.ops.adamw import adamw
+from fastft.optim import adamw_state
+from fastft.optim.adamw_state import StateDtype
 
-log = logging.getLogger(__name__)
-
-StateDtype = Literal["fp32", "bf16", "int8"]
 _OFFSET = "_fastft_offset"  # attribute of a param: see set_offset
 
 
@@ -28,13 +25,6 @@ def set_offset(param: Tensor, offset: int) -> None:
     Params without an offset are counted through, group by group.
     """
     setattr(param, _OFFSET, offset)
-
-
-class _Kept:
-    """Carries a state tensor past torch.optim.Optimizer.load_state_dict, which would cast it to the param's dtype."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -307,48 +297,24 @@ class FusedAdamW(torch.optim.Optimizer):
         state = self.state[param]
         # Not `param not in self.state`: DeepSpeed puts empty dicts there.
         if len(state) == 0:
-            zeros = lambda: torch.zeros_like(param, dtype=state_dtype(param.dtype), memory_format=torch.preserve_format)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = zeros()
-            state["exp_avg_sq"] = zeros()
-            if amsgrad:
-                state["max_exp_avg_sq"] = zeros()
-            if self.remainder:
-                state["remainder"] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
+            adamw_state.fill(state, param, amsgrad=amsgrad, remainder=self.remainder)
         # Also later: DeepSpeed puts float32 there from a universal checkpoint.
         if state["exp_avg"].dtype is not self._stored(param) or ("remainder" in state) != self.remainder:
             self._fit(param, state)
         return state
 
     def _stored(self, param: Tensor) -> torch.dtype:
-        return {"fp32": state_dtype(param.dtype), "bf16": torch.bfloat16, "int8": torch.uint8}[self.state_dtype]
+        return adamw_state.stored_dtype(self.state_dtype, param)
 
-    def _fit(self, param: Tensor, state: dict[str, Tensor]) -> None:
+    def _fit(self, param: Tensor, state: adamw_state.State) -> None:
         """Give the state of one param the dtypes of this optimizer."""
-        wanted = self._stored(param)
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-            if name not in state or state[name].dtype == wanted:
-                continue
-            wide = _decoded(name, state).to(param.device)
-            state.pop(f"{name}_scale", None)
-            if wanted == torch.uint8:
-                state[name], state[f"{name}_scale"] = lowbyte.quantize(wide, signed=name == "exp_avg")
-            else:
-                state[name] = wide.to(wanted)
-        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
-        if self.remainder and "remainder" not in state:
-            log.warning(
-                "the checkpoint has no remainder of a bfloat16 param: its fp32 master starts from the rounded param"
-            )
-            state["remainder"] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
-        elif not self.remainder:
-            state.pop("remainder", None)
+        adamw_state.convert(state, param, self._stored(param), remainder=self.remainder)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; int8 state as the float32 that it encodes."""
         state_dict = super().state_dict()
         if self.state_dtype == "int8":
-            state_dict["state"] = {key: _decoded_state(value) for key, value in state_dict["state"].items()}
+            state_dict["state"] = {key: adamw_state.decoded_state(value) for key, value in state_dict["state"].items()}
         return state_dict
 
     @torch._disable_dynamo
@@ -360,7 +326,7 @@ class FusedAdamW(torch.optim.Optimizer):
         Like torch's, it does not copy tensors that already have the right device and dtype.
         """
         # As a hook, and the last one, so that the caller's own hooks see and return plain tensors.
-        handle = self.register_load_state_dict_pre_hook(_wrap_state)
+        handle = self.register_load_state_dict_pre_hook(adamw_state.keep_tensors)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -379,11 +345,10 @@ class FusedAdamW(torch.optim.Optimizer):
             if not isinstance(values, dict):
                 continue
             for name, value in values.items():
-                values[name] = _restored(name, value, param)
+                values[name] = adamw_state.restored(name, value, param)
             if isinstance(param, Tensor) and "exp_avg" in values:
-                if (
-                    "remainder" in values and values["remainder"].dtype != torch.int16
-                ):  # as it comes back from torch.optim.AdamW
+                # Of another dtype as it comes back from torch.optim.AdamW.
+                if "remainder" in values and values["remainder"].dtype != torch.int16:
                     del values["remainder"]
                 self._fit(param, values)
 
@@ -397,44 +362,6 @@ def _offsets(params: list[Tensor], first: int) -> list[int]:
     return [
         getattr(param, _OFFSET, start) for param, start in zip(params, starts, strict=False) if param.grad is not None
     ]
-
-
-def _decoded(name: str, state: dict[str, Tensor]) -> Tensor:
-    """exp_avg, exp_avg_sq or max_exp_avg_sq as numbers."""
-    if state[name].dtype != torch.uint8:
-        return state[name]
-    return lowbyte.dequantize(state[name], state[f"{name}_scale"], signed=name == "exp_avg")
-
-
-def _decoded_state(state: Any) -> Any:
-    if not isinstance(state, dict) or "exp_avg_scale" not in state:
-        return state
-    scales = ("exp_avg_scale", "exp_avg_sq_scale")
-    return {
-        name: _decoded(name, state) if isinstance(value, Tensor) else value
-        for name, value in state.items()
-        if name not in scales
-    }
-
-
-def _wrap_state(_optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    state = {
-        key: {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in values.items()}
-        if isinstance(values, dict)
-        else values
-        for key, values in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}
-
-
-def _restored(name: str, value: Any, param: Any) -> Any:
-    """A loaded state value where step() wants it; its dtype is `_fit`'s business."""
-    tensor = value.tensor if isinstance(value, _Kept) else value
-    if not isinstance(param, Tensor):
-        return tensor
-    if name == "step":  # a plain number in old checkpoints, on the host in torch's
-        return torch.as_tensor(tensor, dtype=torch.float32, device=param.device)
-    return tensor.to(device=param.device) if isinstance(value, _Kept) else tensor
 
 
 _watched_step = torch_optimizer.Optimizer.profile_hook_step(FusedAdamW._step)

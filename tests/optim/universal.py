@@ -12,7 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 
 from fastft.cli import leave
 from fastft.optim import FusedAdamW
-from fastft.optim.adamw import _decoded_state
+from fastft.optim.adamw_state import decoded_state
 from fastft.train import engine as engines
 
 
@@ -52,7 +52,7 @@ def contents(engine, optimizer) -> dict[str, torch.Tensor]:
     ):  # what DeepSpeed shows are the codes: put the numbers there for it, as after a load
         for values in optimizer.state.values():
             if "exp_avg_scale" in values:
-                wide = _decoded_state(values)
+                wide = decoded_state(values)
                 values.clear()
                 values.update(wide)
         engine.optimizer._hp_optimizer_states_linked = False
