@@ -95,6 +95,7 @@ class Prepared:
     def __init__(self, folder: Path):
         self.folder = folder
         manifest = _manifest(folder)
+        assert manifest is not None, f"{folder}: not prepared"
         self.key, self.meta = manifest["key"], manifest["meta"]
         self.columns: dict[str, np.ndarray | Ragged] = {}
         for name in manifest["files"]:
@@ -129,7 +130,8 @@ def prepare(folder: Path, settings: str, sources: list[str], build: Callable[[Pa
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(folder.name + ".lock")) as writable:
         files = files_in(sources)
-        recorded = (_manifest(folder) or {}).get("sources", {})
+        manifest = _manifest(folder)
+        recorded = (manifest or {}).get("sources", {})
         found = fingerprint(files, recorded)
         key = digest([settings, [found[str(file)]["sha256"] for file in files]])
         if (problem := check(folder, key)) is not None:
@@ -160,9 +162,9 @@ def prepare(folder: Path, settings: str, sources: list[str], build: Callable[[Pa
                         "files": made,
                     },
                 )
-        elif found != recorded:  # the same bytes under new times
+        elif manifest is not None and found != recorded:  # the same bytes under new times
             with suppress(OSError):  # a folder that may not be written is as good: its sources are read again next time
-                write_manifest(folder, {**_manifest(folder), "sources": found})
+                write_manifest(folder, {**manifest, "sources": found})
         return Prepared(folder)
 
 

@@ -12,7 +12,8 @@ SETTLED = 1.0  # seconds that a file must have been left alone before its times 
 
 def folders(folder: Path) -> Iterator[Path]:
     """A folder and all under it, through links, each once: by its path without links where it has one."""
-    seen, real, links = set(), [folder], []
+    seen: set[tuple[int, int]] = set()  # device, inode
+    real, links = [folder], list[Path]()
     while real or links:
         here = real.pop() if real else links.pop(0)
         stat = here.stat()

@@ -116,7 +116,7 @@ class Agent:
                     self._watch(open_ranks)
                 if self.kill_at is not None and time.monotonic() >= self.kill_at:
                     self._signal(signal.SIGKILL)
-                    stuck = self._stuck(open_ranks)
+                    stuck = self._stuck(open_ranks, self.kill_at)
                     open_ranks -= stuck
                     left_behind |= stuck
                 time.sleep(0.1)
@@ -128,9 +128,9 @@ class Agent:
         say("done", code=self.code)
         return self.code
 
-    def _stuck(self, open_ranks: set[Rank]) -> set[Rank]:
+    def _stuck(self, open_ranks: set[Rank], killed_at: float) -> set[Rank]:
         """Ranks that wait in the kernel long after SIGKILL, every time one looks for two seconds."""
-        if time.monotonic() < self.kill_at + UNKILLABLE:
+        if time.monotonic() < killed_at + UNKILLABLE:
             return set()
         for rank in open_ranks:
             rank.waits = rank.waits + 1 if rank.state() == "D" else 0

@@ -44,7 +44,7 @@ def read(path: Path) -> list[Host]:
 def address(name: str) -> str:
     """The host's IPv4 address. UserError when the name means nothing here."""
     try:
-        return socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+        return str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except OSError as e:
         raise UserError(
             f"host {name}: {e.strerror or e}.", "Correct the host file, or make the name known (DNS, /etc/hosts)."

@@ -240,6 +240,7 @@ class _Attempt:
         return node
 
     def _read(self, node: _Node) -> None:
+        assert node.process.stdout is not None  # a pipe
         try:
             for line in node.process.stdout:
                 self.events.put((node, protocol.read_event(line)))
@@ -331,6 +332,7 @@ class _Attempt:
 
 
 def _write(process: subprocess.Popen, line: str) -> None:
+    assert process.stdin is not None  # a pipe
     try:
         process.stdin.write(line + "\n")
         process.stdin.flush()

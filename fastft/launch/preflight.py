@@ -19,6 +19,7 @@ MIN_BANDWIDTH = 0.8  # of the median of all pairs
 MIN_SHM = 1 << 30  # bytes of /dev/shm: what data loaders and NCCL's shared-memory transport expect
 BLOCKS = 64  # MiB sent from a host to the next
 LIMIT = 60.0  # seconds for an answer: nvidia-smi, or a dead network disk, can hang for good
+# Of probe.facts.
 NEEDED = {
     "python",
     "packages",
@@ -31,7 +32,7 @@ NEEDED = {
     "disk_error",
     "disk_free",
     "disk_write",
-}  # of probe.facts
+}
 
 
 class Probe:
@@ -48,6 +49,9 @@ class Probe:
             errors="replace",
             start_new_session=True,
         )
+        stdin, stdout, stderr = self.process.stdin, self.process.stdout, self.process.stderr
+        assert stdin is not None and stdout is not None and stderr is not None  # pipes
+        self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
 
     def ask(self, **order) -> dict:
         """The answer; ``error`` in it when there is none within LIMIT."""
@@ -62,15 +66,15 @@ class Probe:
         other = ""
         try:
             with suppress(OSError):
-                self.process.stdin.write(json.dumps(order) + "\n")
-                self.process.stdin.flush()
-                for line in self.process.stdout:
+                self.stdin.write(json.dumps(order) + "\n")
+                self.stdin.flush()
+                for line in self.stdout:
                     if isinstance(answer := _json(line), dict):
                         return answer
                     other = line.strip() or other  # what a login shell prints
             if late.is_set():
                 return {"error": f"no answer to '{order['do']}' within {LIMIT:.0f} s: a hanging driver or disk?"}
-            said = self.process.stderr.read().strip().splitlines() or [other]
+            said = self.stderr.read().strip().splitlines() or [other]
             return {"error": said[-1] or f"no answer (exit code {self.process.wait()})"}
         finally:
             limit.cancel()
@@ -82,7 +86,7 @@ class Probe:
 
     def close(self) -> None:
         with suppress(OSError):  # what was not read by a process that is gone
-            self.process.stdin.close()
+            self.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
         self.kill()

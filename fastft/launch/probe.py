@@ -148,7 +148,7 @@ def send(address: str, port: int, blocks: int) -> None:
 
 
 def main() -> None:
-    listener = None
+    listener: socket.socket | None = None
     for line in sys.stdin:
         order = json.loads(line)
         try:
@@ -161,6 +161,7 @@ def main() -> None:
                     listener, port = serve()
                     answer = {"port": port}
                 case "receive":
+                    assert listener is not None  # "serve" was the order before
                     answer = {"bytes_per_second": receive(listener)}
                 case "send":
                     send(order["address"], order["port"], order["blocks"])

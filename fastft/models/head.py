@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,8 @@ class FusedHead:
     """
 
     def __init__(self, model: nn.Module):
-        self.head = model.get_output_embeddings()
+        get_head: Any = model.get_output_embeddings  # a method, which nn.Module's type does not know
+        self.head = get_head()
         if self.head is None:
             raise HeadError(f"{type(model).__name__} has no output embeddings")
         self.parts_of = _parts_of(self.head)
@@ -171,7 +173,8 @@ def post_processing(model: nn.Module) -> dict:
     By the names that transformers' models use: final_logit_softcapping (Gemma 2 and 3n), logits_scaling (Granite: a
     divisor), logit_scale (Cohere: a factor), final_logits_bias (BART, Marian, Pegasus).
     """
-    config = model.config.get_text_config(decoder=True)
+    whole: Any = model.config
+    config = whole.get_text_config(decoder=True)
     found: dict = {}
     if cap := getattr(config, "final_logit_softcapping", None):
         found["softcap"] = float(cap)
@@ -204,7 +207,7 @@ def _forward_of(fused: FusedHead) -> Callable:
     return forward
 
 
-def _parts_of(head: nn.Module) -> Callable[[Tensor], Parts]:
+def _parts_of(head: Any) -> Callable[[Tensor], Parts]:
     if hasattr(head, "loss_parts"):
         return head.loss_parts
     if type(head) is nn.Linear:
@@ -214,7 +217,7 @@ def _parts_of(head: nn.Module) -> Callable[[Tensor], Parts]:
     raise HeadError(f"its head is a {type(head).__name__}, not a Linear layer")
 
 
-def _lora_parts_of(head: nn.Module) -> Callable[[Tensor], Parts]:
+def _lora_parts_of(head: Any) -> Callable[[Tensor], Parts]:
     """peft.tuners.lora.Linear: W x + sum over adapters of scaling * B A dropout(x)."""
     if type(base := head.get_base_layer()) is not nn.Linear:
         raise HeadError(f"the LoRA of its head wraps a {type(base).__name__}, not a Linear layer")

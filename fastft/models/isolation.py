@@ -6,6 +6,7 @@ assumed.
 """
 
 import inspect
+from typing import Any
 
 import torch
 
@@ -40,7 +41,8 @@ def check_isolation(model: torch.nn.Module, length: int, device: torch.device, f
         )
     was_training, home = model.training, next(model.parameters()).device
     model.eval().to(device)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings  # a method, which nn.Module's type does not know
+    vocabulary = embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (1 if flat else 2, length), generator=generator).to(device)
     cut = length // 2 - (length > 3)  # uneven parts

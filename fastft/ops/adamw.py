@@ -5,7 +5,7 @@ term, are torch.optim.AdamW's and are in fastft/_C.pyi. How quantized state and 
 fastft/ops/lowbyte.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -89,6 +89,7 @@ def adamw(
         params, grads, exp_avgs, exp_avg_sqs, steps, grad_scale, found_inf
     )
     if everyday and backends.select("adamw", backend, "cpu", (_F32, _F32)) == "native":
+        assert isinstance(lr, float)
         native.adamw(
             params,
             grads,
@@ -132,7 +133,7 @@ def adamw(
     kinds = adamw_check.check(lists, stochastic_rounding, seed)
     # The dispatcher costs 100 us a call and 3 us a tensor, more than the whole update of small tensors; where nothing
     # records the call (torch.compile, make_fx, fake tensors), it adds nothing to what _apply does.
-    run = _op if recorded else _apply
+    run: Callable[..., None] = _op if recorded else _apply
     for device, param_dtype, grad_dtype, members in _groups(lists, kinds):
         chosen = backends.select("adamw", backend, device.type, (param_dtype, grad_dtype))
         lr_tensor = lr.to(device, torch.float32, non_blocking=True).reshape(()) if isinstance(lr, Tensor) else None
@@ -250,7 +251,7 @@ def _apply(
         lr, lr_tensor = lr_tensor.item(), None
     grads = [grad.resolve_neg() for grad in grads]  # a view may have its sign flipped lazily (torch's negative bit)
     given = (grads, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, remainders)
-    dense = given
+    dense: Sequence[list[Tensor]] = given
     if not all(map(Tensor.is_contiguous, chain.from_iterable(given))):
         # Blocks and random numbers go by the position in the flat tensor, so these want it in its own order.
         by_position = bool(offsets) or exp_avgs[0].dtype not in (torch.float32, torch.float64)

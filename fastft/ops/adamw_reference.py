@@ -62,11 +62,11 @@ def adamw(
             p = p * (1 - learning_rate * weight_decay)
         p = (p - (learning_rate / correction1) * (m / denominator)).to(wide)  # a 0-dim p has become float64
 
-        random = (None, None, None)
+        random_p = random_m = random_v = None
         if stochastic_rounding or exp_avg.dtype in (torch.bfloat16, torch.uint8):
-            random = lowbyte.random16(seed, step, offsets[i] if offsets else 0, param.numel())
-        _write_state(exp_avg, m, exp_avg_scales[i] if exp_avg_scales else None, True, random[1], found_inf)
-        _write_state(exp_avg_sq, v, exp_avg_sq_scales[i] if exp_avg_sq_scales else None, False, random[2], found_inf)
+            random_p, random_m, random_v = lowbyte.random16(seed, step, offsets[i] if offsets else 0, param.numel())
+        _write_state(exp_avg, m, exp_avg_scales[i] if exp_avg_scales else None, True, random_m, found_inf)
+        _write_state(exp_avg_sq, v, exp_avg_sq_scales[i] if exp_avg_sq_scales else None, False, random_v, found_inf)
         _write(steps[i], step, found_inf)
         if max_exp_avg_sqs:
             _write(max_exp_avg_sqs[i], v_max, found_inf)
@@ -75,8 +75,8 @@ def adamw(
         if remainders:
             p, remainder = lowbyte.split(p)
             _write(remainders[i], remainder, found_inf)
-        elif stochastic_rounding:
-            p = lowbyte.round_stochastic(p, random[0])
+        elif random_p is not None and stochastic_rounding:
+            p = lowbyte.round_stochastic(p, random_p)
         _write(param, p, found_inf)
 
 
@@ -87,6 +87,7 @@ def _write_state(
         new, new_scales = lowbyte.quantize(new, signed, random)
         _write(scales, new_scales, found_inf)
     elif old.dtype == torch.bfloat16:
+        assert random is not None  # bfloat16 state is always rounded stochastically
         new = lowbyte.round_stochastic(new, random)
     _write(old, new, found_inf)
 

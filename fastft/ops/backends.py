@@ -111,7 +111,7 @@ def select(op: str, requested: str | None, device_type: str, dtypes: tuple[torch
 
 # The answer depends on nothing but constants and the environment, so a compiled graph may keep it. This is what
 # torch.compiler.assume_constant_result does, less its import of torch._dynamo, which takes almost two seconds.
-select._dynamo_marked_constant = True
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function has what is put there
 
 
 def choices() -> list[dict]:

@@ -6,17 +6,39 @@ is rounded, and the backward hands it over. The maths is in fastft/_C.pyi.
 """
 
 import math
+from collections.abc import Callable
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from fastft.ops import backends, cross_entropy_check, cross_entropy_reference, native, triton
 from fastft.ops.cross_entropy_autograd import InPlace, reduced_op, rows_op
-from fastft.ops.cross_entropy_common import CUDA, bad_row_op, bad_target, compute_dtype, inverse_denominator
+from fastft.ops.cross_entropy_common import (
+    CUDA,
+    LossOptions,
+    bad_row_op,
+    bad_target,
+    compute_dtype,
+    inverse_denominator,
+)
 
 __all__ = ["bad_target", "cross_entropy"]
 
 
+class _Options(LossOptions, total=False):
+    weight: Tensor | None
+    inplace: bool
+
+
+@overload
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[_Options]
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, return_lse: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, Tensor]: ...
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -99,7 +121,7 @@ def _reference(rows, target, weight, token_weight, scale, options, reduction, re
     return torch.where(bad_row >= 0, math.nan, loss), lse
 
 
-_LOAD_REFERENCE = {
+_LOAD_REFERENCE: dict[str, Callable[[], Callable]] = {
     "cross_entropy": lambda: cross_entropy_reference.cross_entropy,
     "scale": lambda: cross_entropy_reference.scale,
 }

@@ -2,6 +2,8 @@
 the look at its out-of-range flag, denominators, totals, and the product that a backward needs.
 """
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,19 @@ from fastft.ops import backends, cross_entropy_reference
 CUDA = frozenset({"cuda"})  # on CPU tensors Triton runs only in its interpreter, which is for tests
 
 _flags: dict[torch.device, Tensor] = {}  # CUDA device -> () int64, the last row whose target was out of range, or -1
+
+
+class LossOptions(TypedDict, total=False):
+    """Keyword arguments of every cross-entropy here, for the overloads that type checkers read."""
+
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+    token_weight: Tensor | None
+    backend: str | None
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ in memory (cf. Liger Kernel, arXiv 2410.10989, section 3.2, whose chunks of V / 
 """
 
 import math
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fastft.ops import backends, linear_cross_entropy_chunks, linear_cross_entro
 from fastft.ops.cross_entropy_check import check_options
 from fastft.ops.cross_entropy_common import (
     CUDA,
+    LossOptions,
     bad_row_op,
     compute_dtype,
     inverse_denominator,
@@ -27,6 +29,21 @@ from fastft.ops.cross_entropy_reference import logsumexp
 OP = "linear_cross_entropy"
 
 
+class _Options(LossOptions, total=False):
+    bias: Tensor | None
+    low_rank: tuple[Tensor, Tensor] | None
+    class_weight: Tensor | None
+    chunk_bytes: int | None
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[_Options]
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, return_lse: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, Tensor]: ...
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -153,8 +170,10 @@ def _outputs(hidden: Tensor, want_lse: bool) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(rows, dtype=dtype), hidden.new_empty(rows if want_lse else 0, dtype=dtype)
 
 
-def _or_empty(grads: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+def _or_empty(grads: list[Tensor | None], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """An op returns tensors only: (0,) in place of None."""
+    hidden, weight, bias, hidden2, weight2 = (like.new_empty(0) if grad is None else grad for grad in grads)
+    return hidden, weight, bias, hidden2, weight2
 
 
 # ---- mean and sum: the forward computes the gradients ----------------------------------------------------------------

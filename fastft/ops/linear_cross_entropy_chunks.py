@@ -17,9 +17,8 @@ from fastft.ops import backends
 # peak.
 CHUNK_BYTES = {"cpu": 128 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
-LEAST_ROWS = (
-    512  # of an unasked-for budget: with 131 rows (256k classes in 64 MiB) the pass over dW took a fifth of its GEMM
-)
+# Of a budget that nobody asked for: with 131 rows (256k classes in 64 MiB) the pass over dW took a fifth of its GEMM.
+LEAST_ROWS = 512
 SLAB_BYTES = 4 << 20  # of a piece of dW on the CPU: stays in the L2/L3 cache between its GEMM and its addition
 
 
@@ -91,12 +90,14 @@ def run(
         "logit_scale": logit_scale,
     }
     buffer = weight.new_empty(min(size, count), vocab)
-    bad_row = torch.empty(
-        (), dtype=torch.int64, device=target.device
-    )  # the kernels want one; whoever called has looked
+    logits: Tensor | None = None
+    grad: Tensor | None = None
+    # The kernels want one; whoever called has looked.
+    bad_row = torch.empty((), dtype=torch.int64, device=target.device)
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count)) if kept is None else kept[start : start + size]
-        x, x2, y, token, scale = (_take(t, rows) for t in (hidden, hidden2, target, token_weight, grad_scale))
+        x, y = _rows(hidden, rows), _rows(target, rows)
+        x2, token, scale = (_rows_of(t, rows) for t in (hidden2, token_weight, grad_scale))
         logits = buffer[: y.shape[0]]
         _logits(logits, x, weight, bias, x2, weight2)
         part_loss = None if loss is None else torch.empty_like(loss[: y.shape[0]])
@@ -105,13 +106,16 @@ def run(
         kernel(
             logits, y, class_weight, token, scale, **options, loss=part_loss, lse=part_lse, grad=grad, bad_row=bad_row
         )
-        if loss is not None:
+        if loss is not None and part_loss is not None:
             loss[rows] = part_loss
         if grad is not None:
             if not compact:  # the gradient of an ignored row is 0, but 0 * inf in the GEMM of dW would be nan
-                x, x2 = (None if t is None else torch.where((y != ignore_index)[:, None], t, 0.0) for t in (x, x2))
+                counts = (y != ignore_index)[:, None]
+                x = torch.where(counts, x, 0.0)
+                x2 = None if x2 is None else torch.where(counts, x2, 0.0)
             grads.add(grad, x, x2, rows)
-    buffer = logits = grad = None  # the sums may need as much again to become bfloat16
+    logits = grad = None
+    del buffer  # the sums may need as much memory again to become bfloat16
     return grads.finish()
 
 
@@ -122,16 +126,18 @@ def implementation(backend: str) -> Callable[[], Callable]:
         try:
             return functools.partial(run, backends.implementation("cross_entropy", backend))
         except backends.BackendError as error:
-            raise error.__cause__ from None
+            raise (error.__cause__ or error) from None
 
     return load
 
 
-def _take(tensor: Tensor | None, rows: slice | Tensor) -> Tensor | None:
-    """A chunk's rows; 0-dim tensors and None apply to all rows alike."""
-    if tensor is None or tensor.ndim == 0:
-        return tensor
+def _rows(tensor: Tensor, rows: slice | Tensor) -> Tensor:
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def _rows_of(tensor: Tensor | None, rows: slice | Tensor) -> Tensor | None:
+    """A chunk's rows; 0-dim tensors and None apply to all rows alike."""
+    return tensor if tensor is None or tensor.ndim == 0 else _rows(tensor, rows)
 
 
 def _logits(
@@ -141,7 +147,7 @@ def _logits(
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
-    if x2 is not None:
+    if x2 is not None and weight2 is not None:
         out.addmm_(x2, weight2.t())
 
 
@@ -150,12 +156,11 @@ class _Gradients:
 
     def __init__(self, hidden, weight, bias, hidden2, weight2, needs: list[bool], sparse: bool, chunks: int):
         make = torch.zeros_like if sparse else torch.empty_like  # sparse: rows that no chunk touches stay 0
-        row_format = {"memory_format": torch.contiguous_format}
         self.weight, self.weight2 = weight, weight2
-        self.of_hidden = make(hidden, **row_format) if needs[0] else None
+        self.of_hidden = make(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.of_weight = _Sum(weight, chunks) if needs[1] else None
         self.of_bias = torch.zeros(bias.shape, dtype=_wide(bias.dtype), device=bias.device) if needs[2] else None
-        self.of_hidden2 = make(hidden2, **row_format) if needs[3] else None
+        self.of_hidden2 = make(hidden2, memory_format=torch.contiguous_format) if needs[3] else None
         self.of_weight2 = _Sum(weight2, chunks) if needs[4] else None
         self.bias_dtype = None if bias is None else bias.dtype
 
@@ -170,7 +175,7 @@ class _Gradients:
                 out.index_copy_(0, rows, torch.mm(grad, factor))
         if self.of_weight is not None:
             self.of_weight.add(grad, x)
-        if self.of_weight2 is not None:
+        if self.of_weight2 is not None and x2 is not None:
             self.of_weight2.add(grad, x2)
         if self.of_bias is not None:
             self.of_bias += grad.sum(0, dtype=self.of_bias.dtype)
@@ -225,7 +230,8 @@ class _Sum:
                 total.add_(widened[: total.shape[0]].copy_(p))
 
     def finish(self) -> Tensor:
-        total, self.total = self.total, None
+        total = self.total
+        del self.total  # or it would be held beside its copy in fewer bytes
         return total.to(self.like.dtype)
 
 

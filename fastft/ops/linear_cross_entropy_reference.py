@@ -21,7 +21,7 @@ def logits(
     result = hidden.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         result = result + bias.to(dtype)
-    if hidden2 is not None:
+    if hidden2 is not None and weight2 is not None:
         result = result + hidden2.to(dtype) @ weight2.to(dtype).t()
     return result
 

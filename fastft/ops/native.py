@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -91,17 +91,17 @@ def cross_entropy(
 
 
 def adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    copies: list[Tensor],
-    remainders: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    exp_avg_sq_scales: list[Tensor],
-    offsets: list[int],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    remainders: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    offsets: Sequence[int],
     *,
     lr: float,
     lr_tensor: Tensor | None,
@@ -135,7 +135,7 @@ def adamw(
         stream,
         *(list(map(Tensor.data_ptr, tensors)) for tensors in lists),
         list(map(Tensor.numel, params)),
-        offsets,
+        list(offsets),
         _tag(params[0].dtype),
         _tag(grads[0].dtype),
         2 if remainders else int(stochastic_rounding),  # ParamStore

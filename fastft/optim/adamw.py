@@ -132,7 +132,7 @@ class FusedAdamW(torch.optim.Optimizer):
         Raises RuntimeError for sparse or complex gradients.
         """
         if _is_watched(self):
-            given = {
+            given: dict[str, Any] = {
                 name: value
                 for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf))
                 if value is not None
@@ -142,7 +142,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     # torch would wrap step itself for its profiler and its hooks. Where nobody uses them, that costs 0.1 ms after a
     # large step, with cold caches.
-    step.hooked = True
+    step.hooked = True  # type: ignore[attr-defined]  # what torch looks for
 
     def _step(
         self,
@@ -258,11 +258,10 @@ class FusedAdamW(torch.optim.Optimizer):
                 piece[name] = part
         steps = state["step"].repeat(len(sizes)).unbind()  # the op counts one step per tensor it is given
         offsets = list(itertools.accumulate(sizes[:-1], initial=getattr(param, _OFFSET, 0))) if self._rounds else None
-        fused_out = out is not None and out.dtype == torch.bfloat16
-        copies = cut(out) if fused_out else None
+        copies = cut(out) if out is not None and out.dtype == torch.bfloat16 else None
         self._update(group, cut(param), grads, states, steps, offsets, copies=copies, grad_scale=grad_scale)
         state["step"] += 1
-        if out is not None and not fused_out:
+        if out is not None and copies is None:
             out.copy_(param)
 
     def _update(self, group: dict[str, Any], params, grads, states, steps, offsets, **given) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from fastft.config import Model
 from fastft.errors import UserError, did_you_mean
@@ -69,7 +70,7 @@ class Request:
     def machine(self) -> Hardware:
         """The hardware, with what the options say of its nodes."""
         known = HARDWARE[self.hardware]
-        changes = {
+        changes: dict[str, Any] = {
             "gpus_per_node": self.gpus_per_node,
             "inter_node_bandwidth": self.node_gbits and self.node_gbits * 1e9 / 8,
         }
@@ -92,6 +93,7 @@ def shape(model: str | None, params: float | None) -> Shape:
     if params is not None:
         _check("params", params, lambda v: v >= 1e6, "must be at least 1e6")
         return Shape.of_size(int(params))
+    assert model is not None  # or params would be
     return _shape_of_config(model)
 
 

@@ -1,6 +1,7 @@
 """CSV and TSV, through the standard library's csv module."""
 
 import csv
+from typing import Literal
 
 from fastft.data.formats.base import open_text, reader
 from fastft.errors import UserError
@@ -20,7 +21,7 @@ def read_tsv(path, source):
 
 
 def _read(path, source, delimiter):
-    quoting = csv.QUOTE_NONE if source.quoting == "none" else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if source.quoting == "none" else csv.QUOTE_MINIMAL
     with open_text(path, newline="") as f:
         rows = csv.reader(f, delimiter=delimiter, quoting=quoting, strict=True)
         end = 0  # the last line of the row before

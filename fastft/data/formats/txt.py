@@ -13,7 +13,8 @@ def read(path, source):
                 if line.strip():
                     yield f"{path}:{number}", {"text": line.rstrip("\n")}
         else:
-            lines, start = [], 1
+            lines: list[str] = []
+            start = 1
             for number, line in enumerate(f, 1):
                 if line.strip():
                     if not lines:

@@ -22,8 +22,9 @@ def check(backend: str, device: str, dtype: torch.dtype) -> float:
     # Chunks of five rows. Summed, so that the loss is large and its error, which is that of rounded logits, relatively
     # small.
     options: dict[str, Any] = {"label_smoothing": 0.1, "reduction": "sum"}
+    hidden, weight, bias = ours
     loss = linear_cross_entropy(
-        *ours[:2], target, bias=ours[2], chunk_bytes=5 * 503 * dtype.itemsize, backend=backend, **options
+        hidden, weight, target, bias=bias, chunk_bytes=5 * 503 * dtype.itemsize, backend=backend, **options
     )
     true_loss = F.cross_entropy(F.linear(*truth), target, **options)
     pairs = zip(torch.autograd.grad(loss, ours), torch.autograd.grad(true_loss, truth), strict=True)
