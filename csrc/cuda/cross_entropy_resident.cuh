@@ -101,7 +101,8 @@ __global__ void __maxnreg__(CAP ? 128 : 88) resident_kernel(const __grid_constan
   const int i = static_cast<int>(blockIdx.x) / cluster.ranks;
   const bool first = threadIdx.x == 0 && cluster.rank == 0;
   const T* row = static_cast<const T*>(a.logits) + i * a.logits_stride;
-  const auto grad_row = [&] { return static_cast<T*>(a.grad) + i * a.grad_stride; };  // computed when needed: registers are short
+  // Computed when needed: registers are short.
+  const auto grad_row = [&] { return static_cast<T*>(a.grad) + i * a.grad_stride; };
   Packs<T> packs(row, static_cast<int>(a.vocab));
   constexpr int width = Packs<T>::width;
 

@@ -74,7 +74,8 @@ __device__ inline void two_pass_row(const CrossEntropyArgs& a, std::int64_t i) {
     return;
   }
   const float x_y = cap<CAP>(to_float(row[t.y]) * static_cast<float>(a.logit_scale), static_cast<float>(a.softcap));
-  const Sums st = row_sums<T, CAP, SMOOTH>(row, a);  // its barriers also order the read of x_y before a gradient in place
+  // Its barriers also order the read of x_y before a gradient in place.
+  const Sums st = row_sums<T, CAP, SMOOTH>(row, a);
   const RowGrad g = finish_row<SMOOTH>(a, i, t.y, st, x_y, first);
   if (grad != nullptr) write_grad<T, CAP, SMOOTH>(row, grad, t.y, g, a);
 }

@@ -66,7 +66,8 @@ inline fastft::bf16 nearest_bf16(float x) {
 }
 
 inline std::mt19937& rng() {
-  static std::mt19937 engine = [] {  // the same inputs in every run, unless FASTFT_TEST_SEED is another number or "random"
+  // The same inputs in every run, unless FASTFT_TEST_SEED is another number or "random".
+  static std::mt19937 engine = [] {
     const char* given = std::getenv("FASTFT_TEST_SEED");
     unsigned seed = given ? static_cast<unsigned>(std::strtoul(given, nullptr, 10)) : 1;
     if (given && std::strcmp(given, "random") == 0) seed = std::random_device{}();
