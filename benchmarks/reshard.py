@@ -1,4 +1,4 @@
-"""Whether a run that goes on with other ranks or another ZeRO stage is the same run: losses of the steps after the
+"""Whether a run that resumes with other ranks or another ZeRO stage is the same run: losses of the steps after the
 change against those of the run that was never changed (other samples would show there), and the largest difference of a
 weight at the end.
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from fastft.train import telemetry
 
 GOAL = {"fp32": 1e-6, "bf16": 2e-3}
-# (ranks, stage) of the checkpoint -> (ranks, stage) that go on
+# (ranks, stage) of the checkpoint -> (ranks, stage) that resume
 CASES = {
     "fp32": {
         (1, 1): [(2, 1), (4, 1)],

@@ -31,7 +31,7 @@ class Interrupted(Exception):
     def __init__(self, signum: int, step: int, run_dir: str):
         self.exit_code = 128 + signum
         super().__init__(
-            f"{signal.Signals(signum).name}: saved at step {step} and stopped. Go on with: fastft resume {run_dir}"
+            f"{signal.Signals(signum).name}: saved at step {step} and stopped. Continue with: fastft resume {run_dir}"
         )
 
 

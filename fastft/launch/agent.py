@@ -188,7 +188,7 @@ class Agent:
         ]
         if not silent:
             return
-        # Before SIGUSR1, which a stopped process only gets when it goes on.
+        # Before SIGUSR1, which a stopped process only gets when it is continued.
         states = {rank: rank.state() for rank in silent}
         self._signal(signal.SIGUSR1)
         time.sleep(1.0)

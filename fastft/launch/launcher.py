@@ -1,5 +1,5 @@
 """`fastft launch`: an agent on every host, all of them ended when one fails,
-the run gone on with from its newest checkpoint.
+the run resumed from its newest checkpoint.
 """
 
 import json
@@ -79,7 +79,7 @@ class Plan:
         return self.run_dir / "logs" / f"attempt-{attempt}"
 
     def claimed(self) -> bool:
-        """Whether the run in run_dir is the one that this launch began or went on with."""
+        """Whether the run in run_dir is the one that this launch began or resumed."""
         mark = self.run_dir / "logs" / "claimed"
         return mark.is_file() and mark.read_text() == self.id
 
@@ -356,8 +356,8 @@ def _firsts(hosts: list[Host]) -> list[int]:
 
 
 def _again(plan: Plan) -> list[str]:
-    """The command that goes on: resume from the newest checkpoint, or from the
-    start over the run that this launch began; before that, the same again.
+    """The command of a restart: resume from the newest checkpoint, or start again over the run that this launch
+    began; before it began one, the same command again.
     """
     if plan.arguments[0] == "train" and plan.claimed():  # else run_dir may hold somebody else's run
         if newest_step(plan.run_dir):

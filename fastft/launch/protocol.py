@@ -36,7 +36,7 @@ MISTAKE = "FASTFT_MISTAKE"  # path for the text of a UserError: another try woul
 LAUNCH = "FASTFT_LAUNCH"  # id of the launch, with which rank 0 marks the run's folder as taken
 
 BEAT = struct.Struct("<qd")  # step, Unix time
-UNWATCHED = -1  # as a heartbeat's step: what goes on now takes as long as it takes
+UNWATCHED = -1  # as a heartbeat's step: what happens now takes as long as it takes
 
 STILL_HERE = {"beat": True}
 

@@ -1,4 +1,4 @@
-"""AdamW in plain PyTorch, one tensor after another: what the kernels are held against."""
+"""AdamW in plain PyTorch, one tensor after another: what the kernels are tested against."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy in plain PyTorch: what the kernels are held against.
+"""Softmax cross-entropy in plain PyTorch: what the kernels are tested against.
 
 Float32 arithmetic, float64 for float64 logits.
 

@@ -231,7 +231,7 @@ class _Sum:
 
     def finish(self) -> Tensor:
         total = self.total
-        del self.total  # or it would be held beside its copy in fewer bytes
+        del self.total  # or it would stay in memory with its narrower copy
         return total.to(self.like.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Linear layer and softmax cross-entropy in plain PyTorch: what the chunked implementations are held against.
+"""Linear layer and softmax cross-entropy in plain PyTorch: what the chunked implementations are tested against.
 
 All logits at once, in float32 (float64 for float64 weights), through torch's own autograd: any number of derivatives.
 """

@@ -1,5 +1,5 @@
-"""State and parameters in fewer bytes, defined bit by bit in plain PyTorch:
-the kernels do the same, and are held against this.
+"""Quantized state and parameters, defined bit by bit in plain PyTorch:
+the kernels do the same, and are tested against this.
 
 Random numbers    A counter-based generator: a keyed integer hash (two multiply-xorshift rounds with the constants of
                   Wellons' lowbias32) of (seed, step, element), so that any shard of a tensor can be rounded alone. Each

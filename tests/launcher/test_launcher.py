@@ -126,7 +126,7 @@ def test_an_agent_that_is_not_heard_kills_its_ranks(lm_config, tmp_path):
 
 
 def test_a_killed_agent_takes_its_ranks_with_it(lm_config, tmp_path):
-    """SIGKILL of the agent itself: the kernel ends the ranks (PR_SET_PDEATHSIG); the launcher says so and goes on."""
+    """SIGKILL of the agent itself: the kernel ends the ranks (PR_SET_PDEATHSIG); the launcher says so and resumes."""
     lm_config["train"] = {"steps": 60, "log_every": 1}
     lm_config["checkpoint"] = {"every": 10}
     path = launch.write_config(tmp_path / "c.yaml", lm_config)

@@ -1,4 +1,4 @@
-"""adamw with state and params in fewer bytes: every backend bit for bit where the arithmetic is exact,
+"""adamw with quantized state and params: every backend bit for bit where the arithmetic is exact,
 against float64 elsewhere.
 """
 

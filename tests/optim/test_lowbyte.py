@@ -1,4 +1,4 @@
-"""FusedAdamW in fewer bytes: it trains as fp32 does, and goes on after a checkpoint bit for bit."""
+"""FusedAdamW with quantized state: it trains as fp32 does, and resumes from a checkpoint bit for bit."""
 
 import copy
 import json

@@ -69,7 +69,7 @@ def test_fused_step_is_the_unfused_step(lm_config, tmp_path, world):
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_checkpoints_interchange(lm_config, tmp_path, zero):
-    """A run saved by the fused step goes on unfused, and the other way round; both are the run that never stopped."""
+    """A run saved by the fused step resumes unfused, and the other way round; both are the run that never stopped."""
     stopped, paths = {}, []
     for fused in (True, False):
         config = config_of(lm_config, tmp_path, f"{fused}", zero, "bf16", fused)

@@ -1,5 +1,5 @@
 """optim.master and optim.state_dtype in the real loop, on two ranks:
-what is stored in fewer bytes learns what fp32 learns.
+quantized state and parameters learn what fp32 learns.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A run goes on with another number of ranks or another ZeRO stage:
+"""A run resumes with another number of ranks or another ZeRO stage:
 the same samples, the same losses, the same settings of every group.
 """
 
@@ -14,7 +14,7 @@ import launch
 from fastft.train import telemetry
 
 STEPS, SAVED = 12, 6
-# (ranks, stage, dtype) of the checkpoint -> (ranks, stage) that go on; tolerance of the loss
+# (ranks, stage, dtype) of the checkpoint -> (ranks, stage) that resume; tolerance of the loss
 CASES = [
     ((2, 0, "fp32"), [(1, 0)], 1e-6),
     ((2, 1, "fp32"), [(1, 1), (4, 3)], 1e-6),
