@@ -28,7 +28,7 @@ CONTENDERS = {"fastft": ("fastft", {}), "trainer": ("trainer", {}), "trainer, he
 
 def run_fastft(model: str, data: Path, steps: int | None, folder: Path) -> dict:
     from fastft import config as configuration
-    from fastft.train import telemetry
+    from fastft import track
 
     length = (
         [f"train.steps={steps}", "train.epochs=null", "data.eval={}"] if steps else [f"data.eval.test={data}/test.csv"]
@@ -49,7 +49,7 @@ def run_fastft(model: str, data: Path, steps: int | None, folder: Path) -> dict:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert configuration.load(yaml, config).batch.size == SETTINGS["batch"]
-    records = telemetry.read(folder / "run")
+    records = track.read(folder / "run")
     first, last = [r for r in records if r["kind"] == "train"]
     accuracy = [r["accuracy"] for r in records if r["kind"] == "eval"]
     samples = (last["step"] - first["step"]) * SETTINGS["batch"]

@@ -29,7 +29,7 @@ from launched import STEPS, WATCHDOG, Bench, left, reached, wait_for, weights
 
 from fastft.launch.agent import find_rank
 from fastft.launch.hostfile import free_port
-from fastft.train import telemetry
+from fastft import track
 from fastft.train.writer import POINTS
 
 COLUMNS = {
@@ -54,7 +54,7 @@ class Outcome:
 
 def lost_steps(run: Path, at: int) -> int:
     """Steps done again after a fault at step ``at``: from the step that the last start began with."""
-    return max(0, at - [r for r in telemetry.read(run) if r["kind"] == "run"][-1]["start_step"])
+    return max(0, at - [r for r in track.read(run) if r["kind"] == "run"][-1]["start_step"])
 
 
 def killed_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
@@ -272,7 +272,7 @@ def slow_rank(bench: Bench, zero: int, dtype: str) -> Outcome:
         time.sleep(0.06)
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.02)
-        found = [r for r in telemetry.read(run) if r["kind"] == "slow_ranks" and str(rank) in r["times"]]
+        found = [r for r in track.read(run) if r["kind"] == "slow_ranks" and str(rank) in r["times"]]
     seen = time.time() - now
     process.popen.send_signal(signal.SIGTERM)
     process.wait()
@@ -347,7 +347,7 @@ def poisoned(begin: int, end: int) -> Callable[[Bench, int, str], Outcome]:
             "train", bench.config(run, zero, dtype, max_skipped=3), env={"PYTHONPATH": path}, max_restarts=0
         )
         code = process.wait()
-        skipped = [r for r in telemetry.read(run) if r["kind"] == "skipped"]
+        skipped = [r for r in track.read(run) if r["kind"] == "skipped"]
         named = all(len(r["samples"]) == 8 for r in skipped)
         if end - begin <= 2:
             return Outcome(

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from fastft.files import sha256_file
-from fastft.train import telemetry
+from fastft import track
 
 STEPS, EVERY = 30, 5  # of a run; of its checkpoints
 WATCHDOG = 4.0  # seconds
@@ -67,7 +67,7 @@ class Bench:
             "data": {
                 "train": str(self.folder / "train.jsonl"),
                 "max_length": 128,
-                "overlength": "split",
+                "truncation": "split",
                 "cache": str(self.folder / "prepared"),
             },
             "batch": {"size": 8},
@@ -167,7 +167,7 @@ def weights(run: Path) -> str:
 def reached(run: Path) -> int:
     """The last step that was logged."""
     return (
-        max((r["step"] for r in telemetry.read(run) if r["kind"] == "train"), default=0)
+        max((r["step"] for r in track.read(run) if r["kind"] == "train"), default=0)
         if (run / "metrics.jsonl").exists()
         else 0
     )

@@ -15,7 +15,7 @@ import torch
 from launched import Bench
 from safetensors.torch import load_file
 
-from fastft.train import telemetry
+from fastft import track
 
 GOAL = {"fp32": 1e-6, "bf16": 2e-3}
 # (ranks, stage) of the checkpoint -> (ranks, stage) that resume
@@ -57,7 +57,7 @@ class Reshard(Bench):
         process = self.start(*arguments, nproc=ranks, watchdog=120)
         if process.wait(1200):
             raise SystemExit(process.text())
-        return [r["loss"] for r in telemetry.read(run) if r["kind"] == "train"]
+        return [r["loss"] for r in track.read(run) if r["kind"] == "train"]
 
     def unchanged(self, ranks: int, zero: int, dtype: str) -> tuple[Path, list[float]]:
         run = self.run_dir()

@@ -30,7 +30,8 @@ from launched import write_model
 from fastft import config as configuration
 from fastft.data import order
 from fastft.data.prepared import write_manifest
-from fastft.train import loop, telemetry
+from fastft import track
+from fastft.train import loop
 
 SIZE, LENGTH, SEED = 8, 128, 17
 COLUMNS = {
@@ -48,7 +49,7 @@ def write_config(folder: Path, run: Path, steps: int) -> Path:
     config = {
         "task": "causal_lm",
         "model": {"path": str(folder / "model")},
-        "data": {"train": str(folder / "train.jsonl"), "max_length": LENGTH, "overlength": "split", "seed": SEED},
+        "data": {"train": str(folder / "train.jsonl"), "max_length": LENGTH, "truncation": "split", "seed": SEED},
         "batch": {"size": SIZE},
         "optim": {"lr": 1e-4},
         "train": {"steps": steps, "log_every": 1},
@@ -132,7 +133,7 @@ def resume(run: Path, keep: Path, steps: int) -> float:
     )
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
-    first = next(r for r in telemetry.read(run) if r["kind"] == "train")
+    first = next(r for r in track.read(run) if r["kind"] == "train")
     assert first["step"] == steps, first
     return first["time"] - start
 

@@ -32,7 +32,7 @@ def quickstart(run_dir: Path, configs: Path) -> dict:
         ``configs`` does not hold general.yaml and domain.yaml.
     """
     from fastft.evaluate.metrics import evaluate_model
-    from fastft.evaluate.predict import predict
+    from fastft.evaluate.predict import predict, predictor
     from fastft.train.loop import train
 
     for name in ("general.yaml", "domain.yaml"):
@@ -75,10 +75,12 @@ def quickstart(run_dir: Path, configs: Path) -> dict:
     before = evaluate_model(domain)
     console.print("2. the same model is adapted to the domain", style="bold")
     second = train(domain, overwrite=True)
-    samples = {
-        name: next(predict(folder, [("prompt", PROMPT, None)], max_new_tokens=48, temperature=0.7))["generated"]
-        for name, folder in (("before", first["model"]), ("after", second["model"]))
-    }
+
+    def sample(folder: str) -> str:
+        ready = predictor(folder, {"max_new_tokens": 48, "temperature": 0.7})
+        return next(predict(ready, [("prompt", {"text": PROMPT})]))["generated"]
+
+    samples = {name: sample(run["model"]) for name, run in (("before", first), ("after", second))}
     report = {
         "before": before,
         "after": second["eval"],

@@ -133,7 +133,7 @@ def lm_config(tmp_path, corpus, tiny_llama) -> dict:
             "train": str(corpus / "train.jsonl"),
             "eval": str(corpus / "eval.jsonl"),
             "max_length": 64,
-            "overlength": "split",
+            "truncation": "split",
         },
         "batch": {"size": 6},
         "optim": {"lr": 1e-3, "warmup": 2, "weight_decay": 0.1},

@@ -57,7 +57,7 @@ def test_short_forms_of_sources(tmp_path):
         ({**MINIMAL, "model": {"path": "org/x", "trust_remote_code": True}}, ["pin it with model.revision"]),
         ({"model": {"path": "m"}}, ["task: required"]),
         ({**MINIMAL, "version": 2}, ["version"]),
-        ("task: causal_lm\ntask: x\n", ["stands twice"]),
+        ("task: causal_lm\ntask: x\n", ["appears twice"]),
         ("a: [", ["not valid YAML"]),
         ("just text", ["expected a mapping"]),
     ],
@@ -133,9 +133,14 @@ def test_inputs_are_the_local_files(tmp_path):
         }
     )
     loaded.model.tokenizer = str(tmp_path / "modle")  # no hub id: whether it is there is for the hosts to say
-    assert config.inputs(loaded)[1] == tmp_path / "modle"
+    assert config.inputs(loaded)["model.tokenizer"] == tmp_path / "modle"
     loaded.model.tokenizer = None
-    assert config.inputs(loaded) == [tmp_path / "model", Path("a.txt"), Path("b.txt"), Path("c.txt")]
+    assert list(dict.fromkeys(config.inputs(loaded).values())) == [
+        tmp_path / "model",
+        Path("a.txt"),
+        Path("b.txt"),
+        Path("c.txt"),
+    ]
 
 
 @pytest.mark.parametrize(

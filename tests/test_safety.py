@@ -13,13 +13,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import launch
-from fastft import cli
+from fastft import assemble, cli
 from fastft import config as configuration
 from fastft.data import formats, prepared
 from fastft.errors import UserError
 from fastft.files import replacing
 from fastft.ops import cross_entropy
-from fastft.tasks import TASKS
+from fastft.rooms import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_odd_digits_are_names(classification_config, tmp_path):
 
 def test_settings_that_would_do_nothing_are_refused(classification_config):
     for change, message in (
-        ({"implementation": "linear_cross_entropy"}, "for language models"),
+        ({"implementation": "linear_cross_entropy"}, "loss.implementation: unknown key"),
         ({"label_smoothing": 0.1}, "of its own"),
     ):
         config = {
@@ -347,13 +347,7 @@ def test_an_export_is_compared_and_refuses_nan(trained, tmp_path, capsys, monkey
     state = model.state_dict()
     state["classifier.bias"] = torch.full_like(state["classifier.bias"], float("nan"))
     with pytest.raises(UserError, match=r"classifier.bias hold NaN"):
-        export.save(
-            model,
-            state,
-            TASKS.get("classification")(configuration.load(trained[1] / "config.yaml")),
-            tmp_path / "c",
-            "fp32",
-        )
+        export.save(assemble.trained(str(trained[1])), state, tmp_path / "c", "fp32")
     assert sorted(os.listdir(tmp_path)) == ["a"]
 
 
@@ -467,9 +461,9 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(trained, tmp_path):
     assert "does not match its hash" in output and "Going back to" in output
     _, output = launch.fastft("resume", run)
     assert "does not match its hash" in output
-    from fastft.train import telemetry
+    from fastft import track
 
-    records = telemetry.read(run)
+    records = track.read(run)
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 4]
     assert "does not match its hash" in [r for r in records if r["kind"] == "run"][-1]["resumed_from"]["passed_over"][0]
 

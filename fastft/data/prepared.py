@@ -21,7 +21,6 @@ from fastft.files import digest, locked, replacing, sha256_file
 
 FORMAT = 2
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # of file managers
-RAGGED_DTYPE = np.dtype("<i4")  # token ids and piece indices
 
 
 class Ragged:
@@ -43,21 +42,24 @@ class Ragged:
 class RaggedWriter:
     """Appends sequences to a column without holding them in memory."""
 
-    def __init__(self, folder: Path, name: str):
+    DEFAULT = np.dtype("<i4")  # token ids and piece indices
+
+    def __init__(self, folder: Path, name: str, dtype: str = "<i4"):
+        self.dtype = np.dtype(dtype)
         self.path = folder / f"{name}.values.bin"
         self.offsets_path = folder / f"{name}.offsets.npy"
         self.file = open(self.path, "wb")  # noqa: SIM115  # open until close(), for as long as rows come
         self.offsets = array("q", [0])
 
     def append(self, values: Iterable[int]) -> None:
-        row = np.asarray(values, dtype=RAGGED_DTYPE)
+        row = np.asarray(values, dtype=self.dtype)
         self.file.write(row.tobytes())
         self.offsets.append(self.offsets[-1] + len(row))
 
     def close(self) -> Ragged:
         self.file.close()
         np.save(self.offsets_path, np.asarray(self.offsets))
-        return _ragged(self.path, self.offsets_path)
+        return _ragged(self.path, self.offsets_path, self.dtype)
 
 
 class OriginsWriter:
@@ -103,7 +105,8 @@ class Prepared:
             if kind == "npy":
                 self.columns[stem] = np.load(folder / name, mmap_mode="r")
             elif kind == "values.bin":
-                self.columns[stem] = _ragged(folder / name, folder / f"{stem}.offsets.npy")
+                dtype = np.dtype(self.meta.get("dtypes", {}).get(stem, RaggedWriter.DEFAULT))
+                self.columns[stem] = _ragged(folder / name, folder / f"{stem}.offsets.npy", dtype)
 
     def __getitem__(self, name: str) -> np.ndarray | Ragged:
         return self.columns[name]
@@ -229,11 +232,10 @@ def verify(folder: Path) -> None:
             )
 
 
-def _ragged(values: Path, offsets: Path) -> Ragged:
+def _ragged(values: Path, offsets: Path, dtype: np.dtype) -> Ragged:
     empty = values.stat().st_size == 0  # an empty file cannot be mapped
     return Ragged(
-        np.zeros(0, RAGGED_DTYPE) if empty else np.memmap(values, dtype=RAGGED_DTYPE, mode="r"),
-        np.load(offsets, mmap_mode="r"),
+        np.zeros(0, dtype) if empty else np.memmap(values, dtype=dtype, mode="r"), np.load(offsets, mmap_mode="r")
     )
 
 

@@ -1,1 +1,1 @@
-"""Looking at data and models without training: validate, eval, predict, export."""
+"""Looking at data, models and runs without training: validate, eval, export, trace, replay, verify-resume."""

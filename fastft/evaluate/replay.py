@@ -1,16 +1,20 @@
 """`fastft replay`: what each sample of a step does to the model, for a step that was skipped, spiked, or just looks odd."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from fastft import assemble
 from fastft import config as configuration
-from fastft.errors import UserError
-from fastft.evaluate.export import weights_of
-from fastft.evaluate.trace import samples
-from fastft.models import load
-from fastft.train import checkpoint, engine
+from fastft.assemble import Job
+from fastft.data.orders.base import Samples
+from fastft.evaluate.trace import samples_of
+from fastft.tasks.base import Draw
+from fastft.train import checkpoint
+from fastft.zero import weights
 
 
 def replay(run_dir: Path, step: int) -> dict:
@@ -21,47 +25,43 @@ def replay(run_dir: Path, step: int) -> dict:
     Returns
     -------
     dict
-        ``weights`` (where they come from) and ``samples``: ``sample`` (id), ``documents``, ``loss`` (per target), ``grad_norm``, largest loss first,
-        those that are not finite before all.
+        ``weights`` (where they come from) and ``samples``: ``sample`` (id), ``documents``, ``loss`` (per target),
+        ``grad_norm``, largest loss first, those that are not finite before all.
 
     Raises
     ------
     UserError
-        Not a run folder, a step that the run does not have, a damaged checkpoint, data that is not what this run has learnt from.
+        Not a run folder, a step that the run does not have, a damaged checkpoint, data that is not what this run has
+        learned from.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir}: not a run folder (no config.yaml).", "Give the run.dir of a run.")
-    config = configuration.load(run_dir / "config.yaml")
-    if config.run.offline:
-        load.go_offline()
-    ranks = engine.environment(config)
-    task, split, ids = samples(config, step, run_dir)
-    model, _ = load.build(config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides())
+    config = configuration.load_run(run_dir)
+    job, samples = samples_of(config, step, run_dir)
+    assemble.add_model(job)
     source = config.model.path
     if before := [s for s in checkpoint.steps(run_dir / "checkpoints") if s < step]:
         path, manifest, _ = checkpoint.find(run_dir / "checkpoints", before[-1])
-        model.load_state_dict(weights_of(path, manifest["zero"]), strict=False)  # tied weights stand in it once
+        state = weights.of_checkpoint(path, checkpoint.TAG, manifest["zero"])
+        job.model.load_state_dict(state, strict=False)  # tied weights are in it once
         source = str(path)
-    task.check_model(model, ranks.device)
-    task.attach(model, ranks.device)
-    model.to(ranks.device).eval()
-    found = [_one(model, task, split, int(i), ranks.device) for i in ids]
-    return {
-        "weights": source,
-        "samples": sorted(found, key=lambda s: (s["loss"] == s["loss"] and s["grad_norm"] < float("inf"), -s["loss"])),
-    }
+    assemble.add_objective(job)
+    job.model.eval()
+    found = [_one(job, samples, row) for row in range(len(samples.ids))]
+
+    def first(s: dict) -> tuple:
+        return (s["loss"] == s["loss"] and s["grad_norm"] < float("inf"), -s["loss"])
+
+    return {"weights": source, "samples": sorted(found, key=first)}
 
 
-def _one(model: torch.nn.Module, task, split, sample: int, device: torch.device) -> dict:
-    batch = task.collate(split, np.array([sample])).to(device)
-    scale = torch.tensor(1.0 / float(split.targets[sample]), device=device)
-    loss = task.forward_loss(model, batch, scale)
+def _one(job: Job, samples: Samples, row: int) -> dict:
+    assert job.train is not None and job.objective is not None
+    sample, device = int(samples.ids[row]), job.ranks.device
+    draw = Draw(job.config.run.seed, samples.epochs[row : row + 1])
+    batch = job.task.collate(job.train, np.array([sample]), draw).to(device)
+    scale = torch.tensor(1.0 / float(job.train.targets[sample]), device=device)
+    loss = job.objective.compute_loss(job.model, batch, scale)
     loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    model.zero_grad(set_to_none=True)
-    return {
-        "sample": sample,
-        "documents": task.documents(split, sample),
-        "loss": float(loss.detach()),
-        "grad_norm": float(norm),
-    }
+    norm = torch.nn.utils.get_total_norm([p.grad for p in job.model.parameters() if p.grad is not None])
+    job.model.zero_grad(set_to_none=True)
+    documents = job.task.documents(job.train, sample)
+    return {"sample": sample, "documents": documents, "loss": float(loss.detach()), "grad_norm": float(norm)}

@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+from fastft import track
 from fastft.config import Config, absolute, dump
 from fastft.errors import UserError
 from fastft.files import sha256_file
 from fastft.launch.agent import find_rank
-from fastft.train import telemetry
 
 LIMIT = 24 * 3600  # seconds for a run; whoever verifies longer ones sets train.steps lower
 
@@ -42,12 +42,13 @@ def verify_resume(config: Config, folder: Path, ranks: int, at: int | None, kill
         raise UserError(f"{folder}: exists already.", "Give a new folder with --folder.")
     folder.mkdir(parents=True)
     for run in (whole, broken):
-        settings = absolute(config).model_dump(mode="json")
-        settings["run"]["dir"] = str(run.absolute())
-        settings["train"]["log_every"] = 1
-        (folder / f"{run.name}.yaml").write_text(dump(Config.model_validate(settings)), encoding="utf-8")
+        settings = absolute(config)
+        settings = settings.changed(
+            run=settings.run.changed(dir=str(run.absolute())), train=settings.train.changed(log_every=1)
+        )
+        (folder / f"{run.name}.yaml").write_text(dump(settings), encoding="utf-8")
     _finish(_start(ranks, "train", folder / "whole.yaml"), "the undisturbed run")
-    total = max(r["step"] for r in telemetry.read(whole) if r["kind"] == "train")
+    total = max(r["step"] for r in track.read(whole) if r["kind"] == "train")
     if total < 2:
         raise UserError(f"the run has {total} step: nothing to interrupt.", "Raise train.steps.")
     after = at or random.randint(1, total - 1)
@@ -92,14 +93,12 @@ def _interrupt(process: subprocess.Popen, run: Path, after: int, kill: bool) -> 
 
 
 def _reached(run: Path, step: int) -> bool:
-    return (run / "metrics.jsonl").exists() and any(
-        r["kind"] == "train" and r["step"] >= step for r in telemetry.read(run)
-    )
+    return (run / "metrics.jsonl").exists() and any(r["kind"] == "train" and r["step"] >= step for r in track.read(run))
 
 
 def _differing_steps(whole: Path, broken: Path) -> list[str]:
     curves = [
-        {r["step"]: (r["loss"], r["lr"], r["grad_norm"]) for r in telemetry.read(run) if r["kind"] == "train"}
+        {r["step"]: (r["loss"], r["lr"], r["grad_norm"]) for r in track.read(run) if r["kind"] == "train"}
         for run in (whole, broken)
     ]
     first = next((s for s in sorted(curves[0]) if curves[0][s] != curves[1].get(s)), None)

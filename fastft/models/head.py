@@ -115,17 +115,18 @@ class FusedHead:
         own = {id(p) for p in self.head.parameters(recurse=False)}
         foreign = [p for p in self.head.parameters() if id(p) not in own]
         if foreign:
-            from deepspeed.runtime.zero import register_external_parameter
+            from fastft.zero.parameters import used_by
 
-            for parameter in foreign:
-                register_external_parameter(self.head, parameter)
+            used_by(self.head, foreign)
 
 
-def install(model: nn.Module, inputs: dict, choice: str) -> tuple[FusedHead | None, str]:
+def install(forward: Callable, model: nn.Module, inputs: dict, choice: str) -> tuple[FusedHead | None, str]:
     """A FusedHead where it gives the model's own loss, measured on inputs.
 
     Parameters
     ----------
+    forward : callable
+        The model, or the engine around it.
     inputs : dict
         Keyword arguments of a small forward of the model, without labels; on the model's device.
     choice : {"auto", "linear_cross_entropy", "cross_entropy"}
@@ -146,7 +147,7 @@ def install(model: nn.Module, inputs: dict, choice: str) -> tuple[FusedHead | No
     head = None
     try:
         head = FusedHead(model)
-        difference = _difference(head, model, inputs)
+        difference = _difference(head, forward, model, inputs)
     except (HeadError, BackendError, ValueError) as error:
         reason = str(error)
     else:
@@ -245,7 +246,7 @@ def _lora_parts_of(head: Any) -> Callable[[Tensor], Parts]:
     return parts
 
 
-def _difference(head: FusedHead, model: nn.Module, inputs: dict) -> float:
+def _difference(head: FusedHead, forward: Callable, model: nn.Module, inputs: dict) -> float:
     """Largest difference of a token's loss taken at the head from the one of the model's logits,
     relative to the largest loss.
 
@@ -259,16 +260,16 @@ def _difference(head: FusedHead, model: nn.Module, inputs: dict) -> float:
     scale = head.head.register_forward_pre_hook(lambda _module, given: _scaled(given, largest))
     try:
         with torch.no_grad():
-            model(**inputs)
+            forward(**inputs)
             watch.remove()
             if not largest:
                 raise HeadError("its forward does not call its head")
-            logits = model(**inputs).logits
+            logits = forward(**inputs).logits
             generator = torch.Generator().manual_seed(0)
             target = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator).to(logits.device)
             target[..., 0] = -100
             expected = cross_entropy(logits, target, reduction="none")
-            got = head.loss(model, inputs, target, reduction="none")
+            got = head.loss(forward, inputs, target, reduction="none")
     finally:
         watch.remove()
         scale.remove()

@@ -6,20 +6,23 @@ assumed.
 """
 
 import inspect
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from fastft.errors import UserError
+from fastft.models.load import vocabulary_rows
 
 HINT = "Set data.packing: none for this model (one document per row), or choose another model.attention."
 
 
-def check_isolation(model: torch.nn.Module, length: int, device: torch.device, flat: bool) -> float:
+def check_isolation(forward: Callable, model: torch.nn.Module, length: int, device: torch.device, flat: bool) -> float:
     """Compare logits of two random documents packed in one row with those of each alone.
 
     Parameters
     ----------
+    forward : callable
+        The model, or the engine around it, on ``device``.
     length : int
         Tokens in the packed row, at least 2.
     flat : bool
@@ -39,24 +42,22 @@ def check_isolation(model: torch.nn.Module, length: int, device: torch.device, f
         raise UserError(
             f"{type(model).__name__} takes no position_ids, so documents in one sequence cannot be kept apart.", HINT
         )
-    was_training, home = model.training, next(model.parameters()).device
-    model.eval().to(device)
-    embeddings: Any = model.get_input_embeddings  # a method, which nn.Module's type does not know
-    vocabulary = embeddings().weight.shape[0]
+    was_training = model.training
+    model.eval()
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary, (1 if flat else 2, length), generator=generator).to(device)
+    tokens = torch.randint(vocabulary_rows(model), (1 if flat else 2, length), generator=generator).to(device)
     cut = length // 2 - (length > 3)  # uneven parts
     positions = torch.cat([torch.arange(cut), torch.arange(length - cut)]).to(device).expand_as(tokens)
 
     def logits(ids: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=ids, position_ids=pos, use_cache=False).logits.float()
+        return forward(input_ids=ids, position_ids=pos, use_cache=False).logits.float()
 
     with torch.no_grad():
         packed = logits(tokens, positions)
         alone = torch.cat(
             [logits(tokens[:, :cut], positions[:, :cut]), logits(tokens[:, cut:], positions[:, cut:])], dim=1
         )
-    model.train(was_training).to(home)
+    model.train(was_training)
     difference = ((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6)).item()
     # fp32: sums in another order; bf16: a few roundings per layer. A leaking document moves logits by tenths.
     allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2

@@ -1,16 +1,20 @@
 """Models and tokenizers through transformers' Auto classes, with every failure turned into a sentence."""
 
+from __future__ import annotations
+
 import inspect
 import os
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
+from typing import Any
 
 from fastft.config import Model
 from fastft.errors import UserError
+from fastft.lazy import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+def dtype_of(name: str) -> torch.dtype:
+    """fp32 or bf16, as the configuration says it."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def go_offline() -> None:
@@ -43,6 +47,8 @@ def check_path(path: str, what: str) -> None:
 
 
 def _from_pretrained(loader, path: str, what: str, **kwargs):
+    from safetensors import SafetensorError
+
     check_path(path, what)
     try:
         return loader.from_pretrained(
@@ -109,9 +115,26 @@ def length_limit(model_config) -> int | None:
     return None
 
 
-def takes(model: torch.nn.Module, name: str) -> bool:
-    """Whether the model's forward has an argument of this name (DistilBERT has no token_type_ids)."""
-    return name in inspect.signature(model.forward).parameters
+def class_takes(model_config, auto_class: str, name: str) -> bool:
+    """Whether the forward of the class that an Auto class would choose has an argument of this name.
+
+    DistilBERT has no token_type_ids. Asked of the class, for a model may be wrapped in others.
+    """
+    import transformers
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    mapping = getattr(transformers, auto_class)._model_mapping
+    if type(model_config) not in mapping:  # code that comes with the model
+        return False
+    return name in inspect.signature(_get_model_class(model_config, mapping).forward).parameters
+
+
+def vocabulary_rows(model: torch.nn.Module) -> int:
+    """Rows of the model's input embedding, also where ZeRO-3 holds it in shards."""
+    embeddings: Any = model.get_input_embeddings  # a method, which nn.Module's type does not know
+    from fastft.zero.parameters import whole_shape
+
+    return whole_shape(embeddings().weight)[0]
 
 
 def build(settings: Model, auto_class: str, new_parameters: tuple[str, ...], seed: int, **overrides):
@@ -122,20 +145,20 @@ def build(settings: Model, auto_class: str, new_parameters: tuple[str, ...], see
     auto_class : str
         Name of a transformers Auto class.
     new_parameters : tuple of str
-        Name parts of weights that the task may have to draw anew (its head); any other missing weight is an error.
+        Name parts of weights that may be newly initialized (a head); any other missing weight is an error.
     **overrides
         Config attributes (``num_labels`` ...).
 
     Returns
     -------
     (model, list of str)
-        The model and the names of weights that were drawn anew.
+        The model and the names of weights that were newly initialized.
     """
     import transformers
 
     loader = getattr(transformers, auto_class)
     torch.manual_seed(seed)
-    common = dict(dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code, **overrides)
+    common = dict(dtype=dtype_of(settings.dtype), trust_remote_code=settings.trust_remote_code, **overrides)
     if settings.attention != "auto":
         common["attn_implementation"] = settings.attention
     if settings.init == "random":

@@ -1,333 +1,267 @@
-"""What a task is, and what all tasks share: reading and counting rows, the overlength policy, preparing splits."""
+"""What a task is: how rows become features, which model, which loss, which metrics, which predictions.
 
-import hashlib
+A task is one file of this folder with a class that registers itself; files that begin with an underscore hold what several tasks
+share. What training data teaches (label names) is passed on as ``learned``; a task keeps nothing between its methods.
+"""
+
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 
-from fastft.config import Config, Source
-from fastft.data import formats
-from fastft.data.prepared import Prepared, prepare
-from fastft.data.sources import holds
+from fastft import rooms
+from fastft.config import Config, Data, Loss, Section
+from fastft.data.encoder import Encoder, Learned
+from fastft.data.split import Split, data_key, open_split
 from fastft.errors import UserError, did_you_mean
-from fastft.files import digest
+from fastft.inference.base import Predictor
+from fastft.lazy import torch
 from fastft.models import load
-from fastft.registry import Registry
+from fastft.objectives.base import Objective
 
-TOKENIZE_ROWS = 1000  # rows handed to the tokenizer at a time: enough for its threads, small enough for memory
-
-
-@dataclass
-class Counts:
-    """What became of the input; nothing is dropped or cut without standing here."""
-
-    rows: int = 0
-    empty: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    split: int = 0
-    overlong: list[str] = field(default_factory=list)  # where the first few stand
-    overlong_total: int = 0
-    longest: int = 0
-
-    def overlength(self, where: str, length: int) -> None:
-        self.overlong_total += 1
-        self.longest = max(self.longest, length)
-        if len(self.overlong) < 3:
-            self.overlong.append(f"{where} ({length} tokens)")
+TASKS = rooms.TASKS
+IGNORE = -100  # a target that no loss is taken of
 
 
-class Split:
-    """A prepared set: what the loop needs to know of every sequence, without touching its tokens.
+class Processor(Protocol):
+    """What turns raw inputs into features: a tokenizer, a feature extractor, an image processor."""
 
-    Attributes
-    ----------
-    lengths : (n,) int64, memory-mapped
-        Tokens of each sequence before padding.
-    targets : (n,) float64, memory-mapped
-        What each sequence contributes to the loss's denominator (target tokens, or 1 per classified text).
-    totals : dict
-        ``tokens`` and ``targets``, summed, and ``longest``; see ``write_sizes``.
-    """
-
-    def __init__(self, name: str, data: Prepared):
-        self.name, self.data = name, data
-        self.lengths, self.targets, self.totals = data["lengths"], data["targets"], data.meta["totals"]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+    def save_pretrained(self, save_directory: str | Path) -> Any: ...
 
 
 @dataclass
 class Batch:
-    """One rank's part of one micro-step."""
+    """One rank's part of one micro-step.
+
+    Attributes
+    ----------
+    inputs : dict
+        Keyword arguments of the model's forward.
+    labels : Tensor
+        What the loss compares with; its shape is the task's.
+    samples, tokens, padded : int
+        Samples, real tokens, and tokens computed.
+    """
 
     inputs: dict[str, torch.Tensor | bool]
     labels: torch.Tensor
     samples: int
-    tokens: int  # real tokens
-    padded: int  # tokens computed
+    tokens: int
+    padded: int
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        inputs = {
-            k: v.pin_memory().to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in self.inputs.items()
-        }
-        return Batch(
-            inputs, self.labels.pin_memory().to(device, non_blocking=True), self.samples, self.tokens, self.padded
-        )
+
+        def moved(value):
+            return value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+        inputs = {name: moved(value) for name, value in self.inputs.items()}
+        return Batch(inputs, moved(self.labels), self.samples, self.tokens, self.padded)
 
 
-class Task(ABC):
-    """One fine-tuning task, bound to a configuration.
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers of a batch's samples: a function of seed, epoch and sample alone, so that resume, replay and trace see the same.
 
-    Class attributes: ``auto_class`` (transformers Auto class), ``new_parameters`` (name parts of weights that may be drawn anew),
-    ``code_version`` (raise it when the same input gives other samples), ``metric_names`` (what ``new_metrics`` measures that has a better and a worse).
+    Attributes
+    ----------
+    seed : int
+    epochs : (n,) int64
+        How often each sample was taken before; 0 in evaluations.
     """
 
-    auto_class: str
-    new_parameters: tuple[str, ...] = ()
-    code_version = 3
-    metric_names: tuple[str, ...]
+    seed: int
+    epochs: np.ndarray
 
-    def __init__(self, config: Config):
-        self.config = config
-        self.model_config = load.config(config.model)
-        self.tokenizer = load.tokenizer(config.model)
-        self.max_length = self._max_length()
+    @classmethod
+    def fixed(cls, seed: int, n: int) -> Draw:
+        """The numbers of an evaluation, the same each time."""
+        return cls(seed, np.zeros(n, np.int64))
 
-    # -- what each task says ------------------------------------------------------------------------------------------------
+    def generator(self, row: int, sample: int) -> np.random.Generator:
+        """That of the batch's ``row``-th sample."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, (int(self.epochs[row]) << 40) + sample]))
 
-    @abstractmethod
-    def build(self, folder: Path, sources: list[Source], training: bool) -> dict:
-        """Write the columns of a split into folder, those of ``write_sizes`` among them; return its meta, with ``counts`` and ``totals``.
 
-        Raises UserError on bad rows.
-        """
+@dataclass(frozen=True)
+class Metric:
+    """A number that an evaluation gives, and which way is better."""
 
-    @abstractmethod
-    def collate(self, split: Split, ids: np.ndarray) -> Batch:
-        """The sequences as padded tensors; no ids at all gives a dummy batch whose labels are all ignored."""
+    name: str
+    lower_is_better: bool = False
 
-    @abstractmethod
-    def documents(self, split: Split, sample: int) -> list[str]:
-        """Where the documents of a sample were read (file and line), and which tokens of a document that is not whole."""
-
-    @abstractmethod
-    def loss(self, outputs, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        """Sum of the batch's losses times scale (0-dim float32 on the outputs' device): a scalar to call backward on."""
-
-    @abstractmethod
-    def new_metrics(self) -> "Metrics":
-        """An empty accumulator."""
-
-    def attach(self, model: torch.nn.Module, device: torch.device) -> dict:
-        """Settle how the loss is taken from this model, before there is an engine around it; what was settled, for the run's record.
-
-        Raises UserError when the configuration asks for what this model cannot do.
-        """
-        return {}
-
-    def forward_loss(self, model, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        """``loss`` of the model's (or the engine's) outputs for this batch; a task that needs no outputs may take a shorter way."""
-        return self.loss(model(**batch.inputs), batch, scale)
-
-    def forward_metrics(self, model, batch: Batch, metrics: "Metrics") -> None:
-        """Add this batch to an accumulator."""
-        metrics.update(model(**batch.inputs), batch)
-
-    def model_overrides(self) -> dict:
-        """Config attributes for the model to be built (num_labels ...)."""
-        return {}
-
-    def state(self) -> dict:
-        """What the task learnt from the training data, as JSON; stands in every checkpoint."""
-        return {}
-
-    def load_state(self, state: dict) -> None:
-        """Take over ``state`` of a run, instead of its training data."""
-
-    def state_of_model(self) -> dict:
-        """``state`` as an exported model carries it in its config. UserError when model.path was never trained for this task."""
-        return {}
-
-    def check_model(self, model: torch.nn.Module, device: torch.device) -> None:
-        """Refuse a model that would compute something else than the task says. Raises UserError."""
-
-    def check_best_by(self) -> None:
-        """Refuse a checkpoint.best_by that no evaluation will measure, before anything is trained for it."""
-        wanted = self.config.checkpoint.best_by
-        known = [f"{name}.{metric}" for name in self.config.data.eval for metric in self.metric_names]
-        if wanted is not None and wanted not in known:
-            raise UserError(
-                f"checkpoint.best_by: {wanted} is not measured.",
-                f"{did_you_mean(wanted, known)} Known: {', '.join(known)}."
-                if known
-                else "Give an evaluation set in data.eval.",
-            )
-
-    def train_split(self) -> Split:
-        if not self.config.data.train:
-            raise UserError("data.train: no training data given.", "For example: data: {train: corpus.jsonl}")
-        return self.split("train", self.config.data.train, training=True)
-
-    def eval_splits(self) -> dict[str, Split]:
-        return {
-            name: self.split(f"eval-{name}", sources, training=False) for name, sources in self.config.data.eval.items()
-        }
-
-    # -- shared -------------------------------------------------------------------------------------------------------------
-
-    def split(self, name: str, sources: list[Source], training: bool) -> Split:
-        """Prepare (or reopen) a split; empty ones are errors."""
-        if "/" in name or "\\" in name:
-            raise UserError(
-                f"data.eval: {name.removeprefix('eval-')!r} is no name for a set: it becomes a folder's name.",
-                "Use a name without slashes.",
-            )
-        run_dir = Path(self.config.run.dir)
-        cache = Path(self.config.data.cache or run_dir / "prepared")
-        for folder in (path for source in sources if (path := Path(source.path)).is_dir()):
-            own = {"run.dir": run_dir, **({"data.cache": cache} if formats.hf.is_saved_dataset(folder) else {})}
-            if inside := [key for key, path in own.items() if holds(folder, path)]:
-                raise UserError(
-                    f"data set {name!r}: the folder {folder} holds {inside[0]} ({own[inside[0]]}): the run would read what it writes.",
-                    f"Put {inside[0]} elsewhere, or name the files to read one by one.",
-                )
-        files = _files(sources)
-        read_as = [formats.format_of(Path(f)) for f in files]  # a name decides it, where a source says nothing
-        settings = digest([self.preparation_key(training), [s.model_dump(exclude={"path"}) for s in sources], read_as])
-
-        def build(folder: Path) -> dict:
-            meta = self.build(folder, sources, training)
-            if came := set(_files(sources)) ^ set(files):
-                raise UserError(
-                    f"{min(came)}: came or went while the data was read.",
-                    "Run again when nothing writes to it any more.",
-                )
-            return meta
-
-        split = Split(name, prepare(cache / name, settings, files, build))
-        if not split.totals["targets"]:
-            counts = split.data.meta["counts"]
-            raise UserError(
-                f"data set {name!r} is empty: {counts['rows']} rows read from {', '.join(files[:3])}, nothing left to learn from.",
-                f"Counts: {counts}.",
-            )
-        return split
-
-    def preparation_key(self, training: bool) -> dict:
-        """What prepared data depends on beside the files."""
-        tok = self.tokenizer
-        vocabulary = tok.backend_tokenizer.to_str() if tok.is_fast else repr(sorted(tok.get_vocab().items()))
-        data = self.config.data.model_dump(exclude={"train", "eval", "cache", "seed", "max_length"})
-        return {
-            "task": self.config.task,
-            "code": self.code_version,
-            "data": data,
-            "max_length": self.max_length,
-            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-            "special": {k: str(v) for k, v in tok.special_tokens_map.items()},
-        }
-
-    def read(
-        self, sources: list[Source], columns: list[str], counts: Counts, texts: list[str] | None = None
-    ) -> Iterator[tuple[str, dict]]:
-        """Rows with their columns checked; rows without any text in the first are counted and passed over. texts: columns of text (the first)."""
-        for source in sources:
-            for where, record in formats.read(source):
-                counts.rows += 1
-                for column in columns:
-                    if column not in record:
-                        raise UserError(
-                            f"{where}: no column {column!r}.",
-                            f"{did_you_mean(column, record)} Set data.text / data.label to the columns of your data.",
-                        )
-                for column in texts or columns[:1]:
-                    _check_text(where, column, record[column])
-                if not record[columns[0]].strip():
-                    counts.empty += 1
-                    continue
-                yield where, record
-
-    def chunks(self, rows: Iterator) -> Iterator[list]:
-        """Rows in lists of TOKENIZE_ROWS."""
-        while chunk := list(islice(rows, TOKENIZE_ROWS)):
-            yield chunk
-
-    def settle_overlength(self, counts: Counts) -> None:
-        """With policy 'error': raise once everything is read, so that the message can count."""
-        if self.config.data.overlength == "error" and counts.overlong_total:
-            raise UserError(
-                f"{counts.overlong_total} of {counts.rows} texts are longer than max_length = {self.max_length} tokens "
-                f"(longest: {counts.longest}), first: {'; '.join(counts.overlong)}.",
-                f"Choose data.overlength: {', '.join(self.overlength_choices())}, or raise data.max_length"
-                f" (the model's limit is {load.length_limit(self.model_config) or 'not set'}).",
-            )
-
-    def overlength_choices(self) -> list[str]:
-        return ["truncate", "drop"]
-
-    def _max_length(self) -> int:
-        limit, wanted = load.length_limit(self.model_config), self.config.data.max_length
-        if wanted is None:
-            return min(limit or 1024, 1024)
-        if limit is not None and wanted > limit:
-            raise UserError(
-                f"data.max_length = {wanted} is beyond the model's limit of {limit} positions.",
-                f"Set data.max_length to at most {limit}.",
-            )
-        return wanted
+    def better(self, value: float, than: float) -> bool:
+        return value < than if self.lower_is_better else value > than
 
 
 class Metrics(ABC):
     """Sums over batches on one rank; ``finish`` turns every rank's state into numbers."""
 
     @abstractmethod
-    def update(self, outputs, batch: Batch) -> None: ...
+    def update(self, model: Callable, batch: Batch) -> None:
+        """Run the model (or the engine around it) on the batch and add what it says."""
 
     @abstractmethod
     def state(self) -> object:
         """Anything that pickles."""
 
-    @staticmethod
     @abstractmethod
-    def finish(states: list) -> dict[str, float]: ...
+    def finish(self, states: list) -> dict[str, float]:
+        """The numbers, from the states of all ranks."""
 
 
-def _check_text(where: str, column: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise UserError(
-            f"{where}: column {column!r} holds {type(value).__name__}, not text: {value!r}.", "Mend or remove the row."
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        raise UserError(
-            f"{where}: column {column!r} holds half a character ({e.object[e.start]!r} at position {e.start}).",
-            "Mend the row.",
-        ) from None
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model a task trains.
+
+    Attributes
+    ----------
+    auto_class : str
+        Name of a transformers Auto class.
+    new_parameters : tuple of str
+        Name parts of weights that may be newly initialized (a head); any other missing weight is an error.
+    overrides : dict
+        Config attributes (``num_labels`` ...).
+    """
+
+    auto_class: str
+    new_parameters: tuple[str, ...] = ()
+    overrides: dict[str, Any] = field(default_factory=dict)
 
 
-def _files(sources: list[Source]) -> list[str]:
-    return [str(file) for source in sources for file in formats.files_of(source)]
+class Task(ABC):
+    """One fine-tuning task, bound to a configuration.
 
+    Class attributes
+    ----------------
+    Data, Loss, Predict : Section types
+        The task's keys in ``data`` and ``loss``, and the options of ``fastft predict``.
+    code_version : int
+        Raise it when the same input gives other samples.
+    """
 
-def counts_dict(counts: Counts) -> dict:
-    return asdict(counts)
+    Data: ClassVar[type[Data]] = Data
+    Loss: ClassVar[type[Loss]] = Loss
+    Predict: ClassVar[type[Section]] = Section
+    code_version: ClassVar[int] = 3
 
+    def __init__(self, config: Config):
+        self.config = config
 
-def write_sizes(folder: Path, lengths: np.ndarray, targets: np.ndarray) -> dict:
-    """Columns ``lengths`` and ``targets`` (see Split), and their totals: a resume reads neither, and there may be 10^9."""
-    np.save(folder / "lengths.npy", lengths.astype(np.int64))
-    np.save(folder / "targets.npy", targets.astype(np.float64))
-    return {"tokens": int(lengths.sum()), "targets": targets.sum().item(), "longest": int(lengths.max(initial=0))}
+    # -- what is loaded once -------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def model_config(self) -> Any:
+        """The transformers config of ``model.path``."""
+        return load.config(self.config.model)
 
-TASKS: Registry[type[Task]] = Registry("task")
+    @property
+    @abstractmethod
+    def processor(self) -> Processor:
+        """What is exported with the model."""
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """Longest sequence. Raises UserError when the configuration asks for more than the model takes."""
+
+    # -- data ----------------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encoder(self, learned: Learned | None) -> Encoder:
+        """For the training set (``learned`` is None), or for an evaluation set."""
+
+    @abstractmethod
+    def processor_key(self) -> dict:
+        """What the encoder's result depends on beside the files and ``data``, as JSON."""
+
+    @abstractmethod
+    def collate(self, split: Split, ids: np.ndarray, draw: Draw) -> Batch:
+        """The samples as padded tensors; no ids at all gives a dummy batch whose labels are all ignored."""
+
+    def learned(self, split: Split) -> Learned:
+        """What the training set taught. Raises UserError when that is too little to train for."""
+        return split.data.meta.get("learned", {})
+
+    def learned_of_model(self) -> Learned:
+        """The same, as an exported model carries it in its config. UserError when model.path was not trained for this task."""
+        return {}
+
+    def documents(self, split: Split, sample: int) -> list[str]:
+        """Where a sample's documents were read (file and line), and which tokens of a document that is not whole."""
+        return [split.data.origin(sample)]
+
+    # -- model ---------------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def model(self, learned: Learned) -> ModelSpec: ...
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, model_config: Any) -> bool:
+        """Whether a trained model, known by its transformers config alone, is one of this task."""
+
+    def check_model(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
+        """Refuse a model that would compute something else than the task says. Raises UserError.
+
+        ``forward`` is the model, or the engine around it: under ZeRO-3 only the engine can be called.
+        """
+
+    @abstractmethod
+    def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
+        """How the loss is taken from this model. Raises UserError when the configuration asks for what it cannot do."""
+
+    # -- results -------------------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """What an evaluation measures that has a better and a worse."""
+
+    @abstractmethod
+    def new_metrics(self, objective: Objective, learned: Learned) -> Metrics:
+        """An empty accumulator."""
+
+    @abstractmethod
+    def predictor(self, model: torch.nn.Module, learned: Learned, options: Any) -> Predictor:
+        """``options``: of this class's ``Predict``."""
+
+    # -- shared --------------------------------------------------------------------------------------------------------------
+
+    def metric(self, name: str, key: str) -> Metric:
+        """The metric of ``SET.METRIC``, which a key names. Raises UserError when no evaluation measures it."""
+        known = {f"{s}.{metric.name}": metric for s in self.config.data.eval for metric in self.metrics}
+        if name not in known:
+            hint = did_you_mean(name, known) if known else "Give an evaluation set in data.eval."
+            raise UserError(f"{key}: {name} is not measured.", hint)
+        return known[name]
+
+    def preparation_key(self, learned: Learned | None) -> dict:
+        """What prepared data depends on beside the files."""
+        fixed = {"task": self.config.task, "code": self.code_version, "data": data_key(self.config.data)}
+        return {**fixed, "max_length": self.max_length, **self.processor_key(), **self.learned_key(learned)}
+
+    def learned_key(self, learned: Learned | None) -> dict:
+        """What an evaluation set's columns depend on of what was learned."""
+        return {"learned": learned} if learned else {}
+
+    def train_split(self) -> Split:
+        if not self.config.data.train:
+            raise UserError("data.train: no training data given.", "For example: data: {train: corpus.jsonl}")
+        return self._split("train", self.config.data.train, None)
+
+    def eval_splits(self, learned: Learned) -> dict[str, Split]:
+        sets = self.config.data.eval
+        return {name: self._split(f"eval-{name}", sources, learned) for name, sources in sets.items()}
+
+    def _split(self, name, sources, learned: Learned | None) -> Split:
+        config = self.config
+        key = self.preparation_key(learned)
+        return open_split(name, sources, self.encoder(learned), key, learned, config.data, config.run)

@@ -1,106 +1,63 @@
-"""Causal language modelling: whole documents packed into sequences in which they cannot see each other."""
+"""Causal language modeling: whole documents packed into sequences in which they cannot see each other."""
 
-import logging
-import math
-from array import array
-from pathlib import Path
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
-import torch
+from pydantic import Field
 
-from fastft.config import Source
+from fastft import rooms
+from fastft.config import Data, Section
+from fastft.data.encoder import Counts, Example, Learned, write_sizes
+from fastft.data.formats import Record
 from fastft.data.pack import best_fit_decreasing
-from fastft.data.prepared import OriginsWriter, Prepared, RaggedWriter
-from fastft.errors import UserError
-from fastft.models.head import FusedHead, install
-from fastft.models.isolation import check_isolation
-from fastft.ops import cross_entropy
-from fastft.tasks.base import TASKS, Batch, Counts, Metrics, Split, Task, counts_dict, write_sizes
+from fastft.data.prepared import Prepared
+from fastft.data.split import Split
+from fastft.data.store import Store
+from fastft.inference.base import Predictor
+from fastft.lazy import torch
+from fastft.objectives.base import Objective
+from fastft.tasks._language import (
+    LanguageModelLoss,
+    LanguageModelObjective,
+    Perplexity,
+    check_vocabulary,
+    sample_inputs,
+)
+from fastft.tasks._text import TextEncoder, TextTask
+from fastft.tasks.base import IGNORE, Batch, Draw, Metric, ModelSpec
 
-log = logging.getLogger(__name__)
 
-IGNORE = -100
+class CausalLMData(Data):
+    """Documents."""
+
+    text: str = Field("text", description="Column of the text.")
+    packing: Literal["isolated", "none"] = Field(
+        "isolated", description="Fill sequences with whole documents that cannot see each other."
+    )
 
 
-@TASKS.register("causal_lm")
-class CausalLM(Task):
-    """Next-token prediction. Prepared columns: ``tokens`` (a document per row, ending in EOS), ``piece_doc``, ``piece_start``,
-    ``piece_length`` (parts of documents no longer than max_length) and ``packs`` (pieces per training sequence)."""
+class GenerationOptions(Section):
+    """How text is generated."""
 
-    auto_class = "AutoModelForCausalLM"
-    metric_names = ("loss", "perplexity")
-    head: FusedHead | None = None  # set by attach
+    max_new_tokens: int = Field(64, ge=1, description="Longest continuation in tokens.")
+    temperature: float = Field(0.0, ge=0, description="0: the likeliest token; otherwise sampling, at least 0.01.")
 
-    def build(self, folder: Path, sources: list[Source], training: bool) -> dict:
-        counts, tokens, origins = Counts(), RaggedWriter(folder, "tokens"), OriginsWriter(folder)
-        pieces = {"piece_doc": array("q"), "piece_start": array("q"), "piece_length": array("q")}
-        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
-        characters, document = 0, 0
-        for chunk in self.chunks(self.read(sources, [self.config.data.text], counts)):
-            texts = [record[self.config.data.text] for _, record in chunk]
-            encoded = self.tokenizer(texts, add_special_tokens=True, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
-            for (where, _), text, ids in zip(chunk, texts, encoded, strict=True):
-                ids = ids if end and ids and ids[-1] == end[0] else ids + end
-                tokens.append(ids)
-                origins.append(where)
-                for start, length in self._pieces(where, len(ids), counts):
-                    for column, value in zip(pieces.values(), (document, start, length), strict=True):
-                        column.append(value)
-                characters += len(text)
-                document += 1
-        documents = tokens.close()
-        self.settle_overlength(counts)
-        for name, column in pieces.items():
-            np.save(folder / f"{name}.npy", np.asarray(column))
-        totals = self._write_packs(folder, np.asarray(pieces["piece_length"]))
-        return {
-            "counts": counts_dict(counts),
-            "totals": totals,
-            "origins": origins.close(),
-            "documents": document,
-            "tokens": len(documents.values),
-            "characters": characters,
-        }
 
-    def _pieces(self, where: str, length: int, counts: Counts) -> list[tuple[int, int]]:
-        """(start, length) of the parts a document is used in, by the overlength policy."""
-        size = self.max_length
-        if length <= size:
-            return [(0, length)]
-        counts.overlength(where, length)
-        match self.config.data.overlength:
-            case "truncate":
-                counts.truncated += 1
-                return [(0, size)]
-            case "split":
-                counts.split += 1
-                # neighbours share one token, so that every token but the document's first is predicted once
-                return [(s, min(size, length - s)) for s in range(0, length - 1, size - 1)]
-            case "drop":
-                counts.dropped += 1
-        return []  # drop; and error, which is raised when all is counted
+@rooms.TASKS.register("causal_lm")
+class CausalLM(TextTask):
+    """Next-token prediction. Prepared columns: those of ``DocumentEncoder``."""
 
-    def _write_packs(self, folder: Path, piece_lengths: np.ndarray) -> dict:
-        """The packs and their sizes; returns the totals."""
-        writer = RaggedWriter(folder, "packs")
-        for pieces in (
-            best_fit_decreasing(piece_lengths, self.max_length)
-            if self.config.data.packing == "isolated"
-            else ([i] for i in range(len(piece_lengths)))
-        ):
-            writer.append(pieces)
-        packs = writer.close()
-        lengths = (
-            np.add.reduceat(piece_lengths[packs.values], packs.offsets[:-1]) if len(packs) else np.zeros(0, np.int64)
-        )  # no pack is empty
-        return write_sizes(folder, lengths, lengths - packs.lengths())  # a piece's first token is no target
+    Data = CausalLMData
+    Loss = LanguageModelLoss
+    Predict = GenerationOptions
 
-    def overlength_choices(self) -> list[str]:
-        return ["split", "truncate", "drop"]
+    def encoder(self, learned: Learned | None) -> DocumentEncoder:
+        return DocumentEncoder(self)
 
-    def collate(self, split: Split, ids: np.ndarray) -> Batch:
+    def collate(self, split: Split, ids: np.ndarray, draw: Draw) -> Batch:
         rows = [self._pack(split.data, int(i)) for i in ids] or [[np.zeros(1, dtype=np.int32)]]
         packed = self.config.data.packing == "isolated"
         width = self.max_length if packed else max(sum(map(len, row)) for row in rows)
@@ -115,7 +72,7 @@ class CausalLM(Task):
                 labels[r, at : at + n - 1] = piece[1:]  # labels are already shifted: position t predicts token t + 1
                 positions[r, at : at + n] = np.arange(n)
                 at += n
-            positions[r, at:] = np.arange(width - at)  # padding is one more document, which nothing is learnt from
+            positions[r, at:] = np.arange(width - at)  # padding is one more document, which nothing is learned from
         real = 0 if len(ids) == 0 else int(split.lengths[ids].sum())
         if self._flash():  # its variable-length kernels want one row
             tokens, labels, positions = (a.reshape(1, -1) for a in (tokens, labels, positions))
@@ -125,9 +82,8 @@ class CausalLM(Task):
 
     def _pack(self, data: Prepared, pack: int) -> list[np.ndarray]:
         doc, start, length = data["piece_doc"], data["piece_start"], data["piece_length"]
-        return [
-            data["tokens"][int(doc[p])][int(start[p]) : int(start[p]) + int(length[p])] for p in data["packs"][pack]
-        ]
+        tokens, pieces = data["tokens"], data["packs"][pack]
+        return [tokens[int(doc[p])][int(start[p]) : int(start[p]) + int(length[p])] for p in pieces]
 
     def documents(self, split: Split, sample: int) -> list[str]:
         data, found = split.data, []
@@ -140,85 +96,100 @@ class CausalLM(Task):
     def _flash(self) -> bool:
         return self.config.model.attention == "flash_attention_2"
 
-    def loss(self, outputs, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        logits = outputs.logits.flatten(0, 1)  # (B*T, V)
-        return cross_entropy(
-            logits,
-            batch.labels.flatten(),
-            ignore_index=IGNORE,
-            reduction="sum",
-            token_weight=scale,
-            inplace=logits.requires_grad,
-            label_smoothing=self.config.loss.label_smoothing,
-            z_loss=self.config.loss.z_loss,
-        )
+    def model(self, learned: Learned) -> ModelSpec:
+        return ModelSpec("AutoModelForCausalLM")
 
-    def attach(self, model: torch.nn.Module, device: torch.device) -> dict:
-        home = next(model.parameters()).device
-        model.to(device)
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(
-            model.get_input_embeddings().weight.shape[0], (2, min(self.max_length, 16)), generator=generator
-        ).to(device)
-        self.head, why = install(model, {"input_ids": tokens, "use_cache": False}, self.config.loss.implementation)
-        model.to(home)
-        chosen = "cross_entropy" if self.head is None else "linear_cross_entropy"
-        log.info("loss by %s: %s", chosen, why)
-        return {"loss": {"implementation": chosen, "why": why}}
+    @classmethod
+    def fits(cls, model_config: Any) -> bool:
+        kind = (model_config.architectures or [""])[0]
+        return "CausalLM" in kind or "LMHead" in kind
 
-    def forward_loss(self, model, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        if self.head is None:
-            return super().forward_loss(model, batch, scale)
-        return self.head.loss(
-            model,
-            batch.inputs,
-            batch.labels,
-            ignore_index=IGNORE,
-            reduction="sum",
-            token_weight=scale,
-            label_smoothing=self.config.loss.label_smoothing,
-            z_loss=self.config.loss.z_loss,
-        )
+    def check_model(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
+        from fastft.models.isolation import check_isolation
 
-    def forward_metrics(self, model, batch: Batch, metrics: "Perplexity") -> None:
-        if self.head is None:
-            super().forward_metrics(model, batch, metrics)
-        else:
-            metrics.add(self.head.loss(model, batch.inputs, batch.labels, ignore_index=IGNORE, reduction="sum"), batch)
-
-    def check_model(self, model: torch.nn.Module, device: torch.device) -> None:
-        rows = model.get_input_embeddings().weight.shape[0]
-        if len(self.tokenizer) > rows:
-            raise UserError(
-                f"The tokenizer knows {len(self.tokenizer)} tokens, the model's embedding has only {rows}.",
-                "Use the tokenizer that belongs to the model (model.tokenizer).",
-            )
+        check_vocabulary(self.tokenizer, model)
         if self.config.data.packing == "isolated":
-            check_isolation(model, min(self.max_length, 16), device, flat=self._flash())
+            check_isolation(forward, model, min(self.max_length, 16), device, flat=self._flash())
 
-    def new_metrics(self) -> "Perplexity":
-        return Perplexity()
+    def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
+        sample = {**sample_inputs(model, self.max_length, device), "use_cache": False}
+        return LanguageModelObjective(self.config.loss, forward, model, sample)
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return Perplexity.names
+
+    def new_metrics(self, objective: Objective, learned: Learned) -> Perplexity:
+        return Perplexity(objective)
+
+    def predictor(self, model: torch.nn.Module, learned: Learned, options: GenerationOptions) -> Predictor:
+        from fastft.inference.generate import Generator
+
+        return Generator(model, self.tokenizer, self.config.data.text, options.max_new_tokens, options.temperature)
 
 
-class Perplexity(Metrics):
-    """Mean negative log-likelihood per target token, and its exponential."""
+class DocumentEncoder(TextEncoder):
+    """Documents to tokens, then to packs.
 
-    def __init__(self):
-        self.nll, self.tokens = 0.0, 0
+    Columns: ``tokens`` (a document per row, ending in EOS), ``piece_doc``, ``piece_start``, ``piece_length`` (parts of
+    documents no longer than max_length) and ``packs`` (pieces per training sequence).
+    """
 
-    def update(self, outputs, batch: Batch) -> None:
-        logits = outputs.logits.flatten(0, 1)
-        self.add(cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"), batch)
+    columns = {"tokens": "ragged:<i4"}
+    choices = ("split", "truncate", "drop")
 
-    def add(self, nll: torch.Tensor, batch: Batch) -> None:
-        """nll: 0-dim, summed over the batch's target tokens."""
-        self.nll += float(nll)
-        self.tokens += int((batch.labels != IGNORE).sum())
+    def __init__(self, task: CausalLM):
+        self.text, self.packing = task.config.data.text, task.config.data.packing
+        super().__init__(task, [self.text])
+        eos = self.tokenizer.eos_token_id
+        self.end = [eos] if eos is not None else []
+        self.characters = 0
 
-    def state(self) -> tuple[float, int]:
-        return self.nll, self.tokens
+    def encode(self, rows: list[tuple[str, Record]], counts: Counts) -> list[Example]:
+        texts = [str(record[self.text]) for _, record in rows]
+        encoded = self.tokenizer(texts, add_special_tokens=True, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        examples = []
+        for (where, _), ids in zip(rows, encoded, strict=True):
+            ids = ids if self.end and ids and ids[-1] == self.end[0] else ids + self.end
+            self._count(where, len(ids), counts)
+            examples.append(Example(where, {"tokens": ids}))
+        self.characters += sum(map(len, texts))
+        return examples
 
-    @staticmethod
-    def finish(states: list) -> dict[str, float]:
-        loss = sum(s[0] for s in states) / sum(s[1] for s in states)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": sum(s[1] for s in states)}
+    def _count(self, where: str, length: int, counts: Counts) -> None:
+        if length <= self.max_length:
+            return
+        counts.too_long(where, length)
+        counts.truncated += self.truncation == "truncate"
+        counts.split += self.truncation == "split"
+        counts.dropped += self.truncation == "drop"
+
+    def _pieces(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Document, start and length of the parts that documents are used in, by the truncation policy."""
+        size = self.max_length
+        documents = np.arange(len(lengths))
+        if self.truncation == "split":
+            # Neighbors share one token, so that every token but the document's first is predicted once.
+            parts = np.where(lengths <= size, 1, -(-(lengths - 1) // (size - 1)))
+            documents = np.repeat(documents, parts)
+            starts = (np.arange(len(documents)) - np.repeat(np.cumsum(parts) - parts, parts)) * (size - 1)
+            return documents, starts, np.minimum(size, lengths[documents] - starts)
+        if self.truncation == "drop":
+            documents = documents[lengths <= size]
+        return documents, np.zeros_like(documents), np.minimum(lengths[documents], size)
+
+    def finish(self, store: Store, learned: Learned | None) -> dict:
+        tokens = store.ragged("tokens")
+        documents, starts, lengths = (a.astype(np.int64) for a in self._pieces(tokens.lengths()))
+        for name, column in (("piece_doc", documents), ("piece_start", starts), ("piece_length", lengths)):
+            store.write(name, column)
+        packed = self.packing == "isolated"
+        plan = best_fit_decreasing(lengths, self.max_length) if packed else ([i] for i in range(len(lengths)))
+        packs = store.write_ragged("packs", plan)
+        none = np.zeros(0, np.int64)
+        sizes = np.add.reduceat(lengths[packs.values], packs.offsets[:-1]) if len(packs) else none  # no pack is empty
+        totals = write_sizes(store, sizes, sizes - packs.lengths())  # a piece's first token is no target
+        sums = {"documents": len(tokens), "tokens": len(tokens.values), "characters": self.characters}
+        return {"totals": totals, **sums}

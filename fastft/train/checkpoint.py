@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from fastft.errors import UserError
 from fastft.files import digest, fsync, remove, replacing, sha256_file
-from fastft.train import reshard
-from fastft.train.engine import Ranks
-from fastft.train.writer import Snapshots, Writer, point
+from fastft.ranks import Ranks
+from fastft.train.writer import Writer, point
+from fastft.zero import reshard
+from fastft.zero.snapshots import snapshot
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +43,10 @@ def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int
     if ranks.main:
         remove(scratch)
         scratch.mkdir(parents=True)
-    if ranks.world > 1:
-        dist.barrier()
-    if not isinstance(engine.checkpoint_engine, Snapshots):
-        engine.checkpoint_engine = Snapshots()
-    engine.save_checkpoint(str(scratch), tag=TAG, save_latest=False, client_state={"universal_checkpoint_info": {}})
+    ranks.barrier()
+    taken = snapshot(engine, str(scratch), TAG, adapter_only=bool(state.get("adapter_only")))
     point("snapshot", ranks.rank)
-    files = {Path(path): value for path, value in engine.checkpoint_engine.take().items()}
+    files = {Path(path): value for path, value in taken.items()}
     files[scratch / f"rng-{ranks.rank}.pt"] = _rng_state(ranks.device)
 
     def finish(entries: dict[str, dict]) -> None:
@@ -128,7 +125,8 @@ def load(engine, path: Path, manifest: dict, ranks: Ranks, converted: Path | Non
         if converted:
             reshard.load(engine, converted, TAG)
         else:
-            loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
+            partial = manifest["state"].get("adapter_only")
+            loaded, _ = engine.load_checkpoint(str(path), tag=TAG, load_module_strict=not partial)
             if loaded is None:
                 raise UserError(f"{path}: DeepSpeed could not load it.", "See the log above.")
     except (RuntimeError, KeyError, ValueError, FileNotFoundError) as e:
@@ -176,10 +174,8 @@ def _verified(path: Path, ranks: Ranks | None) -> tuple[dict, str | None]:
         problem = problem or _damage(path, manifest, rank, world)
     except OSError as e:
         problem = f"{e.filename or path}: {e.strerror}."
-    if world > 1:
-        every: list[str | None] = [None] * world
-        dist.all_gather_object(every, problem)
-        problem = next((p for p in every if p), None)
+    if ranks:
+        problem = next((p for p in ranks.gather(problem) if p), None)
     return manifest, problem
 
 
@@ -194,6 +190,14 @@ def _manifest(path: Path) -> tuple[dict, str | None]:
     except OSError as e:
         return {}, f"{e.filename or path}: {e.strerror}."
     return manifest, None if whole else f"{file} does not match its own digest."
+
+
+def state_of(path: Path) -> dict:
+    """The loop's state in a checkpoint, whose manifest must match its own digest. Raises UserError."""
+    manifest, problem = _manifest(path)
+    if problem:
+        raise UserError(problem)
+    return manifest["state"]
 
 
 def _damage(path: Path, manifest: dict, rank: int = 0, world: int = 1) -> str | None:

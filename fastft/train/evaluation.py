@@ -1,51 +1,56 @@
 """Evaluation of a split by all ranks together."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from fastft.assemble import Job
 from fastft.data import batches
-from fastft.tasks import Split, Task
-from fastft.train.engine import Ranks
+from fastft.data.split import Split
+from fastft.tasks.base import Batch, Draw
 
 WINDOW = 1024  # sequences planned at a time: enough to sort by length, small enough for the planner's quadratic cost
 
 
-def evaluate(
-    model: torch.nn.Module, task: Task, split: Split, ranks: Ranks, beat: Callable[[], None] = lambda: None
-) -> dict[str, float]:
+def evaluate(job: Job, split: Split, forward: Any = None, beat: Callable[[], None] = lambda: None) -> dict[str, float]:
     """The task's metrics over every sequence of the split, the same numbers on every rank.
 
-    ``model`` is anything callable as the Hugging Face model is: the model itself, or the DeepSpeed engine around it.
-    ``beat`` is called after every batch.
+    Parameters
+    ----------
+    forward : callable
+        The DeepSpeed engine around the model; None: there is none.
+    beat : callable
+        Called after every batch.
     """
-    was_training = model.training
-    model.eval()
-    metrics = task.new_metrics()
+    forward = job.model if forward is None else forward
+    assert job.objective is not None
+    was_training = job.model.training
+    forward.eval()
+    metrics = job.task.new_metrics(job.objective, job.learned)
+    seed = job.config.run.seed
+
+    def collate(ids: np.ndarray) -> Batch:
+        return job.task.collate(split, ids, Draw.fixed(seed, len(ids)))
+
     with torch.inference_mode(), ThreadPoolExecutor(1) as ahead:
-        plan = [
-            micro[ranks.rank]
-            for start in range(0, len(split), WINDOW)
-            for micro in _plan(task, split, start, ranks.world)
-        ]
-        coming = ahead.submit(task.collate, split, plan[0])
+        starts = range(0, len(split), WINDOW)
+        plan = [micro[job.ranks.data_rank] for start in starts for micro in _plan(job, split, start)]
+        coming = ahead.submit(collate, plan[0])
         for i in range(len(plan)):
-            batch = coming.result().to(ranks.device)
+            batch = coming.result().to(job.ranks.device)
             if i + 1 < len(plan):
-                coming = ahead.submit(task.collate, split, plan[i + 1])
-            task.forward_metrics(model, batch, metrics)
+                coming = ahead.submit(collate, plan[i + 1])
+            metrics.update(forward, batch)
             beat()
-    model.train(was_training)
-    states = [metrics.state()]
-    if ranks.world > 1:
-        states = [None] * ranks.world
-        dist.all_gather_object(states, metrics.state())
-    return metrics.finish(states)
+    forward.train(was_training)
+    return metrics.finish(job.ranks.gather(metrics.state()))
 
 
-def _plan(task: Task, split: Split, start: int, world: int) -> batches.Plan:
+def _plan(job: Job, split: Split, start: int) -> batches.Plan:
     ids = np.arange(start, min(start + WINDOW, len(split)))
-    return batches.by_length(ids, split.lengths[ids], world, task.config.batch.micro_tokens)
+    return batches.by_length(ids, split.lengths[ids], job.ranks.data_world, job.config.batch.micro_tokens)

@@ -1,79 +1,92 @@
-"""Export to a Hugging Face folder: safetensors weights, config, tokenizer; written aside, reloaded, compared, then put in place."""
+"""Export to a Hugging Face folder: weights, config, processor and a model card; written aside, reloaded, compared, then put in place."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
+from fastft.assemble import Job
 from fastft.errors import UserError
 from fastft.files import replacing
-from fastft.models.load import DTYPES
-from fastft.tasks import Task
-from fastft.train.engine import Ranks
+from fastft.models.load import dtype_of
+from fastft.train import model_card
+from fastft.zero import weights
 
 
-def save_engine(engine, task: Task, folder: Path, dtype: str, ranks: Ranks) -> Path:
-    """Export the engine's weights; all ranks take part (under ZeRO-3 they gather), rank 0 writes."""
-    if engine.zero_optimization_partition_weights():
-        state = engine._zero3_consolidated_16bit_state_dict()  # named so, but it keeps the parameters' own dtype
-    else:
-        state = engine.module.state_dict() if ranks.main else None
-    if ranks.main:
-        save(engine.module, state, task, folder, dtype)
-    dist.barrier()
+def save_engine(engine: Any, job: Job, folder: Path, results: dict | None = None) -> Path:
+    """Export the engine's weights; all ranks take part (under ZeRO-3 they gather), rank 0 writes.
+
+    ``results``: metrics and the like, for the model card.
+    """
+    state = weights.consolidated(engine, job.ranks.main)
+    if job.ranks.main:
+        assert state is not None
+        save(job, state, folder, job.config.model.dtype, results)
+    job.ranks.barrier()
     return folder
 
 
-def save(model: torch.nn.Module, state: dict[str, torch.Tensor], task: Task, folder: Path, dtype: str) -> Path:
-    """Write model and tokenizer to folder.
+def save(job: Job, state: dict[str, torch.Tensor], folder: Path, dtype: str, results: dict | None = None) -> Path:
+    """Write model, processor and model card to a folder.
+
+    Parameters
+    ----------
+    state : dict
+        Of ``job.model``, by name.
+    dtype : str
+        fp32 or bf16: of the floating-point weights.
 
     Raises
     ------
     UserError
         What was read back differs from what was written (a failing disk, or weights that the model class does not save).
     """
-    state = {
-        name: tensor.detach().to("cpu", DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype).contiguous()
-        for name, tensor in state.items()
-    }
-    if bad := [name for name, _ in model.named_parameters() if name in state and not state[name].isfinite().all()]:
+    model, kind = job.model, dtype_of(dtype)
+    trained = {name for name, _ in model.named_parameters()}
+    if bad := [name for name in trained if name in state and not state[name].isfinite().all()]:
         raise UserError(
-            f"{folder}: not written: {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} hold NaN or Inf.",
+            f"{folder}: not written: {', '.join(sorted(bad)[:3])}{', ...' if len(bad) > 3 else ''} hold NaN or Inf.",
             "The training diverged; export an older checkpoint with `fastft export --step`.",
         )
     with replacing(folder) as scratch:
         try:
-            model.save_pretrained(
-                scratch, state_dict=dict(state)
-            )  # which takes tensors out of the mapping that it is given
-            task.tokenizer.save_pretrained(scratch)
+            scratch.mkdir()
+            if not any(edit.export(state, model, scratch, kind) for edit in job.edits):
+                whole = {name: _exported(tensor, kind) for name, tensor in state.items()}
+                model.save_pretrained(scratch, state_dict=dict(whole))  # which takes tensors out of the mapping
+                _compare(scratch, whole, model)
+            job.task.processor.save_pretrained(scratch)
+            model_card.write(scratch, job, results or {})
         except (SafetensorError, OSError) as e:
             raise UserError(
                 f"{folder}: could not be written: {e}.",
-                "Mend the disk, then `fastft resume` (a run) or `fastft export` writes it; the checkpoints are whole.",
+                "Fix the disk, then `fastft resume` (a run) or `fastft export` writes it; the checkpoints are whole.",
             ) from None
-        _compare(scratch, state, model)
     return folder
 
 
-def _compare(folder: Path, state: dict[str, torch.Tensor], model: torch.nn.Module) -> None:
+def _exported(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+
+
+def _compare(folder: Path, state: dict[str, torch.Tensor], model: Any) -> None:
     """Reload through the model's own class and compare every tensor, bit for bit."""
     loaded, info = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
     reloaded = loaded.state_dict()
-    wrong = [
-        name for name, tensor in state.items() if name not in reloaded or not _same_bits(reloaded[name], tensor)
-    ] + sorted(info["missing_keys"])
+    wrong = [name for name, t in state.items() if name not in reloaded or not _same_bits(reloaded[name], t)]
+    wrong += sorted(info["missing_keys"])
     if wrong:
         raise UserError(
-            f"{folder}: {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''} read back differ from what was exported.",
+            f"{folder}: {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''} read back differ from what was "
+            "exported.",
             "The training checkpoint is intact; export again with `fastft export`.",
         )
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
-    )
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))

@@ -1,18 +1,17 @@
-"""What ranks tell each other so that no run goes on wrong: the same code and settings, the same weights, the same pace."""
+"""What ranks tell each other so that no run goes on wrong: the same code and settings, the same weights, the same speed."""
 
 import hashlib
 import platform
 import time
 
 import torch
-import torch.distributed as dist
 
-import fastft
 from fastft import config as configuration
 from fastft.config import Config
 from fastft.errors import UserError
 from fastft.launch.probe import code_hash
-from fastft.train.engine import Ranks
+from fastft.ranks import Ranks
+from fastft.versions import versions
 
 SLOW = 1.5  # times the median of all ranks
 SLOW_SECONDS = 0.05  # and so much longer between two readings: less is the noise of short steps
@@ -26,11 +25,7 @@ def check_agreement(config: Config, data_key: str, ranks: Ranks) -> None:
     UserError
         On every rank: names the rank that differs from rank 0, and in what.
     """
-    if ranks.world == 1:
-        return
-    mine = _facts(config, data_key)
-    everyone: list[dict] = [{}] * ranks.world
-    dist.all_gather_object(everyone, mine)
+    everyone = ranks.gather(_facts(config, data_key))
     wrong = [
         f"rank {rank} has {name} {theirs[name]}, rank 0 has {first}"
         for rank, theirs in enumerate(everyone)
@@ -45,19 +40,14 @@ def check_agreement(config: Config, data_key: str, ranks: Ranks) -> None:
 
 
 def _facts(config: Config, data_key: str) -> dict[str, str]:
-    import deepspeed
-    import transformers
-
-    settings = configuration.dump(config)
+    found = versions()
     return {
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
+        **found,
         "python": platform.python_version(),
-        "fastft": f"{fastft.__version__} (code {code_hash()})",
+        "fastft": f"{found['fastft']} (code {code_hash()})",
         "seed": str(config.run.seed),
         "data": data_key,
-        "settings": hashlib.sha256(settings.encode()).hexdigest()[:12],
+        "settings": hashlib.sha256(configuration.dump(config).encode()).hexdigest()[:12],
     }
 
 
@@ -73,9 +63,7 @@ def check_weights(model: torch.nn.Module, ranks: Ranks, step: int) -> None:
     for i, parameter in enumerate(model.parameters()):
         bits = parameter.detach().contiguous().view({4: torch.int32, 2: torch.int16}[parameter.element_size()])
         total += bits.sum(dtype=torch.int64) * (2 * i + 1)
-    sums = [torch.empty_like(total) for _ in range(ranks.world)]
-    dist.all_gather(sums, total)
-    values = [int(s) for s in sums]
+    values = [int(s) for s in ranks.gather_tensor(total)]
     usual = max(set(values), key=values.count)
     if odd := [rank for rank, value in enumerate(values) if value != usual]:
         named = (
@@ -87,7 +75,7 @@ def check_weights(model: torch.nn.Module, ranks: Ranks, step: int) -> None:
         )
 
 
-class Pace:
+class ForwardTimer:
     """Time that this rank spends in the forward, where it waits for no other (but under ZeRO-3, which gathers weights there)."""
 
     def __init__(self, device: torch.device):
@@ -115,9 +103,7 @@ class Pace:
             self.seconds += sum(start.elapsed_time(end) for start, end in self.events) / 1000
         mine = torch.tensor([self.seconds], dtype=torch.float64, device=ranks.device)
         self.seconds, self.events = 0.0, []
-        every = [torch.empty_like(mine) for _ in range(ranks.world)]
-        dist.all_gather(every, mine)
-        seconds = torch.cat(every)
+        seconds = torch.cat(ranks.gather_tensor(mine))
         others = torch.stack([torch.cat([seconds[:r], seconds[r + 1 :]]).median() for r in range(ranks.world)])
         return {
             r: round(float(seconds[r] / others[r]), 2)

@@ -1,23 +1,19 @@
 """A rank's sign of life for the agent that started it (fastft.launch): the step it is at, and when it last took one."""
 
-import os
-import time
-
-from fastft.launch.agent import BEAT
+from fastft.launch import protocol
 
 
 class Heartbeat:
-    """Writes to the file that FASTFT_HEARTBEAT names; does nothing where no agent asks."""
+    """Writes to the file that the agent names; does nothing where no agent asks."""
 
-    def __init__(self):
-        path = os.environ.get("FASTFT_HEARTBEAT")
-        self.file = os.open(path, os.O_WRONLY) if path else None
+    def __init__(self) -> None:
+        self.file = protocol.open_beat()
 
     def beat(self, step: int) -> None:
         """About a microsecond. To be called wherever work goes on: after a step, a batch of an evaluation, a save."""
         if self.file is not None:
-            os.pwrite(self.file, BEAT.pack(step, time.time()), 0)
+            protocol.write_beat(self.file, step)
 
     def rest(self) -> None:
         """What follows (an export, the end) takes as long as it takes."""
-        self.beat(-1)
+        self.beat(protocol.UNWATCHED)

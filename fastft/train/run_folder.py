@@ -9,6 +9,7 @@ from fastft import config as configuration
 from fastft.config import Config
 from fastft.errors import UserError
 from fastft.files import fsync, remove, replacing
+from fastft.launch import protocol
 
 OF_A_RUN = (
     "checkpoints",
@@ -35,15 +36,8 @@ def check(run_dir: Path, config: Config, overwrite: bool) -> None:
             f"run.dir: {run_dir} already holds a run.",
             f"Go on with `fastft resume {run_dir}`, choose another run.dir, or start over with --overwrite.",
         )
-    inputs = {
-        "model.path": config.model.path,
-        "model.tokenizer": config.model.tokenizer,
-        "data.labels": config.data.labels,
-    }
-    inputs |= {f"data.train[{i}]": s.path for i, s in enumerate(config.data.train)}
-    inputs |= {f"data.eval.{name}": s.path for name, sources in config.data.eval.items() for s in sources}
-    for key, path in inputs.items():
-        if path and Path(path).exists() and run_dir.resolve() in Path(path).resolve().parents:
+    for key, path in configuration.inputs(config).items():
+        if path.exists() and run_dir.resolve() in path.resolve().parents:
             raise UserError(
                 f"{key}: {path} lies in run.dir, which --overwrite starts over.",
                 "Choose another run.dir, or copy it out first.",
@@ -76,7 +70,7 @@ def claim(run_dir: Path, config: Config, resume: bool) -> None:
                 path.rename(aside)
             else:
                 remove(path)
-    if launch := os.environ.get("FASTFT_LAUNCH"):  # so that a launcher that restarts knows this run for its own
+    if launch := os.environ.get(protocol.LAUNCH):  # so that a launcher that restarts knows this run for its own
         (run_dir / "logs").mkdir(exist_ok=True)
         (run_dir / "logs" / "claimed").write_text(launch)
     with replacing(run_dir / "config.yaml") as scratch:  # never a part of it: nothing could go on from that

@@ -1,13 +1,14 @@
 """Which samples each step takes, and how many steps there are."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from fastft.config import Config
-from fastft.data import order
+from fastft.config.every import interval
+from fastft.data.orders.base import Order, Samples
 from fastft.errors import UserError
 
 
@@ -15,47 +16,86 @@ from fastft.errors import UserError
 class Schedule:
     """How many sequences a step takes and how many steps there are.
 
-    A step takes the next ``size`` positions of the endless sample order; the last one of a run counted in epochs may be short. ``knots`` says where
-    a run went on after a short one: (steps, positions) done by then, ascending.
+    A step takes the next ``size`` positions of the endless sample order; the last one of a run counted in epochs may be
+    short. ``segments`` says where a run was resumed after a short one: (steps, positions) done by then, ascending.
     """
 
+    order: Order
     size: int
     total: int
     positions: int
-    knots: tuple[tuple[int, int], ...] = ()
+    segments: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, config: Config, n: int, max_length: int, knots: Iterable[Iterable[int]] = ()) -> "Schedule":
+    def of(cls, config: Config, order: Order, max_length: int, segments: Iterable[Iterable[int]] = ()) -> Schedule:
         size = config.batch.size
         if config.batch.global_tokens is not None:
             size = config.batch.global_tokens // max_length
             if size == 0:
                 raise UserError(
-                    f"batch.global_tokens = {config.batch.global_tokens} is less than one sequence (data.max_length = {max_length}).",
+                    f"batch.global_tokens = {config.batch.global_tokens} is less than one sequence "
+                    f"(data.max_length = {max_length}).",
                     "Raise batch.global_tokens or lower data.max_length.",
                 )
         size = size or 32
-        knots = tuple((steps, taken) for steps, taken in knots)
-        steps, taken = knots[-1] if knots else (0, 0)
+        segments = tuple((steps, taken) for steps, taken in segments)
+        steps, taken = segments[-1] if segments else (0, 0)
         if config.train.steps is not None:
             total = config.train.steps
-            return cls(size, total, taken + max(0, total - steps) * size, knots)
-        positions = max(1, round((config.train.epochs or 1.0) * n))
-        return cls(size, steps + max(0, math.ceil((positions - taken) / size)), positions, knots)
+            return cls(order, size, total, taken + max(0, total - steps) * size, segments)
+        positions = max(1, round((config.train.epochs or 1.0) * len(order.split)))
+        return cls(order, size, steps + max(0, math.ceil((positions - taken) / size)), positions, segments)
 
     def taken(self, step: int) -> int:
         """Positions that the first ``step`` steps take."""
-        knots = ((0, 0), *self.knots)
-        steps, taken = [knot for knot in knots if knot[0] <= step][-1]
+        segments = ((0, 0), *self.segments)
+        steps, taken = [segment for segment in segments if segment[0] <= step][-1]
         end = taken + (step - steps) * self.size
-        return min(end, self.positions) if steps == knots[-1][0] < step else end
+        return min(end, self.positions) if steps == segments[-1][0] < step else end
 
-    def ids(self, step: int, n: int, seed: int) -> np.ndarray:
+    def samples(self, step: int) -> Samples:
         """Samples of the step after the first ``step``."""
-        return order.sample_ids(n, seed, self.taken(step), self.taken(step + 1))
+        return self.order.samples(self.taken(step), self.taken(step + 1))
 
-    def knots_at(self, step: int) -> list[tuple[int, int]]:
-        """What a run that goes on from here must know to take the position after the last one."""
-        steps, taken = self.knots[-1] if self.knots else (0, 0)
+    def epoch(self, step: int) -> float:
+        """Passes over the training data in the first ``step`` steps."""
+        return self.taken(step) / len(self.order.split)
+
+    def segments_at(self, step: int) -> list[tuple[int, int]]:
+        """What a run that is resumed here must know to take the position after the last one."""
+        steps, taken = self.segments[-1] if self.segments else (0, 0)
         end = self.taken(step)
-        return [*self.knots, *([(step, end)] if end < taken + (step - steps) * self.size else [])]
+        return [*self.segments, *([(step, end)] if end < taken + (step - steps) * self.size else [])]
+
+
+class Due:
+    """Whether something that happens every so often is due.
+
+    Parameters
+    ----------
+    every : int, str or None
+        As the configuration says it: steps, epochs, or a time; None: never.
+    """
+
+    def __init__(self, every: int | str | None, schedule: Schedule, now: float):
+        self.interval = None if every is None else interval(every)
+        self.schedule, self.since = schedule, now
+
+    @property
+    def by_time(self) -> bool:
+        return self.interval is not None and self.interval.seconds is not None
+
+    def at(self, step: int, now: float) -> bool:
+        """After ``step`` steps. By time: at ``now``, counted from the last time that it was due, on this rank's clock."""
+        if self.interval is None:
+            return False
+        if self.interval.steps is not None:
+            return step % self.interval.steps == 0
+        if self.interval.epochs is not None:
+            before, after = (self.schedule.epoch(s) / self.interval.epochs for s in (step - 1, step))
+            return math.floor(after + 1e-9) > math.floor(before + 1e-9)
+        assert self.interval.seconds is not None
+        return now - self.since >= self.interval.seconds
+
+    def done(self, now: float) -> None:
+        self.since = now

@@ -2,9 +2,6 @@
 
 import signal
 
-import torch
-import torch.distributed as dist
-
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -29,21 +26,3 @@ class StopRequest:
         if self.signum == signal.SIGINT == signum:
             raise KeyboardInterrupt
         self.signum = signum
-
-    @staticmethod
-    def any(here: bool, device: torch.device, world: int) -> bool:
-        """Whether it holds on any rank."""
-        if world == 1:
-            return here
-        seen = torch.tensor([here], dtype=torch.int32, device=device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        return bool(seen.item())
-
-    def agreed(self, device: torch.device, world: int, failed: bool) -> tuple[int, bool]:
-        """The signal that any rank has seen (0: none), and whether any rank has failed: the same on all ranks."""
-        if world == 1:
-            return self.signum, failed
-        seen = torch.tensor([self.signum, failed], dtype=torch.int32, device=device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        signum, failures = seen.tolist()
-        return signum, bool(failures)

@@ -1,12 +1,13 @@
 """Tokens and samples per second."""
 
+import resource
+import sys
 import time
 
 import torch
-import torch.distributed as dist
 
-from fastft.tasks import Batch
-from fastft.train.engine import Ranks
+from fastft.ranks import Ranks
+from fastft.tasks.base import Batch
 
 
 class Throughput:
@@ -26,7 +27,7 @@ class Throughput:
     def read(self, ranks: Ranks) -> dict[str, float]:
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
-        tokens, padded, samples = _sum_over_ranks([self.tokens, self.padded, self.samples], ranks)
+        tokens, padded, samples = ranks.sum([self.tokens, self.padded, self.samples])
         self.all_tokens, self.all_samples, self.all_seconds = (
             self.all_tokens + tokens,
             self.all_samples + samples,
@@ -63,9 +64,9 @@ class _Pause:
         self.throughput.since += time.perf_counter() - self.start
 
 
-def _sum_over_ranks(values: list[float], ranks: Ranks) -> list[float]:
-    if ranks.world == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=ranks.device)
-    dist.all_reduce(total)
-    return total.tolist()
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: allocated on the GPU, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

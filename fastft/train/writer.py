@@ -5,7 +5,6 @@ The threads of a job meet through files, for a collective in a thread would get 
 the manifest, renames the folder and replaces LATEST. Until then the checkpoint does not exist.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -13,16 +12,15 @@ import shutil
 import signal
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from fastft.errors import UserError
 from fastft.files import fsync, replacing, sha256_file
-from fastft.train.engine import Ranks
+from fastft.ranks import Ranks
+from fastft.zero.snapshots import bytes_of
 
 POLL = 0.02  # seconds
 PART, SYNC = 1 << 20, 32 << 20  # bytes written at a time, and before the disk is waited for
@@ -51,56 +49,6 @@ def point(name: str, rank: int) -> None:
         except FileExistsError:
             return
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Snapshots(CheckpointEngine):
-    """DeepSpeed's place for writing files: keeps copies of what it is given instead, in host memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.taken: dict[str, object] = {}  # path -> state
-
-    def create(self, info) -> None:
-        pass
-
-    def save(self, state_dict, path: str) -> None:
-        self.taken[path] = _copied(state_dict)
-
-    def load(self, path: str, map_location=None):
-        return torch.load(path, map_location=map_location, weights_only=False)  # verified against the manifest before
-
-    def commit(self, info) -> bool:
-        return True
-
-    def preserves_storage_sharing(self) -> bool:
-        return False  # DeepSpeed would copy once more to cut views loose; ours are cut already
-
-    def take(self) -> dict[str, object]:
-        taken, self.taken = self.taken, {}
-        return taken
-
-
-def _copied(value):
-    """A copy with every tensor in host memory of its own."""
-    if torch.is_tensor(value):
-        return value.detach().to("cpu", copy=True).contiguous()
-    if type(value) in (dict, OrderedDict):
-        copied = type(value)((k, _copied(v)) for k, v in value.items())
-        if hasattr(value, "_metadata"):  # versions of a module's state
-            copied._metadata = value._metadata
-        return copied
-    if type(value) in (list, tuple):
-        return type(value)(_copied(v) for v in value)
-    return copy.deepcopy(value)
-
-
-def bytes_of(value) -> int:
-    """Bytes of all tensors in it."""
-    if torch.is_tensor(value):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(map(bytes_of, value.values()))
-    return sum(map(bytes_of, value)) if isinstance(value, (list, tuple)) else 0
 
 
 class _Stream:
@@ -190,7 +138,7 @@ class Writer:
         return self.thread is not None and self.thread.is_alive()
 
     def wait(self) -> None:
-        """Until this rank's part is done (on rank 0: all ranks'). Not where another rank may have failed; see _Run._settle."""
+        """Until this rank's part is done (on rank 0: all ranks'). Not where another rank may have failed; see Saver.settle."""
         if self.thread is not None:
             self.thread.join()
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import launch
-from fastft.train import telemetry
+from fastft import track
 
 
 def test_a_spike_stops_the_run_and_replay_shows_its_samples(lm_config, tmp_path):
@@ -14,7 +14,7 @@ def test_a_spike_stops_the_run_and_replay_shows_its_samples(lm_config, tmp_path)
     lm_config["checkpoint"] = {"every": 20}
     code, output = launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config), check=False)
     run = Path(lm_config["run"]["dir"])
-    spike = next(r for r in telemetry.read(run) if r["kind"] == "spike")
+    spike = next(r for r in track.read(run) if r["kind"] == "spike")
     assert (
         code == 1
         and f"step {spike['step']}: the loss" in output
@@ -51,7 +51,7 @@ def test_replay_of_the_first_step_is_its_loss(classification_config, tmp_path):
     classification_config["batch"] = {"size": 1}
     launch.fastft("train", launch.write_config(tmp_path / "c.yaml", classification_config))
     run = Path(classification_config["run"]["dir"])
-    first = next(r for r in telemetry.read(run) if r["kind"] == "train")
+    first = next(r for r in track.read(run) if r["kind"] == "train")
     _, output = launch.fastft("replay", run, "--step", "1", "--json")
     (sample,) = json.loads(output.splitlines()[-1])["samples"]
     assert (

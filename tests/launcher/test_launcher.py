@@ -74,14 +74,14 @@ def test_ranks_run_as_under_any_launcher(lm_config, tmp_path):
     """Two ranks, ZeRO-2: the losses of the same ranks started by hand; a log per rank;
     rank 0's lines are passed on; a mistake is not tried again.
     """
-    from fastft.train import telemetry
+    from fastft import track
 
     lm_config["train"] = {"steps": 3, "log_every": 1}
     lm_config["parallel"] = {"zero": 2}
     path = launch.write_config(tmp_path / "c.yaml", lm_config)
     _, output = launch.fastft("launch", "--nproc", "2", "train", path, f"run.dir={tmp_path}/one")
     launch.ranks(2, ["-m", "fastft", "train", path, f"run.dir={tmp_path}/two"])
-    one, two = ([r["loss"] for r in telemetry.read(tmp_path / name) if r["kind"] == "train"] for name in ("one", "two"))
+    one, two = ([r["loss"] for r in track.read(tmp_path / name) if r["kind"] == "train"] for name in ("one", "two"))
     assert one == two and len(one) == 3 and "step 3/3" in output
     assert sorted(p.name for p in (tmp_path / "one" / "logs" / "attempt-1").glob("*.log")) == [
         "rank-0.log",

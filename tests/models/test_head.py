@@ -47,7 +47,7 @@ def test_loss_and_gradients_are_the_models_own(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_check_accepts(name, dtype):
     model = model_of(name, dtype).train()
-    found, why = install(model, batch_of(name)[0], "auto")
+    found, why = install(model, model, batch_of(name)[0], "auto")
     assert found is not None and why == "automatic" and model.training
 
 
@@ -104,10 +104,10 @@ def test_what_does_not_fit_falls_back_or_is_refused(case):
     change(model)
     inputs = batch_of("llama")[0]
     before = model(**inputs).logits
-    found, why = install(model, inputs, "auto")
+    found, why = install(model, model, inputs, "auto")
     assert found is None and reason in why
     with pytest.raises(UserError, match=reason):
-        install(model, inputs, "linear_cross_entropy")
+        install(model, model, inputs, "linear_cross_entropy")
     assert torch.equal(model(**inputs).logits, before)  # and the model is as it was
 
 
@@ -118,7 +118,7 @@ def test_the_check_notices_every_step_that_is_left_out(attribute, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(CAUSAL[name](), dtype=dtype)  # as drawn: tiny logits
-        found, why = install(model, batch_of(name)[0], "auto")
+        found, why = install(model, model, batch_of(name)[0], "auto")
         assert found is None and "differ" in why
 
 

@@ -37,11 +37,13 @@ def model_of(name: str, attention: str = "sdpa"):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_packed_logits_equal_unpacked(name, attention):
-    assert check_isolation(model_of(name, attention), 16, torch.device("cpu"), flat=False) < 1e-5
+    model = model_of(name, attention)
+    assert check_isolation(model, model, 16, torch.device("cpu"), flat=False) < 1e-5
 
 
 def test_bf16_is_allowed_its_rounding():
-    check_isolation(model_of("llama").bfloat16(), 16, torch.device("cpu"), flat=False)
+    model = model_of("llama").bfloat16()
+    check_isolation(model, model, 16, torch.device("cpu"), flat=False)
 
 
 def test_a_model_that_leaks_is_refused():
@@ -53,16 +55,17 @@ def test_a_model_that_leaks_is_refused():
     )
     model.forward = leaky
     with pytest.raises(UserError, match="see each other"):
-        check_isolation(model, 16, torch.device("cpu"), flat=False)
+        check_isolation(model, model, 16, torch.device("cpu"), flat=False)
 
 
 def test_a_state_space_model_is_refused():
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=97, state_size=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match="packing: none"):
-        check_isolation(transformers.AutoModelForCausalLM.from_config(config), 16, torch.device("cpu"), flat=False)
+        check_isolation(model, model, 16, torch.device("cpu"), flat=False)
 
 
 def test_the_model_comes_back_as_it_was():
     model = model_of("llama").train()
-    check_isolation(model, 16, torch.device("cpu"), flat=False)
+    check_isolation(model, model, 16, torch.device("cpu"), flat=False)
     assert model.training

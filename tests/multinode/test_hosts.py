@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import launch
-from fastft.train import telemetry
+from fastft import track
 
 SSHD = "/usr/sbin/sshd"
 BIN = Path(sys.executable).parent
@@ -139,7 +139,7 @@ def config(lm_config, tmp_path) -> dict:
 
 
 def losses(run: Path) -> list[float]:
-    return [r["loss"] for r in telemetry.read(run) if r["kind"] == "train"]
+    return [r["loss"] for r in track.read(run) if r["kind"] == "train"]
 
 
 def on_one_host(config: dict, tmp_path: Path) -> tuple[Path, list[float]]:

@@ -9,8 +9,8 @@ import torch
 from train.test_resume import curve, same_checkpoints
 
 import launch
-from fastft.optim import zero_step
-from fastft.train import telemetry
+from fastft import track
+from fastft.zero import fused_step as zero_step
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 
@@ -56,8 +56,7 @@ def test_fused_step_is_the_unfused_step(lm_config, tmp_path, world):
     launch.ranks(world, [RUNS, "train", *paths])
     for fused, unfused in zip(runs[::2], runs[1::2], strict=True):
         said = [
-            next(r["zero_step"] for r in telemetry.read(tmp_path / name) if r["kind"] == "run")
-            for name in (fused, unfused)
+            next(r["zero_step"] for r in track.read(tmp_path / name) if r["kind"] == "run") for name in (fused, unfused)
         ]
         assert said == ["fused", "unfused: parallel.fused_step: false"], fused
         first, second = curve(tmp_path / fused), curve(tmp_path / unfused)
@@ -88,13 +87,15 @@ NAN = """
 import os, torch
 from fastft.cli import leave
 from fastft import config as configuration
-from fastft.optim import FusedAdamW, zero_step
-from fastft.train import engine
+from fastft.optim import FusedAdamW
+from fastft.zero import fused_step as zero_step
+from fastft.ranks import environment
+from fastft.zero import engine
 
 def build(zero):
     config = configuration.validate({"task": "causal_lm", "model": {"path": "x", "dtype": "bf16"},
                                      "parallel": {"zero": zero}, "run": {"device": "cpu"}})
-    ranks = engine.environment(config)
+    ranks = environment(config)
     engine.start_process_group()
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3)).bfloat16()

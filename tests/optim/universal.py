@@ -13,7 +13,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from fastft.cli import leave
 from fastft.optim import FusedAdamW
 from fastft.optim.adamw_state import decoded_state
-from fastft.train import engine as engines
+from fastft.zero import engine as engines
 
 
 def build(stage: int, dtype: str, state: str, **more):

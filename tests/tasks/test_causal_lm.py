@@ -1,21 +1,19 @@
 import json
 
+import jobs
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastft import config
 from fastft.errors import UserError
-from fastft.models import load
-from fastft.tasks import TASKS
 
 
 @pytest.fixture
 def task_of(lm_config):
     def make(**data):
         lm_config["data"].update(data)
-        return TASKS.get("causal_lm")(config.validate(lm_config))
+        return jobs.task_of(lm_config)
 
     return make
 
@@ -37,7 +35,7 @@ def test_every_token_is_learnt_once(task_of):
 def test_labels_are_the_next_token_within_a_document(task_of):
     task = task_of()
     split = task.train_split()
-    batch = task.collate(split, np.arange(5))
+    batch = jobs.collate(task, split, np.arange(5))
     ids, labels, positions = batch.inputs["input_ids"], batch.labels, batch.inputs["position_ids"]
     used = labels != -100
     assert int(used.sum()) == int(split.targets[:5].sum())
@@ -47,17 +45,17 @@ def test_labels_are_the_next_token_within_a_document(task_of):
     assert not used[:, :-1][starts].any()
 
 
-@pytest.mark.parametrize("packing", ["isolated", "none"])
-def test_loss_equals_documents_one_by_one(task_of, packing):
+@pytest.mark.parametrize("packing, implementation", [("isolated", "linear_cross_entropy"), ("none", "cross_entropy")])
+def test_loss_equals_documents_one_by_one(lm_config, packing, implementation):
     """Against F.cross_entropy over every piece alone."""
-    task = task_of(packing=packing)
-    split = task.train_split()
-    model, _ = load.build(task.config.model, task.auto_class, (), 0)
-    model.eval()
+    lm_config["data"]["packing"] = packing
+    lm_config["loss"] = {"implementation": implementation}
+    job = jobs.job_of(lm_config)
+    task, split, model = job.task, job.train, job.model
     ids = np.arange(len(split) - 6, len(split))  # the last packs hold the most pieces
-    batch = task.collate(split, ids)
+    batch = jobs.batch_of(job, ids)
     with torch.no_grad():
-        total = task.loss(model(**batch.inputs), batch, torch.tensor(1.0))
+        total = jobs.loss_of(job, batch)
         pieces = [torch.from_numpy(p.astype(np.int64)) for i in ids for p in task._pack(split.data, int(i))]
         alone = sum(
             F.cross_entropy(model(p[None]).logits[0, :-1], p[1:], reduction="sum") for p in pieces if len(p) > 1
@@ -66,14 +64,14 @@ def test_loss_equals_documents_one_by_one(task_of, packing):
     assert abs(total - alone) / alone < 1e-6
 
 
-def test_overlength_policies(task_of, tmp_path):
+def test_truncation_policies(task_of, tmp_path):
     data = write(tmp_path / "long.jsonl", "short", "long " * 400)
     for policy, sequences, count in (("truncate", 2, "truncated"), ("drop", 1, "dropped"), ("split", None, "split")):
-        split = task_of(train=data, overlength=policy, packing="none").train_split()
+        split = task_of(train=data, truncation=policy, packing="none").train_split()
         assert split.data.meta["counts"][count] == 1
         assert sequences is None or len(split) == sequences
     with pytest.raises(UserError) as e:
-        task_of(train=data, overlength="error").train_split()
+        task_of(train=data, truncation="error").train_split()
     assert (
         "1 of 2 texts are longer than max_length = 64" in str(e.value)
         and "long.jsonl:2" in str(e.value)
@@ -104,7 +102,7 @@ def test_bad_data(task_of, tmp_path, content, parts):
 
 def test_max_length_beyond_the_model(task_of):
     with pytest.raises(UserError, match="model's limit of 256"):
-        task_of(max_length=1000)
+        _ = task_of(max_length=1000).max_length
 
 
 def test_preparation_is_reused_and_noticed_when_settings_change(task_of):
@@ -114,11 +112,9 @@ def test_preparation_is_reused_and_noticed_when_settings_change(task_of):
     assert task_of(max_length=32).train_split().data.key != first.key
 
 
-def test_dummy_batch_has_no_loss(task_of):
-    task = task_of()
-    split = task.train_split()
-    model, _ = load.build(task.config.model, task.auto_class, (), 0)
-    batch = task.collate(split, np.array([], dtype=np.int64))
-    loss = task.loss(model(**batch.inputs), batch, torch.tensor(0.5))
+def test_dummy_batch_has_no_loss(lm_config):
+    job = jobs.job_of(lm_config)
+    batch = jobs.batch_of(job, [])
+    loss = jobs.loss_of(job, batch, 0.5)
     loss.backward()
-    assert loss == 0 and all(p.grad.abs().max() == 0 for p in model.parameters()) and batch.tokens == 0
+    assert loss == 0 and all(p.grad.abs().max() == 0 for p in job.model.parameters()) and batch.tokens == 0

@@ -1,20 +1,18 @@
 import json
 
+import jobs
 import numpy as np
 import pytest
 import torch
 
-from fastft import config
 from fastft.errors import UserError
-from fastft.models import load
-from fastft.tasks import TASKS
 
 
 @pytest.fixture
 def task_of(classification_config):
     def make(**data):
         classification_config["data"].update(data)
-        return TASKS.get("classification")(config.validate(classification_config))
+        return jobs.task_of(classification_config)
 
     return make
 
@@ -27,29 +25,29 @@ def write(path, rows):
 def test_labels_and_batches(task_of):
     task = task_of()
     split = task.train_split()
-    assert task.labels == ["a", "b", "c"] and len(split) == 48 and split.targets.sum() == 48
-    batch = task.collate(split, np.array([0, 1, 2]))
+    learned = task.learned(split)
+    assert learned == {"labels": ["a", "b", "c"]} and len(split) == 48 and split.targets.sum() == 48
+    batch = jobs.collate(task, split, [0, 1, 2])
     assert (
         batch.labels.tolist() == [0, 1, 2]
         and batch.inputs["attention_mask"].sum() == batch.tokens == split.lengths[:3].sum()
     )
-    assert task.model_overrides()["id2label"] == {0: "a", 1: "b", 2: "c"}
+    assert task.model(learned).overrides["id2label"] == {0: "a", 1: "b", 2: "c"}
 
 
 def test_whole_number_labels_keep_their_order(task_of, tmp_path):
     rows = [{"text": "x y", "label": n} for n in (10, 2, 1)]
     task = task_of(train=write(tmp_path / "n.jsonl", rows))
-    task.train_split()
-    assert task.labels == ["1", "2", "10"]
+    assert task.learned(task.train_split())["labels"] == ["1", "2", "10"]
 
 
 def test_label_not_seen_in_training(task_of, tmp_path):
     task = task_of(
         eval={"test": write(tmp_path / "t.jsonl", [{"text": "x", "label": "a"}, {"text": "x", "label": "bb"}])}
     )
-    task.train_split()
+    learned = task.learned(task.train_split())
     with pytest.raises(UserError) as e:
-        task.eval_splits()
+        task.eval_splits(learned)
     assert (
         "t.jsonl:2" in str(e.value)
         and "'bb' does not occur in the training data" in str(e.value)
@@ -69,10 +67,11 @@ def test_label_not_seen_in_training(task_of, tmp_path):
 )
 def test_bad_labels(task_of, tmp_path, rows, part):
     with pytest.raises(UserError, match=part):
-        task_of(train=write(tmp_path / "b.jsonl", rows)).train_split()
+        task = task_of(train=write(tmp_path / "b.jsonl", rows))
+        task.learned(task.train_split())
 
 
-def test_multi_label_by_names_indices_and_lists(task_of, tmp_path):
+def test_multi_label_by_names_indices_and_lists(classification_config, tmp_path):
     (tmp_path / "names.txt").write_text("joy\nanger\nlove\n")
     rows = [
         {"text": "x", "label": "joy,love"},
@@ -80,23 +79,21 @@ def test_multi_label_by_names_indices_and_lists(task_of, tmp_path):
         {"text": "z", "label": ""},
         {"text": "w", "label": ["anger", 2]},
     ]
-    task = task_of(train=write(tmp_path / "m.jsonl", rows), multi_label=True, labels=str(tmp_path / "names.txt"))
-    split = task.train_split()
-    assert np.asarray(split.data["labels"]).tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 1, 1]]
-    model, _ = load.build(task.config.model, task.auto_class, task.new_parameters, 0, **task.model_overrides())
-    batch = task.collate(split, np.arange(4))
-    outputs = model(**batch.inputs)
+    train, labels = write(tmp_path / "m.jsonl", rows), str(tmp_path / "names.txt")
+    classification_config["data"] |= {"train": train, "multi_label": True, "labels": labels}
+    job = jobs.job_of(classification_config)
+    assert np.asarray(job.train.data["labels"]).tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 1, 1]]
+    batch = jobs.batch_of(job, np.arange(4))
+    outputs = job.model(**batch.inputs)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(outputs.logits, batch.labels)
-    assert torch.allclose(task.loss(outputs, batch, torch.tensor(0.25)), expected)
-    dummy = task.collate(split, np.array([], dtype=np.int64))
-    assert task.loss(model(**dummy.inputs), dummy, torch.tensor(1.0)) == 0
+    assert torch.allclose(jobs.loss_of(job, batch, 0.25), expected)
+    assert jobs.loss_of(job, jobs.batch_of(job, [])) == 0
 
 
 def test_pairs(task_of, tmp_path):
     rows = [{"text": "one two", "b": "three four five", "label": k} for k in "xy"]
     split = task_of(train=write(tmp_path / "p.jsonl", rows), text_pair="b").train_split()
-    task = TASKS.get("classification")
-    assert len(split.data["segments"]) == 2 and split.lengths[0] == len(split.data["segments"][0]) and task
+    assert len(split.data["segments"]) == 2 and split.lengths[0] == len(split.data["segments"][0])
 
 
 def test_truncation_keeps_what_the_tokenizer_keeps(classification_config, minilm, tmp_path):
@@ -104,9 +101,9 @@ def test_truncation_keeps_what_the_tokenizer_keeps(classification_config, minilm
     classification_config["model"]["path"] = minilm
     classification_config["data"] |= {
         "train": write(tmp_path / "l.jsonl", [{"text": "word " * 99, "label": k} for k in "ab"]),
-        "overlength": "truncate",
+        "truncation": "truncate",
     }
-    task = TASKS.get("classification")(config.validate(classification_config))
+    task = jobs.task_of(classification_config)
     split = task.train_split()
     row = split.data["tokens"][0]
     assert len(row) == 32 and row[0] == task.tokenizer.cls_token_id and row[-1] == task.tokenizer.sep_token_id
@@ -118,20 +115,18 @@ def test_overlength_error_counts_and_split_is_refused(task_of, tmp_path):
     with pytest.raises(UserError, match="1 of 2 texts are longer"):
         task_of(train=data).train_split()
     with pytest.raises(UserError, match="makes no sense"):
-        task_of(overlength="split")
+        task_of(truncation="split")
 
 
 def test_decoder_pools_the_last_real_token(classification_config, tiny_llama):
     """Padded and unpadded rows give the same logits."""
     classification_config["model"]["path"] = str(tiny_llama)
-    task = TASKS.get("classification")(config.validate(classification_config))
-    split = task.train_split()
-    model, drawn = load.build(task.config.model, task.auto_class, task.new_parameters, 0, **task.model_overrides())
-    model.eval()
-    assert drawn == ["score.weight"]
+    job = jobs.job_of(classification_config)
+    model, split = job.model, job.train
+    assert job.initialized == ["score.weight"]
     shortest, longest = int(split.lengths.argmin()), int(split.lengths.argmax())
     assert split.lengths[shortest] < split.lengths[longest]
     with torch.no_grad():
-        alone = model(**task.collate(split, np.array([shortest])).inputs).logits[0]
-        padded = model(**task.collate(split, np.array([shortest, longest])).inputs).logits[0]
+        alone = model(**jobs.batch_of(job, [shortest]).inputs).logits[0]
+        padded = model(**jobs.batch_of(job, [shortest, longest]).inputs).logits[0]
     assert torch.allclose(alone, padded, atol=1e-5)

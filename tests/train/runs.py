@@ -10,43 +10,33 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fastft import assemble
 from fastft import config as configuration
-from fastft.cli import leave
-from fastft.train import engine, loop
+from fastft.cli.main import leave
+from fastft.track import Telemetry
+from fastft.train import loop
 from fastft.train.heartbeat import Heartbeat
+from fastft.train.saver import Saver
 from fastft.train.schedule import Schedule
+from fastft.train.signals import StopRequest
+from fastft.zero import engine
 
 
 def gradients(out: Path, path: Path) -> None:
     from deepspeed.utils import safe_get_full_grad
 
-    from fastft.models import load
-    from fastft.optim import FusedAdamW
-    from fastft.optim.groups import parameter_groups
-    from fastft.tasks import TASKS
-
-    config = configuration.load(path)
-    ranks = engine.environment(config)
-    task = TASKS.get(config.task)(config)
-    split = task.train_split()
-    model, _ = load.build(config.model, task.auto_class, task.new_parameters, config.run.seed, **task.model_overrides())
-    task.attach(model, ranks.device)
-    optimizer = FusedAdamW(parameter_groups(model, 0.0), lr=0.0)
+    config = configuration.load(path, ["optim.weight_decay=0"])
+    job = assemble.start(config)
+    assemble.add_data(job, evals=False)
     engine.start_process_group()
-    built = engine.build_engine(model, optimizer, engine.deepspeed_config(config, ranks))
-    run = loop._Run(
-        config,
-        task,
-        split,
-        {},
-        Schedule.of(config, len(split), task.max_length),
-        ranks,
-        built,
-        optimizer,
-        "",
-        None,
-        Heartbeat(),
-    )
+    assemble.add_model(job)
+    assemble.add_optimizer(job)
+    built = engine.build_engine(job.model, job.optimizer, engine.deepspeed_config(config, job.ranks))
+    assemble.add_objective(job, built)
+    schedule = Schedule.of(config, job.order, job.task.max_length)
+    saver = Saver(job, built, schedule, "", StopRequest(), Heartbeat())
+    run = loop.Loop(job, built, schedule, saver, Heartbeat())
+    run.open(Telemetry(out, main=False))
     built.eval()  # no dropout: the micro-batches of different runs draw different masks
     found = {}
 
@@ -55,10 +45,10 @@ def gradients(out: Path, path: Path) -> None:
             found[name] = (safe_get_full_grad(p) if config.parallel.zero else p.grad).clone()
 
     run.stepper._step = keep
-    loss = run._optimizer_step(*run._collate_step(0))
+    loss = run.optimizer_step(*run.collate_step(0))
     dist.all_reduce(loss)
-    if ranks.main:
-        torch.save({"loss": loss / ranks.world, "grads": found}, out / f"{path.stem}.pt")
+    if job.ranks.main:
+        torch.save({"loss": loss / job.ranks.world, "grads": found}, out / f"{path.stem}.pt")
 
 
 if __name__ == "__main__":

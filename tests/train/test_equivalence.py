@@ -10,10 +10,10 @@ import transformers
 
 import launch
 from fastft import config as configuration
+from fastft import track
 from fastft.data import order
 from fastft.optim.schedules import learning_rate
-from fastft.tasks import TASKS
-from fastft.train import telemetry
+from fastft.tasks.base import TASKS, Draw
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 CUTS = [(micro, zero) for micro in (1, 2, 6) for zero in (0,)] + [(1, 1), (1, 2), (1, 3), ("auto", 0)]
@@ -32,7 +32,7 @@ def variant(base: dict, tmp_path, name: str, **changes) -> dict:
 @pytest.fixture
 def uneven(lm_config) -> dict:
     """Documents in rows of their own: target counts differ from row to row, and 7 rows do not divide by anything."""
-    lm_config["data"] |= {"packing": "none", "overlength": "truncate"}
+    lm_config["data"] |= {"packing": "none", "truncation": "truncate"}
     lm_config["batch"]["size"] = 7
     return lm_config
 
@@ -43,7 +43,7 @@ def big_batch(config: dict) -> tuple[float, dict[str, torch.Tensor]]:
     task = TASKS.get(c.task)(c)
     split = task.train_split()
     model = transformers.AutoModelForCausalLM.from_pretrained(c.model.path).eval()
-    batch = task.collate(split, order.sample_ids(len(split), c.data.seed, 0, c.batch.size))
+    batch = task.collate(split, order.sample_ids(len(split), c.data.seed, 0, c.batch.size), Draw.fixed(0, c.batch.size))
     logits = model(**batch.inputs).logits
     loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
     loss.backward()
@@ -89,7 +89,9 @@ def torch_adamw(config: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(c.optim, step, c.train.steps)
         batch = task.collate(
-            split, order.sample_ids(len(split), c.data.seed, step * c.batch.size, (step + 1) * c.batch.size)
+            split,
+            order.sample_ids(len(split), c.data.seed, step * c.batch.size, (step + 1) * c.batch.size),
+            Draw.fixed(0, c.batch.size),
         )
         loss = F.cross_entropy(model(**batch.inputs).logits.flatten(0, 1), batch.labels.flatten())
         loss.backward()
@@ -121,7 +123,7 @@ def test_zero_stages_on_two_ranks_equal_torch_adamw(uneven, tmp_path, tiny_llama
     single = launch.write_config(tmp_path / "single.yaml", variant(uneven, tmp_path, "single"))
     launch.fastft("train", single)
     for name in [*runs, "single"]:
-        curve = [r["loss"] for r in telemetry.read(tmp_path / name) if r["kind"] == "train"]
+        curve = [r["loss"] for r in track.read(tmp_path / name) if r["kind"] == "train"]
         assert np.allclose(curve, losses, rtol=2e-6, atol=0), name
         trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict()
         assert max((trained[n] - w).abs().max().item() for n, w in weights.items()) < 2e-6, name
@@ -135,5 +137,5 @@ def test_labels_of_a_classifier_are_averaged_over_the_global_batch(classificatio
     two = launch.write_config(tmp_path / "two.yaml", variant(classification_config, tmp_path, "two", batch__micro=2))
     launch.fastft("train", one)
     launch.ranks(2, [RUNS, "train", two])
-    curves = [[r["loss"] for r in telemetry.read(tmp_path / name) if r["kind"] == "train"] for name in ("one", "two")]
+    curves = [[r["loss"] for r in track.read(tmp_path / name) if r["kind"] == "train"] for name in ("one", "two")]
     assert np.allclose(*curves, rtol=2e-6, atol=0)

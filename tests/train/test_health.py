@@ -9,11 +9,13 @@ import os, sys, time, torch, torch.distributed as dist
 from fastft import config as configuration
 from fastft.cli import leave
 from fastft.errors import UserError
-from fastft.train import engine, health
+from fastft.train import health
+from fastft.ranks import Ranks
+from fastft.zero import engine
 
 dist.init_process_group("gloo")
 config = configuration.validate({"task": "causal_lm", "model": {"path": "x"}})
-ranks = engine.Ranks(dist.get_rank(), 3, dist.get_rank(), 3, torch.device("cpu"))
+ranks = Ranks(dist.get_rank(), 3, dist.get_rank(), 3, torch.device("cpu"))
 
 health.check_agreement(config, "data", ranks)
 changed = configuration.validate({"task": "causal_lm", "model": {"path": "x"}, "run": {"seed": 18}})
@@ -40,12 +42,12 @@ for dtype in (torch.float32, torch.bfloat16):
     except UserError as e:
         assert "step 5: the weights of rank 2 differ" in str(e)
 
-pace = health.Pace(ranks.device)
+timer = health.ForwardTimer(ranks.device)
 for seconds in ((0.05, 0.05, 0.05), (0.05, 0.15, 0.05)):
     for _ in range(3):
-        with pace:
+        with timer:
             time.sleep(seconds[ranks.rank])
-    slow = pace.slow_ranks(ranks)
+    slow = timer.slow_ranks(ranks)
     assert list(slow) == ([1] if seconds[1] > 0.1 else []), slow
 dist.destroy_process_group()
 leave(0)

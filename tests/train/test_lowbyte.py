@@ -5,7 +5,7 @@ quantized state and parameters learn what fp32 learns.
 import torch
 
 import launch
-from fastft.train import telemetry
+from fastft import track
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 VARIANTS = {
@@ -33,9 +33,7 @@ def test_every_master_learns_the_same(lm_config, tmp_path):
         paths.append(launch.write_config(tmp_path / f"{name}.yaml", config))
     launch.ranks(2, [RUNS, "train", *paths])
     curves = {
-        name: torch.tensor([r["loss"] for r in telemetry.read(tmp_path / name) if r["kind"] == "train"])
-        .view(3, 10)
-        .mean(1)
+        name: torch.tensor([r["loss"] for r in track.read(tmp_path / name) if r["kind"] == "train"]).view(3, 10).mean(1)
         for name in VARIANTS
     }
     assert curves["fp32"][2] < curves["fp32"][0] - 0.3, curves

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import launch
-from fastft.train import telemetry
+from fastft import track
 
 STEPS, SAVED = 12, 6
 # (ranks, stage, dtype) of the checkpoint -> (ranks, stage) that resume; tolerance of the loss
@@ -38,7 +38,7 @@ def without_dropout(lm_config, tmp_path) -> dict:
 
 
 def losses(run: Path) -> list[float]:
-    return [r["loss"] for r in telemetry.read(run) if r["kind"] == "train"]
+    return [r["loss"] for r in track.read(run) if r["kind"] == "train"]
 
 
 @pytest.mark.parametrize("before, after, tolerance", CASES, ids=lambda c: str(c[:3]) if isinstance(c, tuple) else "")
@@ -59,7 +59,7 @@ def test_the_run_goes_on(without_dropout, tmp_path, before, after, tolerance):
         rest = losses(run)
         assert len(rest) == STEPS - SAVED
         assert max(abs(a - b) for a, b in zip(rest, truth[SAVED:], strict=True)) <= tolerance, (ranks, zero)
-        record = next(r for r in telemetry.read(run) if r["kind"] == "run")["resumed_from"]
+        record = next(r for r in track.read(run) if r["kind"] == "run")["resumed_from"]
         assert record["world_size"] == world and record["converted"] == (stage > 0)
         assert not list((run / "checkpoints").glob("*.tmp"))
         # Decay on a bias or a norm would be seen here: the settings of every group have come through.

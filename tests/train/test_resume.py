@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 
 import launch
 from fastft import config as configuration
+from fastft import track
 from fastft.data import order
 from fastft.errors import UserError
-from fastft.train import checkpoint, loop, telemetry
+from fastft.tasks.base import Metric
+from fastft.train import checkpoint
+from fastft.train.observers._standard import Best
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 
@@ -43,7 +46,7 @@ def same_checkpoints(a: Path, b: Path) -> None:
 
 
 def curve(run: Path) -> list[tuple]:
-    return [(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in telemetry.read(run) if r["kind"] == "train"]
+    return [(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in track.read(run) if r["kind"] == "train"]
 
 
 CASES = [(0, "fp32", 1), (0, "bf16", 1), (1, "bf16", 2), (2, "fp32", 2), (3, "bf16", 2), (3, "fp32", 2), (0, "fp32", 2)]
@@ -193,7 +196,7 @@ def test_the_best_checkpoint_stays(lm_config, tmp_path):
     lm_config["checkpoint"] = {"every": 2, "keep": 1, "best_by": "eval.loss"}
     launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config))
     folder, run = tmp_path / "run" / "checkpoints", Path(lm_config["run"]["dir"])
-    losses = {r["step"]: r["loss"] for r in telemetry.read(run) if r["kind"] == "eval"}
+    losses = {r["step"]: r["loss"] for r in track.read(run) if r["kind"] == "eval"}
     best = json.loads((folder / "BEST").read_text())
     assert (
         best["step"] == min(losses, key=losses.get)
@@ -210,14 +213,23 @@ def test_the_best_checkpoint_stays(lm_config, tmp_path):
 
 
 def test_nan_is_not_the_best():
-    run = loop._Run.__new__(loop._Run)
-    run.config = SimpleNamespace(checkpoint=SimpleNamespace(best_by="eval.loss"))
-    run.step = run.evaluated_at = 4
-    run.best = {"step": 2, "metric": "eval.loss", "value": 1.0}
+    metric = Metric("loss", lower_is_better=True)
+    task = SimpleNamespace(metric=lambda name, key: metric)
+    config = SimpleNamespace(checkpoint=SimpleNamespace(best_by="eval.loss"))
+    best = Best(None, SimpleNamespace(job=SimpleNamespace(config=config, task=task)))
+    best.load_state({"best": {"step": 2, "metric": "eval.loss", "value": 1.0}})
     for value, better in ((float("nan"), False), (float("inf"), False), (2.0, False), (0.5, True)):
-        run.metrics = {"eval": {"loss": value}}
-        assert run._is_best() is better
-    assert run.best == {"step": 4, "metric": "eval.loss", "value": 0.5}
+        best.after_evaluation(4, {"eval": {"loss": value}})
+        assert best.saved(4) is better
+    assert best.best == {"step": 4, "metric": "eval.loss", "value": 0.5}
+
+
+def test_the_best_goes_by_the_metrics_direction():
+    """An error rate is better when it is lower, an accuracy when it is higher, whatever they are called."""
+    assert Metric("wer", lower_is_better=True).better(0.1, 0.9) and not Metric("wer", lower_is_better=True).better(
+        0.9, 0.1
+    )
+    assert Metric("accuracy").better(0.9, 0.1) and not Metric("accuracy").better(0.1, 0.9)
 
 
 def test_a_resume_takes_the_optimizers_settings_of_the_configuration(lm_config, tmp_path):
@@ -239,12 +251,12 @@ def test_more_epochs_go_on_where_the_last_step_ended(lm_config, tmp_path):
     lm_config["checkpoint"] = {"every": 5}
     launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config))
     run = Path(lm_config["run"]["dir"])
-    record = next(r for r in telemetry.read(run) if r["kind"] == "run")
+    record = next(r for r in track.read(run) if r["kind"] == "run")
     n, first = record["data"]["train"]["sequences"], record["total_steps"]
     assert n % 7 and first == -(-n // 7), "the last step is short"
     for epochs in (1.5, 2.0):
         launch.fastft("resume", run, f"train.epochs={epochs}")
-    last = [r for r in telemetry.read(run) if r["kind"] == "train"][-1]
+    last = [r for r in track.read(run) if r["kind"] == "train"][-1]
     half = round(1.5 * n)
     assert last["step"] == first + -(-(half - n) // 7) + -(-(2 * n - half) // 7) and last["epoch"] == 2.0
 

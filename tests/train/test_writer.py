@@ -11,12 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastft import config as configuration
 from fastft.files import sha256_file
-from fastft.train import loop, writer
-from fastft.train.engine import Ranks
+from fastft.ranks import Ranks
+from fastft.train import writer
+from fastft.train.saver import Saver
 from fastft.train.writer import Writer
 
-ALONE = Ranks(0, 0, 1, 1, torch.device("cpu"))
+CONFIG = {"task": "causal_lm", "model": {"path": "x"}}
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 STATE = {
     "w": torch.arange(3_000_000, dtype=torch.float32),
     "empty": torch.zeros(0),
@@ -83,11 +86,13 @@ def test_a_sign_of_life_only_while_the_disk_answers(tmp_path, monkeypatch, answe
     monkeypatch.setattr(writer, "PART", 50_000)
     os.mkfifo(tmp_path / "x.pt")
     found, beats, turns = Writer(ALONE), [], []
-    run = loop._Run.__new__(loop._Run)
-    run.writer, run.ranks, run.step = found, ALONE, 7
-    run.heart = SimpleNamespace(beat=lambda step: beats.append(time.monotonic() - start))
-    run.stop = SimpleNamespace(any=lambda here, device, world: here)
-    run._agreed = lambda: turns.append(time.monotonic() - start)
+    heart = SimpleNamespace(beat=lambda step: beats.append(time.monotonic() - start))
+    split = SimpleNamespace(data=SimpleNamespace(key=""))
+    job = SimpleNamespace(
+        train=split, config=configuration.validate(CONFIG), ranks=ALONE, learned={}, adapter_only=False
+    )
+    saver = Saver(job, None, None, "", None, heart)
+    saver.writer, saver.agreed = found, lambda: turns.append(time.monotonic() - start)
 
     def read() -> None:
         if not answers:
@@ -99,6 +104,6 @@ def test_a_sign_of_life_only_while_the_disk_answers(tmp_path, monkeypatch, answe
     start = time.monotonic()
     threading.Thread(target=read, daemon=True).start()
     found.write({tmp_path / "x.pt": STATE}, tmp_path, lambda entries: None)
-    run._settle()
+    saver.settle(7)
     assert sum(0.3 < at < 1.7 for at in turns) > 20
     assert any(0.3 < at < 1.7 for at in beats) is answers

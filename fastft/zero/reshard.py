@@ -7,24 +7,24 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 
 from fastft.errors import UserError
 from fastft.files import remove
-from fastft.optim import FusedAdamW
-from fastft.train.engine import Ranks
+from fastft.optim.optimizers.base import OptimizerSpec
+from fastft.ranks import Ranks
 
+CONVERTED = ("exp_avg", "exp_avg_sq")  # what DeepSpeed's converter knows
 SETTINGS = {"load_universal": True}  # checkpoint settings of the DeepSpeed engine that is to load what convert() made
 
 
-def needed(manifest: dict, stage: int, ranks: Ranks) -> bool:
+def needed(manifest: dict, stage: int, ranks: Ranks, spec: OptimizerSpec) -> bool:
     """Whether a checkpoint must be converted before this run can load it.
 
     Raises
     ------
     UserError
-        Between stage 0, whose state is whole, and the others.
+        Between stage 0, whose state is whole, and the others; for an optimizer whose state DeepSpeed cannot convert.
     """
     before = manifest["zero"]
     if before == stage and (manifest["world_size"] == ranks.world or stage == 0):
@@ -33,6 +33,12 @@ def needed(manifest: dict, stage: int, ranks: Ranks) -> bool:
         raise UserError(
             f"The checkpoint was written with parallel.zero = {before}, this run has {stage}.",
             f"Resume with parallel.zero={before}, or start a new run from the exported model (`fastft export`).",
+        )
+    if spec.state_tensors != CONVERTED:
+        raise UserError(
+            f"The checkpoint was written by {manifest['world_size']} ranks at parallel.zero = {before}, this run has "
+            f"{ranks.world} and {stage}: the state of this optimizer cannot be converted.",
+            "Resume with the ranks and the stage that it was written with, or start a new run from the exported model.",
         )
     return True
 
@@ -62,8 +68,7 @@ def convert(path: Path, tag: str, stage: int, ranks: Ranks) -> Path:
             problem = [f"{type(e).__name__}: {e}"]
         else:
             _fit(folder / tag, stage, ranks.world)
-    if ranks.world > 1:
-        dist.broadcast_object_list(problem, src=0)
+    problem = ranks.from_main(problem)
     if problem[0]:
         raise UserError(
             f"{path}: DeepSpeed could not convert it for this number of ranks or ZeRO stage:\n{problem[0]}",
@@ -116,16 +121,14 @@ def _fit(folder: Path, stage: int, world: int) -> None:
 
 def done(folder: Path, ranks: Ranks) -> None:
     """Remove what ``convert`` made, once every rank has loaded it."""
-    if ranks.world > 1:
-        dist.barrier()
+    ranks.barrier()
     if ranks.main:
         remove(folder)
 
 
 def load(engine, folder: Path, tag: str) -> None:
-    """Load what ``convert`` made, and mend what DeepSpeed's loading leaves wrong."""
+    """Load what ``convert`` made, and fix what DeepSpeed's loading leaves wrong."""
     optimizer = engine.optimizer.optimizer
-    assert isinstance(optimizer, FusedAdamW)
     with contextlib.redirect_stdout(sys.stderr):
         engine.load_checkpoint(str(folder), tag=tag)
     for state in optimizer.state.values():

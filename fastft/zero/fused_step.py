@@ -85,7 +85,7 @@ def why_not(zero, optimizer: FusedAdamW) -> str:
         import deepspeed
 
         return f"DeepSpeed {deepspeed.__version__}'s {name} is not the one the fused step was tested with"
-    if type(zero.optimizer) is not FusedAdamW or zero.optimizer is not optimizer:
+    if not hasattr(optimizer, "step_flat") or zero.optimizer is not optimizer:
         return f"the client optimizer is {type(zero.optimizer).__name__}"
     left_out = {
         "float16 (its loss scale changes from step to step)": zero.dtype == torch.float16,

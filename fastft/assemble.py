@@ -1,0 +1,175 @@
+"""The one order in which a run is put together, whatever is to be done with it.
+
+train, resume, validate, eval, predict, export, replay and trace differ in how far they go and where weights and labels come
+from; what comes before what is the same for all of them, and part of being right: labels before the model (its head has
+as many outputs), edits before anything is checked, freezing before the optimizer, checks through the engine where there is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastft import rooms
+from fastft.config import Config
+from fastft.data.encoder import Learned
+from fastft.data.orders.base import Order
+from fastft.data.split import Split
+from fastft.models import load
+from fastft.models.edits.base import Edit
+from fastft.objectives.base import Objective
+from fastft.optim.groups import ParameterGroups
+from fastft.optim.optimizers.base import ClientOptimizer, OptimizerSpec
+from fastft.ranks import Ranks, environment
+from fastft.tasks.base import Task
+
+Weights = Literal["start", "trained", "empty"]
+
+
+@dataclass
+class Job:
+    """A run, as far as it was put together; what was not asked for is absent.
+
+    Attributes
+    ----------
+    learned : dict
+        What the training data taught (label names), or the checkpoint or the model that it was taken from.
+    model : Module
+        The Hugging Face model, edited; inside the engine where there is one.
+    initialized : list of str
+        Names of its weights that were newly initialized.
+    frozen : int
+        Elements of parameters that are not trained.
+    record : dict
+        What objective and edits settled, for the run's record.
+    """
+
+    config: Config
+    ranks: Ranks
+    task: Task
+    learned: Learned = field(default_factory=dict)
+    train: Split | None = None
+    evals: dict[str, Split] = field(default_factory=dict)
+    order: Order | None = None
+    model: Any = None
+    initialized: list[str] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+    frozen: int = 0
+    groups: ParameterGroups | None = None
+    spec: OptimizerSpec | None = None
+    optimizer: ClientOptimizer | None = None
+    objective: Objective | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def adapter_only(self) -> bool:
+        return any(edit.freezes_base for edit in self.edits)
+
+
+def start(config: Config, learned: Learned | None = None) -> Job:
+    """Ranks and task. ``learned``: instead of what the training data teaches."""
+    if config.run.offline:
+        load.go_offline()
+    ranks = environment(config)
+    task = rooms.TASKS.get(config.task)(config)
+    return Job(config, ranks, task, learned or {})
+
+
+def add_data(job: Job, *, train: bool = True, evals: bool = True) -> None:
+    """Splits and sample order. All tokenizing is done here, before anything is built. Raises UserError."""
+    config, task = job.config, job.task
+    if config.checkpoint.best_by is not None:
+        task.metric(config.checkpoint.best_by, "checkpoint.best_by")
+    if train:
+        job.train = task.train_split()
+        job.learned = task.learned(job.train)
+        order = rooms.ORDERS.get(config.data.order.name)
+        job.order = order(config.data.order, job.train, config.data.seed)
+    if evals:
+        job.evals = task.eval_splits(job.learned)
+
+
+def add_model(job: Job, weights: Weights = "start") -> None:
+    """The model, edited, with its frozen parameters.
+
+    Parameters
+    ----------
+    weights : str
+        "start": those that the run begins with, a new head initialized; "trained": of an exported model, none of which may be
+        missing; "empty": any, for a checkpoint brings them.
+    """
+    config, task = job.config, job.task
+    spec = task.model(job.learned)
+    settings = config.model.changed(init="random") if weights == "empty" else config.model
+    new = spec.new_parameters if weights == "start" else ()
+    overrides = {} if weights == "trained" else spec.overrides
+    job.model, job.initialized = load.build(settings, spec.auto_class, new, config.run.seed, **overrides)
+    if weights != "trained":
+        chosen = config.model.chosen().items()
+        job.edits = [rooms.EDITS.get(name)(settings, config) for name, settings in chosen]
+        job.edits.sort(key=lambda edit: edit.order)
+        for edit in job.edits:
+            edit.apply(job.model)
+            job.record |= edit.record()
+    job.frozen = load.freeze(job.model, config.model.freeze)
+
+
+def add_optimizer(job: Job) -> None:
+    """Parameter groups and the optimizer over them."""
+    config = job.config
+    if config.parallel.activation_checkpointing:
+        job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    job.groups = ParameterGroups.of(job.model, config)
+    job.spec = OptimizerSpec.of(config)
+    job.optimizer = job.spec.build(job.groups.groups)
+
+
+def add_objective(job: Job, forward: Any = None) -> None:
+    """Check the model against the task, and settle how its loss is taken.
+
+    ``forward``: the engine around the model; None: there is none, and the model goes to this rank's device.
+    """
+    if forward is None:
+        job.model.to(job.ranks.device)
+        forward = job.model
+    device = job.ranks.device
+    job.task.check_model(forward, job.model, device)
+    objective = job.task.objective(forward, job.model, device, job.learned)
+    for name, settings in job.config.loss.chosen().items():
+        objective = rooms.OBJECTIVES.get(name)(objective, settings, job.config)
+    job.objective = objective
+    job.record |= objective.record
+
+
+def trained(path: str, config: Config | None = None) -> Job:
+    """An exported model: a run's folder, a folder written by save_pretrained, or a hub id.
+
+    ``config``: of the run that exported it; None: its folder's, or, where there is none, that of the task that the model fits.
+    """
+    from fastft import config as configuration
+    from fastft.errors import UserError
+
+    folder = Path(path)
+    if config is None and (folder / "config.yaml").is_file() and (folder / "model").is_dir():
+        config = configuration.load_run(folder)
+    if (folder / "model").is_dir():
+        path = str(folder / "model")
+    model = configuration.Model(path=path)
+    if config is not None:
+        job = start(config.changed(model=model.changed(trust_remote_code=config.model.trust_remote_code)))
+    else:
+        found = load.config(model)
+        names = [name for name in rooms.TASKS.names() if rooms.TASKS.get(name).fits(found)]
+        if not names:
+            kind = (found.architectures or ["(none)"])[0]
+            known = ", ".join(rooms.TASKS.names())
+            raise UserError(
+                f"model path {path}: {kind} is no model of a known task ({known}).",
+                "Give a model that fastft exported.",
+            )
+        job = start(configuration.validate({"task": names[0], "model": {"path": path}}))
+    job.learned = job.task.learned_of_model()
+    add_model(job, "trained")
+    job.model.to(job.ranks.device).eval()
+    return job

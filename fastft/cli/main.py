@@ -1,0 +1,144 @@
+"""The command line: finds the verb's file and runs it. Nothing of a verb is imported before it is named."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+VERBS = Path(__file__).parent / "verbs"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # Python names no file where a write fails
+ABOUT = """Usage: fastft VERB [OPTIONS] ...
+
+Fine-tune language models at the hardware's limit. `fastft VERB --help` says more of each:
+"""
+
+
+def verbs() -> dict[str, Path]:
+    """Files by verb."""
+    files = sorted(VERBS.glob("*.py"))
+    return {file.stem.replace("_", "-"): file for file in files if not file.stem.startswith("_")}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a verb; a UserError becomes one screen and exit code 1, a signal 128 + its number."""
+    arguments = _without_local_rank(sys.argv[1:] if arguments is None else list(arguments))
+    if arguments[:1] == ["--version"]:
+        from fastft import __version__
+
+        print(__version__)
+        return
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        _overview()
+        sys.exit(0 if arguments else 2)
+    _environment()
+    try:
+        _run(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as e:
+        _end(e)
+
+
+def _run(verb: str, arguments: list[str]) -> None:
+    from importlib import import_module
+
+    from fastft.errors import UserError, did_you_mean
+
+    known = verbs()
+    if verb not in known:
+        raise UserError(f"fastft {verb}: no such verb.", did_you_mean(verb, known))
+    import typer
+
+    module = import_module(f"fastft.cli.verbs.{known[verb].stem}")
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command(context_settings=getattr(module, "CONTEXT", None))(module.run)
+    app(arguments, prog_name=f"fastft {verb}")
+
+
+def _overview() -> None:
+    print(ABOUT)
+    for verb, file in verbs().items():
+        first = file.read_text(encoding="utf-8").split('"""', 2)[1].splitlines()[0]
+        print(f"  {verb:<14} {first.strip()}")
+    print("\nfastft --version prints the version.")
+
+
+def _environment() -> None:
+    # Read when torch and transformers are imported, which every verb does for itself. The spin count: OpenMP threads that
+    # wait in a busy loop take the core from the thread they wait for when something else runs too (30 times slower, seen
+    # on 2 busy cores).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """The deepspeed launcher passes it to every module, before the verb; the environment says the same."""
+    while arguments and arguments[0].startswith(("--local_rank", "--local-rank")):
+        arguments = arguments[1:] if "=" in arguments[0] else arguments[2:]
+    return arguments
+
+
+def _end(error: Exception) -> NoReturn:
+    from fastft.errors import Interrupted, UserError
+
+    if isinstance(error, UserError):
+        _explain(error)
+        sys.exit(1)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK):
+        where = error.filename or "Standard output or a file of the run"
+        _explain(UserError(f"{where}: {error.strerror}.", "Check the path, its permissions and the free space."))
+        sys.exit(1)
+    if isinstance(error, Interrupted):
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    raise error
+
+
+def _explain(error) -> None:
+    from rich.console import Console
+
+    from fastft.launch import protocol
+
+    protocol.write_mistake(str(error))
+    console = Console(stderr=True, soft_wrap=True)
+    rank = os.environ.get("RANK", "0")
+    console.print(f"error{'' if rank == '0' else f' (rank {rank})'}: ", style="bold red", end="")
+    console.print(error.message, highlight=False, markup=False)
+    if error.hint:
+        console.print(error.hint, style="yellow", highlight=False, markup=False)
+
+
+def command() -> None:
+    """``main`` as a process of its own."""
+    if "FASTFT_AGENT" in os.environ:
+        from fastft.launch.rank import settle
+
+        settle()
+    try:
+        main()
+    except SystemExit as e:
+        leave(e.code if isinstance(e.code, int) else int(e.code is not None))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, with its exit handlers run and its output written.
+
+    Gloo's threads outlive their process group wherever something (DeepSpeed, a graph) still holds it. Such a thread, letting
+    go of a tensor while the interpreter shuts down, ends the process with an abort ("terminate called without an active
+    exception"): a good run would report failure. Seen with torch 2.13 on every second exit of ranks that had just gathered.
+    """
+    import atexit
+
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as e:
+            code = code or 1
+            if stream is sys.stdout:
+                print(f"error: standard output: {e.strerror}.", file=sys.stderr)
+    os._exit(code)

@@ -1,0 +1,22 @@
+"""A Hugging Face folder from a training checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastft.errors import UserError
+
+
+def run(
+    run_dir: Annotated[Path, typer.Argument(help="run.dir of the run.")],
+    to: Annotated[Path, typer.Argument(help="New folder.")],
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default: the run's.")] = None,
+) -> None:
+    """A Hugging Face folder from a training checkpoint."""
+    from fastft.evaluate.export import export_checkpoint
+
+    if dtype not in (None, "fp32", "bf16"):
+        raise UserError(f"--dtype {dtype}: unknown.", "Known: fp32, bf16.")
+    print(export_checkpoint(run_dir, to, step, dtype))

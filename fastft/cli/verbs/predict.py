@@ -1,0 +1,94 @@
+"""Predictions of a trained model, a JSON object a line."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastft import config as configuration
+from fastft.errors import UserError
+from fastft.files import replacing
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="Run folder, exported model folder, or hub id.")],
+    source: Annotated[str | None, typer.Argument(help="Data file; - reads lines from standard input.")] = None,
+    options: Annotated[list[str] | None, typer.Argument(help="The task's options, such as max_new_tokens=64.")] = None,
+    text: Annotated[str | None, typer.Option(help="One text, instead of a file.")] = None,
+    pair: Annotated[str | None, typer.Option(help="The second text, for models of text pairs.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the first field; default: the run's.")] = None,
+    pair_column: Annotated[str | None, typer.Option(help="Column of the second text; default: the run's.")] = None,
+    format: Annotated[str, typer.Option(help="txt, jsonl, csv, tsv, parquet, hf; auto goes by the name.")] = "auto",
+    split: Annotated[str | None, typer.Option(help="Split of a saved DatasetDict.")] = None,
+    documents: Annotated[str, typer.Option(help="txt: blank_line, line or file ends a document.")] = "line",
+    header: Annotated[
+        str | None, typer.Option(help="csv/tsv without a header line: its columns, separated by commas.")
+    ] = None,
+    quoting: Annotated[str, typer.Option(help="csv/tsv: standard, or none: quote characters are text.")] = "standard",
+    out: Annotated[Path | None, typer.Option(help="Write JSON lines here instead of standard output.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Longest text in tokens; default: the run's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest generated text in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: the likeliest token.")] = None,
+) -> None:
+    """Predictions of a trained model, a JSON object a line."""
+    if (source is None) == (text is None):
+        raise UserError(
+            "Give either a data file or --text.", "For example: fastft predict runs/x --text 'My card was stolen'"
+        )
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out}: is a folder.", "Name a file in it.")
+    from fastft.evaluate.predict import predict, predictor, read
+
+    shorthands = {"max_length": max_length, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    ready = predictor(model, {**shorthands, **_parsed(options or [])})
+    first = next(iter(ready.fields))
+    if source == "-":
+        rows: Iterable = _lines(first)
+    elif source is None:
+        rows = [("--text", {first: text, **({"text_pair": pair} if pair is not None else {})})]
+        if strange := [name for name in rows[0][1] if name not in ready.fields]:
+            raise UserError(f"This model's task has no {strange[0]}.", f"It has: {', '.join(ready.fields)}.")
+    else:
+        wanted = {"path": source, "format": format, "split": split, "documents": documents, "quoting": quoting}
+        wanted["header"] = header.split(",") if header else None
+        chosen = configuration.section(configuration.Source, wanted, "fastft predict")
+        rows = read(ready, chosen, {first: column, "text_pair": pair_column})
+    _write(predict(ready, rows, batch_size), out)
+
+
+def _parsed(options: list[str]) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for option in options:
+        name, eq, value = option.partition("=")
+        if not eq:
+            raise UserError(f"{option!r} is not of the form option=value.", "For example: max_new_tokens=64")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+def _write(records: Iterator[dict], out: Path | None) -> None:
+    if out is None:
+        for record in records:
+            print(json.dumps(record, ensure_ascii=False))
+        return
+    out = out.resolve()  # a link stays one, and what it points to is written
+    ordinary = out.is_file() or not out.exists()  # a pipe or a device is written as it is
+    with replacing(out) if ordinary else nullcontext(out) as scratch, open(scratch, "w", encoding="utf-8") as stream:
+        for record in records:
+            print(json.dumps(record, ensure_ascii=False), file=stream)
+
+
+def _lines(field: str) -> Iterator[tuple[str, dict]]:
+    try:
+        for n, line in enumerate(sys.stdin, 1):
+            if line.strip():
+                yield f"stdin:{n}", {field: line.rstrip("\n")}
+    except UnicodeDecodeError as e:
+        raise UserError(f"standard input: {e}.", "It must be UTF-8 text.") from None

@@ -1,0 +1,32 @@
+"""Check configuration, data and model without training."""
+
+import json
+
+from fastft import config as configuration
+from fastft.cli.options import ConfigArg, JsonOpt, OverridesArg, console
+
+COUNTED = ("rows", "empty", "truncated", "split", "dropped")
+
+
+def run(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt = False) -> None:
+    """Check configuration, data and model without training."""
+    from fastft.evaluate.validate import validate_run
+
+    report = validate_run(configuration.load(config, overrides or []))
+    if as_json:
+        print(json.dumps(report))
+        return
+    from rich.table import Table
+
+    table = Table("set", *COUNTED, "sequences", "longest", "tokens", "targets")
+    for name, s in report["splits"].items():
+        numbers = [*(s["counts"][c] for c in COUNTED), s["sequences"], s["longest"], s["tokens"], s["targets"]]
+        table.add_row(name, *(f"{number:,}" for number in numbers))
+    out = console()
+    out.print(table)
+    new = f" Newly initialized: {', '.join(report['newly_initialized'])}." if report["newly_initialized"] else ""
+    out.print(
+        f"{report['steps']:,} steps of {report['sequences_per_step']:,} sequences, at most {report['max_length']:,} tokens "
+        f"each; {report['parameters']:,} parameters, {report['trained']:,} trained.{new}",
+        highlight=False,
+    )

@@ -1,0 +1,45 @@
+"""The configuration: strict pydantic models, read from one YAML file, every value open to dotted overrides. Imports no torch."""
+
+from fastft.config.base import InputPath, OutputPath, Section
+from fastft.config.loading import absolute, dump, full_class, inputs, load, load_run, run_dir, section, validate
+from fastft.config.sections import (
+    Batch,
+    Checkpoint,
+    Config,
+    Data,
+    Loss,
+    Model,
+    Optim,
+    Order,
+    Parallel,
+    Run,
+    Source,
+    Train,
+)
+
+__all__ = [
+    "Batch",
+    "Checkpoint",
+    "Config",
+    "Data",
+    "InputPath",
+    "Loss",
+    "Model",
+    "Optim",
+    "Order",
+    "OutputPath",
+    "Parallel",
+    "Run",
+    "Section",
+    "Source",
+    "Train",
+    "absolute",
+    "dump",
+    "full_class",
+    "inputs",
+    "load",
+    "load_run",
+    "run_dir",
+    "section",
+    "validate",
+]

@@ -1,0 +1,310 @@
+"""The sections that every run has. What a task, an optimizer or another member adds stands beside its code, as its ``Settings``.
+
+Field descriptions are the documentation: ``fastft config schema`` prints them as JSON Schema.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from fastft import rooms
+from fastft.config.base import InputPath, OutputPath, Section
+from fastft.config.every import Every
+
+
+class Model(Section):
+    """The model to start from, and what is changed in it: every model edit is a key of this section."""
+
+    members: ClassVar = rooms.EDITS
+
+    path: InputPath = Field(description="Folder or hub id of the model to start from (config, tokenizer, weights).")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="'random' initializes new weights for path's config.json."
+    )
+    tokenizer: InputPath | None = Field(None, description="Folder or hub id of the tokenizer; default: path.")
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Dtype of parameters and gradients; Adam's state and master weights are fp32."
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="transformers' attn_implementation."
+    )
+    revision: str | None = Field(None, description="Commit or tag of a hub id.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model; needs a pinned revision for hub ids."
+    )
+    freeze: list[str] = Field([], description="Parameter name patterns (fnmatch) that are not trained.")
+
+    @model_validator(mode="after")
+    def _remote_code_is_pinned(self) -> Self:
+        if self.trust_remote_code and not self.revision and not Path(self.path).exists():
+            raise ValueError(
+                "model.trust_remote_code runs code from the hub: pin it with model.revision (a commit hash)"
+            )
+        return self
+
+
+class Source(Section):
+    """Where rows are read from."""
+
+    path: InputPath = Field(description="File, folder of files, or a data set saved by Hugging Face datasets.")
+    format: str = Field(
+        "auto", description="txt, jsonl, csv, tsv, parquet, conll, hf; auto goes by the name (.gz allowed)."
+    )
+    split: str | None = Field(None, description="Split to read from a saved DatasetDict.")
+    documents: Literal["blank_line", "line", "file"] = Field("blank_line", description="txt: what ends a document.")
+    header: list[str] | None = Field(
+        None, description="csv, tsv, conll: column names of a file that has no header line."
+    )
+    quoting: Literal["standard", "none"] = Field(
+        "standard", description="csv/tsv: 'none' takes quote characters as text."
+    )
+
+
+class Order(Section):
+    """Which samples each step takes."""
+
+    name: str = Field(
+        "permutation", description="permutation: every sample once an epoch, in a new random order each time."
+    )
+
+    scalar: ClassVar = "name"
+
+
+class Data(Section):
+    """What all tasks read alike; each task adds its columns."""
+
+    aliases: ClassVar = {"overlength": "truncation"}
+
+    train: list[Source] = Field([], description="Training sources: a path, a list of paths, or a list of sources.")
+    eval: dict[str, list[Source]] = Field({}, description="Evaluation sets by name (a bare path is named 'eval').")
+    max_length: int | None = Field(
+        None, ge=2, description="Longest sequence in tokens; default: the model's limit, at most 1024."
+    )
+    truncation: Literal["error", "truncate", "split", "drop"] = Field(
+        "error", description="What happens to a row that is longer than max_length."
+    )
+    cache: OutputPath | None = Field(None, description="Where prepared data goes; default: <run.dir>/prepared.")
+    order: SerializeAsAny[Order] = Field(Order(), description="The sample order, by name, with its settings.")
+    seed: int = Field(17, ge=0, lt=1 << 63, description="Seed of the sample order.")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _train_sources(cls, value: Any) -> Any:
+        return _sources(value)
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _eval_sources(cls, evals: Any) -> Any:
+        if evals is None:
+            return {}
+        if isinstance(evals, (str, list)):
+            evals = {"eval": evals}
+        if isinstance(evals, dict):
+            if isinstance(evals.get("path"), str):  # one source written out, not a dict of sets
+                evals = {"eval": evals}
+            evals = {name: _sources(value) for name, value in evals.items()}
+        return evals
+
+
+def _sources(value: Any) -> Any:
+    """A path, a source, or a list of either, as a list of sources."""
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    return [{"path": v} if isinstance(v, str) else v for v in values]
+
+
+class Batch(Section):
+    """How much a step takes, and how it is cut."""
+
+    size: int | None = Field(None, ge=1, description="Sequences per optimizer step, over all ranks.")
+    global_tokens: int | None = Field(
+        None, ge=1, description="Instead of size: tokens per step (size = global_tokens / max_length)."
+    )
+    micro: int | Literal["auto"] = Field(
+        "auto",
+        description="Sequences per forward on one rank; auto sorts a step's sequences by length and splits them to "
+        "avoid padding.",
+    )
+    micro_tokens: int = Field(
+        16384, ge=1, description="micro: auto keeps a forward within this many (padded) tokens per rank."
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if self.size is not None and self.global_tokens is not None:
+            raise ValueError("batch.size and batch.global_tokens exclude each other: give one")
+        if isinstance(self.micro, int) and self.micro < 1:
+            raise ValueError("batch.micro must be at least 1, or 'auto'")
+        return self
+
+
+class Optim(Section):
+    """What all optimizers have; each adds its own settings. Every parameter grouping is a key of this section."""
+
+    members: ClassVar = rooms.GROUPINGS
+
+    name: str = Field("fused_adamw", description="The optimizer.")
+    lr: float = Field(2e-5, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="Weight decay; never on biases and norms (parameters of fewer than two dimensions).",
+    )
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        "linear", description="Learning-rate schedule after the warm-up."
+    )
+    warmup: int | float = Field(
+        0, ge=0, description="Warm-up: an integer counts steps, a fraction (0.03) is of all steps."
+    )
+    decay: int | float = Field(0.2, ge=0, description="wsd: length of the final decay, counted as warmup is.")
+    min_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="Learning rate at the end, as a share of lr (linear, cosine, wsd)."
+    )
+    grad_clip: float | None = Field(1.0, gt=0, description="Largest global gradient norm; null: no clipping.")
+
+    @model_validator(mode="after")
+    def _fractions(self) -> Self:
+        for name in ("warmup", "decay"):
+            value = getattr(self, name)
+            if isinstance(value, float) and value > 1:
+                raise ValueError(
+                    f"optim.{name}: {value} is neither a fraction of all steps (0 to 1) nor a whole number of steps"
+                )
+        return self
+
+
+class Loss(Section):
+    """Each task adds the settings of its loss."""
+
+    members: ClassVar = rooms.OBJECTIVES
+
+
+class Train(Section):
+    """How long, and what is watched: every configurable observer is a key of this section."""
+
+    members: ClassVar = rooms.OBSERVERS
+
+    epochs: float | None = Field(
+        None, gt=0, le=1e6, description="Passes over the training data; 1 when steps is not given either."
+    )
+    steps: int | None = Field(None, ge=1, le=10**12, description="Optimizer steps; instead of epochs.")
+    eval_every: Every | None = Field(
+        None,
+        description="Evaluate every N steps, every epoch (epoch, 0.5 epochs) or after a time (30m), and at the end; "
+        "null: only at the end.",
+    )
+    log_every: int = Field(10, ge=1, description="Telemetry every N steps.")
+    spike_factor: float | None = Field(
+        None,
+        gt=1,
+        description="Stop when a step's loss is more than this many times the median of the 50 before it; null: never.",
+    )
+    max_skipped: int = Field(
+        10, ge=0, description="Stop after more than this many consecutive steps skipped for NaN or Inf gradients."
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("train.epochs and train.steps exclude each other: give one")
+        return self
+
+
+class Parallel(Section):
+    """Many ranks."""
+
+    zero: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
+    activation_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward: less memory, a third more work."
+    )
+    fused_step: bool = Field(
+        True,
+        description="ZeRO 1-3: unscale, clip, Adam and the weights' store in one pass over memory, where DeepSpeed's "
+        "step allows it.",
+    )
+    verify_every: int | None = Field(
+        1000,
+        ge=1,
+        description="ZeRO 0-2, many ranks: every N steps compare a sum over the weights' bits between ranks; "
+        "null: never.",
+    )
+    deepspeed: InputPath | dict[str, Any] | None = Field(
+        None, description="More DeepSpeed settings (JSON file or mapping); keys fastft owns are refused."
+    )
+
+
+class Checkpoint(Section):
+    """What is kept of a run."""
+
+    every: Every | None = Field(
+        None,
+        description="Save every N steps, every epoch (epoch) or after a time (30m); null: only at the end and on "
+        "SIGINT or SIGTERM.",
+    )
+    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+    best_by: str | None = Field(
+        None,
+        description="Keep the best checkpoint too, by SET.METRIC (domain.loss, test.accuracy) where both are due at a "
+        "step; BEST names it.",
+    )
+    background: bool = Field(
+        True, description="Copy the state to memory and write it while training goes on; false: wait for the disk."
+    )
+
+
+class Trackers(Section):
+    """Where records go beside metrics.jsonl and the terminal."""
+
+    members: ClassVar = rooms.TRACKERS
+
+
+class Run(Section):
+    """Where and on what a run takes place."""
+
+    dir: OutputPath = Field("runs/default", description="Folder of this run: checkpoints, metrics.jsonl, model/.")
+    seed: int = Field(17, ge=0, lt=1 << 63, description="Seed of weights and dropout.")
+    offline: bool = Field(False, description="Never ask the hub.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when there is one.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads per rank; default: the cores, divided among the ranks of this node."
+    )
+    trackers: SerializeAsAny[Trackers] = Field(
+        Trackers(),
+        description="A name, a list of names, or a mapping of names to settings: tensorboard, mlflow, wandb.",
+    )
+
+
+class Config(Section):
+    """One fastft run. ``data``, ``loss`` and ``optim`` are those of the task and the optimizer that it names."""
+
+    version: Literal[1] = Field(1, description="Version of this file's format.")
+    task: str = Field(description="The task: a file of fastft/tasks.")
+    model: SerializeAsAny[Model]
+    data: SerializeAsAny[Data] = Data()
+    batch: Batch = Batch()
+    optim: SerializeAsAny[Optim] = Optim()
+    loss: SerializeAsAny[Loss] = Loss()
+    train: SerializeAsAny[Train] = Train()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    run: SerializeAsAny[Run] = Run()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, raw: Any) -> Any:
+        """`loss:` with nothing below it is the section with its defaults."""
+        if not isinstance(raw, dict):
+            return raw
+        needed = ("version", "task", "model")
+        empty = {key for key, value in raw.items() if value is None and key in cls.model_fields and key not in needed}
+        return {key: {} if key in empty else value for key, value in raw.items()}
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Self:
+        for section in (self.model, self.data, self.data.order, self.optim, self.loss, self.train, self.run.trackers):
+            section.check(self)
+            for settings in section.chosen().values():
+                settings.check(self)
+        return self

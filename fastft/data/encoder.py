@@ -1,0 +1,107 @@
+"""Rows to examples: what a task says of its data, in a form that can be handed to another process."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fastft.data.formats import Record
+from fastft.data.store import Store
+from fastft.errors import UserError
+
+Learned = dict[str, Any]  # what a task learned from its training data (the names of its labels), as JSON
+
+
+@dataclass
+class Counts:
+    """What became of the input; nothing is dropped or cut without being counted here."""
+
+    rows: int = 0
+    empty: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    split: int = 0
+    overlong: list[str] = field(default_factory=list)  # where the first few are
+    overlong_total: int = 0
+    longest: int = 0
+
+    def too_long(self, where: str, length: int) -> None:
+        self.overlong_total += 1
+        self.longest = max(self.longest, length)
+        if len(self.overlong) < 3:
+            self.overlong.append(f"{where} ({length} tokens)")
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class Example:
+    """What one row, or a part of one, becomes.
+
+    Attributes
+    ----------
+    where : str
+        File and line of the row.
+    columns : dict
+        A value for each of the encoder's columns: a number, or a sequence where the column is ragged.
+    extra : object
+        What ``finish`` needs beside the columns (label names); kept in memory.
+    """
+
+    where: str
+    columns: dict[str, Any]
+    extra: Any = None
+
+
+class Encoder(ABC):
+    """Encodes the rows of a split. What crosses rows belongs in ``finish``.
+
+    Class attributes
+    ----------------
+    columns : dict of str
+        Column name -> ``"ragged:<dtype>"`` (a sequence per example) or a NumPy dtype (a number per example).
+    """
+
+    columns: dict[str, str]
+
+    @abstractmethod
+    def accepts(self, where: str, record: Record) -> bool:
+        """Whether the row is used; False: it is empty. Raises UserError, naming the row, when it cannot be read."""
+
+    @abstractmethod
+    def encode(self, rows: list[tuple[str, Record]], counts: Counts) -> list[Example]:
+        """Examples of some rows, in order. Raises UserError, naming the row."""
+
+    @abstractmethod
+    def finish(self, store: Store, learned: Learned | None) -> dict:
+        """Write what all rows decide together; returns the meta, with ``totals`` (``write_sizes``) and what was learned.
+
+        ``learned``: of the training set, for an evaluation set.
+        """
+
+    def settle(self, counts: Counts) -> None:
+        """Called when everything is read. Raises UserError for what has to be counted first."""
+
+
+def write_sizes(store: Store, lengths: np.ndarray, targets: np.ndarray) -> dict:
+    """Columns ``lengths`` and ``targets`` (see Split), and their totals: a resume reads neither, and there may be 10^9."""
+    store.write("lengths", lengths.astype(np.int64))
+    store.write("targets", targets.astype(np.float64))
+    longest = int(lengths.max(initial=0))
+    return {"tokens": int(lengths.sum()), "targets": targets.sum().item(), "longest": longest}
+
+
+def check_text(where: str, column: str, value: object) -> None:
+    """UserError unless the value is text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise UserError(f"{where}: column {column!r} holds {kind}, not text: {value!r}.", "Fix or remove the row.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        half = f"({e.object[e.start]!r} at position {e.start})"
+        raise UserError(f"{where}: column {column!r} holds half a character {half}.", "Fix the row.") from None

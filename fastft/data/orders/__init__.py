@@ -1,0 +1,1 @@
+"""Sample orders: which samples each step takes. One file each."""

@@ -1,0 +1,45 @@
+"""What a sample order is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from fastft.config import Order as OrderSettings
+from fastft.data.split import Split
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a step.
+
+    Attributes
+    ----------
+    ids : (n,) int64
+        Rows of the training split.
+    epochs : (n,) int64
+        How often each was taken before: what is drawn at random for a sample (masks, augmentation) is a function of the
+        run's seed, this and the id.
+    """
+
+    ids: np.ndarray
+    epochs: np.ndarray
+
+
+class Order(ABC):
+    """A pure function of the position, so that nothing has to be saved and any step can be looked up.
+
+    Positions count the samples that a run takes, from 0; a step takes a range of them.
+    """
+
+    Settings: ClassVar[type[OrderSettings]] = OrderSettings
+
+    def __init__(self, settings: OrderSettings, split: Split, seed: int):
+        self.settings, self.split, self.seed = settings, split, seed
+
+    @abstractmethod
+    def samples(self, start: int, stop: int) -> Samples:
+        """Those at the positions [start, stop) of one step."""

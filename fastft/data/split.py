@@ -1,0 +1,158 @@
+"""A split from its sources: which files, whether they may be read, how they are encoded, and what the loop sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from fastft.config import Data, Run, Source
+from fastft.data import formats
+from fastft.data.encoder import Counts, Encoder, Learned
+from fastft.data.prepared import Prepared, prepare
+from fastft.data.sources import holds
+from fastft.data.store import Store
+from fastft.errors import UserError
+from fastft.files import digest
+
+ROWS = 1000  # handed to an encoder at a time: enough for a tokenizer's threads, small enough for memory
+
+
+class Split:
+    """A prepared set: what the loop needs to know of every sequence, without touching its tokens.
+
+    Attributes
+    ----------
+    lengths : (n,) int64, memory-mapped
+        Tokens of each sequence before padding.
+    targets : (n,) float64, memory-mapped
+        What each sequence contributes to the loss's denominator (target tokens, or 1 per classified text).
+    totals : dict
+        ``tokens`` and ``targets``, summed, and ``longest``; see ``write_sizes``.
+    """
+
+    def __init__(self, name: str, data: Prepared):
+        self.name, self.data = name, data
+        self.lengths, self.targets, self.totals = data["lengths"], data["targets"], data.meta["totals"]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def open_split(
+    name: str, sources: list[Source], encoder: Encoder, key: dict, learned: Learned | None, data: Data, run: Run
+) -> Split:
+    """Prepare a split, or open what was prepared from the same files, settings and tokenizer.
+
+    Parameters
+    ----------
+    key : dict
+        What the encoder's result depends on beside the files, as JSON.
+    learned : dict or None
+        What the training set taught, for an evaluation set.
+
+    Raises
+    ------
+    UserError
+        A bad row, a set without anything to learn from, a source folder that holds what the run writes.
+    """
+    if "/" in name or "\\" in name:
+        raise UserError(
+            f"data.eval: {name.removeprefix('eval-')!r} is no name for a set: it becomes a folder's name.",
+            "Use a name without slashes.",
+        )
+    cache = Path(data.cache or Path(run.dir) / "prepared")
+    _check_folders(name, sources, Path(run.dir), cache)
+    files = _files(sources)
+    read_as = [formats.format_of(Path(f)) for f in files]  # a name decides it, where a source says nothing
+    settings = digest([key, [_source_key(source) for source in sources], read_as])
+
+    def build(folder: Path) -> dict:
+        meta = encode(folder, encoder, sources, learned)
+        if came := set(_files(sources)) ^ set(files):
+            raise UserError(
+                f"{min(came)}: came or went while the data was read.", "Run again when nothing writes to it any more."
+            )
+        return meta
+
+    split = Split(name, prepare(cache / name, settings, files, build))
+    if not split.totals["targets"]:
+        counts = split.data.meta["counts"]
+        read = f"{counts['rows']} rows read from {', '.join(files[:3])}"
+        raise UserError(f"data set {name!r} is empty: {read}, nothing left to learn from.", f"Counts: {counts}.")
+    return split
+
+
+def encode(folder: Path, encoder: Encoder, sources: list[Source], learned: Learned | None) -> dict:
+    """Write the columns of a split into a folder; returns its meta."""
+    counts, store = Counts(), Store(folder, encoder.columns)
+    for rows in _chunks(_accepted(sources, encoder, counts)):
+        for example in encoder.encode(rows, counts):
+            store.append(example.where, example.columns, example.extra)
+    origins = store.close()
+    encoder.settle(counts)
+    meta = encoder.finish(store, learned)
+    dtypes = {"dtypes": found} if (found := store.dtypes()) else {}
+    return {"counts": counts.as_dict(), "origins": origins, **dtypes, **meta}
+
+
+def _accepted(sources: list[Source], encoder: Encoder, counts: Counts) -> Iterator[tuple[str, formats.Record]]:
+    for source in sources:
+        for where, record in formats.read(source):
+            counts.rows += 1
+            if encoder.accepts(where, record):
+                yield where, record
+            else:
+                counts.empty += 1
+
+
+def _chunks(rows: Iterator) -> Iterator[list]:
+    while chunk := list(islice(rows, ROWS)):
+        yield chunk
+
+
+def _check_folders(name: str, sources: list[Source], run_dir: Path, cache: Path) -> None:
+    for folder in (path for source in sources if (path := Path(source.path)).is_dir()):
+        own = {"run.dir": run_dir, **({"data.cache": cache} if formats.hf.is_saved_dataset(folder) else {})}
+        if inside := [key for key, path in own.items() if holds(folder, path)]:
+            raise UserError(
+                f"data set {name!r}: the folder {folder} holds {inside[0]} ({own[inside[0]]}): "
+                "the run would read what it writes.",
+                f"Put {inside[0]} elsewhere, or name the files to read one by one.",
+            )
+
+
+def _files(sources: list[Source]) -> list[str]:
+    return [str(file) for source in sources for file in formats.files_of(source)]
+
+
+# What fastft 0.1.0 put into the key of prepared data, at its defaults: it stays in it, whichever task has it, so that
+# data and checkpoints of then are still known. What was added since is in the key only where it is not at its default.
+SOURCE_KEY_0_1 = ("format", "split", "documents", "header", "quoting")
+DATA_KEY_0_1 = {
+    "overlength": "error",
+    "packing": "isolated",
+    "text": "text",
+    "text_pair": None,
+    "label": "label",
+    "multi_label": False,
+    "label_separator": ",",
+    "labels": None,
+}
+NO_PART_OF_THE_KEY = {"train", "eval", "cache", "seed", "max_length", "order"}
+
+
+def data_key(data: Data) -> dict:
+    """The part of a preparation key that follows from the ``data`` section."""
+    values = data.model_dump(exclude=NO_PART_OF_THE_KEY)
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in type(data).model_fields.items()}
+    changed = {name: value for name, value in values.items() if name not in DATA_KEY_0_1 and value != defaults[name]}
+    changed.pop("truncation", None)
+    values["overlength"] = values["truncation"]
+    return {name: values.get(name, default) for name, default in DATA_KEY_0_1.items()} | changed
+
+
+def _source_key(source: Source) -> dict:
+    fields = type(source).model_fields
+    values = source.model_dump(exclude={"path"})
+    return {k: v for k, v in values.items() if k in SOURCE_KEY_0_1 or v != fields[k].default}

@@ -1,0 +1,33 @@
+"""What a predictor is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from fastft.errors import UserError
+
+Row = dict[str, Any]
+
+
+class Predictor(ABC):
+    """Turns rows into predictions: ``fastft predict`` is a loop over it, and so is whatever else serves a model.
+
+    Attributes
+    ----------
+    fields : dict of str
+        What a row holds (text, text_pair, ...) -> the column of a data file that holds it; None: it has no such field.
+    """
+
+    fields: dict[str, str | None]
+
+    def prepare(self, where: str, row: Row) -> Row:
+        """A row, checked: ``fields``' names to values. Raises UserError, naming the row."""
+        for name, value in row.items():
+            if isinstance(value, str) and not value.strip():
+                raise UserError(f"{where}: the {name} is empty.", "Remove it, or give it some text.")
+        return row
+
+    @abstractmethod
+    def run(self, rows: list[Row]) -> list[dict]:
+        """One record per row, in order, as JSON."""

@@ -1,0 +1,45 @@
+"""Generated continuations of texts, by causal models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastft.errors import UserError
+from fastft.inference.base import Predictor, Row
+from fastft.models import load
+
+
+class Generator(Predictor):
+    """``text`` and ``generated``.
+
+    Parameters
+    ----------
+    temperature : float
+        0: the likeliest token; otherwise sampling at this temperature, at least 0.01.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, column: str, max_new_tokens: int, temperature: float):
+        if 0 < temperature < 0.01:
+            raise UserError(
+                f"temperature {temperature}: sampling below 0.01 overflows.", "0 takes the likeliest token."
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.fields = {"text": column}
+
+    def run(self, rows: list[Row]) -> list[dict]:
+        texts, tokenizer = [row["text"] for row in rows], self.tokenizer
+        tokenizer.padding_side = "left"
+        encoded = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False).to(self.model.device)
+        width, limit = encoded["input_ids"].shape[1], load.length_limit(self.model.config)
+        if limit is not None and width + self.max_new_tokens > limit:
+            raise UserError(
+                f"The longest prompt ({width} tokens) and {self.max_new_tokens} new ones exceed the model's limit of "
+                f"{limit} positions.",
+                "Shorten the prompt or lower --max-new-tokens.",
+            )
+        how = {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}
+        pad = tokenizer.pad_token_id
+        out = self.model.generate(**encoded, max_new_tokens=self.max_new_tokens, pad_token_id=pad, **how)
+        continued = [tokenizer.decode(row[width:], skip_special_tokens=True) for row in out]
+        return [{"text": text, "generated": more} for text, more in zip(texts, continued, strict=True)]

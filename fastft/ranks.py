@@ -1,0 +1,146 @@
+"""The processes of a run: where this one is, and what they tell each other. Owns every ``if world > 1``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fastft.config import Config
+from fastft.errors import UserError
+from fastft.launch.hostfile import free_port
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands.
+
+    Ranks form a grid: those of one ``data_rank`` hold parts of the same sequences, those of one ``sequence_rank`` the same
+    parts of different ones. ``sequence_world`` is 1 unless sequences are cut over ranks.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+    sequence_world: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.rank % self.sequence_world
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.sequence_world
+
+    @property
+    def data_world(self) -> int:
+        return self.world // self.sequence_world
+
+    def any(self, *here: bool) -> list[bool]:
+        """For each condition, whether it holds on any rank."""
+        return [bool(value) for value in self.max([int(value) for value in here])]
+
+    def max(self, values: Sequence[int]) -> list[int]:
+        """The largest of every rank's values (int32), one by one."""
+        return self._reduced(values, torch.int32, dist.ReduceOp.MAX)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over the ranks, in float64."""
+        return self._reduced(values, torch.float64, dist.ReduceOp.SUM)
+
+    def sum_tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks of a tensor on this run's device, as a new one."""
+        if self.world == 1:
+            return value
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on all ranks; anything that pickles."""
+        if self.world == 1:
+            return [value]
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, value)
+        return every
+
+    def gather_tensor(self, value: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, of one shape and dtype on all."""
+        if self.world == 1:
+            return [value]
+        every = [torch.empty_like(value) for _ in range(self.world)]
+        dist.all_gather(every, value)
+        return every
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, on all ranks."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def _reduced(self, values: Sequence, dtype: torch.dtype, how: Any) -> list:
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=dtype, device=self.device)
+        dist.all_reduce(total, op=how)
+        return total.tolist()
+
+
+def environment(config: Config) -> Ranks:
+    """Read (or, without a launcher, set) the torch.distributed environment, and set threads and device. Starts nothing."""
+    env = os.environ
+    if "RANK" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    world = int(env["WORLD_SIZE"])
+    alone = world if env["MASTER_ADDR"] in ("127.0.0.1", "localhost") else 1
+    local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or alone)
+    env.setdefault("LOCAL_SIZE", str(local_world))  # DeepSpeed's CPU accelerator counts devices by it
+    cuda = torch.cuda.is_available()
+    if config.run.device == "cuda" and not cuda:
+        raise UserError(
+            "run.device: cuda, but torch sees no CUDA device.",
+            "`fastft doctor` shows what is there; or set run.device: auto.",
+        )
+    local_rank = int(env["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if cuda and config.run.device != "cpu" else torch.device("cpu")
+    if device.type == "cpu":
+        _keep_heap()
+        env["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(config.run.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    else:
+        torch.cuda.set_device(device)
+    return Ranks(int(env["RANK"]), world, local_rank, local_world, device)
+
+
+def _keep_heap() -> None:
+    """Tell glibc to keep freed memory: by default it unmaps every large array on free, and the next one costs page faults.
+
+    A training step frees and takes the same arrays over and over. Measured on a 6-layer BERT, batch 32, 2 cores:
+    1,270 -> 1,510 tokens/s.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or not hasattr(libc, "gnu_get_libc_version"):
+        return
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, -1)  # read as the largest size_t: never trim

@@ -1,0 +1,115 @@
+"""What language modelling tasks share: the loss at the output head, and perplexity."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from fastft.config import Loss
+from fastft.errors import UserError
+from fastft.lazy import torch
+from fastft.objectives.base import Objective
+from fastft.tasks.base import IGNORE, Batch, Metric, Metrics
+
+if TYPE_CHECKING:
+    from fastft.models.head import FusedHead
+
+log = logging.getLogger(__name__)
+
+
+class LanguageModelLoss(Loss):
+    """The loss over a vocabulary."""
+
+    implementation: Literal["auto", "linear_cross_entropy", "cross_entropy"] = Field(
+        "auto",
+        description="linear_cross_entropy goes from hidden states to the loss without holding all logits; cross_entropy "
+        "takes the model's logits; auto: the former where a check on the model finds the same loss.",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
+    z_loss: float = Field(0.0, ge=0, description="Weight of logsumexp^2 (keeps logits small).")
+
+
+class LanguageModelObjective(Objective):
+    """Cross-entropy of a batch's labels, taken at the model's head where that was found to be the same loss.
+
+    Parameters
+    ----------
+    forward : callable
+        The model, or the engine around it.
+    sample : dict
+        Inputs to compare the two on.
+    """
+
+    def __init__(self, settings: LanguageModelLoss, forward: Callable, model: torch.nn.Module, sample: dict):
+        from fastft.models.head import install
+
+        self.settings = settings
+        self.head: FusedHead | None
+        self.head, why = install(forward, model, sample, settings.implementation)
+        chosen = "cross_entropy" if self.head is None else "linear_cross_entropy"
+        log.info("loss by %s: %s", chosen, why)
+        self.record = {"loss": {"implementation": chosen, "why": why}}
+
+    def compute_loss(self, model: Callable, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        smoothing = {"label_smoothing": self.settings.label_smoothing, "z_loss": self.settings.z_loss}
+        return self._sum(model, batch, token_weight=scale, **smoothing)
+
+    def negative_log_likelihood(self, model: Callable, batch: Batch) -> torch.Tensor:
+        """0-dim: summed over the batch's targets, without smoothing."""
+        return self._sum(model, batch)
+
+    def _sum(self, model: Callable, batch: Batch, **options: Any) -> torch.Tensor:
+        from fastft.ops import cross_entropy
+
+        options |= {"ignore_index": IGNORE, "reduction": "sum"}
+        if self.head is not None:
+            return self.head.loss(model, batch.inputs, batch.labels, **options)
+        logits = model(**batch.inputs).logits.flatten(0, 1)  # (B*T, V)
+        inplace = {"inplace": True} if logits.requires_grad else {}
+        return cross_entropy(logits, batch.labels.flatten(), **inplace, **options)
+
+
+def sample_inputs(model: torch.nn.Module, length: int, device: torch.device) -> dict:
+    """Two rows of random tokens, to try a model on."""
+    from fastft.models.load import vocabulary_rows
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary_rows(model), (2, min(length, 16)), generator=generator)
+    return {"input_ids": tokens.to(device)}
+
+
+def check_vocabulary(tokenizer: Any, model: torch.nn.Module) -> None:
+    """UserError when the tokenizer knows more tokens than the model's embedding has rows."""
+    from fastft.models.load import vocabulary_rows
+
+    rows = vocabulary_rows(model)
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"The tokenizer knows {len(tokenizer)} tokens, the model's embedding has only {rows}.",
+            "Use the tokenizer that belongs to the model (model.tokenizer).",
+        )
+
+
+class Perplexity(Metrics):
+    """Mean negative log-likelihood per target token, and its exponential."""
+
+    names = (Metric("loss", lower_is_better=True), Metric("perplexity", lower_is_better=True))
+
+    def __init__(self, objective: LanguageModelObjective):
+        self.objective, self.nll, self.tokens = objective, 0.0, 0
+
+    def update(self, model: Callable, batch: Batch) -> None:
+        self.nll += float(self.objective.negative_log_likelihood(model, batch))
+        self.tokens += int((batch.labels != IGNORE).sum())
+
+    def state(self) -> tuple[float, int]:
+        return self.nll, self.tokens
+
+    def finish(self, states: list) -> dict[str, float]:
+        tokens = sum(s[1] for s in states)
+        loss = sum(s[0] for s in states) / tokens
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}

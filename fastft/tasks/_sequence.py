@@ -1,0 +1,105 @@
+"""What tasks share that read one text, or a pair, and say something of it as a whole (classification, regression)."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fastft.data.encoder import Counts, Example
+from fastft.data.formats import Record
+from fastft.data.split import Split
+from fastft.errors import UserError
+from fastft.lazy import torch
+from fastft.models import load
+from fastft.tasks._text import TextEncoder, TextTask, padded, rows_of
+
+# Name parts of the heads that transformers' families put on an encoder or a decoder for a whole sequence.
+HEADS = (
+    "classifier",
+    "score",
+    "pooler",
+    "pre_classifier",
+    "classification_head",
+    "sequence_summary",
+    "logits_proj",
+)
+
+
+class SequenceTask(TextTask):
+    """Prepared columns: ``tokens``, and for pairs ``segments`` (token types)."""
+
+    auto_class = "AutoModelForSequenceClassification"
+
+    @cached_property
+    def takes_segments(self) -> bool:
+        """Whether the model's class has an input for token types (DistilBERT has none)."""
+        return load.class_takes(self.model_config, self.auto_class, "token_type_ids")
+
+    def inputs(self, split: Split, ids: np.ndarray) -> tuple[dict[str, torch.Tensor], int, int]:
+        """Padded inputs of some samples (a dummy row for none), their real tokens, and the tokens computed."""
+        data, pad = split.data, self.tokenizer.pad_token_id
+        rows = rows_of(data["tokens"], ids) or [np.full(1, pad, dtype=np.int32)]
+        tokens, mask = padded(rows, pad), padded([np.ones(len(row)) for row in rows], 0)
+        inputs = {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask)}
+        if "segments" in data.columns and self.takes_segments:
+            segments = padded(rows_of(data["segments"], ids) or [np.zeros(1)], 0, width=tokens.shape[1])
+            inputs["token_type_ids"] = torch.from_numpy(segments)
+        return inputs, int(mask.sum()) if len(ids) else 0, tokens.size
+
+    def encode_texts(
+        self, texts: list[str], pairs: list[str | None], limit: int
+    ) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Padded inputs for predictions, cut to ``limit`` tokens, and the lengths before that."""
+        if None in pairs and any(pairs):
+            raise UserError("Some rows have a second text and others none.", "Give every row one, or none.")
+        both: tuple = (texts,) if None in pairs else (texts, pairs)
+        full = [len(ids) for ids in self.tokenizer(*both, verbose=False)["input_ids"]]
+        segments = len(both) == 2 and self.takes_segments
+        how: dict[str, Any] = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
+        return dict(self.tokenizer(*both, **how, return_token_type_ids=segments)), full
+
+
+class SequenceEncoder(TextEncoder):
+    """Texts to tokens. ``extra`` is what the task reads of a row beside them."""
+
+    def __init__(self, task: SequenceTask, text: str, pair: str | None, others: list[str]):
+        super().__init__(task, [text, *([pair] if pair else [])], others)
+        self.text, self.pair = text, pair
+        self.columns = {"tokens": "ragged:<i4", **({"segments": "ragged:<i4"} if pair else {})}
+
+    def extra(self, where: str, record: Record) -> object:
+        """Raises UserError, naming the row."""
+        raise NotImplementedError
+
+    def encode(self, rows: list[tuple[str, Record]], counts: Counts) -> list[Example]:
+        encoded = self._tokenize([record for _, record in rows])
+        examples = []
+        for i, (where, record) in enumerate(rows):
+            row = self._fit(where, record, {name: values[i] for name, values in encoded.items()}, counts)
+            if row is None:
+                continue
+            columns = {"tokens": row["input_ids"], **({"segments": row["token_type_ids"]} if self.pair else {})}
+            examples.append(Example(where, columns, self.extra(where, record)))
+        return examples
+
+    def _tokenize(self, records: list[Record], **truncation: Any) -> dict[str, list[list[int]]]:
+        texts = [r[self.text] for r in records]
+        if self.pair is None:
+            return self.tokenizer(texts, verbose=False, **truncation)
+        pairs = [r[self.pair] for r in records]
+        return self.tokenizer(texts, pairs, verbose=False, return_token_type_ids=True, **truncation)
+
+    def _fit(self, where: str, record: Record, row: dict[str, list[int]], counts: Counts) -> dict | None:
+        """The row, or what the truncation policy makes of it; None: not used."""
+        length = len(row["input_ids"])
+        if length <= self.max_length:
+            return row
+        counts.too_long(where, length)
+        if self.truncation == "truncate":  # the tokenizer knows which special tokens must stay
+            counts.truncated += 1
+            cut = self._tokenize([record], truncation=True, max_length=self.max_length)
+            return {name: values[0] for name, values in cut.items()}
+        counts.dropped += self.truncation == "drop"
+        return None

@@ -1,0 +1,111 @@
+"""What tasks over text share: the tokenizer, the length limit, the truncation policy, padding."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fastft.data.encoder import Counts, Encoder, check_text
+from fastft.data.formats import Record
+from fastft.data.prepared import Ragged
+from fastft.errors import UserError, did_you_mean
+from fastft.models import load
+from fastft.tasks.base import Task
+
+
+class TextTask(Task):
+    """A task whose processor is a tokenizer."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load.tokenizer(self.config.model)
+
+    @property
+    def processor(self) -> Any:
+        return self.tokenizer
+
+    @cached_property
+    def max_length(self) -> int:
+        limit, wanted = load.length_limit(self.model_config), self.config.data.max_length
+        if wanted is None:
+            return min(limit or 1024, 1024)
+        if limit is not None and wanted > limit:
+            raise UserError(
+                f"data.max_length = {wanted} is beyond the model's limit of {limit} positions.",
+                f"Set data.max_length to at most {limit}.",
+            )
+        return wanted
+
+    def processor_key(self) -> dict:
+        return self._tokenizer_key
+
+    @cached_property
+    def _tokenizer_key(self) -> dict:
+        tok = self.tokenizer
+        vocabulary = tok.backend_tokenizer.to_str() if tok.is_fast else repr(sorted(tok.get_vocab().items()))
+        return {
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "special": {k: str(v) for k, v in tok.special_tokens_map.items()},
+        }
+
+
+class TextEncoder(Encoder):
+    """Rows of text under a length limit.
+
+    Parameters
+    ----------
+    texts : list of str
+        Columns that hold text; a row whose first is blank is passed over as empty.
+    others : list of str
+        Columns that must be there beside them.
+    truncation : str
+        What ``data.truncation`` says.
+    choices : tuple of str
+        Its values that make sense for this task, for messages.
+    """
+
+    choices: tuple[str, ...] = ("truncate", "drop")
+
+    def __init__(self, task: TextTask, texts: list[str], others: list[str] | None = None):
+        self.tokenizer, self.max_length = task.tokenizer, task.max_length
+        self.texts, self.others = texts, others or []
+        self.truncation = task.config.data.truncation
+        self.model_limit = load.length_limit(task.model_config)
+
+    def accepts(self, where: str, record: Record) -> bool:
+        for column in [*self.texts, *self.others]:
+            if column not in record:
+                raise UserError(
+                    f"{where}: no column {column!r}.",
+                    f"{did_you_mean(column, record)} Set data.text / data.label to the columns of your data.",
+                )
+        for column in self.texts:
+            check_text(where, column, record[column])
+        return bool(str(record[self.texts[0]]).strip())
+
+    def settle(self, counts: Counts) -> None:
+        """With policy 'error': raise once everything is read, so that the message can count."""
+        if self.truncation == "error" and counts.overlong_total:
+            raise UserError(
+                f"{counts.overlong_total} of {counts.rows} texts are longer than max_length = {self.max_length} tokens "
+                f"(longest: {counts.longest}), first: {'; '.join(counts.overlong)}.",
+                f"Choose data.truncation: {', '.join(self.choices)}, or raise data.max_length"
+                f" (the model's limit is {self.model_limit or 'not set'}).",
+            )
+
+
+def padded(rows: list[np.ndarray], fill: int | float, dtype: Any = np.int64, width: int | None = None) -> np.ndarray:
+    """(len(rows), width or longest): rows padded on the right with ``fill``."""
+    width = width or max(len(row) for row in rows)
+    out = np.full((len(rows), width), fill, dtype=dtype)
+    for r, row in enumerate(rows):
+        out[r, : len(row)] = row
+    return out
+
+
+def rows_of(column: Ragged | np.ndarray, ids: np.ndarray) -> list[np.ndarray]:
+    """The sequences of some samples."""
+    return [column[int(i)] for i in ids]

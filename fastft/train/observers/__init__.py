@@ -1,0 +1,1 @@
+"""Observers: what watches a run and may stop it, save it or have it evaluated. One file each."""

@@ -1,0 +1,44 @@
+"""What a run was: settings, versions, machine, data."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import torch
+
+from fastft.assemble import Job
+from fastft.train.schedule import Schedule
+from fastft.versions import versions
+from fastft.zero.parameters import whole_numel
+
+
+def run_record(job: Job, schedule: Schedule, start: int) -> dict:
+    """The first record of a run, and of every time that it is resumed."""
+    assert job.train is not None
+    splits = [job.train, *job.evals.values()]
+    return {
+        "config": job.config.model_dump(mode="json"),
+        "command": sys.argv[1:],
+        "start_step": start,
+        "total_steps": schedule.total,
+        "sequences_per_step": schedule.size,
+        "segments": schedule.segments,
+        "data_key": job.train.data.key,
+        "world_size": job.ranks.world,
+        "device": str(job.ranks.device),
+        "threads": torch.get_num_threads(),
+        "parameters": parameters(job.model),
+        "frozen": job.frozen,
+        "newly_initialized": job.initialized,
+        "data": {s.name: {"sequences": len(s), "tokens": s.totals["tokens"], **s.data.meta["counts"]} for s in splits},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": versions(),
+        **job.record,
+    }
+
+
+def parameters(model: torch.nn.Module, trained: bool = False) -> int:
+    """Elements of a model's parameters."""
+    return sum(whole_numel(p) for p in model.parameters() if p.requires_grad or not trained)

@@ -1,0 +1,130 @@
+"""From a checkpoint to the state of a run: which one, whether the rest would be the rest of this run, and loading it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from fastft.assemble import Job
+from fastft.config import Config
+from fastft.errors import UserError
+from fastft.train import checkpoint, run_folder
+from fastft.train.schedule import Schedule
+from fastft.zero import reshard
+
+CONVERTED_SETTINGS = reshard.SETTINGS
+
+# What a resumed run may not change, with what a checkpoint without the key was written with: the sample order and the
+# layout of the state depend on it.
+SETTLED = {
+    "task": None,
+    "batch.size": None,
+    "batch.global_tokens": None,
+    "data.seed": None,
+    "data.order.name": "permutation",
+    "model.dtype": None,
+    "optim.name": None,
+    "optim.state_dtype": None,
+    "optim.master": None,
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to go on from."""
+
+    path: Path
+    manifest: dict
+    schedule: Schedule  # of the rest of the run
+    passed_over: list[str]  # what is wrong with newer ones
+    converted: Path | None  # its form for this number of ranks and ZeRO stage, when it was written by another
+
+    def record(self) -> dict:
+        return {
+            "path": str(self.path),
+            "world_size": self.manifest["world_size"],
+            "zero": self.manifest["zero"],
+            "converted": self.converted is not None,
+            "passed_over": self.passed_over,
+        }
+
+
+def find(job: Job, layout: str) -> Found:
+    """The newest usable checkpoint, once it is known that the rest would be the rest of this run; converted where needed.
+
+    Raises
+    ------
+    UserError
+        There is none, or it was written with other data, settings or trained parameters.
+    """
+    config, ranks = job.config, job.ranks
+    assert job.train is not None and job.order is not None and job.spec is not None
+    path, manifest, passed_over = checkpoint.find(Path(config.run.dir) / "checkpoints", ranks=ranks)
+    state = manifest["state"]
+    run_folder.check_data(path, state["data"], job.train.data.key)
+    before, now = yaml.safe_load(state["config"]), config.model_dump(mode="json")
+    for key, default in SETTLED.items():
+        then, new = (_value(c, key, default) for c in (before, now))
+        if then != new:
+            raise UserError(
+                f"{path}: was written with {key} = {then}, this run has {new}.",
+                f"Resume with {key}={then}, or start a new run from the exported model.",
+            )
+    if state["layout"] != layout:  # DeepSpeed restores flat shards by position: layers would take each other's weights
+        raise UserError(
+            f"{path}: was written with other trained parameters or parameter groups (model.freeze, an adapter, "
+            "optim.weight_decay 0 or not).",
+            "Resume with the settings that the run began with, or start a new run from the exported model.",
+        )
+    segments = state.get("segments", state.get("knots", ()))  # as fastft 0.1.0 called them
+    schedule = Schedule.of(config, job.order, job.task.max_length, segments)
+    if manifest["step"] > schedule.total or state.get("taken", 0) > schedule.positions:
+        raise UserError(
+            f"{path}: is at step {manifest['step']}, the run would end at {schedule.total}.",
+            "Raise train.steps or train.epochs.",
+        )
+    zero = config.parallel.zero
+    other = reshard.needed(manifest, zero, ranks, job.spec)
+    converted = reshard.convert(path, checkpoint.TAG, zero, ranks) if other else None
+    return Found(path, manifest, schedule, passed_over, converted)
+
+
+def _value(config: dict, key: str, default: object) -> object:
+    value: object = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return default if value is None else value
+
+
+def load(job: Job, engine, found: Found) -> dict:
+    """Restore model, optimizer and random numbers; returns the loop's state."""
+    assert job.optimizer is not None
+    before = job.optimizer.param_groups
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in before]
+    state = checkpoint.load(engine, found.path, found.manifest, job.ranks, found.converted)
+    for group, given in zip(job.optimizer.param_groups, settings, strict=True):  # new ones, as torch loads them
+        # The configuration's, not the checkpoint's (of which stage 3 gives every group the first one's: weight decay on
+        # biases).
+        group.update(given)
+    if found.converted:
+        reshard.done(found.converted, job.ranks)
+    return state
+
+
+def check_not_finished(config: Config) -> None:
+    """UserError when a run was stopped by an observer and its model is exported: there is nothing to go on with."""
+    run_dir = Path(config.run.dir)
+    newest = checkpoint.steps(run_dir / "checkpoints")[-1:]
+    if not newest or not (run_dir / "model").is_dir():
+        return
+    try:
+        state = checkpoint.state_of(run_dir / "checkpoints" / f"step-{newest[0]}")
+    except UserError:
+        return
+    if state.get("stopped"):
+        raise UserError(
+            f"{run_dir}: finished: it stopped at step {newest[0]}: {state['stopped']}.",
+            "The model is in its folder model/. Start a new run from it to train on.",
+        )

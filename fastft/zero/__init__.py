@@ -1,0 +1,1 @@
+"""Everything that knows DeepSpeed: the engine, the fused ZeRO step, its checkpoints and their conversion."""
