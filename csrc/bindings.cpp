@@ -85,8 +85,10 @@ void adamw(int device, Address stream, const Addresses& params, const Addresses&
                                      maximize,
                                      at<float>(grad_scale),
                                      at<float>(found_inf)};
-  const bool coded = options.state_store == fastft::StateStore::u8, split = options.param_store == fastft::ParamStore::remainder;
-  if (options.param_dtype == DType::f32 && param_store != 0) fail("param_store=" + std::to_string(param_store) + " is for bf16 params");
+  const bool coded = options.state_store == fastft::StateStore::u8,
+             split = options.param_store == fastft::ParamStore::remainder;
+  if (options.param_dtype == DType::f32 && param_store != 0)
+    fail("param_store=" + std::to_string(param_store) + " is for bf16 params");
   if (coded && !max_exp_avg_sqs.empty()) fail("max_exp_avg_sqs with state_store=2: amsgrad has no 8-bit state");
   check_length(grads, "grads", count, false);
   check_length(exp_avgs, "exp_avgs", count, false);
@@ -141,11 +143,27 @@ void cross_entropy(int device, Address stream, Address logits, int tag, std::int
   if (grad) check_not_negative(grad_stride, "grad_stride");
   if (rows > 0 && vocab == 0) fail("vocab=0 with rows=" + std::to_string(rows) + ": a softmax needs a class");
   if (!(softcap >= 0.0)) fail("softcap=" + std::to_string(softcap) + " must be positive, or 0 for none");
-  const fastft::CrossEntropyArgs args{at<void>(logits), dtype(tag, "dtype"), rows, vocab, logits_stride,
-                                      at<std::int64_t>(target), at<float>(class_weight), at<float>(token_weight),
-                                      token_weight_stride, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-                                      at<float>(loss), at<float>(lse), at<void>(grad), grad_stride,
-                                      at<float>(grad_scale), grad_scale_stride, at<std::int64_t>(bad_row)};
+  const fastft::CrossEntropyArgs args{at<void>(logits),
+                                      dtype(tag, "dtype"),
+                                      rows,
+                                      vocab,
+                                      logits_stride,
+                                      at<std::int64_t>(target),
+                                      at<float>(class_weight),
+                                      at<float>(token_weight),
+                                      token_weight_stride,
+                                      ignore_index,
+                                      label_smoothing,
+                                      z_loss,
+                                      softcap,
+                                      logit_scale,
+                                      at<float>(loss),
+                                      at<float>(lse),
+                                      at<void>(grad),
+                                      grad_stride,
+                                      at<float>(grad_scale),
+                                      grad_scale_stride,
+                                      at<std::int64_t>(bad_row)};
   py::gil_scoped_release release;
   if (device < 0) return fastft::cross_entropy_cpu(args, num_threads);
 #ifdef FASTFT_CUDA
@@ -171,7 +189,8 @@ void sum_squares(int device, Address stream, const Addresses& tensors, const std
   py::gil_scoped_release release;
   if (device < 0) return fastft::sum_squares_cpu(list.data(), list.size(), type, at<double>(out), num_threads);
 #ifdef FASTFT_CUDA
-  fastft::sum_squares_cuda(list.data(), list.size(), type, at<double>(out), at<double>(scratch), device, at<void>(stream));
+  fastft::sum_squares_cuda(list.data(), list.size(), type, at<double>(out), at<double>(scratch), device,
+                           at<void>(stream));
 #else
   (void)stream, (void)scratch;
 #endif
@@ -235,7 +254,8 @@ PYBIND11_MODULE(_C, m) {
         arg("max_exp_avg_sqs"), arg("copies"), arg("remainders"), arg("exp_avg_scales"), arg("exp_avg_sq_scales"),
         arg("steps"), arg("numels"), arg("offsets"), arg("param_dtype"), arg("grad_dtype"), arg("param_store"),
         arg("state_store"), arg("seed"), arg("lr"), arg("lr_ptr"), arg("beta1"), arg("beta2"), arg("eps"),
-        arg("weight_decay"), arg("decoupled"), arg("maximize"), arg("grad_scale"), arg("found_inf"), arg("num_threads"));
+        arg("weight_decay"), arg("decoupled"), arg("maximize"), arg("grad_scale"), arg("found_inf"),
+        arg("num_threads"));
   m.def("cross_entropy", &cross_entropy, py::kw_only(), arg("device"), arg("stream"), arg("logits"), arg("dtype"),
         arg("rows"), arg("vocab"), arg("logits_stride"), arg("target"), arg("class_weight"), arg("token_weight"),
         arg("token_weight_stride"), arg("ignore_index"), arg("label_smoothing"), arg("z_loss"), arg("softcap"),

@@ -8,9 +8,12 @@ struct AdamWVectors {
 FASTFT_INLINE AdamWVectors broadcast(const AdamWScalars& s) {
   // As torch's lerp: start from the nearer end, so that beta1 = 0 gives exactly the gradient.
   const bool from_grad = s.one_minus_beta1 >= 0.5f;
-  return {set1(s.grad_factor),     set1(s.decay),        set1(s.l2),  set1(from_grad ? -s.beta1 : s.one_minus_beta1),
-          set1(s.beta2),           set1(s.one_minus_beta2), set1(s.inv_sqrt_bc2), set1(s.eps),
-          set1(s.step_size),       from_grad,            s.l2 != 0.0f};
+  return {set1(s.grad_factor),  set1(s.decay),
+          set1(s.l2),           set1(from_grad ? -s.beta1 : s.one_minus_beta1),
+          set1(s.beta2),        set1(s.one_minus_beta2),
+          set1(s.inv_sqrt_bc2), set1(s.eps),
+          set1(s.step_size),    from_grad,
+          s.l2 != 0.0f};
 }
 
 // kAll: a whole vector; otherwise the first k lanes. Lanes that are not loaded are 0.
@@ -67,7 +70,8 @@ FASTFT_INLINE void put_param(const AdamWChunk& c, V p, I random, std::int64_t i,
 }
 
 template <class P, class G, ParamStore kStore, class S, bool kAll>
-FASTFT_INLINE void adamw_vector(const AdamWChunk& c, const AdamWVectors& s, const RandomKeys& keys, std::int64_t i, std::int64_t k) {
+FASTFT_INLINE void adamw_vector(const AdamWChunk& c, const AdamWVectors& s, const RandomKeys& keys, std::int64_t i,
+                                std::int64_t k) {
   S *m = static_cast<S*>(c.m), *v = static_cast<S*>(c.v);
   Elements e{get_param<P, kStore, kAll>(c, i, k), get<kAll>(m, i, k), get<kAll>(v, i, k)};
   update<kAll>(e, get<kAll>(static_cast<const G*>(c.grad), i, k), static_cast<S*>(c.vmax), s, i, k);
@@ -109,7 +113,8 @@ FASTFT_INLINE void adamw_vectors(const AdamWChunk& c, const AdamWVectors& s, std
   }
 }
 
-// What a block's new state waits in until its largest number, and with it the scale, is known: 4 KiB of the first-level cache
+// What a block's new state waits in until its largest number, and with it the scale, is known: 4 KiB of the first-level
+// cache
 struct BlockScratch {
   alignas(64) float m[kStateBlock], v[kStateBlock];
   alignas(64) std::uint32_t random_m[kStateBlock], random_v[kStateBlock];  // at the 20 bits that a code drops
@@ -120,8 +125,8 @@ struct Tops {
 };
 
 template <class P, class G, ParamStore kStore, bool kAll>
-FASTFT_INLINE void block_vector(const AdamWChunk& c, const AdamWVectors& s, const RandomKeys& keys, BlockScratch& scratch, Tops& tops,
-                                std::int64_t begin, std::int64_t j, std::int64_t k) {
+FASTFT_INLINE void block_vector(const AdamWChunk& c, const AdamWVectors& s, const RandomKeys& keys,
+                                BlockScratch& scratch, Tops& tops, std::int64_t begin, std::int64_t j, std::int64_t k) {
   const std::int64_t i = begin + j, block = begin / kStateBlock;
   Elements e{get_param<P, kStore, kAll>(c, i, k),
              decode<true>(get<kAll>(static_cast<const std::uint8_t*>(c.m), i, k), set1(c.m_scale[block])),
@@ -138,7 +143,8 @@ FASTFT_INLINE void block_vector(const AdamWChunk& c, const AdamWVectors& s, cons
 }
 
 template <bool kSigned>
-FASTFT_INLINE void encode_block(std::uint8_t* codes, float* scale, const float* x, const std::uint32_t* random, I tops, std::int64_t n) {
+FASTFT_INLINE void encode_block(std::uint8_t* codes, float* scale, const float* x, const std::uint32_t* random, I tops,
+                                std::int64_t n) {
   const BlockScale b = block_scale(tops);
   *scale = b.scale;
   const V inverse = set1(b.inverse);
@@ -169,7 +175,8 @@ FASTFT_INLINE void adamw_blocks(const AdamWChunk& c, const AdamWVectors& s, cons
 
 template <class P, class G, ParamStore kStore, class S>
 void adamw_chunk(const AdamWChunk& chunk, const AdamWScalars& given) {
-  // Copies: a store through uint8_t* could change what a reference points to, and all of it would be loaded again for each vector.
+  // Copies: a store through uint8_t* could change what a reference points to, and all of it would be loaded again for
+  // each vector.
   const AdamWChunk c = chunk;
   const AdamWScalars scalars = given;
   const AdamWVectors s = broadcast(scalars);
@@ -190,12 +197,12 @@ void adamw_chunk(const AdamWChunk& chunk, const AdamWScalars& given) {
 }
 
 // One row of the table in kernels.h: [grad dtype][state]
-#define FASTFT_ADAMW(isa, P, store)                                                                             \
-  {                                                                                                             \
-    {isa::adamw_chunk<P, float, ParamStore::store, float>, isa::adamw_chunk<P, float, ParamStore::store, bf16>, \
-     isa::adamw_chunk<P, float, ParamStore::store, std::uint8_t>},                                              \
-    {isa::adamw_chunk<P, bf16, ParamStore::store, float>, isa::adamw_chunk<P, bf16, ParamStore::store, bf16>,   \
-     isa::adamw_chunk<P, bf16, ParamStore::store, std::uint8_t>},                                               \
+#define FASTFT_ADAMW(isa, P, store)                                                                               \
+  {                                                                                                               \
+      {isa::adamw_chunk<P, float, ParamStore::store, float>, isa::adamw_chunk<P, float, ParamStore::store, bf16>, \
+       isa::adamw_chunk<P, float, ParamStore::store, std::uint8_t>},                                              \
+      {isa::adamw_chunk<P, bf16, ParamStore::store, float>, isa::adamw_chunk<P, bf16, ParamStore::store, bf16>,   \
+       isa::adamw_chunk<P, bf16, ParamStore::store, std::uint8_t>},                                               \
   }
 
 // Reads and writes what fp32 AdamW does, with three additions in place of its arithmetic.

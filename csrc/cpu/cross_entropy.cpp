@@ -1,6 +1,6 @@
 // Softmax cross-entropy on the CPU. Per row two loops (kernels.h): the first reads the row from memory and leaves
-// exp(x - max) in an L2-sized fp32 scratch row, the second scales that into the gradient. Between them, a handful of float64
-// scalars. A row is always one thread's work, so results do not depend on the number of threads.
+// exp(x - max) in an L2-sized fp32 scratch row, the second scales that into the gradient. Between them, a handful of
+// float64 scalars. A row is always one thread's work, so results do not depend on the number of threads.
 #include "fastft/cross_entropy.h"
 
 #ifdef __linux__
@@ -29,8 +29,8 @@ void put(void* row, std::int64_t i, float x, bf16) {
   static_cast<bf16*>(row)[i].bits = static_cast<std::uint16_t>((nan ? (u.bits | 0x400000u) : rounded) >> 16);
 }
 
-// Asks for 2 MiB pages behind a big gradient, which is mostly fresh memory: 1024 x 32000 fp32 into new 4 KiB pages takes 31 ms,
-// into new huge ones 14, into memory already there 9. Only advice; without support nothing changes.
+// Asks for 2 MiB pages behind a big gradient, which is mostly fresh memory: 1024 x 32000 fp32 into new 4 KiB pages
+// takes 31 ms, into new huge ones 14, into memory already there 9. Only advice; without support nothing changes.
 void advise_huge_pages(void* start, std::size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr std::uintptr_t page = 4096;
@@ -84,8 +84,14 @@ bool run_row(const Call& call, std::int64_t i) {
   }
 
   const double s = a.label_smoothing;
-  const cpu::CeLogits row{logits, a.vocab, static_cast<float>(a.logit_scale), static_cast<float>(a.softcap),
-                          s != 0.0 && counts, a.class_weight, counts ? y : -1, grad && counts ? call.scratch() : nullptr};
+  const cpu::CeLogits row{logits,
+                          a.vocab,
+                          static_cast<float>(a.logit_scale),
+                          static_cast<float>(a.softcap),
+                          s != 0.0 && counts,
+                          a.class_weight,
+                          counts ? y : -1,
+                          grad && counts ? call.scratch() : nullptr};
   cpu::CeStats st = call.stats(row);
   if (st.sum == 0.0) st.sum = nan;  // every logit is -inf
   const double log_sum = std::log(st.sum);
@@ -136,7 +142,8 @@ void cross_entropy_cpu(const CrossEntropyArgs& a, int num_threads) {
   const std::int64_t per_task = a.vocab > 16384 ? 1 : 16384 / (a.vocab > 0 ? a.vocab : 1) + 1;
   const std::int64_t tasks = (a.rows + per_task - 1) / per_task;
   // Dynamic: ignored rows cost next to nothing, and they come in runs (prompts, padding).
-#pragma omp parallel for schedule(dynamic) num_threads(cpu::thread_count(num_threads)) reduction(min : bad) if (tasks > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(cpu::thread_count(num_threads)) \
+    reduction(min : bad) if (tasks > 1)
   for (std::int64_t t = 0; t < tasks; ++t) {
     const std::int64_t end = (t + 1) * per_task < a.rows ? (t + 1) * per_task : a.rows;
     for (std::int64_t i = t * per_task; i < end; ++i) {

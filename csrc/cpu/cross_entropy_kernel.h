@@ -6,11 +6,11 @@ struct CeVectors {
   V scale, softcap;
 };
 
-
 // Independent sums: four hide the latency of an addition; one lane needs more, or 2048 terms in 4 sums lose a digit.
 constexpr int kSums = kWidth == 1 ? 32 : 4;
 
-// Largest scaled logit of a block, before the cap (which is monotonic). NaN is passed over here: exp will bring it back.
+// Largest scaled logit of a block, before the cap (which is monotonic). NaN is passed over here: exp will bring it
+// back.
 template <class T>
 FASTFT_INLINE float block_max(const T* p, const CeVectors& c, std::int64_t n) {
   V m[kSums];
@@ -52,7 +52,8 @@ FASTFT_INLINE BlockSums block_sums(const T* p, float* exps, const float* weight,
   };
   std::int64_t i = 0;
   for (; i + kSums * kWidth <= n; i += kSums * kWidth) {
-    // The next block, or block_max would wait for memory with nothing to compute, and this loop compute with no load under way.
+    // The next block, or block_max would wait for memory with nothing to compute, and this loop compute with no load
+    // under way.
     for (std::int64_t b = 0; b < kSums * kWidth * std::int64_t{sizeof(T)}; b += 64) {
       __builtin_prefetch(reinterpret_cast<const char*>(p + i + kCeBlock) + b);
     }
@@ -157,7 +158,8 @@ void gradient(const CeLogits& l, const CeGrad& g) {
     const std::int64_t n = l.n - at < kCeBlock ? l.n - at : kCeBlock;
     const float factor = static_cast<float>(g.factor * __builtin_exp(static_cast<double>(exps[kCeBlock]) - g.max));
     const float* weight = SMOOTH == kWeighted ? l.weight + at : nullptr;
-    const BlockGrad<T, CAP, SMOOTH> grad{row + at, exps, weight, set1(l.scale), set1(l.softcap), set1(factor), set1(g.smooth)};
+    const BlockGrad<T, CAP, SMOOTH> grad{row + at,        exps,         weight,        set1(l.scale),
+                                         set1(l.softcap), set1(factor), set1(g.smooth)};
     write_block(out + at, grad, n);
   }
 }

@@ -34,13 +34,14 @@ struct AdamWScalars {
   float one_minus_beta2;
   float inv_sqrt_bc2;  // 1 / sqrt(1 - beta2^t)
   float eps;
-  float step_size;  // lr / (1 - beta1^t)
+  float step_size;       // lr / (1 - beta1^t)
   std::uint32_t random;  // random_base() of this step
 };
 
 using AdamWFn = void (*)(const AdamWChunk&, const AdamWScalars&);
 
-// The stats loop leaves exp(x - reference) of every logit in exps, block by block, each block followed by its reference.
+// The stats loop leaves exp(x - reference) of every logit in exps, block by block, each block followed by its
+// reference.
 constexpr std::int64_t kCeBlock = 2048;
 constexpr std::int64_t kCeBlockFloats = kCeBlock + 16;
 
@@ -56,7 +57,7 @@ struct CeLogits {
 };
 
 struct CeStats {
-  float max;           // of the scaled and capped logits; 0 where they are all -inf
+  float max;            // of the scaled and capped logits; 0 where they are all -inf
   double sum;           // of exp(x - max)
   double weighted_sum;  // of weight * x, when smooth
   float target;         // x of the target, rounded exactly as in the sums: one class alone then has a loss of exactly 0

@@ -9,9 +9,9 @@
 
 namespace fastft::cpu {
 
-// body(i) for i in [0, n). Thread t starts with the t-th contiguous share, so it meets the same addresses every step and they stay on
-// its NUMA node; a thread that is done takes pieces from the others' shares. With a fixed split alone, one core that is
-// also busy with something else (a data loader, say) holds up the whole step.
+// body(i) for i in [0, n). Thread t starts with the t-th contiguous share, so it meets the same addresses every step
+// and they stay on its NUMA node; a thread that is done takes pieces from the others' shares. With a fixed split alone,
+// one core that is also busy with something else (a data loader, say) holds up the whole step.
 template <class Body>
 void for_each_stealing(std::int64_t n, int threads, const Body& body) {
   struct alignas(64) Next {

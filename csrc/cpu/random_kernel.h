@@ -1,4 +1,5 @@
-// Random numbers of a vector of elements, and roundings that use them. Included once per instruction set, inside that ISA's namespace.
+// Random numbers of a vector of elements, and roundings that use them. Included once per instruction set, inside that
+// ISA's namespace.
 
 struct RandomKeys {
   I key0, key0_after, key1;

@@ -55,7 +55,9 @@ FASTFT_INLINE V sqrt(V x) { return _mm256_sqrt_ps(x); }
 FASTFT_INLINE V sign_bit() { return _mm256_set1_ps(-0.0f); }
 FASTFT_INLINE V abs(V x) { return _mm256_andnot_ps(sign_bit(), x); }
 FASTFT_INLINE V copysign(V x, V sign) { return _mm256_or_ps(abs(x), _mm256_and_ps(sign_bit(), sign)); }
-FASTFT_INLINE V select_less(V a, V b, V yes, V no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+FASTFT_INLINE V select_less(V a, V b, V yes, V no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
 FASTFT_INLINE V keep_n(V x, std::int64_t n, float fill) {
   return _mm256_blendv_ps(set1(fill), x, _mm256_castsi256_ps(mask_n(n)));
 }
@@ -147,7 +149,8 @@ FASTFT_INLINE I load_n(const std::uint8_t* p, std::int64_t n) { return load_some
 FASTFT_INLINE void store(std::uint32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 FASTFT_INLINE void store(std::uint16_t* p, I x) {  // the lower 16 bits
   const I low = _mm256_and_si256(x, _mm256_set1_epi32(0xffff));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
 }
 FASTFT_INLINE void store(std::uint8_t* p, I x) {  // x < 256
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

@@ -95,8 +95,12 @@ template <int N>
 FASTFT_INLINE I shift_right(I x) {
   return _mm512_srli_epi32(x, N);
 }
-FASTFT_INLINE I pick_less(V a, V b, I yes, I no) { return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
-FASTFT_INLINE I pick_nan(V x, I yes, I no) { return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), no, yes); }
+FASTFT_INLINE I pick_less(V a, V b, I yes, I no) {
+  return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+FASTFT_INLINE I pick_nan(V x, I yes, I no) {
+  return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), no, yes);
+}
 FASTFT_INLINE I pick_first(std::int64_t n, I yes, I no) {  // the first n lanes, 0 <= n <= kWidth
   return _mm512_mask_blend_epi32(mask_n(n), no, yes);
 }
@@ -108,8 +112,12 @@ FASTFT_INLINE I load(const std::int16_t* p) {  // with its sign
 FASTFT_INLINE I load(const std::uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-FASTFT_INLINE I load_n(const std::int16_t* p, std::int64_t n) { return _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask_n(n), p)); }
-FASTFT_INLINE I load_n(const std::uint8_t* p, std::int64_t n) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask_n(n), p)); }
+FASTFT_INLINE I load_n(const std::int16_t* p, std::int64_t n) {
+  return _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask_n(n), p));
+}
+FASTFT_INLINE I load_n(const std::uint8_t* p, std::int64_t n) {
+  return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask_n(n), p));
+}
 FASTFT_INLINE void store(std::uint32_t* p, I x) { _mm512_storeu_si512(p, x); }
 FASTFT_INLINE void store(std::uint16_t* p, I x) {  // the lower 16 bits
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
@@ -117,7 +125,11 @@ FASTFT_INLINE void store(std::uint16_t* p, I x) {  // the lower 16 bits
 FASTFT_INLINE void store(std::uint8_t* p, I x) {  // x < 256
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
-FASTFT_INLINE void store_n(std::uint16_t* p, I x, std::int64_t n) { _mm256_mask_storeu_epi16(p, mask_n(n), _mm512_cvtepi32_epi16(x)); }
-FASTFT_INLINE void store_n(std::uint8_t* p, I x, std::int64_t n) { _mm_mask_storeu_epi8(p, mask_n(n), _mm512_cvtepi32_epi8(x)); }
+FASTFT_INLINE void store_n(std::uint16_t* p, I x, std::int64_t n) {
+  _mm256_mask_storeu_epi16(p, mask_n(n), _mm512_cvtepi32_epi16(x));
+}
+FASTFT_INLINE void store_n(std::uint8_t* p, I x, std::int64_t n) {
+  _mm_mask_storeu_epi8(p, mask_n(n), _mm512_cvtepi32_epi8(x));
+}
 
 }  // namespace fastft::cpu::avx512

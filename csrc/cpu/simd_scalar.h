@@ -39,7 +39,9 @@ FASTFT_INLINE void store_n(float* p, V x, std::int64_t) { store(p, x); }
 FASTFT_INLINE void store_n(bf16* p, V x, std::int64_t) { store(p, x); }
 
 FASTFT_INLINE V fma(V a, V b, V c) { return a * b + c; }
-FASTFT_INLINE V fms(V a, V b, V c) { return static_cast<float>(static_cast<double>(a) * b - c); }  // one rounding, as exp needs
+FASTFT_INLINE V fms(V a, V b, V c) {
+  return static_cast<float>(static_cast<double>(a) * b - c);
+}  // one rounding, as exp needs
 FASTFT_INLINE V fnma(V a, V b, V c) { return c - a * b; }
 FASTFT_INLINE V max(V x, V otherwise) { return x > otherwise ? x : otherwise; }  // the second where one is NaN
 FASTFT_INLINE V sqrt(V x) { return __builtin_sqrtf(x); }
@@ -62,7 +64,9 @@ struct Squares {  // a float64 sum
   double sum;
 };
 FASTFT_INLINE Squares no_squares() { return {0.0}; }
-FASTFT_INLINE Squares add_squares(const Squares& s, V x) { return {s.sum + static_cast<double>(x) * static_cast<double>(x)}; }
+FASTFT_INLINE Squares add_squares(const Squares& s, V x) {
+  return {s.sum + static_cast<double>(x) * static_cast<double>(x)};
+}
 FASTFT_INLINE double reduce_add(const Squares& s) { return s.sum; }
 
 // Integers: as many lanes as V, unsigned unless said otherwise
@@ -94,7 +98,9 @@ FASTFT_INLINE I shift_right(I x) {
 }
 FASTFT_INLINE I pick_less(V a, V b, I yes, I no) { return a < b ? yes : no; }
 FASTFT_INLINE I pick_nan(V x, I yes, I no) { return x != x ? yes : no; }
-FASTFT_INLINE I pick_first(std::int64_t n, I yes, I no) { return n > 0 ? yes : no; }  // the first n lanes, 0 <= n <= kWidth
+FASTFT_INLINE I pick_first(std::int64_t n, I yes, I no) {
+  return n > 0 ? yes : no;
+}  // the first n lanes, 0 <= n <= kWidth
 FASTFT_INLINE std::uint32_t reduce_max(I x) { return x; }
 FASTFT_INLINE I load(const std::uint32_t* p) { return *p; }
 FASTFT_INLINE I load(const std::int16_t* p) { return static_cast<I>(static_cast<std::int32_t>(*p)); }  // with its sign

@@ -1,7 +1,8 @@
-// 8-bit state: blocks of 256 small floats with a power of two for their scale, as fastft/ops/lowbyte.py defines them. Included once per
-// instruction set, inside that ISA's namespace.
+// 8-bit state: blocks of 256 small floats with a power of two for their scale, as fastft/ops/lowbyte.py defines them.
+// Included once per instruction set, inside that ISA's namespace.
 
-// exp_avg: a sign and codes of 14 binades above 8 steps of 2^-17; exp_avg_sq: codes of 30 binades above 8 steps of 2^-33.
+// exp_avg: a sign and codes of 14 binades above 8 steps of 2^-17; exp_avg_sq: codes of 30 binades above 8 steps of
+// 2^-33.
 template <bool kSigned>
 struct Code {
   static constexpr float kLow = kSigned ? 0x1p-14f : 0x1p-30f;  // below: steps
@@ -23,7 +24,8 @@ FASTFT_INLINE V decode(I code, V scale) {
 template <bool kSigned>
 FASTFT_INLINE I encode(V x, I random, V inverse_scale) {  // random: 16 bits, shifted left by 4; x >= 0 unless kSigned
   const V scaled = (kSigned ? abs(x) : x) * inverse_scale;
-  const I steps = truncate(fma(scaled, set1(Code<kSigned>::kPerStep), to_float(random) * set1(0x1p-20f)));  // the product is exact
+  const I steps =
+      truncate(fma(scaled, set1(Code<kSigned>::kPerStep), to_float(random) * set1(0x1p-20f)));  // the product is exact
   const I above = isub(shift_right<20>(iadd(bits(scaled), random)), set1i(Code<kSigned>::kOffset));
   const I code = pick_less(scaled, set1(Code<kSigned>::kLow), steps, above);
   if (kSigned) return ior(code, iand(shift_right<24>(bits(x)), set1i(0x80)));
@@ -35,8 +37,9 @@ struct BlockScale {
   bool broken;  // NaN, Inf or beyond 2^126: the whole block reads as NaN
 };
 
-// tops: the largest |x| of each lane, as bits with the random number added; the code's 3 mantissa bits and above are the rounded number. The
-// scale is the power of two at or above the largest of these. At least 2^-93, so that no code is a denormal.
+// tops: the largest |x| of each lane, as bits with the random number added; the code's 3 mantissa bits and above are
+// the rounded number. The scale is the power of two at or above the largest of these. At least 2^-93, so that no code
+// is a denormal.
 FASTFT_INLINE BlockScale block_scale(I tops) {
   const std::uint32_t top = reduce_max(tops) & 0xfff00000u;
   std::uint32_t scale = (top + 0x7fffffu) & 0x7f800000u;

@@ -20,7 +20,8 @@ void sum_squares_cpu(const SumSquaresTensor* tensors, std::size_t count, DType d
   std::vector<Piece> pieces;
   for (std::size_t t = 0; t < count; ++t) {
     for (std::int64_t at = 0; at < tensors[t].numel; at += piece) {
-      pieces.push_back({static_cast<const char*>(tensors[t].data) + at * size, std::min(piece, tensors[t].numel - at), 0.0});
+      pieces.push_back(
+          {static_cast<const char*>(tensors[t].data) + at * size, std::min(piece, tensors[t].numel - at), 0.0});
     }
   }
   const cpu::SumSquaresFn fn = cpu::kernels().sum_squares[static_cast<int>(dtype)];

@@ -1,7 +1,7 @@
 // Sum of squares of one contiguous piece. Included once per instruction set, inside that ISA's namespace.
 
-// In float64: a bf16 or fp32 value squared may leave fp32's range, and 1e9 terms would lose four digits there. The loop waits for
-// memory either way.
+// In float64: a bf16 or fp32 value squared may leave fp32's range, and 1e9 terms would lose four digits there. The loop
+// waits for memory either way.
 template <class T>
 double sum_squares(const void* data, std::int64_t n) {
   const T* p = static_cast<const T*>(data);

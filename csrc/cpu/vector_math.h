@@ -3,10 +3,10 @@
 // Below this, exp is a denormal: 0 here. Softmax terms of 1e-38 of the largest do not reach any fp32 sum.
 constexpr float kExpLow = -87.3365f;
 
-// exp(x) for x < 88, within 1.2 ulp + 1.4e-8 |x|, relative (measured by csrc/tests/test_math.cpp); exactly 1 at 0. As 2^n * 2^f:
-// the fused f = x * log2(e) - n rounds only once and near 0, so one constant does where exp's usual reduction by ln 2 needs two;
-// x itself, a difference of logits, carries 6e-8 |x| of rounding already. Minimax polynomial of degree 6, 2e-9 relative on [-1/2, 1/2].
-// -inf gives 0, NaN stays.
+// exp(x) for x < 88, within 1.2 ulp + 1.4e-8 |x|, relative (measured by csrc/tests/test_math.cpp); exactly 1 at 0. As
+// 2^n * 2^f: the fused f = x * log2(e) - n rounds only once and near 0, so one constant does where exp's usual
+// reduction by ln 2 needs two; x itself, a difference of logits, carries 6e-8 |x| of rounding already. Minimax
+// polynomial of degree 6, 2e-9 relative on [-1/2, 1/2]. -inf gives 0, NaN stays.
 FASTFT_INLINE V exp(V x) {
   const V log2e = set1(1.44269504088896341f);
   const V n = round(x * log2e);
@@ -21,8 +21,8 @@ FASTFT_INLINE V exp(V x) {
   return ldexp_above(p, n, x, kExpLow);
 }
 
-// tanh(x), NaN stays. Odd polynomial below 0.625 (Cephes tanhf), because (1 - t) / (1 + t) loses all relative precision near 0,
-// where soft-capped logits mostly lie.
+// tanh(x), NaN stays. Odd polynomial below 0.625 (Cephes tanhf), because (1 - t) / (1 + t) loses all relative precision
+// near 0, where soft-capped logits mostly lie.
 FASTFT_INLINE V tanh(V x) {
   const V a = abs(x);
   const V z = x * x;

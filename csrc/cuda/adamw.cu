@@ -1,4 +1,5 @@
-// AdamW over a list of tensors: one tiny kernel that turns every tensor's step into its factors, one that updates all tensors.
+// AdamW over a list of tensors: one tiny kernel that turns every tensor's step into its factors, one that updates all
+// tensors.
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -15,7 +16,7 @@ namespace {
 using namespace cuda;
 
 constexpr int kThreads = 256;
-constexpr int kVec = 4;                       // fp32: 16-byte accesses
+constexpr int kVec = 4;                         // fp32: 16-byte accesses
 constexpr std::int64_t kChunk = 32 * kThreads;  // elements per block: 229 KB of fp32 traffic, little tail imbalance
 static_assert(kChunk % kStateBlock == 0 && kStateBlock == 32 * 2 * kVec, "a warp has a state block, two packs a lane");
 
@@ -56,7 +57,8 @@ __global__ void prepare(const Entry* table, int count, AdamWOptions o, Factors* 
   if (!f.skip) *table[t].tensor.step += 1.0f;
 }
 
-// vmax is read and written with amsgrad only. Not a pointer that may be null: its target would have to live in local memory.
+// vmax is read and written with amsgrad only. Not a pointer that may be null: its target would have to live in local
+// memory.
 __device__ inline void update(const Factors& f, float& p, float g, float& m, float& v, bool amsgrad, float& vmax) {
   g *= f.grad;
   if (f.l2 != 0.0f) g = fmaf(f.l2, p, g);
@@ -84,7 +86,8 @@ __device__ inline void load_param(const AdamWTensor& t, std::int64_t i, float (&
 
 // first: random_first() of each element, which only the stochastic store reads
 template <int N, class P, ParamStore kStore>
-__device__ inline void store_param(const AdamWTensor& t, std::int64_t i, const float (&p)[N], const std::uint32_t (&first)[N]) {
+__device__ inline void store_param(const AdamWTensor& t, std::int64_t i, const float (&p)[N],
+                                   const std::uint32_t (&first)[N]) {
   bf16 upper[N];
   if constexpr (kStore == ParamStore::remainder) {
     std::int16_t lower[N];
@@ -139,8 +142,8 @@ __device__ inline void update_pack(const AdamWTensor& t, const Factors& f, const
   if (max_exp_avg_sq != nullptr) store<N>(max_exp_avg_sq, vmax);
 }
 
-// Eight elements of one lane, of a state block that begins at `block` and ends at `end`. Packs: lane l has elements 4 l to 4 l + 3 of
-// either half, so that a warp reads 128 neighbours at once; otherwise every 32nd element.
+// Eight elements of one lane, of a state block that begins at `block` and ends at `end`. Packs: lane l has elements 4 l
+// to 4 l + 3 of either half, so that a warp reads 128 neighbours at once; otherwise every 32nd element.
 template <bool kPacked>
 __device__ inline std::int64_t element(std::int64_t block, int k) {
   const int lane = threadIdx.x % 32;
@@ -149,7 +152,8 @@ __device__ inline std::int64_t element(std::int64_t block, int k) {
 
 // One warp, one state block of 256 elements
 template <bool kPacked, class P, class G, ParamStore kStore>
-__device__ inline void update_block(const AdamWTensor& t, const Factors& f, const RandomKeys& keys, std::int64_t block, std::int64_t end) {
+__device__ inline void update_block(const AdamWTensor& t, const Factors& f, const RandomKeys& keys, std::int64_t block,
+                                    std::int64_t end) {
   constexpr int kEach = kStateBlock / 32, N = kPacked ? kVec : 1;
   const std::int64_t index = block / kStateBlock;
   const float m_scale = t.exp_avg_scale[index], v_scale = t.exp_avg_sq_scale[index];
@@ -185,7 +189,8 @@ __device__ inline void update_block(const AdamWTensor& t, const Factors& f, cons
     }
     store_param<N, P, kStore>(t, i, p, first);
   }
-  const BlockScale ms = block_scale(__reduce_max_sync(0xffffffffu, m_top)), vs = block_scale(__reduce_max_sync(0xffffffffu, v_top));
+  const BlockScale ms = block_scale(__reduce_max_sync(0xffffffffu, m_top)),
+                   vs = block_scale(__reduce_max_sync(0xffffffffu, v_top));
   if (threadIdx.x % 32 == 0) {
     t.exp_avg_scale[index] = ms.scale;
     t.exp_avg_sq_scale[index] = vs.scale;
@@ -213,12 +218,14 @@ __device__ inline bool aligned(const T* p) {
 
 template <class P, class G, class S>
 __device__ inline bool aligned(const AdamWTensor& t) {
-  return aligned(static_cast<P*>(t.param)) && aligned(static_cast<const G*>(t.grad)) && aligned(static_cast<S*>(t.exp_avg)) &&
-         aligned(static_cast<S*>(t.exp_avg_sq)) && aligned(static_cast<S*>(t.max_exp_avg_sq)) && aligned(t.copy) && aligned(t.remainder);
+  return aligned(static_cast<P*>(t.param)) && aligned(static_cast<const G*>(t.grad)) &&
+         aligned(static_cast<S*>(t.exp_avg)) && aligned(static_cast<S*>(t.exp_avg_sq)) &&
+         aligned(static_cast<S*>(t.max_exp_avg_sq)) && aligned(t.copy) && aligned(t.remainder);
 }
 
-// Blocks per multiprocessor: without the number ptxas holds some kernels to fewer registers than they need, and spills. 2 blocks with
-// two iterations in flight have 64 KB of fp32 loads on their way, several times what hides the latency of HBM.
+// Blocks per multiprocessor: without the number ptxas holds some kernels to fewer registers than they need, and spills.
+// 2 blocks with two iterations in flight have 64 KB of fp32 loads on their way, several times what hides the latency of
+// HBM.
 template <class P, class G, ParamStore kStore, class S>
 __global__ void __launch_bounds__(kThreads, 2) adamw_kernel(const Entry* table, int count, const Factors* factors) {
   const std::int64_t chunk = blockIdx.x;
@@ -236,7 +243,8 @@ __global__ void __launch_bounds__(kThreads, 2) adamw_kernel(const Entry* table, 
   const RandomKeys keys = random_keys(f.random, t.offset + begin);
   const bool packs = aligned<P, G, S>(t);
   if constexpr (sizeof(S) == 1) {
-    for (std::int64_t block = begin + threadIdx.x / 32 * kStateBlock; block < end; block += kThreads / 32 * kStateBlock) {
+    for (std::int64_t block = begin + threadIdx.x / 32 * kStateBlock; block < end;
+         block += kThreads / 32 * kStateBlock) {
       if (packs && end - block >= kStateBlock) update_block<true, P, G, kStore>(t, f, keys, block, end);
       else update_block<false, P, G, kStore>(t, f, keys, block, end);
     }
@@ -246,14 +254,15 @@ __global__ void __launch_bounds__(kThreads, 2) adamw_kernel(const Entry* table, 
     for (std::int64_t i = begin + threadIdx.x * kVec; i < scalar_from; i += kThreads * kVec) {
       update_pack<kVec, P, G, kStore, S>(t, f, keys, i);
     }
-    for (std::int64_t i = scalar_from + threadIdx.x; i < end; i += kThreads) update_pack<1, P, G, kStore, S>(t, f, keys, i);
+    for (std::int64_t i = scalar_from + threadIdx.x; i < end; i += kThreads)
+      update_pack<1, P, G, kStore, S>(t, f, keys, i);
   }
 }
 
-// The table on the device, one per (device, stream): work on one stream is ordered, so a new table cannot overtake the kernels
-// that read the old one. It is copied only when it changed: then a step is two launches, and it can be captured into a
-// CUDA graph after one eager step with the same tensors. A changed table under capture is a copy from pageable memory, which
-// the capture refuses or, worse, replays from freed memory; the caller has to warm up first.
+// The table on the device, one per (device, stream): work on one stream is ordered, so a new table cannot overtake the
+// kernels that read the old one. It is copied only when it changed: then a step is two launches, and it can be captured
+// into a CUDA graph after one eager step with the same tensors. A changed table under capture is a copy from pageable
+// memory, which the capture refuses or, worse, replays from freed memory; the caller has to warm up first.
 struct Table {
   std::vector<Entry> host;
   Entry* entries = nullptr;
@@ -262,7 +271,8 @@ struct Table {
 };
 
 const Table& upload(std::vector<Entry>&& entries, int device, cudaStream_t stream) {
-  static std::map<std::pair<int, cudaStream_t>, Table> tables;  // never freed: CUDA may be gone before static destructors run
+  static std::map<std::pair<int, cudaStream_t>, Table>
+      tables;  // never freed: CUDA may be gone before static destructors run
   Table& t = tables[{device, stream}];
   const std::size_t bytes = entries.size() * sizeof(Entry);
   if (t.host.size() == entries.size() && std::memcmp(t.host.data(), entries.data(), bytes) == 0) return t;

@@ -23,9 +23,11 @@ inline void check(cudaError_t status, const char* what) {
 #define FASTFT_SHARED(type, name, count) __shared__ type name[count]
 #endif
 
-// Every launch goes through here: the emulation cannot read <<<>>>, and a cluster needs this form anyway. cluster: blocks in one.
+// Every launch goes through here: the emulation cannot read <<<>>>, and a cluster needs this form anyway. cluster:
+// blocks in one.
 template <class... P, class... A>
-void launch(void (*kernel)(P...), int blocks, int threads, int cluster, cudaStream_t stream, const char* what, const A&... arguments) {
+void launch(void (*kernel)(P...), int blocks, int threads, int cluster, cudaStream_t stream, const char* what,
+            const A&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -1,5 +1,5 @@
-// Softmax cross-entropy on a GPU: picks the kernel that reads a row once where the row fits into registers and the gradient is
-// wanted, else the one that reads it twice.
+// Softmax cross-entropy on a GPU: picks the kernel that reads a row once where the row fits into registers and the
+// gradient is wanted, else the one that reads it twice.
 #include <map>
 #include <mutex>
 #include <utility>
@@ -30,7 +30,8 @@ Kernel resident(bool capped, bool smooth, bool cluster) {
   return cluster ? resident<T, true>(capped, smooth) : resident<T, false>(capped, smooth);
 }
 
-// Whether this device can run clusters of so many blocks of this kernel. 16 is more than every device guarantees. Asked once.
+// Whether this device can run clusters of so many blocks of this kernel. 16 is more than every device guarantees. Asked
+// once.
 bool can_cluster(int device, Kernel kernel, int ranks) {
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, int> largest;
@@ -64,14 +65,17 @@ Shape resident_shape(const CrossEntropyArgs& a, int device, bool capped, bool sm
   constexpr std::int64_t size = sizeof(T), width = 16 / size;
   if (a.grad == nullptr) return {0, 0};  // a forward alone reads once anyway
   // Both rows have to reach a 16-byte boundary at the same element.
-  const std::uintptr_t logits = reinterpret_cast<std::uintptr_t>(a.logits), grad = reinterpret_cast<std::uintptr_t>(a.grad);
-  if (logits % 16 != grad % 16 || logits % size != 0 || (a.logits_stride - a.grad_stride) * size % 16 != 0) return {0, 0};
+  const std::uintptr_t logits = reinterpret_cast<std::uintptr_t>(a.logits),
+                       grad = reinterpret_cast<std::uintptr_t>(a.grad);
+  if (logits % 16 != grad % 16 || logits % size != 0 || (a.logits_stride - a.grad_stride) * size % 16 != 0)
+    return {0, 0};
   const std::int64_t slots = (a.vocab + 2 * (width - 1)) / width * width;  // packs at the ends may be partly outside
   const std::int64_t wanted = (slots + kResidentLogits - 1) / kResidentLogits;  // threads
   if (wanted > 16 * kResidentThreads) return {0, 0};
   int ranks = 1;
   while (ranks < 16 && wanted > ranks * kResidentThreadsWanted) ranks *= 2;
-  if (ranks > 1 && !can_cluster(device, resident<T, true>(capped, smooth), ranks)) ranks /= 2;  // fuller blocks, before giving up
+  if (ranks > 1 && !can_cluster(device, resident<T, true>(capped, smooth), ranks))
+    ranks /= 2;  // fuller blocks, before giving up
   if (ranks > 1 && !can_cluster(device, resident<T, true>(capped, smooth), ranks)) return {0, 0};
   const std::int64_t threads = ((wanted + ranks - 1) / ranks + 31) / 32 * 32;
   if (threads > kResidentThreads || a.rows > 2147483647 / ranks) return {0, 0};
@@ -84,10 +88,11 @@ void run(const CrossEntropyArgs& a, int device, cudaStream_t stream) {
   const Shape shape = resident_shape<T>(a, device, capped, smooth);
   if (shape.ranks == 0) {
     const int blocks = static_cast<int>(a.rows < 2147483647 ? a.rows : 2147483647);
-    return launch(two_pass<T>(capped, smooth), blocks, a.vocab >= 4096 ? 512 : 128, 1, stream, "cross-entropy kernel, two passes", a);
+    return launch(two_pass<T>(capped, smooth), blocks, a.vocab >= 4096 ? 512 : 128, 1, stream,
+                  "cross-entropy kernel, two passes", a);
   }
-  launch(resident<T>(capped, smooth, shape.ranks > 1), static_cast<int>(a.rows) * shape.ranks, shape.threads, shape.ranks, stream,
-         "cross-entropy kernel, one pass", a);
+  launch(resident<T>(capped, smooth, shape.ranks > 1), static_cast<int>(a.rows) * shape.ranks, shape.threads,
+         shape.ranks, stream, "cross-entropy kernel, one pass", a);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
-// Softmax cross-entropy that reads a row once: the row lies in the registers of one block, or of a cluster of blocks (sm_90 on), 32 logits
-// a thread. One read, one exp, one write: bf16 4 bytes per logit, fp32 8.
+// Softmax cross-entropy that reads a row once: the row lies in the registers of one block, or of a cluster of blocks
+// (sm_90 on), 32 logits a thread. One read, one exp, one write: bf16 4 bytes per logit, fp32 8.
 //
-// Every thread takes exp(x - m) with m the largest of its own 32 logits, so that only one exchange is needed: (max, sum) pairs meet in the
-// block, then across the cluster through distributed shared memory, and the gradient is the stored exp times one factor per thread.
+// Every thread takes exp(x - m) with m the largest of its own 32 logits, so that only one exchange is needed: (max,
+// sum) pairs meet in the block, then across the cluster through distributed shared memory, and the gradient is the
+// stored exp times one factor per thread.
 #pragma once
 
 #include "cross_entropy_row.cuh"
@@ -10,8 +11,9 @@
 namespace fastft::cuda {
 
 constexpr int kResidentLogits = 32;  // of a thread
-// At most this many threads a block. The launcher takes fewer where it can: 32 logits and their bookkeeping are up to 88 registers, so two
-// blocks of 352 share a multiprocessor and one reads while the other waits at a barrier; forcing two of 512 (64 registers) spills.
+// At most this many threads a block. The launcher takes fewer where it can: 32 logits and their bookkeeping are up to
+// 88 registers, so two blocks of 352 share a multiprocessor and one reads while the other waits at a barrier; forcing
+// two of 512 (64 registers) spills.
 constexpr int kResidentThreads = 512, kResidentThreadsWanted = 352;
 
 // The cluster's blocks in step, where there is one. arrive/wait are halves of one barrier: what lies between overlaps.
@@ -47,8 +49,8 @@ struct Cluster {
     return shared;
   }
 
-  // Sums over all blocks, merged in the order of their ranks by everyone. After it a block must arrive() and, before it ends, wait():
-  // the others may still be reading its copy.
+  // Sums over all blocks, merged in the order of their ranks by everyone. After it a block must arrive() and, before it
+  // ends, wait(): the others may still be reading its copy.
   __device__ inline Sums merge_blocks(const Sums& s) const {
     if constexpr (!CLUSTER) return s;
     FASTFT_SHARED(Sums, mine, 1);
@@ -64,27 +66,30 @@ struct Cluster {
   }
 };
 
-// Where a row's 16-byte packs lie: they start up to a pack before the row, and those at its ends are moved element by element.
+// Where a row's 16-byte packs lie: they start up to a pack before the row, and those at its ends are moved element by
+// element.
 template <class T>
 struct Packs {
   static constexpr int width = 16 / sizeof(T);
   static constexpr int per_thread = kResidentLogits / width;
   int past, vocab;  // a resident row has at most 16 * 16384 logits: 32-bit indices, or registers spill
 
-  __device__ inline Packs(const T* row, int n) : past(static_cast<int>(reinterpret_cast<std::uintptr_t>(row) % 16 / sizeof(T))), vocab(n) {}
+  __device__ inline Packs(const T* row, int n)
+      : past(static_cast<int>(reinterpret_cast<std::uintptr_t>(row) % 16 / sizeof(T))), vocab(n) {}
 
   // Whether element `at` of the row, counted from its first, is there.
   __device__ inline bool holds(int at) const { return static_cast<unsigned>(at) < static_cast<unsigned>(vocab); }
 
-  // Makes the compiler forget what it knows of the indices. Without it, it keeps those of the reading loop for the writing one, and spills.
+  // Makes the compiler forget what it knows of the indices. Without it, it keeps those of the reading loop for the
+  // writing one, and spills.
   __device__ inline void forget() {
 #if defined(__CUDA_ARCH__) && defined(__CUDACC__)
     asm volatile("" : "+r"(past), "+r"(vocab));
 #endif
   }
 
-  // Calls body(first element's index in the row, slot in the thread's registers, whether all of it lies in the row) for this
-  // thread's packs; neighbouring threads hold neighbouring packs, and all blocks of the cluster walk side by side.
+  // Calls body(first element's index in the row, slot in the thread's registers, whether all of it lies in the row) for
+  // this thread's packs; neighbouring threads hold neighbouring packs, and all blocks of the cluster walk side by side.
   template <class Body>
   __device__ inline void for_each(int ranks, int rank, Body body) const {
 #pragma unroll
@@ -148,7 +153,7 @@ __global__ void __maxnreg__(CAP ? 128 : 88) resident_kernel(const __grid_constan
     if (!CAP) x[j] = e;  // under a cap the gradient needs the logit too, and takes exp again
   }
   s = cluster.merge_blocks(block_merge(s));
-  cluster.arrive();  // its second half (wait) is at the end
+  cluster.arrive();                   // its second half (wait) is at the end
   RowGrad g{0.0f, 0.0f, 0.0f, 0.0f};  // an ignored row's
   if (t.counts) {
     g = finish_row<SMOOTH>(a, i, t.y, s, x_y, first);

@@ -15,7 +15,9 @@ struct Sums {
 };
 
 // exp(x - top); 0 for -inf even where nothing but -inf was seen
-__device__ inline float exp_below(float x, float top) { return top == -INFINITY ? (x != x ? x : 0.0f) : exp2f((x - top) * kLog2e); }
+__device__ inline float exp_below(float x, float top) {
+  return top == -INFINITY ? (x != x ? x : 0.0f) : exp2f((x - top) * kLog2e);
+}
 
 __device__ inline Sums merge(const Sums& a, const Sums& b) {
   const float top = fmaxf(a.max, b.max);
@@ -98,9 +100,11 @@ __device__ inline RowTarget row_target(const CrossEntropyArgs& a, std::int64_t i
   return {y, ignored, counts};
 }
 
-// From a counted row's sums and its target's logit: writes loss and lse (first thread), returns what the gradient needs.
+// From a counted row's sums and its target's logit: writes loss and lse (first thread), returns what the gradient
+// needs.
 template <bool SMOOTH>
-__device__ inline RowGrad finish_row(const CrossEntropyArgs& a, std::int64_t i, std::int64_t y, const Sums& st, float x_y, bool first) {
+__device__ inline RowGrad finish_row(const CrossEntropyArgs& a, std::int64_t i, std::int64_t y, const Sums& st,
+                                     float x_y, bool first) {
   const float sum = st.sum == 0.0f ? NAN : st.sum;  // every logit is -inf
   const float s = static_cast<float>(a.label_smoothing), z = static_cast<float>(a.z_loss);
   const float share = SMOOTH ? s / static_cast<float>(a.vocab) : 0.0f;

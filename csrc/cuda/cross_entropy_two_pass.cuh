@@ -1,5 +1,6 @@
-// Softmax cross-entropy that reads a row twice, one block per row: an online softmax, then the gradient. bf16: 6 bytes per logit (4
-// where the row is still in the L2 cache). Any length, any alignment; a forward alone reads once. Formulas: fastft/_C.pyi.
+// Softmax cross-entropy that reads a row twice, one block per row: an online softmax, then the gradient. bf16: 6 bytes
+// per logit (4 where the row is still in the L2 cache). Any length, any alignment; a forward alone reads once.
+// Formulas: fastft/_C.pyi.
 #pragma once
 
 #include "cross_entropy_row.cuh"

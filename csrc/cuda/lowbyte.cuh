@@ -40,13 +40,17 @@ __device__ inline bf16 upper_half(float x) {  // to nearest, ties away from zero
   return {static_cast<std::uint16_t>(x != x ? (u >> 16 | 0x40u) : (u + 0x8000u) >> 16)};
 }
 
-__device__ inline std::int16_t lower_half(float x) { return x != x ? std::int16_t{0} : static_cast<std::int16_t>(__float_as_uint(x)); }
-
-__device__ inline float join(bf16 upper, std::int16_t lower) {
-  return __uint_as_float((static_cast<std::uint32_t>(upper.bits) << 16) + static_cast<std::uint32_t>(static_cast<std::int32_t>(lower)));
+__device__ inline std::int16_t lower_half(float x) {
+  return x != x ? std::int16_t{0} : static_cast<std::int16_t>(__float_as_uint(x));
 }
 
-// exp_avg: a sign and codes of 14 binades above 8 steps of 2^-17; exp_avg_sq: codes of 30 binades above 8 steps of 2^-33.
+__device__ inline float join(bf16 upper, std::int16_t lower) {
+  return __uint_as_float((static_cast<std::uint32_t>(upper.bits) << 16) +
+                         static_cast<std::uint32_t>(static_cast<std::int32_t>(lower)));
+}
+
+// exp_avg: a sign and codes of 14 binades above 8 steps of 2^-17; exp_avg_sq: codes of 30 binades above 8 steps of
+// 2^-33.
 template <bool kSigned>
 struct Code {
   static constexpr float kLow = kSigned ? 1.0f / (1 << 14) : 1.0f / (1 << 30);  // below: steps

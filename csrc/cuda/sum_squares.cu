@@ -1,5 +1,6 @@
-// Sum of squares over a list of tensors: every block adds its share to its own partial sum, in float64; a last block adds those in
-// order. The tensor list travels as a kernel argument, so there is nothing to upload and a captured graph keeps it.
+// Sum of squares over a list of tensors: every block adds its share to its own partial sum, in float64; a last block
+// adds those in order. The tensor list travels as a kernel argument, so there is nothing to upload and a captured graph
+// keeps it.
 #include "common.cuh"
 #include "fastft/sum_squares.h"
 
@@ -55,7 +56,8 @@ __device__ inline double chunk_sum(const T* p, std::int64_t n) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) partial_sums(const __grid_constant__ List list, double* scratch, bool first) {
+__global__ void __launch_bounds__(kThreads)
+    partial_sums(const __grid_constant__ List list, double* scratch, bool first) {
   double sum = 0.0;
   int t = 0;
   for (int c = static_cast<int>(blockIdx.x); c < list.chunks; c += kBlocks) {
@@ -88,7 +90,8 @@ void sum_squares_cuda(const SumSquaresTensor* tensors, std::size_t count, DType 
     const bool first = next == 0;
     while (next < count && list.count < kPerLaunch) {
       const std::int64_t chunks = (tensors[next].numel + kChunk - 1) / kChunk;
-      if (chunks + list.chunks > 2147483647) throw std::invalid_argument("sum_squares: more than 1.4e14 elements in one call");
+      if (chunks + list.chunks > 2147483647)
+        throw std::invalid_argument("sum_squares: more than 1.4e14 elements in one call");
       list.tensor[list.count] = tensors[next];
       list.first_chunk[list.count++] = list.chunks;
       list.chunks += static_cast<int>(chunks);

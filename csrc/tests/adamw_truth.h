@@ -1,5 +1,6 @@
-// One element's AdamW step in float64, and by how much float32 may miss it: every rounding of the update is at most half a unit of
-// what it rounds, so the bounds follow from the formulas and hold for any input, also where terms cancel.
+// One element's AdamW step in float64, and by how much float32 may miss it: every rounding of the update is at most
+// half a unit of what it rounds, so the bounds follow from the formulas and hold for any input, also where terms
+// cancel.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,5 @@
-// A test is a main() that uses CHECK and ends with finish(). Exit code 77 tells ctest that this CPU cannot run the path.
+// A test is a main() that uses CHECK and ends with finish(). Exit code 77 tells ctest that this CPU cannot run the
+// path.
 #pragma once
 
 #include <cmath>
@@ -20,14 +21,14 @@ inline int failures = 0;
 inline long long checked = 0;
 
 // printf-style context follows the condition
-#define CHECK(condition, ...)                                 \
-  do {                                                        \
-    ++check::checked;                                         \
-    if (!(condition) && check::failures++ < 20) {             \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    ++check::checked;                                             \
+    if (!(condition) && check::failures++ < 20) {                 \
       std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                               \
-      std::printf("\n");                                      \
-    }                                                         \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (false)
 
 inline int finish() {

@@ -1,5 +1,5 @@
-// adamw_cpu with state and parameters in fewer bytes: random numbers, codes and remainders against scalar code of their definition
-// (fastft/ops/lowbyte.py), the update against float64 within one rounding.
+// adamw_cpu with state and parameters in fewer bytes: random numbers, codes and remainders against scalar code of their
+// definition (fastft/ops/lowbyte.py), the update against float64 within one rounding.
 #include <algorithm>
 
 #include "fastft/adamw.h"
@@ -39,9 +39,11 @@ struct Random {
 };
 
 Random random(std::uint32_t step, std::uint64_t position) {
-  const std::uint32_t seed = mix(mix(static_cast<std::uint32_t>(kSeed) ^ 0x9e3779b9u) + static_cast<std::uint32_t>(kSeed >> 32));
+  const std::uint32_t seed =
+      mix(mix(static_cast<std::uint32_t>(kSeed) ^ 0x9e3779b9u) + static_cast<std::uint32_t>(kSeed >> 32));
   const std::uint32_t base = mix(seed + step), key1 = mix(base ^ 0xc2b2ae35u);
-  std::uint32_t x = static_cast<std::uint32_t>(position) ^ mix(base + 0x85ebca6bu + static_cast<std::uint32_t>(position >> 32));
+  std::uint32_t x =
+      static_cast<std::uint32_t>(position) ^ mix(base + 0x85ebca6bu + static_cast<std::uint32_t>(position >> 32));
   x ^= x >> 16;
   x = x * 0x7feb352du + key1;
   x ^= x >> 15;
@@ -53,7 +55,8 @@ Random random(std::uint32_t step, std::uint64_t position) {
 // The value of a code, by the definition in words: eight steps, then binades of eight
 double decode(std::uint8_t code, float scale, bool with_sign) {
   const int magnitude = with_sign ? code & 0x7f : code, low = with_sign ? -14 : -30;
-  const double x = magnitude < 8 ? std::ldexp(magnitude, low - 3) : std::ldexp(8 + magnitude % 8, low - 3 + magnitude / 8 - 1);
+  const double x =
+      magnitude < 8 ? std::ldexp(magnitude, low - 3) : std::ldexp(8 + magnitude % 8, low - 3 + magnitude / 8 - 1);
   return (with_sign && code > 0x7f ? -x : x) * scale;
 }
 
@@ -67,16 +70,25 @@ struct Tensor {
   std::int64_t n, offset;
 
   Tensor(std::int64_t count, const Case& c, float steps, std::int64_t first)
-      : param(check::normal(count, 1.0f), c.param, c.shift), grad(check::normal(count, 0.1f), c.grad, c.shift),
-        m(static_cast<std::size_t>(count)), v(m.size()), m_bytes(m.size() * 4 + 16), v_bytes(m_bytes.size()),
-        m_scale(static_cast<std::size_t>((count + 255) / 256)), v_scale(m_scale.size()), remainder(m.size()), step(steps), n(count),
+      : param(check::normal(count, 1.0f), c.param, c.shift),
+        grad(check::normal(count, 0.1f), c.grad, c.shift),
+        m(static_cast<std::size_t>(count)),
+        v(m.size()),
+        m_bytes(m.size() * 4 + 16),
+        v_bytes(m_bytes.size()),
+        m_scale(static_cast<std::size_t>((count + 255) / 256)),
+        v_scale(m_scale.size()),
+        remainder(m.size()),
+        step(steps),
+        n(count),
         offset(first) {
     std::uniform_int_distribution<int> codes(0, 248), upto(0, 120), sign(0, 1), rest(-32768, 32767);
     for (float& s : m_scale) s = 0.25f;
     for (float& s : v_scale) s = 0.03125f;
     for (std::int64_t i = 0; i < n; ++i) {
       remainder[i] = static_cast<std::int16_t>(rest(check::rng()));
-      if (param.get(i) == 0) remainder[i] &= 0x7fff;  // as a number that rounds to 0 leaves it; less than 0 would be a NaN
+      if (param.get(i) == 0)
+        remainder[i] &= 0x7fff;  // as a number that rounds to 0 leaves it; less than 0 would be a NaN
       if (c.state == StateStore::u8) {
         m_bytes[i] = static_cast<std::uint8_t>(upto(check::rng()) | sign(check::rng()) << 7);
         v_bytes[i] = static_cast<std::uint8_t>(codes(check::rng()));
@@ -132,7 +144,8 @@ struct Tensor {
 };
 
 fastft::AdamWOptions options(const Case& c) {
-  return {c.param, c.grad, c.store, c.state, kSeed, kLr, nullptr, kBeta1, kBeta2, kEps, kDecay, true, false, nullptr, nullptr};
+  return {c.param, c.grad, c.store, c.state, kSeed, kLr,     nullptr, kBeta1,
+          kBeta2,  kEps,   kDecay,  true,    false, nullptr, nullptr};
 }
 
 // x lies on the grid of 2^-low steps below and of 3 mantissa bits above: the distance of its neighbours
@@ -163,7 +176,8 @@ void compare_state(const Tensor& t, std::int64_t i, const check::AdamWTruth& wan
 void run(const Case& c) {
   std::vector<Tensor> tensors;
   const std::int64_t wrap = std::int64_t{1} << 32;
-  for (int k = 0; k < kCount; ++k) tensors.emplace_back(kSizes[k], c, static_cast<float>(k), k % 2 ? wrap - 100 : 5 * k);
+  for (int k = 0; k < kCount; ++k)
+    tensors.emplace_back(kSizes[k], c, static_cast<float>(k), k % 2 ? wrap - 100 : 5 * k);
   const std::vector<Tensor> before = tensors;
   std::vector<fastft::AdamWTensor> views;
   for (Tensor& t : tensors) views.push_back(t.view(c));
@@ -175,19 +189,25 @@ void run(const Case& c) {
     CHECK(t.step == old.step + 1.0f, "step %g", t.step);
     for (std::int64_t i = 0; i < t.n; ++i) {
       const double v = old.v[i];
-      const check::AdamWTruth want = check::adamw_truth({old.value(i, c), old.grad.get(i), old.m[i], v, v}, o, t.step, false);
+      const check::AdamWTruth want =
+          check::adamw_truth({old.value(i, c), old.grad.get(i), old.m[i], v, v}, o, t.step, false);
       const bool wide = c.param == DType::f32 || c.store == ParamStore::remainder;
       const double tolerance = want.p_error + (wide ? 0.0 : 0.0079 * (std::fabs(want.p) + want.p_error));
-      CHECK(std::fabs(t.value(i, c) - want.p) <= tolerance, "p %g want %g, n %lld i %lld", t.value(i, c), want.p, (long long)t.n, (long long)i);
+      CHECK(std::fabs(t.value(i, c) - want.p) <= tolerance, "p %g want %g, n %lld i %lld", t.value(i, c), want.p,
+            (long long)t.n, (long long)i);
       compare_state(t, i, want, c);
     }
-    for (std::size_t i = static_cast<std::size_t>(t.n) * (c.state == StateStore::u8 ? 1 : c.state == StateStore::bf16 ? 2 : 4); i < t.m_bytes.size(); ++i) {
+    for (std::size_t i = static_cast<std::size_t>(t.n) * (c.state == StateStore::u8     ? 1
+                                                          : c.state == StateStore::bf16 ? 2
+                                                                                        : 4);
+         i < t.m_bytes.size(); ++i) {
       CHECK(t.m_bytes[i] == 0 && t.v_bytes[i] == 0, "written past the end of %lld", (long long)t.n);
     }
   }
 }
 
-// Without gradient and exp_avg the param only decays, by a factor that leaves its bits exact: what is stored is the rounding alone.
+// Without gradient and exp_avg the param only decays, by a factor that leaves its bits exact: what is stored is the
+// rounding alone.
 void run_rounding() {
   const std::int64_t n = 1000;
   const Case c{DType::bf16, DType::f32, ParamStore::stochastic, StateStore::f32, 1};
@@ -218,7 +238,8 @@ void run_threads() {
   fastft::adamw_cpu(&a, 1, options(c), 1);
   fastft::adamw_cpu(&b, 1, options(c), 3);
   CHECK(one.param.bytes == three.param.bytes && one.m_bytes == three.m_bytes && one.v_bytes == three.v_bytes &&
-            one.m_scale == three.m_scale && one.v_scale == three.v_scale, "1 and 3 threads differ");
+            one.m_scale == three.m_scale && one.v_scale == three.v_scale,
+        "1 and 3 threads differ");
 }
 
 }  // namespace

@@ -26,17 +26,38 @@ struct Data {
   explicit Data(const Case& c)
       : logits(check::normal(c.rows * (c.vocab + c.gap), 4.0f), c.dtype, c.gap),
         grad(std::vector<float>(static_cast<std::size_t>(c.rows * (c.vocab + c.gap)), NAN), c.dtype, c.gap),
-        target(static_cast<std::size_t>(c.rows)), weight(check::normal(c.vocab, 0.3f)), token(check::normal(c.rows, 1.0f)),
-        scale(check::normal(c.rows, 1.0f)), loss(target.size(), 9.0f), lse(target.size(), 9.0f) {
+        target(static_cast<std::size_t>(c.rows)),
+        weight(check::normal(c.vocab, 0.3f)),
+        token(check::normal(c.rows, 1.0f)),
+        scale(check::normal(c.rows, 1.0f)),
+        loss(target.size(), 9.0f),
+        lse(target.size(), 9.0f) {
     for (float& w : weight) w = std::fabs(w) + 0.5f;
     for (std::int64_t& y : target) y = std::uniform_int_distribution<std::int64_t>(0, c.vocab - 1)(check::rng());
     if (c.rows > 2) target[1] = kIgnore;
   }
 
   fastft::CrossEntropyArgs args(const Case& c) {
-    return {logits.data(), c.dtype, c.rows, c.vocab, c.vocab + c.gap, target.data(), c.weight ? weight.data() : nullptr,
-            c.token ? token.data() : nullptr, 1, kIgnore, c.smoothing, c.z_loss, c.softcap, c.logit_scale, loss.data(),
-            lse.data(), c.in_place ? logits.data() : grad.data(), c.vocab + c.gap, c.scaled ? scale.data() : nullptr, 1,
+    return {logits.data(),
+            c.dtype,
+            c.rows,
+            c.vocab,
+            c.vocab + c.gap,
+            target.data(),
+            c.weight ? weight.data() : nullptr,
+            c.token ? token.data() : nullptr,
+            1,
+            kIgnore,
+            c.smoothing,
+            c.z_loss,
+            c.softcap,
+            c.logit_scale,
+            loss.data(),
+            lse.data(),
+            c.in_place ? logits.data() : grad.data(),
+            c.vocab + c.gap,
+            c.scaled ? scale.data() : nullptr,
+            1,
             &bad};
   }
 };
@@ -88,18 +109,20 @@ void run(const Case& c) {
     const double size = 20.0;  // of the logits: their differences carry 6e-8 of it
     const double outer = (c.token ? std::fabs(d.token[i]) : 1.0) * (c.scaled ? std::fabs(d.scale[i]) : 1.0);
     const double token = c.token ? std::fabs(d.token[i]) : 1.0;
-    CHECK(std::fabs(d.lse[i] - want[i].lse) <= 2e-7 * size, "lse %g want %g, V %lld", d.lse[i], want[i].lse, (long long)c.vocab);
+    CHECK(std::fabs(d.lse[i] - want[i].lse) <= 2e-7 * size, "lse %g want %g, V %lld", d.lse[i], want[i].lse,
+          (long long)c.vocab);
     CHECK(std::fabs(d.loss[i] - want[i].loss) <= token * 4e-7 * size * (1 + 20 * c.z_loss), "loss %g want %g, V %lld",
           d.loss[i], want[i].loss, (long long)c.vocab);
     for (std::int64_t k = 0; k < c.vocab; ++k) {
       const double g = grad.get(i * (c.vocab + c.gap) + k), t = want[i].grad[k];
       const double rounding = c.dtype == DType::bf16 ? 0.00391 * std::fabs(t) + 1e-30 : 0.0;
       const bool ok = d.target[i] == kIgnore ? g == 0.0 : std::fabs(g - t) <= rounding + 1.5e-6 * outer;
-      CHECK(ok, "grad %g want %g, V %lld, row %lld, class %lld of %lld", g, t, (long long)c.vocab, (long long)i, (long long)k,
-            (long long)d.target[i]);
+      CHECK(ok, "grad %g want %g, V %lld, row %lld, class %lld of %lld", g, t, (long long)c.vocab, (long long)i,
+            (long long)k, (long long)d.target[i]);
     }
     for (std::int64_t k = 0; k < (i + 1 < c.rows ? c.gap : 0); ++k) {  // the gap between rows stays as it was
-      if (!c.in_place) CHECK(std::isnan(grad.get(i * (c.vocab + c.gap) + c.vocab + k)), "row %lld overran", (long long)i);
+      if (!c.in_place)
+        CHECK(std::isnan(grad.get(i * (c.vocab + c.gap) + c.vocab + k)), "row %lld overran", (long long)i);
     }
   }
 }
@@ -157,8 +180,8 @@ int main() {
       for (int bits = 0; bits < 128; ++bits) {
         if (vocab > 600 && bits % 7 != 0) continue;
         const auto bit = [&](int i) { return (bits >> i & 1) != 0; };
-        run({dtype, 1 + ++n % 4, vocab, n % 3, bit(0), bit(1), bit(2), n % 2 == 0, bit(3) ? 0.1 : 0.0, bit(4) ? 1e-3 : 0.0,
-             bit(5) ? 30.0 : 0.0, bit(6) ? 0.7 : 1.0});
+        run({dtype, 1 + ++n % 4, vocab, n % 3, bit(0), bit(1), bit(2), n % 2 == 0, bit(3) ? 0.1 : 0.0,
+             bit(4) ? 1e-3 : 0.0, bit(5) ? 30.0 : 0.0, bit(6) ? 0.7 : 1.0});
       }
     }
     run({dtype, 2, 256000, 1, true, true, true, false, 0.1, 1e-4, 0.0, 1.0});

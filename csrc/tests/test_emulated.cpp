@@ -1,4 +1,5 @@
-// The CUDA kernels, run on the CPU by emulate/cuda_runtime.h, against the CPU kernels (which test_<op>.cpp hold to float64).
+// The CUDA kernels, run on the CPU by emulate/cuda_runtime.h, against the CPU kernels (which test_<op>.cpp hold to
+// float64).
 #include <cuda_runtime.h>
 
 #include "check.h"
@@ -15,8 +16,8 @@ std::mt19937 random_bits(7);
 struct Case {
   DType dtype;
   std::int64_t rows, vocab;
-  int offset;    // elements before the first logit: 16-byte alignment off
-  int padding;   // elements between rows
+  int offset;                              // elements before the first logit: 16-byte alignment off
+  int padding;                             // elements between rows
   bool in_place, forward_only, lse, full;  // full: cap, smoothing, weights, z-loss, scales
   int capability;
 };
@@ -48,10 +49,11 @@ struct Result {
 };
 
 template <class Run>
-Result run(const Case& c, std::vector<char> logits, const std::vector<std::int64_t>& target, const std::vector<float>& weight,
-           const std::vector<float>& factor, const Run& kernel) {
+Result run(const Case& c, std::vector<char> logits, const std::vector<std::int64_t>& target,
+           const std::vector<float>& weight, const std::vector<float>& factor, const Run& kernel) {
   const std::int64_t stride = c.vocab + c.padding;
-  Result r{std::vector<char>(logits.size(), 0x5a), std::vector<float>(c.rows, -1.0f), std::vector<float>(c.rows, -1.0f), -5};
+  Result r{std::vector<char>(logits.size(), 0x5a), std::vector<float>(c.rows, -1.0f), std::vector<float>(c.rows, -1.0f),
+           -5};
   char* in = logits.data() + c.offset * size_of(c.dtype);
   char* out = c.in_place ? in : r.grad.data() + c.offset * size_of(c.dtype);
   fastft::CrossEntropyArgs a{};
@@ -88,11 +90,13 @@ void compare(const Case& c) {
   std::vector<char> logits(static_cast<std::size_t>(total * size_of(c.dtype)), 0x5a);
   for (std::int64_t i = 0; i < total; ++i) write(logits, c.dtype, i, normal(random_bits));
   std::vector<std::int64_t> target(c.rows);
-  for (std::int64_t i = 0; i < c.rows; ++i) target[i] = static_cast<std::int64_t>(random_bits() % static_cast<unsigned long long>(c.vocab));
+  for (std::int64_t i = 0; i < c.rows; ++i)
+    target[i] = static_cast<std::int64_t>(random_bits() % static_cast<unsigned long long>(c.vocab));
   if (c.rows > 2) target[1] = -100;
   if (c.rows > 3) {
     target[2] = c.vocab;  // out of range
-    for (std::int64_t i = 0; i < c.vocab; ++i) write(logits, c.dtype, c.offset + 3 * stride + i, i % 3 ? -INFINITY : 1.0f);
+    for (std::int64_t i = 0; i < c.vocab; ++i)
+      write(logits, c.dtype, c.offset + 3 * stride + i, i % 3 ? -INFINITY : 1.0f);
   }
   std::vector<float> weight(c.vocab), factor(c.rows);
   for (float& w : weight) w = 0.5f + static_cast<float>(random_bits() % 100) / 100.0f;
@@ -100,20 +104,25 @@ void compare(const Case& c) {
 
   emulate::compute_capability = c.capability;
   const Result cpu = run(c, logits, target, weight, factor, [](const auto& a) { fastft::cross_entropy_cpu(a, 1); });
-  const Result gpu = run(c, logits, target, weight, factor, [](const auto& a) { fastft::cross_entropy_cuda(a, 0, nullptr); });
+  const Result gpu =
+      run(c, logits, target, weight, factor, [](const auto& a) { fastft::cross_entropy_cuda(a, 0, nullptr); });
   const auto where = [&] {
     static char text[160];
-    std::snprintf(text, sizeof text, "dtype %d, %lld x %lld, offset %d, padding %d, in place %d, full %d, cc %d", static_cast<int>(c.dtype),
-                  static_cast<long long>(c.rows), static_cast<long long>(c.vocab), c.offset, c.padding, c.in_place, c.full, c.capability);
+    std::snprintf(text, sizeof text, "dtype %d, %lld x %lld, offset %d, padding %d, in place %d, full %d, cc %d",
+                  static_cast<int>(c.dtype), static_cast<long long>(c.rows), static_cast<long long>(c.vocab), c.offset,
+                  c.padding, c.in_place, c.full, c.capability);
     return text;
   };
   const auto close = [](float x, float y, float scale, float relative) {
     return x == y || (x != x && y != y) || std::fabs(x - y) <= relative * std::fabs(y) + 1e-6f * scale;
   };
-  CHECK(cpu.bad_row == gpu.bad_row, "%s: bad row %lld, not %lld", where(), static_cast<long long>(gpu.bad_row), static_cast<long long>(cpu.bad_row));
+  CHECK(cpu.bad_row == gpu.bad_row, "%s: bad row %lld, not %lld", where(), static_cast<long long>(gpu.bad_row),
+        static_cast<long long>(cpu.bad_row));
   for (std::int64_t i = 0; i < c.rows; ++i) {
-    CHECK(close(gpu.loss[i], cpu.loss[i], 10.0f, 2e-6f), "%s: loss of row %lld %.9g, not %.9g", where(), static_cast<long long>(i), gpu.loss[i], cpu.loss[i]);
-    CHECK(close(gpu.lse[i], cpu.lse[i], 10.0f, 2e-6f), "%s: lse of row %lld %.9g, not %.9g", where(), static_cast<long long>(i), gpu.lse[i], cpu.lse[i]);
+    CHECK(close(gpu.loss[i], cpu.loss[i], 10.0f, 2e-6f), "%s: loss of row %lld %.9g, not %.9g", where(),
+          static_cast<long long>(i), gpu.loss[i], cpu.loss[i]);
+    CHECK(close(gpu.lse[i], cpu.lse[i], 10.0f, 2e-6f), "%s: lse of row %lld %.9g, not %.9g", where(),
+          static_cast<long long>(i), gpu.lse[i], cpu.lse[i]);
   }
   const float relative = c.dtype == DType::f32 ? 2e-5f : 1.0f / 128;
   for (std::int64_t i = 0; i < total; ++i) {  // also what lies between and before the rows, which nobody may touch
@@ -155,8 +164,8 @@ int main() {
       }
     }
     compare({dtype, 4, 1000, 0, 1, false, true, true, true, 9});
-    compare({dtype, 2, 50257, 0, 0, true, false, false, false, 9});   // 8 blocks a row
-    compare({dtype, 2, 128256, 0, 0, false, false, true, false, 9});  // 16
+    compare({dtype, 2, 50257, 0, 0, true, false, false, false, 9});    // 8 blocks a row
+    compare({dtype, 2, 128256, 0, 0, false, false, true, false, 9});   // 16
     compare({dtype, 2, 262144, 0, 0, false, false, false, false, 9});  // 16 full blocks: 32 logits of every thread
     compare({dtype, 2, 262208, 0, 0, false, false, false, false, 9});  // more than fits: two passes
   }

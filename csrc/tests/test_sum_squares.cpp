@@ -27,9 +27,11 @@ int main() {
     fastft::sum_squares_cpu(fx, 1, DType::f32, &first, 1);
     fastft::sum_squares_cpu(fx, 1, DType::f32, &again, 3);
     fastft::sum_squares_cpu(fh, 1, DType::bf16, &half, 2);
-    CHECK(std::fabs(first - truth_x) <= 1e-13 * truth_x, "n=%lld: %g, not %g", static_cast<long long>(n), first, truth_x);
+    CHECK(std::fabs(first - truth_x) <= 1e-13 * truth_x, "n=%lld: %g, not %g", static_cast<long long>(n), first,
+          truth_x);
     CHECK(first == again, "n=%lld: the number of threads shows", static_cast<long long>(n));
-    CHECK(std::fabs(half - truth_h) <= 1e-13 * truth_h, "bf16 n=%lld: %g, not %g", static_cast<long long>(n), half, truth_h);
+    CHECK(std::fabs(half - truth_h) <= 1e-13 * truth_h, "bf16 n=%lld: %g, not %g", static_cast<long long>(n), half,
+          truth_h);
   }
   double none = 1.0;
   fastft::sum_squares_cpu(nullptr, 0, DType::f32, &none, 2);

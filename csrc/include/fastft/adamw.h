@@ -1,4 +1,5 @@
-// AdamW over a list of contiguous tensors, one pass over memory: 28 bytes per fp32 parameter, 10 with bf16 parameters and 8-bit state.
+// AdamW over a list of contiguous tensors, one pass over memory: 28 bytes per fp32 parameter, 10 with bf16 parameters
+// and 8-bit state.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +12,8 @@ namespace fastft {
 // How parameters are rounded. remainder: param (bf16) and a 16-bit number are one fp32 number.
 enum class ParamStore : int { nearest = 0, stochastic = 1, remainder = 2 };
 
-// How exp_avg and exp_avg_sq are kept; bf16 and u8 are rounded stochastically. u8: codes in blocks of 256 elements with a scale each.
+// How exp_avg and exp_avg_sq are kept; bf16 and u8 are rounded stochastically. u8: codes in blocks of 256 elements with
+// a scale each.
 enum class StateStore : int { f32 = 0, bf16 = 1, u8 = 2 };
 
 constexpr std::int64_t kStateBlock = 256;

@@ -13,9 +13,9 @@ struct CrossEntropyArgs {
   std::int64_t rows;
   std::int64_t vocab;
   std::int64_t logits_stride;
-  const std::int64_t* target;         // (rows,)
-  const float* class_weight;          // (vocab,) or null
-  const float* token_weight;          // (rows,), or one scalar when the stride is 0, or null
+  const std::int64_t* target;  // (rows,)
+  const float* class_weight;   // (vocab,) or null
+  const float* token_weight;   // (rows,), or one scalar when the stride is 0, or null
   std::int64_t token_weight_stride;
   std::int64_t ignore_index;
   double label_smoothing;

@@ -1,6 +1,6 @@
-// The random numbers of stochastic rounding: a function of (seed, step, element) and nothing else, so that a shard can be rounded
-// alone. Wellons' lowbias32 (two multiply-xorshift rounds) with keys; defined in fastft/ops/lowbyte.py. Here is what is scalar:
-// the keys. Everything is static, for the reason that dtype.h gives.
+// The random numbers of stochastic rounding: a function of (seed, step, element) and nothing else, so that a shard can
+// be rounded alone. Wellons' lowbias32 (two multiply-xorshift rounds) with keys; defined in fastft/ops/lowbyte.py. Here
+// is what is scalar: the keys. Everything is static, for the reason that dtype.h gives.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +33,8 @@ FASTFT_HOST_DEVICE static inline std::uint32_t random_key0(std::uint32_t base, s
   return random_mix(base + 0x85ebca6bu + upper);
 }
 
-FASTFT_HOST_DEVICE static inline std::uint32_t random_key1(std::uint32_t base) { return random_mix(base ^ 0xc2b2ae35u); }
+FASTFT_HOST_DEVICE static inline std::uint32_t random_key1(std::uint32_t base) {
+  return random_mix(base ^ 0xc2b2ae35u);
+}
 
 }  // namespace fastft

@@ -1,8 +1,10 @@
-// Runs the CUDA kernels of csrc/cuda on the CPU, unchanged, to test their logic where there is no GPU: indices, barriers, shuffles, clusters.
-// It says nothing about speed, memory ordering within a warp, or what nvcc makes of the code.
+// Runs the CUDA kernels of csrc/cuda on the CPU, unchanged, to test their logic where there is no GPU: indices,
+// barriers, shuffles, clusters. It says nothing about speed, memory ordering within a warp, or what nvcc makes of the
+// code.
 //
-// Every CUDA thread is a fiber; the fibers of a block take turns on one OS thread and change over at barriers; the blocks of a cluster are
-// OS threads that meet at cluster barriers. A block whose threads do not all reach the same barrier is reported, not hung on.
+// Every CUDA thread is a fiber; the fibers of a block take turns on one OS thread and change over at barriers; the
+// blocks of a cluster are OS threads that meet at cluster barriers. A block whose threads do not all reach the same
+// barrier is reported, not hung on.
 #pragma once
 
 #include <setjmp.h>
@@ -28,7 +30,7 @@
 #define __maxnreg__(...)
 #define __CUDA_ARCH__ 900
 // Thread-local to the OS thread is shared by the block.
-#define FASTFT_SHARED(type, name, count)                                            \
+#define FASTFT_SHARED(type, name, count)                                                            \
   static thread_local std::aligned_storage_t<sizeof(type) * (count), alignof(type)> name##_storage; \
   type* const name = reinterpret_cast<type*>(&name##_storage)
 
@@ -71,7 +73,8 @@ inline thread_local Block* block = nullptr;
 inline thread_local char anchor;
 inline int compute_capability = 9;  // what cudaDeviceGetAttribute answers
 
-// setjmp and longjmp change over between fibers: swapcontext asks the kernel for the signal mask every time, 30 times slower.
+// setjmp and longjmp change over between fibers: swapcontext asks the kernel for the signal mask every time, 30 times
+// slower.
 inline void yield() {
   if (_setjmp(block->fibers[block->current].at) == 0) _longjmp(block->scheduler, 1);
 }
@@ -128,7 +131,8 @@ T __shfl_xor_sync(unsigned, T value, int lanes) {
   static_assert(sizeof(T) <= 8);
   emulate::Block& b = *emulate::block;
   const std::size_t self = b.current, warp = self / 32;
-  const unsigned members = b.threads - static_cast<unsigned>(warp) * 32 < 32 ? b.threads - static_cast<unsigned>(warp) * 32 : 32;
+  const unsigned members =
+      b.threads - static_cast<unsigned>(warp) * 32 < 32 ? b.threads - static_cast<unsigned>(warp) * 32 : 32;
   std::memcpy(&b.exchange[self], &value, sizeof(T));
   emulate::arrive(b.warps[warp], members);
   T got;
@@ -200,7 +204,9 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* d) { return *d = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* p, int value, std::size_t n, cudaStream_t) { return std::memset(p, value, n), cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* p, int value, std::size_t n, cudaStream_t) {
+  return std::memset(p, value, n), cudaSuccess;
+}
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t n, cudaMemcpyKind, cudaStream_t) {
   return std::memcpy(to, from, n), cudaSuccess;
 }
@@ -209,7 +215,9 @@ cudaError_t cudaMalloc(T** p, std::size_t n) {
   return *p = static_cast<T*>(std::malloc(n)), cudaSuccess;
 }
 inline cudaError_t cudaFree(void* p) { return std::free(p), cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = emulate::compute_capability, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = emulate::compute_capability, cudaSuccess;
+}
 template <class F>
 cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) {
   return cudaSuccess;
@@ -221,8 +229,8 @@ cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, F*, const cudaLaunch
 
 namespace emulate {
 
-inline void run_block(unsigned index, const dim3& grid, const dim3& shape, const std::function<void()>& body, ClusterState* cluster, int rank,
-                      int ranks) {
+inline void run_block(unsigned index, const dim3& grid, const dim3& shape, const std::function<void()>& body,
+                      ClusterState* cluster, int rank, int ranks) {
   Block b;
   b.threads = shape.x;
   b.body = body;
@@ -270,8 +278,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const auto cluster = std::make_unique<emulate::ClusterState>(static_cast<int>(ranks));
     std::vector<std::thread> blocks;
     for (unsigned r = 0; r < ranks; ++r) {
-      blocks.emplace_back(emulate::run_block, first + r, std::cref(config->gridDim), std::cref(config->blockDim), std::cref(body), cluster.get(),
-                          static_cast<int>(r), static_cast<int>(ranks));
+      blocks.emplace_back(emulate::run_block, first + r, std::cref(config->gridDim), std::cref(config->blockDim),
+                          std::cref(body), cluster.get(), static_cast<int>(r), static_cast<int>(ranks));
     }
     for (std::thread& t : blocks) t.join();
   }
