@@ -27,9 +27,9 @@ from pathlib import Path
 import common
 from launched import STEPS, WATCHDOG, Bench, left, reached, wait_for, weights
 
+from fastft import track
 from fastft.launch.agent import find_rank
 from fastft.launch.hostfile import free_port
-from fastft import track
 from fastft.train.writer import POINTS
 
 COLUMNS = {

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from fastft.files import sha256_file
 from fastft import track
+from fastft.files import sha256_file
 
 STEPS, EVERY = 30, 5  # of a run; of its checkpoints
 WATCHDOG = 4.0  # seconds

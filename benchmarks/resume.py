@@ -28,9 +28,9 @@ import yaml
 from launched import write_model
 
 from fastft import config as configuration
+from fastft import track
 from fastft.data import order
 from fastft.data.prepared import write_manifest
-from fastft import track
 from fastft.train import loop
 
 SIZE, LENGTH, SEED = 8, 128, 17

@@ -1,8 +1,9 @@
 """The one order in which a run is put together, whatever is to be done with it.
 
-train, resume, validate, eval, predict, export, replay and trace differ in how far they go and where weights and labels come
-from; what comes before what is the same for all of them, and part of being right: labels before the model (its head has
-as many outputs), edits before anything is checked, freezing before the optimizer, checks through the engine where there is one.
+train, resume, validate, eval, predict, export, replay and trace differ in how far they go and where weights and
+labels come from; what comes before what is the same for all of them, and part of being right: labels before the model
+(its head has as many outputs), edits before anything is checked, freezing before the optimizer, checks through the
+engine where there is one.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def add_model(job: Job, weights: Weights = "start") -> None:
     Parameters
     ----------
     weights : str
-        "start": those that the run begins with, a new head initialized; "trained": of an exported model, none of which may be
-        missing; "empty": any, for a checkpoint brings them.
+        "start": those that the run begins with, a new head initialized; "trained": of an exported model, none of
+        which may be missing; "empty": any, for a checkpoint brings them.
     """
     config, task = job.config, job.task
     spec = task.model(job.learned)
@@ -145,7 +146,8 @@ def add_objective(job: Job, forward: Any = None) -> None:
 def trained(path: str, config: Config | None = None) -> Job:
     """An exported model: a run's folder, a folder written by save_pretrained, or a hub id.
 
-    ``config``: of the run that exported it; None: its folder's, or, where there is none, that of the task that the model fits.
+    ``config``: of the run that exported it; None: its folder's, or, where there is none, that of the task that the
+    model fits.
     """
     from fastft import config as configuration
     from fastft.errors import UserError

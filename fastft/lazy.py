@@ -1,7 +1,8 @@
-"""torch, imported when it is first used: a configuration is checked in a fraction of the time that importing torch takes.
+"""torch, imported when it is first used: a configuration is checked in a fraction of the time that importing torch
+takes.
 
-Files whose settings stand beside code that needs torch (tasks, optimizers, ...) write ``from fastft.lazy import torch`` and
-``from __future__ import annotations``; tests/test_floors.py holds them to it.
+Files whose settings stand beside code that needs torch (tasks, optimizers, ...) write ``from fastft.lazy import
+torch`` and ``from __future__ import annotations``; tests/test_floors.py holds them to it.
 """
 
 from typing import TYPE_CHECKING

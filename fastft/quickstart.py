@@ -1,8 +1,9 @@
 """`fastft quickstart`: the whole line on text that every Python installation carries, with nothing to download.
 
-General text is the language reference (pydoc's topics) and the descriptions of the packages installed; the domain is the standard library's
-source code. A byte-level BPE tokenizer is trained on both, a small decoder learns the general text from scratch, and is then adapted
-to the domain, which is what fastft is for. Both runs are ordinary runs of ``configs/quickstart/*.yaml``.
+General text is the language reference (pydoc's topics) and the descriptions of the packages installed; the domain is
+the standard library's source code. A byte-level BPE tokenizer is trained on both, a small decoder learns the general
+text from scratch, and is then adapted to the domain, which is what fastft is for. Both runs are ordinary runs of
+``configs/quickstart/*.yaml``.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import importlib.metadata
 import json
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -111,14 +113,16 @@ def write_corpus(folder: Path) -> dict[str, int]:
 
 
 def write_base(folder: Path, corpus: Path) -> None:
-    """A model folder without weights: the configuration of a small Llama, and a byte-level BPE tokenizer trained on the corpus."""
+    """A model folder without weights: the configuration of a small Llama, and a byte-level BPE tokenizer trained on
+    the corpus.
+    """
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     texts = (
         json.loads(line)["text"]
         for path in sorted(corpus.glob("*.train.jsonl"))
-        for line in open(path, encoding="utf-8")
+        for line in path.read_text(encoding="utf-8").splitlines()
     )
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<eos>", "<pad>"], show_progress=False)
@@ -145,7 +149,8 @@ def _general() -> list[tuple[str, str]]:
 
     documents = [(f"pydoc:{name}", text) for name, text in topics.items()]
     for package in importlib.metadata.distributions():
-        body = package.metadata.get_payload() or package.metadata.get("Description") or ""
+        metadata: Any = package.metadata  # an email.message.Message, which its type does not say
+        body = metadata.get_payload() or metadata.get("Description") or ""
         if isinstance(body, str) and len(body) > 500:
             documents.append((f"package:{package.metadata['Name']}", body[:20_000]))
     return documents
@@ -178,7 +183,8 @@ def _print(console: Console, report: dict) -> None:
         console.print(f"[bold]{name}:[/bold]")
         console.print(PROMPT + text, markup=False, highlight=False)
     console.print(
-        f"{report['train_seconds']:.0f} s of training, {report['tokens_per_second']:,.0f} tokens/s. Hugging Face folder: {report['model']}",
+        f"{report['train_seconds']:.0f} s of training, {report['tokens_per_second']:,.0f} tokens/s. "
+        f"Hugging Face folder: {report['model']}",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,4 +1,6 @@
-"""The folders that grow by one file at a time. A new member is a file in its folder: nothing here or elsewhere names it."""
+"""The folders that grow by one file at a time. A new member is a file in its folder: nothing here or elsewhere names
+it.
+"""
 
 from __future__ import annotations
 

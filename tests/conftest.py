@@ -113,7 +113,7 @@ def _tokenizer(corpus: Path, folder: Path):
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
-        (json.loads(line)["text"] for line in open(corpus / "train.jsonl")),
+        (json.loads(line)["text"] for line in (corpus / "train.jsonl").read_text().splitlines()),
         vocab_size=512,
         special_tokens=["<eos>", "<pad>"],
         show_progress=False,

@@ -67,9 +67,9 @@ def _overview() -> None:
 
 
 def _environment() -> None:
-    # Read when torch and transformers are imported, which every verb does for itself. The spin count: OpenMP threads that
-    # wait in a busy loop take the core from the thread they wait for when something else runs too (30 times slower, seen
-    # on 2 busy cores).
+    # Read when torch and transformers are imported, which every verb does for itself. The spin count: OpenMP threads
+    # that wait in a busy loop take the core from the thread they wait for when something else runs too (30 times
+    # slower, seen on 2 busy cores).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -127,9 +127,10 @@ def command() -> None:
 def leave(code: int) -> NoReturn:
     """End this process at once, with its exit handlers run and its output written.
 
-    Gloo's threads outlive their process group wherever something (DeepSpeed, a graph) still holds it. Such a thread, letting
-    go of a tensor while the interpreter shuts down, ends the process with an abort ("terminate called without an active
-    exception"): a good run would report failure. Seen with torch 2.13 on every second exit of ranks that had just gathered.
+    Gloo's threads outlive their process group wherever something (DeepSpeed, a graph) still holds it. Such a thread,
+    letting go of a tensor while the interpreter shuts down, ends the process with an abort ("terminate called without
+    an active exception"): a good run would report failure. Seen with torch 2.13 on every second exit of ranks that
+    had just gathered.
     """
     import atexit
 

@@ -1,4 +1,6 @@
-"""The configuration: strict pydantic models, read from one YAML file, every value open to dotted overrides. Imports no torch."""
+"""The configuration: strict pydantic models, read from one YAML file, every value open to dotted overrides. Imports
+no torch.
+"""
 
 from fastft.config.base import InputPath, OutputPath, Section
 from fastft.config.loading import absolute, dump, full_class, inputs, load, load_run, run_dir, section, validate

@@ -1,4 +1,6 @@
-"""What a section of the configuration is: strict, with short forms, aliases of older names, and members found in a folder."""
+"""What a section of the configuration is: strict, with short forms, aliases of older names, and members found in a
+folder.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ class Section(BaseModel):
     scalar : str or None
         The key that a bare value stands for: ``layer_decay: 0.9`` is ``layer_decay: {rate: 0.9}``.
     members : Registry or None
-        Every name of this table is an optional key of the section, whose value the named class's ``Settings`` validates;
-        null and false leave it out.
+        Every name of this table is an optional key of the section, whose value the named class's ``Settings``
+        validates; null and false leave it out.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
@@ -155,7 +157,9 @@ def member_field(members: Registry, name: str) -> tuple[Any, Any]:
 
 
 def short_list(kind: type[Section], value: Any) -> Any:
-    """``trackers: tensorboard`` and ``trackers: [tensorboard, {wandb: {project: x}}]`` as the mapping that they stand for."""
+    """``trackers: tensorboard`` and ``trackers: [tensorboard, {wandb: {project: x}}]`` as the mapping that they stand
+    for.
+    """
     if kind.members is None or kind.scalar is not None:
         return value
     if isinstance(value, str):

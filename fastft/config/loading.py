@@ -35,7 +35,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = Fals
     Parameters
     ----------
     stored : bool
-        Whether the file is what a run keeps in its folder: keys of other tasks that older versions wrote are passed over.
+        Whether the file is what a run keeps in its folder: keys of other tasks that older versions wrote are passed
+        over.
 
     Raises
     ------
@@ -247,7 +248,9 @@ def _without_stored_defaults(raw: dict) -> dict:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """yaml.SafeLoader that refuses a key written twice (YAML itself would keep the last in silence), and reads 2e-5 as a number."""
+    """yaml.SafeLoader that refuses a key written twice (YAML itself would keep the last in silence), and reads 2e-5
+    as a number.
+    """
 
     def construct_mapping(self, node, deep=False):
         seen = set()

@@ -1,10 +1,11 @@
-"""The sections that every run has. What a task, an optimizer or another member adds stands beside its code, as its ``Settings``.
+"""The sections that every run has. What a task, an optimizer or another member adds stands beside its code, as its
+``Settings``.
 
 Field descriptions are the documentation: ``fastft config schema`` prints them as JSON Schema.
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -282,10 +283,15 @@ class Config(Section):
     version: Literal[1] = Field(1, description="Version of this file's format.")
     task: str = Field(description="The task: a file of fastft/tasks.")
     model: SerializeAsAny[Model]
-    data: SerializeAsAny[Data] = Data()
+    if TYPE_CHECKING:  # whose class is known when the file is read
+        data: Any = None
+        optim: Any = None
+        loss: Any = None
+    else:
+        data: SerializeAsAny[Data] = Data()
+        optim: SerializeAsAny[Optim] = Optim()
+        loss: SerializeAsAny[Loss] = Loss()
     batch: Batch = Batch()
-    optim: SerializeAsAny[Optim] = Optim()
-    loss: SerializeAsAny[Loss] = Loss()
     train: SerializeAsAny[Train] = Train()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()

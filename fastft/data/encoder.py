@@ -78,7 +78,8 @@ class Encoder(ABC):
 
     @abstractmethod
     def finish(self, store: Store, learned: Learned | None) -> dict:
-        """Write what all rows decide together; returns the meta, with ``totals`` (``write_sizes``) and what was learned.
+        """Write what all rows decide together; returns the meta, with ``totals`` (``write_sizes``) and what was
+        learned.
 
         ``learned``: of the training set, for an evaluation set.
         """
@@ -88,7 +89,9 @@ class Encoder(ABC):
 
 
 def write_sizes(store: Store, lengths: np.ndarray, targets: np.ndarray) -> dict:
-    """Columns ``lengths`` and ``targets`` (see Split), and their totals: a resume reads neither, and there may be 10^9."""
+    """Columns ``lengths`` and ``targets`` (see Split), and their totals: a resume reads neither, and there may be
+    10^9.
+    """
     store.write("lengths", lengths.astype(np.int64))
     store.write("targets", targets.astype(np.float64))
     longest = int(lengths.max(initial=0))

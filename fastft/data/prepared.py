@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -108,7 +109,7 @@ class Prepared:
                 dtype = np.dtype(self.meta.get("dtypes", {}).get(stem, RaggedWriter.DEFAULT))
                 self.columns[stem] = _ragged(folder / name, folder / f"{stem}.offsets.npy", dtype)
 
-    def __getitem__(self, name: str) -> np.ndarray | Ragged:
+    def __getitem__(self, name: str) -> Any:
         return self.columns[name]
 
     def origin(self, document: int) -> str:

@@ -1,4 +1,6 @@
-"""A split from its sources: which files, whether they may be read, how they are encoded, and what the loop sees of it."""
+"""A split from its sources: which files, whether they may be read, how they are encoded, and what the loop sees of
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Columns of a split while it is being prepared, and after: one file per column, appended without holding it in memory."""
+"""Columns of a split while it is being prepared, and after: one file per column, appended without holding it in
+memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`fastft replay`: what each sample of a step does to the model, for a step that was skipped, spiked, or just looks odd."""
+"""`fastft replay`: what each sample of a step does to the model, for a step that was skipped, spiked, or just looks
+odd.
+"""
 
 from __future__ import annotations
 

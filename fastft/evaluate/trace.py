@@ -1,4 +1,6 @@
-"""`fastft trace`: which documents a training step learns from; the order is a function of the configuration, so nothing needs to have run."""
+"""`fastft trace`: which documents a training step learns from; the order is a function of the configuration, so
+nothing needs to have run.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from fastft.train.schedule import Schedule
 
 
 def trace(path: Path, overrides: list[str], step: int) -> list[dict]:
-    """The samples of step ``step`` (counted from 1, as in the log), in order: ``sample`` (id) and ``documents`` (file and
-    line of each).
+    """The samples of step ``step`` (counted from 1, as in the log), in order: ``sample`` (id) and ``documents`` (file
+    and line of each).
 
     Parameters
     ----------
@@ -36,8 +38,8 @@ def trace(path: Path, overrides: list[str], step: int) -> list[dict]:
 
 
 def samples_of(config: Config, step: int, run_dir: Path | None) -> tuple[Job, Samples]:
-    """The job with its training data, and the samples of a step: of the run in ``run_dir`` as its last start recorded it, or
-    of one that would begin.
+    """The job with its training data, and the samples of a step: of the run in ``run_dir`` as its last start recorded
+    it, or of one that would begin.
 
     Raises UserError as ``trace`` does.
     """

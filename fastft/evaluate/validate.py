@@ -11,8 +11,8 @@ from fastft.zero import engine
 
 
 def validate_run(config: Config) -> dict:
-    """Prepare every split, or compare every byte of what is prepared with its hash; build the model and check it against
-    the task.
+    """Prepare every split, or compare every byte of what is prepared with its hash; build the model and check it
+    against the task.
 
     Returns
     -------

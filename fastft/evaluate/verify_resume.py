@@ -18,14 +18,16 @@ LIMIT = 24 * 3600  # seconds for a run; whoever verifies longer ones sets train.
 
 
 def verify_resume(config: Config, folder: Path, ranks: int, at: int | None, kill: bool) -> dict:
-    """Run the configuration twice under ``folder``, the second time interrupted, and compare losses and weights bit for bit.
+    """Run the configuration twice under ``folder``, the second time interrupted, and compare losses and weights bit
+    for bit.
 
     Parameters
     ----------
     at : int, optional
         Step after which the second run is interrupted; default: one at random.
     kill : bool
-        Interrupt by SIGKILL of a rank, which loses the steps since the last checkpoint, instead of SIGTERM, which saves first.
+        Interrupt by SIGKILL of a rank, which loses the steps since the last checkpoint, instead of SIGTERM, which
+        saves first.
 
     Returns
     -------
@@ -85,7 +87,9 @@ def _interrupt(process: subprocess.Popen, run: Path, after: int, kill: bool) -> 
             "Give an earlier --at, or a longer run.",
         )
     if kill:
-        os.kill(find_rank(run), signal.SIGKILL)
+        rank = find_rank(run)
+        assert rank is not None, "a run that takes steps has a rank"
+        os.kill(rank, signal.SIGKILL)
         _finish(process, "the run after its rank was killed")
     else:
         process.send_signal(signal.SIGTERM)

@@ -177,8 +177,8 @@ def build(settings: Model, auto_class: str, new_parameters: tuple[str, ...], see
     # By whole parts of the name: a BERT layer's "output.dense" is not a new head.
     if strange := [name for name in missing if not set(name.split(".")) & set(new_parameters)]:
         raise UserError(
-            f"model path {settings.path}: the weights of {len(strange)} parameters are missing for {type(model).__name__}: "
-            f"{', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}.",
+            f"model path {settings.path}: the weights of {len(strange)} parameters are missing for "
+            f"{type(model).__name__}: {', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}.",
             "The folder holds another kind of model; choose the task that fits it, or model.init: random.",
         )
     return model, missing

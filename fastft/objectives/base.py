@@ -30,7 +30,8 @@ class Objective(ABC):
 
     @abstractmethod
     def compute_loss(self, model: Callable, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        """Sum of the batch's losses times ``scale`` (0-dim float32 on the batch's device): a scalar to call backward on.
+        """Sum of the batch's losses times ``scale`` (0-dim float32 on the batch's device): a scalar to call backward
+        on.
 
         ``model`` is the Hugging Face model, or the DeepSpeed engine around it.
         """

@@ -11,8 +11,8 @@ SCHEDULES: Registry = Registry("schedule")
 def learning_rate(settings: Optim, step: int, total: int) -> float:
     """Learning rate of optimizer step ``step`` (0-based) of ``total``.
 
-    Warm-up rises linearly from lr/warmup at step 0 ... to lr at step warmup, as transformers counts it: factor step/warmup, so the
-    very first step has factor 0 there; here it is (step + 1)/(warmup + 1), which wastes no step.
+    Warm-up rises linearly from lr/warmup at step 0 ... to lr at step warmup, as transformers counts it: factor
+    step/warmup, so the very first step has factor 0 there; here it is (step + 1)/(warmup + 1), which wastes no step.
     """
     warmup = steps_of(settings.warmup, total)
     if step < warmup:

@@ -26,8 +26,8 @@ class LanguageModelLoss(Loss):
 
     implementation: Literal["auto", "linear_cross_entropy", "cross_entropy"] = Field(
         "auto",
-        description="linear_cross_entropy goes from hidden states to the loss without holding all logits; cross_entropy "
-        "takes the model's logits; auto: the former where a check on the model finds the same loss.",
+        description="linear_cross_entropy goes from hidden states to the loss without holding all logits; "
+        "cross_entropy takes the model's logits; auto: the former where a check on the model finds the same loss.",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
     z_loss: float = Field(0.0, ge=0, description="Weight of logsumexp^2 (keeps logits small).")
@@ -67,10 +67,10 @@ class LanguageModelObjective(Objective):
 
         options |= {"ignore_index": IGNORE, "reduction": "sum"}
         if self.head is not None:
-            return self.head.loss(model, batch.inputs, batch.labels, **options)
+            return self.head.loss(model, dict(batch.inputs), batch.labels, **options)
         logits = model(**batch.inputs).logits.flatten(0, 1)  # (B*T, V)
-        inplace = {"inplace": True} if logits.requires_grad else {}
-        return cross_entropy(logits, batch.labels.flatten(), **inplace, **options)
+        options["inplace"] = logits.requires_grad
+        return cross_entropy(logits, batch.labels.flatten(), **options)
 
 
 def sample_inputs(model: torch.nn.Module, length: int, device: torch.device) -> dict:
@@ -99,7 +99,7 @@ class Perplexity(Metrics):
 
     names = (Metric("loss", lower_is_better=True), Metric("perplexity", lower_is_better=True))
 
-    def __init__(self, objective: LanguageModelObjective):
+    def __init__(self, objective: Any):  # a LanguageModelObjective
         self.objective, self.nll, self.tokens = objective, 0.0, 0
 
     def update(self, model: Callable, batch: Batch) -> None:

@@ -1,13 +1,14 @@
 """What a task is: how rows become features, which model, which loss, which metrics, which predictions.
 
-A task is one file of this folder with a class that registers itself; files that begin with an underscore hold what several tasks
-share. What training data teaches (label names) is passed on as ``learned``; a task keeps nothing between its methods.
+A task is one file of this folder with a class that registers itself; files that begin with an underscore hold what
+several tasks share. What training data teaches (label names) is passed on as ``learned``; a task keeps nothing
+between its methods.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +50,7 @@ class Batch:
         Samples, real tokens, and tokens computed.
     """
 
-    inputs: dict[str, torch.Tensor | bool]
+    inputs: Mapping[str, torch.Tensor | bool]
     labels: torch.Tensor
     samples: int
     tokens: int
@@ -68,7 +69,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Draw:
-    """Random numbers of a batch's samples: a function of seed, epoch and sample alone, so that resume, replay and trace see the same.
+    """Random numbers of a batch's samples: a function of seed, epoch and sample alone, so that resume, replay and
+    trace see the same.
 
     Attributes
     ----------
@@ -155,7 +157,8 @@ class Task(ABC):
     def __init__(self, config: Config):
         self.config = config
 
-    # -- what is loaded once -------------------------------------------------------------------------------------------------
+    # -- what is loaded once
+    # -------------------------------------------------------------------------------------------------
 
     @cached_property
     def model_config(self) -> Any:
@@ -172,7 +175,8 @@ class Task(ABC):
     def max_length(self) -> int:
         """Longest sequence. Raises UserError when the configuration asks for more than the model takes."""
 
-    # -- data ----------------------------------------------------------------------------------------------------------------
+    # -- data
+    # ----------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def encoder(self, learned: Learned | None) -> Encoder:
@@ -191,14 +195,17 @@ class Task(ABC):
         return split.data.meta.get("learned", {})
 
     def learned_of_model(self) -> Learned:
-        """The same, as an exported model carries it in its config. UserError when model.path was not trained for this task."""
+        """The same, as an exported model carries it in its config. UserError when model.path was not trained for this
+        task.
+        """
         return {}
 
     def documents(self, split: Split, sample: int) -> list[str]:
         """Where a sample's documents were read (file and line), and which tokens of a document that is not whole."""
         return [split.data.origin(sample)]
 
-    # -- model ---------------------------------------------------------------------------------------------------------------
+    # -- model
+    # ---------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def model(self, learned: Learned) -> ModelSpec: ...
@@ -218,7 +225,8 @@ class Task(ABC):
     def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
         """How the loss is taken from this model. Raises UserError when the configuration asks for what it cannot do."""
 
-    # -- results -------------------------------------------------------------------------------------------------------------
+    # -- results
+    # -------------------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -233,7 +241,8 @@ class Task(ABC):
     def predictor(self, model: torch.nn.Module, learned: Learned, options: Any) -> Predictor:
         """``options``: of this class's ``Predict``."""
 
-    # -- shared --------------------------------------------------------------------------------------------------------------
+    # -- shared
+    # --------------------------------------------------------------------------------------------------------------
 
     def metric(self, name: str, key: str) -> Metric:
         """The metric of ``SET.METRIC``, which a key names. Raises UserError when no evaluation measures it."""

@@ -54,8 +54,8 @@ class ClassificationLoss(Loss):
     def check(self, config: Config) -> None:
         if getattr(config.data, "multi_label", False) and (self.label_smoothing or self.z_loss):
             raise ValueError(
-                "loss.label_smoothing and loss.z_loss belong to a softmax; with data.multi_label every label has a loss "
-                "of its own: remove them"
+                "loss.label_smoothing and loss.z_loss belong to a softmax; with data.multi_label every label has a "
+                "loss of its own: remove them"
             )
 
 
@@ -69,8 +69,9 @@ class ClassificationOptions(Section):
 
 @rooms.TASKS.register("classification")
 class Classification(SequenceTask):
-    """Prepared columns: ``tokens``, ``segments`` (token types, pairs only), and ``labels``: (n,) int64 class indices, or
-    (n, classes) float32 of 0 and 1 when multi_label. The meta's "labels" holds the names, in index order."""
+    """Prepared columns: ``tokens``, ``segments`` (token types, pairs only), and ``labels``: (n,) int64 class indices,
+    or (n, classes) float32 of 0 and 1 when multi_label. The meta's "labels" holds the names, in index order.
+    """
 
     Data = ClassificationData
     Loss = ClassificationLoss
@@ -151,9 +152,15 @@ class Classification(SequenceTask):
 
         logits, settings = outputs.logits, self.config.loss
         if batch.labels.dim() == 1:
-            smoothing = {"label_smoothing": settings.label_smoothing, "z_loss": settings.z_loss}
-            how = {"ignore_index": IGNORE, "reduction": "sum", "token_weight": scale}
-            return cross_entropy(logits, batch.labels, **how, **smoothing)
+            return cross_entropy(
+                logits,
+                batch.labels,
+                ignore_index=IGNORE,
+                reduction="sum",
+                token_weight=scale,
+                label_smoothing=settings.label_smoothing,
+                z_loss=settings.z_loss,
+            )
         used = ~batch.labels.isnan()
         losses = torch.nn.functional.binary_cross_entropy_with_logits(
             logits.float(), batch.labels.nan_to_num(), reduction="none"
@@ -221,8 +228,8 @@ class LabelEncoder(SequenceEncoder):
     def _indices(self, found: list[tuple[str, list[str]]], names: list[str]) -> np.ndarray:
         index = {name: i for i, name in enumerate(names)}
         from_file, many = self.data.labels is not None, self.data.multi_label
-        # A file of names: rows may hold 0-based indices into it, unless a name is a number itself and 1 could mean either.
-        # LABEL_i: as transformers calls the classes of a model that names none.
+        # A file of names: rows may hold 0-based indices into it, unless a name is a number itself and 1 could mean
+        # either. LABEL_i: as transformers calls the classes of a model that names none.
         nameless = all(name == f"LABEL_{i}" for i, name in enumerate(names))
         if nameless or (from_file and not any(map(_is_number, names))):
             index = {**{str(i): i for i in range(len(names))}, **index}
@@ -286,7 +293,8 @@ class Classifier(Predictor):
     when the text was cut."""
 
     def __init__(self, task: Classification, model: torch.nn.Module, learned: Learned, options: ClassificationOptions):
-        self.task, self.model, self.names = task, model, learned["labels"]
+        self.task, self.names = task, learned["labels"]
+        self.model: Any = model
         self.limit = min(options.max_length or task.max_length, task.max_length)
         self.fields = {"text": task.config.data.text, "text_pair": task.config.data.text_pair}
 

@@ -75,11 +75,12 @@ class Telemetry:
 
 
 def read(folder: Path) -> list[dict]:
-    """The records of a run, a step once: what a resumed run did again is in the file twice, and here as it was done last.
+    """The records of a run, a step once: what a resumed run did again is in the file twice, and here as it was done
+    last.
 
     A line cut short by a kill is passed over.
     """
-    records = []
+    records: list[dict] = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         try:
             record = json.loads(line)
@@ -92,12 +93,11 @@ def read(folder: Path) -> list[dict]:
 
 
 def _append(path: Path):
-    file = open(path, "a+b")
-    if file.tell():
-        file.seek(-1, 2)
-        if file.read(1) != b"\n":  # a kill cut the last line short: the next one must not join it
-            file.write(b"\n")
-    file.close()
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":  # a kill cut the last line short: the next one must not join it
+                file.write(b"\n")
     return open(path, "a", encoding="utf-8")
 
 

@@ -17,7 +17,8 @@ class Record:
     Attributes
     ----------
     kind : str
-        run (settings and versions, at the start), train (a logged step), eval (metrics of one set), checkpoint, end, ...
+        run (settings and versions, at the start), train (a logged step), eval (metrics of one set), checkpoint, end,
+        ...
     time : float
         Unix seconds.
     fields : dict
@@ -38,7 +39,8 @@ class Record:
 
 
 class Tracker(ABC):
-    """Sends records elsewhere, from rank 0. A tracker that fails must not end the run: what it raises is logged once."""
+    """Sends records elsewhere, from rank 0. A tracker that fails must not end the run: what it raises is logged once.
+    """
 
     Settings: ClassVar[type[Section]] = Section
 

@@ -1,8 +1,8 @@
 """Checkpoints: a folder per step, complete or not there.
 
-``checkpoints/step-N.tmp`` is filled by all ranks (DeepSpeed's files, plus RNG per rank; see writer.py), then rank 0 writes ``MANIFEST.json``
-with every file's size and SHA-256, renames the folder to ``step-N`` and replaces ``LATEST``. A folder is used only after its manifest
-verifies, which happens before anything in it is unpickled.
+``checkpoints/step-N.tmp`` is filled by all ranks (DeepSpeed's files, plus RNG per rank; see writer.py), then rank 0
+writes ``MANIFEST.json`` with every file's size and SHA-256, renames the folder to ``step-N`` and replaces ``LATEST``.
+A folder is used only after its manifest verifies, which happens before anything in it is unpickled.
 """
 
 import json
@@ -28,7 +28,8 @@ TAG = "deepspeed"
 
 
 def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int, best: bool = False) -> Path:
-    """Begin to write step-N, all ranks together: copied to memory when this returns, on the disk when ``writer`` is done.
+    """Begin to write step-N, all ranks together: copied to memory when this returns, on the disk when ``writer`` is
+    done.
 
     Parameters
     ----------
@@ -82,13 +83,16 @@ def steps(folder: Path) -> list[int]:
 
 
 def _folders(folder: Path) -> list[int]:
-    """Steps of all checkpoints, ascending: one without a manifest was whole once, since it has its name from when it was."""
+    """Steps of all checkpoints, ascending: one without a manifest was whole once, since it has its name from when it
+    was.
+    """
     found = [p.name.removeprefix("step-") for p in folder.glob("step-*")]
     return sorted(int(name) for name in found if name.isdigit())
 
 
 def find(folder: Path, step: int | None = None, ranks: Ranks | None = None) -> tuple[Path, dict, list[str]]:
-    """The newest checkpoint that verifies (or the one of ``step``), its manifest, and what is wrong with those passed over (also logged).
+    """The newest checkpoint that verifies (or the one of ``step``), its manifest, and what is wrong with those passed
+    over (also logged).
 
     With ``ranks`` (and a process group) every rank hashes its share of the files, and all come to the same answer.
 
@@ -102,7 +106,7 @@ def find(folder: Path, step: int | None = None, ranks: Ranks | None = None) -> t
         raise UserError(
             f"{folder}: no checkpoint of step {step}.", f"There are: {known}." if known else "There is none at all."
         )
-    problems = []
+    problems: list[str] = []
     for candidate in [step] if step is not None else reversed(known):
         path = folder / f"step-{candidate}"
         manifest, problem = _verified(path, ranks)
@@ -119,7 +123,8 @@ def find(folder: Path, step: int | None = None, ranks: Ranks | None = None) -> t
 def load(engine, path: Path, manifest: dict, ranks: Ranks, converted: Path | None = None) -> dict:
     """Restore model, optimizer and this rank's RNG from a verified checkpoint; returns the loop's state.
 
-    ``converted``: where ``reshard.convert`` put what DeepSpeed is to load instead, for another number of ranks or ZeRO stage.
+    ``converted``: where ``reshard.convert`` put what DeepSpeed is to load instead, for another number of ranks or
+    ZeRO stage.
     """
     try:
         if converted:
@@ -138,7 +143,7 @@ def load(engine, path: Path, manifest: dict, ranks: Ranks, converted: Path | Non
         ) from None
     if manifest["world_size"] == ranks.world:
         _restore_rng(torch.load(path / f"rng-{ranks.rank}.pt", weights_only=True), ranks.device)
-    else:  # the old ranks' dropout masks are of no use to other ranks; what these draw follows from the step and the rank
+    else:  # the old ranks' dropout masks are of no use to other ranks; what these draw follows from step and rank
         torch.manual_seed((manifest["step"] << 20) + ranks.rank)
     return manifest["state"]
 
@@ -154,11 +159,11 @@ def _restore_rng(rng: dict, device: torch.device) -> None:
 
 
 def _rng_state(device: torch.device) -> dict:
-    name, keys, position, gauss, cached = np.random.get_state()
+    name, keys, position, gauss, cached = np.random.get_state(legacy=True)
     version, internal, python_gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, gauss, cached),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, gauss, cached),
         "python": (version, list(internal), python_gauss),
     }
     if device.type == "cuda":
@@ -211,7 +216,9 @@ def _damage(path: Path, manifest: dict, rank: int = 0, world: int = 1) -> str | 
 
 
 def _prune(folder: Path, current: int, keep: int, moved: Callable[[], None] = lambda: None) -> None:
-    """Keep the newest up to the one just written, and the best. A later step is one that the run went back past, because it was damaged."""
+    """Keep the newest up to the one just written, and the best. A later step is one that the run went back past,
+    because it was damaged.
+    """
     best = json.loads((folder / "BEST").read_text())["step"] if (folder / "BEST").exists() else None
     known = steps(folder)
     kept = [step for step in known if step <= current][-keep:]

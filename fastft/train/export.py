@@ -1,4 +1,6 @@
-"""Export to a Hugging Face folder: weights, config, processor and a model card; written aside, reloaded, compared, then put in place."""
+"""Export to a Hugging Face folder: weights, config, processor and a model card; written aside, reloaded, compared,
+then put in place.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def save(job: Job, state: dict[str, torch.Tensor], folder: Path, dtype: str, res
     Raises
     ------
     UserError
-        What was read back differs from what was written (a failing disk, or weights that the model class does not save).
+        What was read back differs from what was written (a failing disk, or weights that the model class does not
+        save).
     """
     model, kind = job.model, dtype_of(dtype)
     trained = {name for name, _ in model.named_parameters()}

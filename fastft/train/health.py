@@ -1,8 +1,11 @@
-"""What ranks tell each other so that no run goes on wrong: the same code and settings, the same weights, the same speed."""
+"""What ranks tell each other so that no run goes on wrong: the same code and settings, the same weights, the same
+speed.
+"""
 
 import hashlib
 import platform
 import time
+from typing import Any
 
 import torch
 
@@ -52,7 +55,8 @@ def _facts(config: Config, data_key: str) -> dict[str, str]:
 
 
 def check_weights(model: torch.nn.Module, ranks: Ranks, step: int) -> None:
-    """Refuse to go on when replicated weights differ between ranks (a flipped bit, a lost update). Not for ZeRO-3, which holds a part each.
+    """Refuse to go on when replicated weights differ between ranks (a flipped bit, a lost update). Not for ZeRO-3,
+    which holds a part each.
 
     Raises
     ------
@@ -66,20 +70,25 @@ def check_weights(model: torch.nn.Module, ranks: Ranks, step: int) -> None:
     values = [int(s) for s in ranks.gather_tensor(total)]
     usual = max(set(values), key=values.count)
     if odd := [rank for rank, value in enumerate(values) if value != usual]:
-        named = (
-            f"the weights of rank {', '.join(map(str, odd))} differ from those of the other {ranks.world - len(odd)}"
-        )
+        message = "the weights differ between ranks, and no majority says which are right"
+        if values.count(usual) > ranks.world / 2:
+            named, others = ", ".join(map(str, odd)), ranks.world - len(odd)
+            message = f"the weights of rank {named} differ from those of the other {others}"
         raise UserError(
-            f"step {step}: {named if values.count(usual) > ranks.world / 2 else 'the weights differ between ranks, and no majority says which are right'}.",
+            f"step {step}: {message}.",
             "Resume from the newest checkpoint before this step, and have that machine's memory checked.",
         )
 
 
 class ForwardTimer:
-    """Time that this rank spends in the forward, where it waits for no other (but under ZeRO-3, which gathers weights there)."""
+    """Time that this rank spends in the forward, where it waits for no other (but under ZeRO-3, which gathers weights
+    there).
+    """
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.events = device, 0.0, []
+        self.device, self.seconds = device, 0.0
+        self.events: list[tuple] = []
+        self.start: Any = None
 
     def __enter__(self) -> None:
         if self.device.type == "cuda":  # the host runs ahead of the device: its clock would say nothing
@@ -97,7 +106,8 @@ class ForwardTimer:
             self.seconds += time.perf_counter() - self.start
 
     def slow_ranks(self, ranks: Ranks) -> dict[int, float]:
-        """Ranks that took more than 1.5 times the median since the last call, and how many times. All ranks together."""
+        """Ranks that took more than 1.5 times the median since the last call, and how many times. All ranks together.
+        """
         if self.events:
             self.events[-1][1].synchronize()
             self.seconds += sum(start.elapsed_time(end) for start, end in self.events) / 1000

@@ -135,7 +135,7 @@ class Loop:
             self.observers[name] = kind(settings, view)
             if name in self.states:
                 self.observers[name].load_state(self.states[name])
-        for name, kind in (("skips", Skips), ("stragglers", Stragglers), ("best", Best)):
+        for name in ("skips", "stragglers", "best"):
             setattr(self, name, self.observers[name])
         self.stepper.before_step = self._before_update
         return log

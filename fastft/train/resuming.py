@@ -1,4 +1,5 @@
-"""From a checkpoint to the state of a run: which one, whether the rest would be the rest of this run, and loading it."""
+"""From a checkpoint to the state of a run: which one, whether the rest would be the rest of this run, and loading it.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class Found:
 
 
 def find(job: Job, layout: str) -> Found:
-    """The newest usable checkpoint, once it is known that the rest would be the rest of this run; converted where needed.
+    """The newest usable checkpoint, once it is known that the rest would be the rest of this run; converted where
+    needed.
 
     Raises
     ------

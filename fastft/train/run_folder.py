@@ -47,7 +47,7 @@ def check(run_dir: Path, config: Config, overwrite: bool) -> None:
 def lock(run_dir: Path) -> TextIO:
     """Hold the folder for this process, until it ends. UserError when another has it."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = open(run_dir / ".lock", "w")
+    file = open(run_dir / ".lock", "w")  # noqa: SIM115  # the lock lasts as long as it is open
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -60,7 +60,9 @@ def lock(run_dir: Path) -> TextIO:
 
 
 def claim(run_dir: Path, config: Config, resume: bool) -> None:
-    """Take the run folder, now that nothing is left to refuse: keep the whole configuration, put an overwritten run aside until this one is done."""
+    """Take the run folder, now that nothing is left to refuse: keep the whole configuration, put an overwritten run
+    aside until this one is done.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     if not resume and (run_dir / "metrics.jsonl").exists():
         failed_before = (run_dir / "metrics.jsonl.old").exists()  # then what lies aside is the last good run, and stays
@@ -82,8 +84,10 @@ def check_data(written: Path, then: str, now: str) -> None:
     """UserError when prepared training data has another key now than when this file or folder was written."""
     if then != now:
         raise UserError(
-            f"{written}: the training data, tokenizer or data settings changed since this was written, or it is from a fastft that read data otherwise.",
-            "Put the old data back, go on with the fastft that began the run, or start a new run from the exported model.",
+            f"{written}: the training data, tokenizer or data settings changed since this was written, or it is from "
+            "a fastft that read data otherwise.",
+            "Put the old data back, go on with the fastft that began the run, or start a new run from the exported "
+            "model.",
         )
 
 

@@ -39,7 +39,8 @@ class Saver:
             problems = enumerate(ranks.gather(self.writer.problem))
             raise UserError(
                 "; ".join(f"rank {rank}: {problem}" for rank, problem in problems if problem),
-                f"The older checkpoints are whole: go on with `fastft resume {self.job.config.run.dir}` once it is fixed.",
+                "The older checkpoints are whole: once it is fixed, go on with "
+                f"`fastft resume {self.job.config.run.dir}`.",
             )
         return signum
 
@@ -67,10 +68,11 @@ class Saver:
         return path
 
     def settle(self, step: int) -> None:
-        """Wait, all ranks together, until everyone's part of the last checkpoint is on the disk; raises on every rank when
-        any failed.
+        """Wait, all ranks together, until everyone's part of the last checkpoint is on the disk; raises on every rank
+        when any failed.
 
-        Only who writes on, or has nothing to write, gives a sign of life: a disk that does not answer is for the watchdog.
+        Only who writes on, or has nothing to write, gives a sign of life: a disk that does not answer is for the
+        watchdog.
         """
         moved = -1
         while True:

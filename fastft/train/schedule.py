@@ -38,13 +38,13 @@ class Schedule:
                     "Raise batch.global_tokens or lower data.max_length.",
                 )
         size = size or 32
-        segments = tuple((steps, taken) for steps, taken in segments)
-        steps, taken = segments[-1] if segments else (0, 0)
+        before = tuple((steps, taken) for steps, taken in segments)
+        steps, taken = before[-1] if before else (0, 0)
         if config.train.steps is not None:
             total = config.train.steps
-            return cls(order, size, total, taken + max(0, total - steps) * size, segments)
+            return cls(order, size, total, taken + max(0, total - steps) * size, before)
         positions = max(1, round((config.train.epochs or 1.0) * len(order.split)))
-        return cls(order, size, steps + max(0, math.ceil((positions - taken) / size)), positions, segments)
+        return cls(order, size, steps + max(0, math.ceil((positions - taken) / size)), positions, before)
 
     def taken(self, step: int) -> int:
         """Positions that the first ``step`` steps take."""
@@ -86,7 +86,9 @@ class Due:
         return self.interval is not None and self.interval.seconds is not None
 
     def at(self, step: int, now: float) -> bool:
-        """After ``step`` steps. By time: at ``now``, counted from the last time that it was due, on this rank's clock."""
+        """After ``step`` steps. By time: at ``now``, counted from the last time that it was due, on this rank's
+        clock.
+        """
         if self.interval is None:
             return False
         if self.interval.steps is not None:

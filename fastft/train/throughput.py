@@ -15,7 +15,7 @@ class Throughput:
 
     def __init__(self):
         self.tokens = self.padded = self.samples = 0
-        self.all_tokens = self.all_samples = 0
+        self.all_tokens = self.all_samples = 0.0
         self.all_seconds = 0.0
         self.since = time.perf_counter()
 

@@ -1,8 +1,10 @@
-"""Writing checkpoints beside the training: a snapshot in memory, then a thread per rank that writes, hashes and syncs it.
+"""Writing checkpoints beside the training: a snapshot in memory, then a thread per rank that writes, hashes and syncs
+it.
 
-The threads of a job meet through files, for a collective in a thread would get between those of the training: each leaves
-``rank-N.json`` (its files' sizes and hashes) in the scratch folder when its part is on the disk, and rank 0's, once all are there, writes
-the manifest, renames the folder and replaces LATEST. Until then the checkpoint does not exist.
+The threads of a job meet through files, for a collective in a thread would get between those of the training: each
+leaves ``rank-N.json`` (its files' sizes and hashes) in the scratch folder when its part is on the disk, and rank 0's,
+once all are there, writes the manifest, renames the folder and replaces LATEST. Until then the checkpoint does not
+exist.
 """
 
 import hashlib
@@ -39,7 +41,9 @@ POINTS = (
 
 
 def point(name: str, rank: int) -> None:
-    """A named moment of a save, at which a test has a rank killed: FASTFT_KILL_AT=name:rank, or name:rank:file for once (the file marks it)."""
+    """A named moment of a save, at which a test has a rank killed: FASTFT_KILL_AT=name:rank, or name:rank:file for
+    once (the file marks it).
+    """
     wanted = os.environ.get("FASTFT_KILL_AT", "").split(":", 2)
     if wanted[:2] != [name, str(rank)]:
         return
@@ -58,7 +62,8 @@ class _Stream:
     """
 
     def __init__(self, path: Path, moved: Callable[[], None]):
-        self.file, self.moved = open(path, "wb", buffering=0), moved
+        self.file = open(path, "wb", buffering=0)  # noqa: SIM115  # until finish()
+        self.moved = moved
         self.hash, self.bytes, self.unsynced = hashlib.sha256(), 0, 0
         self.pending = bytearray()  # small pieces, less than PART of them
         self.error: OSError | None = None
@@ -126,7 +131,8 @@ class Writer:
         self.abandoned = threading.Event()
 
     def write(self, files: dict[Path, object], scratch: Path, finish: Callable[[dict[str, dict]], None]) -> None:
-        """Begin to write ``files`` (path -> state) into ``scratch``; on rank 0 ``finish(manifest's files)`` follows when all ranks are done.
+        """Begin to write ``files`` (path -> state) into ``scratch``; on rank 0 ``finish(manifest's files)`` follows
+        when all ranks are done.
 
         The write before this one must be done.
         """
@@ -138,7 +144,9 @@ class Writer:
         return self.thread is not None and self.thread.is_alive()
 
     def wait(self) -> None:
-        """Until this rank's part is done (on rank 0: all ranks'). Not where another rank may have failed; see Saver.settle."""
+        """Until this rank's part is done (on rank 0: all ranks'). Not where another rank may have failed; see
+        Saver.settle.
+        """
         if self.thread is not None:
             self.thread.join()
 
@@ -161,7 +169,7 @@ class Writer:
             for path, state in files.items():
                 point("before-file", self.ranks.rank)
                 stream = _Stream(path, self.move)
-                torch.save(state, stream)
+                torch.save(state, stream)  # type: ignore[arg-type]
                 point("after-file", self.ranks.rank)
                 entries[str(path.relative_to(scratch))] = stream.finish()
             point("before-report", self.ranks.rank)

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,8 @@ def start_process_group() -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed would compile a shared-memory all-reduce here (a compiler, half a minute) that only its inference path calls.
+    # DeepSpeed would compile a shared-memory all-reduce here (a compiler, half a minute) that only its inference path
+    # calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         backend = "gloo" if os.environ.get("DS_ACCELERATOR") == "cpu" else "nccl"
@@ -65,8 +67,9 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
     zero, spec = config.parallel.zero, OptimizerSpec.of(config)
     # Stage 0 keeps gradients whole: the loop fuses clipping into the optimizer's pass instead.
     clip = (config.optim.grad_clip or 0.0) if zero or config.model.dtype == "bf16" else 0.0
-    settings = {
-        # The loop sets the accumulation boundary itself and normalises the loss itself, so these only have to be consistent.
+    settings: dict[str, Any] = {
+        # The loop sets the accumulation boundary itself and normalises the loss itself, so these only have to be
+        # consistent.
         "train_batch_size": ranks.world,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -79,7 +82,8 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
     if config.model.dtype == "bf16":
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if spec.replaces_masters:
-            # Without bf16_optimizer_states DeepSpeed insists on its own CPU optimizer; how the state is kept is ours to say.
+            # Without bf16_optimizer_states DeepSpeed insists on its own CPU optimizer; how the state is kept is ours
+            # to say.
             settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     extra = config.parallel.deepspeed
     if isinstance(extra, str):
@@ -103,13 +107,14 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
                 raise UserError(f"parallel.deepspeed: zero_optimization is a {type(value).__name__}, not a mapping.")
             if value.get("stage", zero) != zero:
                 raise UserError(
-                    f"parallel.deepspeed: zero_optimization.stage = {value['stage']} contradicts parallel.zero = {zero}.",
+                    f"parallel.deepspeed: zero_optimization.stage = {value['stage']} contradicts "
+                    f"parallel.zero = {zero}.",
                     "Set parallel.zero.",
                 )
             if value.get("elastic_checkpoint") and spec.blockwise_state:
                 raise UserError(
-                    "parallel.deepspeed: zero_optimization.elastic_checkpoint cuts the optimizer's tensors itself, which would tear the blocks "
-                    "of optim.state_dtype: int8 apart.",
+                    "parallel.deepspeed: zero_optimization.elastic_checkpoint cuts the optimizer's tensors itself, "
+                    "which would tear the blocks of optim.state_dtype: int8 apart.",
                     "Remove one of the two.",
                 )
             settings[key] = {**value, "stage": zero}
@@ -121,7 +126,9 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
 
 
 def _check_deepspeed(settings: dict) -> None:
-    """Let DeepSpeed read the settings, and refuse what it refuses, and every key that it did not ask for (it would ignore it in silence)."""
+    """Let DeepSpeed read the settings, and refuse what it refuses, and every key that it did not ask for (it would
+    ignore it in silence).
+    """
     from deepspeed.runtime.config import DeepSpeedConfig
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -197,7 +204,9 @@ def build_engine(model: torch.nn.Module, optimizer: ClientOptimizer, settings: d
 
 
 def _clear_padding(zero) -> None:
-    """Zero what pads the last shards of stage 3: DeepSpeed leaves it as the memory was found (NaN, at times), and it goes into checkpoints."""
+    """Zero what pads the last shards of stage 3: DeepSpeed leaves it as the memory was found (NaN, at times), and it
+    goes into checkpoints.
+    """
     for flat, params in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
         before = 0
         for param in params:
@@ -213,8 +222,9 @@ def _clear_padding(zero) -> None:
 def _set_offsets(engine) -> None:
     """Tell our optimizer where each flat shard begins, so that its random rounding differs from shard to shard.
 
-    Stages 1 and 2 cut each group's flat tensor: rounding then does not depend on the number of ranks. Stage 3 cuts every parameter, and a flat
-    shard holds a piece of each: the ranks get ranges of their own, and the rounding depends on how many there are.
+    Stages 1 and 2 cut each group's flat tensor: rounding then does not depend on the number of ranks. Stage 3 cuts
+    every parameter, and a flat shard holds a piece of each: the ranks get ranges of their own, and the rounding
+    depends on how many there are.
     """
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):
@@ -233,7 +243,8 @@ def _set_offsets(engine) -> None:
 
 
 class Stepper:
-    """Runs the engine's micro-steps, and its optimizer step with clipping and the NaN check fused in where DeepSpeed leaves it to us.
+    """Runs the engine's micro-steps, and its optimizer step with clipping and the NaN check fused in where DeepSpeed
+    leaves it to us.
 
     Attributes
     ----------

@@ -1,19 +1,21 @@
 """The optimizer step under DeepSpeed ZeRO 1, 2 and 3 in one pass over memory.
 
-DeepSpeed casts the reduced gradients to float32, multiplies them by the clipping factor, runs Adam and copies the result to bfloat16:
-four passes, 6 + 8 + 28 + 6 = 48 bytes per parameter, after a gradient norm that makes float64 copies (another 18) and an overflow check
-that reads twice. Here Adam's kernel reads the bfloat16 gradients where they lie, scales them, and writes master, state and the
-bfloat16 weights: 28 bytes, after a norm of 2, whose being finite is the overflow check.
+DeepSpeed casts the reduced gradients to float32, multiplies them by the clipping factor, runs Adam and copies the
+result to bfloat16: four passes, 6 + 8 + 28 + 6 = 48 bytes per parameter, after a gradient norm that makes float64
+copies (another 18) and an overflow check that reads twice. Here Adam's kernel reads the bfloat16 gradients where they
+lie, scales them, and writes master, state and the bfloat16 weights: 28 bytes, after a norm of 2, whose being finite
+is the overflow check.
 
-It is a seam over methods of DeepSpeed's ZeRO optimizers. Whether they still are those it was written against is decided by a
-fingerprint of their source, not by a version number; where they are not, or where a feature is in use that the seam does not cover,
-DeepSpeed's own step runs, with FusedAdamW as its optimizer, and `install` says why.
+It is a seam over methods of DeepSpeed's ZeRO optimizers. Whether they still are those it was written against is
+decided by a fingerprint of their source, not by a version number; where they are not, or where a feature is in use
+that the seam does not cover, DeepSpeed's own step runs, with FusedAdamW as its optimizer, and `install` says why.
 """
 
 import hashlib
 import inspect
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from fastft.ops import sum_squares
 from fastft.optim.adamw import FusedAdamW
+from fastft.optim.optimizers.base import ClientOptimizer
 
 # What the seam replaces or leans on, and the SHA-256 of its source in DeepSpeed 0.19.8.
 METHODS = {
@@ -63,7 +66,7 @@ TESTED = {
 }
 
 
-def install(engine, optimizer: FusedAdamW) -> str:
+def install(engine, optimizer: ClientOptimizer) -> str:
     """Make the engine's ZeRO step the fused one.
 
     Returns "" when it was done, else why DeepSpeed's own step stays (one sentence, for the log and the run's record).
@@ -72,11 +75,12 @@ def install(engine, optimizer: FusedAdamW) -> str:
     reason = why_not(zero, optimizer)
     if not reason:
         seam = _Stage3 if type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3" else _Stage12
+        assert isinstance(optimizer, FusedAdamW)
         seam(zero, optimizer).attach()
     return reason
 
 
-def why_not(zero, optimizer: FusedAdamW) -> str:
+def why_not(zero, optimizer: Any) -> str:
     """Why the fused step cannot stand in for this ZeRO optimizer's; "" when it can."""
     name = type(zero).__name__
     if name not in METHODS:
@@ -128,7 +132,9 @@ class _Seam:
             setattr(self.zero, method.__name__, method)
 
     def scale_of(self, norm: Tensor) -> Tensor | None:
-        """1 / DeepSpeed's combined scale, as it computes it: min(1, clip_grad / (norm + 1e-6)). None: nothing to scale."""
+        """1 / DeepSpeed's combined scale, as it computes it: min(1, clip_grad / (norm + 1e-6)). None: nothing to
+        scale.
+        """
         if self.zero.clip_grad <= 0.0:
             return None
         return 1.0 / torch.clamp((norm + 1e-6) / self.zero.clip_grad, min=1.0)
@@ -141,7 +147,9 @@ class _Stage12(_Seam):
         self.replace(self.step, self.get_grad_norm_direct)
 
     def get_grad_norm_direct(self, gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
-        """L2 norm of this group's gradients over all ranks, 0-dim float32; -1 when one is NaN or Inf (DeepSpeed's convention)."""
+        """L2 norm of this group's gradients over all ranks, 0-dim float32; -1 when one is NaN or Inf (DeepSpeed's
+        convention).
+        """
         from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 
         zero = self.zero
@@ -171,6 +179,7 @@ class _Stage12(_Seam):
             self._skip()
             return
         zero._global_grad_norm = norm
+        assert norm is not None
         scale = self.scale_of(norm)
         zero.timers(stage_1_and_2.OPTIMIZER_STEP_TIMER).start()
         for i in range(len(zero.bit16_groups)):
@@ -179,9 +188,13 @@ class _Stage12(_Seam):
         if zero.cpu_offload:
             zero.reset_cpu_buffers()
         zero.timers(stage_1_and_2.OPTIMIZER_ALLGATHER_TIMER).start()
-        all_gather_dp_groups(groups_flat=zero.bit16_groups_flat, partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
-                             dp_process_group=zero.real_dp_process_group, start_alignment_factor=zero.nccl_start_alignment_factor,
-                             allgather_bucket_size=zero.allgather_bucket_size)  # fmt: skip
+        all_gather_dp_groups(
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
         zero.timers(stage_1_and_2.OPTIMIZER_ALLGATHER_TIMER).stop()
         for i in range(len(zero.bit16_groups)):
             zero._update_model_bit16_weights(i)
@@ -232,11 +245,18 @@ class _Stage3(_Seam):
 
     def attach(self) -> None:
         self.copy_weights = types.MethodType(type(self.zero)._reassign_or_swap_out_partitioned_parameters, self.zero)
-        self.replace(self.get_grad_norm_direct, self._prepare_fp32_grad_for_sub_group, self.unscale_and_clip_grads, self._optimizer_step,
-                     self._reassign_or_swap_out_partitioned_parameters)  # fmt: skip
+        self.replace(
+            self.get_grad_norm_direct,
+            self._prepare_fp32_grad_for_sub_group,
+            self.unscale_and_clip_grads,
+            self._optimizer_step,
+            self._reassign_or_swap_out_partitioned_parameters,
+        )
 
     def get_grad_norm_direct(self, gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
-        """L2 norm of this sub-group's gradients over all ranks, 0-dim float64; -1 when one is NaN or Inf (DeepSpeed's convention)."""
+        """L2 norm of this sub-group's gradients over all ranks, 0-dim float64; -1 when one is NaN or Inf (DeepSpeed's
+        convention).
+        """
         zero = self.zero
         total = sum_squares(_joined(gradients)).to(zero.device)
         dist.all_reduce(total, group=zero._get_param_partition_group(params[0]))
@@ -274,7 +294,9 @@ class _Stage3(_Seam):
 
 
 def _joined(tensors: list[Tensor]) -> list[Tensor]:
-    """The same elements in the same order as 1-D tensors, neighbours in memory made one: one of 100 M elements, say, instead of 200."""
+    """The same elements in the same order as 1-D tensors, neighbours in memory made one: one of 100 M elements, say,
+    instead of 200.
+    """
     joined: list[Tensor] = []
     for tensor in tensors:
         tensor = tensor.detach().reshape(-1)

@@ -44,7 +44,9 @@ def needed(manifest: dict, stage: int, ranks: Ranks, spec: OptimizerSpec) -> boo
 
 
 def convert(path: Path, tag: str, stage: int, ranks: Ranks) -> Path:
-    """Write the universal form of a verified checkpoint beside it (rank 0), for this stage; all ranks return its folder, which ``done`` removes."""
+    """Write the universal form of a verified checkpoint beside it (rank 0), for this stage; all ranks return its
+    folder, which ``done`` removes.
+    """
     folder = path.with_name(f"{path.name}.universal.tmp")
     problem = [""]
     if ranks.main:
@@ -80,8 +82,8 @@ def convert(path: Path, tag: str, stage: int, ranks: Ranks) -> Path:
 def _fit(folder: Path, stage: int, world: int) -> None:
     """Put what DeepSpeed reads beside the universal weights where this stage looks for it, and as it reads it.
 
-    Its converter writes it for the stage that the checkpoint came from: the counters in one file or in one per rank, the step per parameter or
-    once, the groups' settings on their own or with the state, the weights flat or in shape.
+    Its converter writes it for the stage that the checkpoint came from: the counters in one file or in one per rank,
+    the step per parameter or once, the groups' settings on their own or with the state, the weights flat or in shape.
     """
     found = sorted(folder.glob("*model_states.pt"))
     counters = torch.load(found[0], map_location="cpu", weights_only=False)  # its hash was verified

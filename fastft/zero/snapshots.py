@@ -64,7 +64,7 @@ def snapshot(engine, scratch: str, tag: str, adapter_only: bool = False) -> dict
     """
     if not isinstance(engine.checkpoint_engine, Snapshots):
         engine.checkpoint_engine = Snapshots()
-    state = {"universal_checkpoint_info": {}}
+    state: dict[str, object] = {"universal_checkpoint_info": {}}
     engine.save_checkpoint(
         scratch, tag=tag, save_latest=False, client_state=state, exclude_frozen_parameters=adapter_only
     )

@@ -1,7 +1,10 @@
-"""Makes runs.tar.gz beside this file: what fastft 0.1.0 (commit 2dda5fb) wrote, for test_compat.py. Run with that version's checkout on PYTHONPATH.
+"""Makes runs.tar.gz beside this file: what fastft 0.1.0 (commit 2dda5fb) wrote, for test_compat.py.
 
-Six runs of 20 steps (two tasks at ZeRO 0, 1 and 3; the sharded ones on two ranks), each with the checkpoint of step 10, config.yaml, the prepared
-data and all losses; the two models and the texts that they learn from. No dropout, so that nothing hangs on the random numbers.
+Run with that version's checkout on PYTHONPATH.
+
+Six runs of 20 steps (two tasks at ZeRO 0, 1 and 3; the sharded ones on two ranks), each with the checkpoint of step
+10, config.yaml, the prepared data and all losses; the two models and the texts that they learn from. No dropout, so
+that nothing hangs on the random numbers.
 """
 
 import json

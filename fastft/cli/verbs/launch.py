@@ -29,7 +29,9 @@ def run(
     ] = 600.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands, start nothing.")] = False,
 ) -> None:
-    """Train on many ranks, here or on the hosts of a file: all end together, and go on from the newest checkpoint after a failure."""
+    """Train on many ranks, here or on the hosts of a file: all end together, and go on from the newest checkpoint
+    after a failure.
+    """
     from fastft.launch import hostfile as hosts_of
     from fastft.launch import launcher
 

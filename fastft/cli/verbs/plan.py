@@ -67,7 +67,8 @@ def run(
     out.print(table)
     shape = result["model"]
     out.print(
-        f"{shape['parameters']:,} parameters, {shape['layers']} layers of {shape['hidden']:,}; {gpus:,} {hardware}, a failure every "
-        f"{report.duration(result['mtbf'])}. The constants are those of published H100 runs (benchmarks/results/plan.md).",
+        f"{shape['parameters']:,} parameters, {shape['layers']} layers of {shape['hidden']:,}; "
+        f"{gpus:,} {hardware}, a failure every {report.duration(result['mtbf'])}. "
+        "The constants are those of published H100 runs (benchmarks/results/plan.md).",
         highlight=False,
     )

@@ -54,7 +54,13 @@ def run(
         if strange := [name for name in rows[0][1] if name not in ready.fields]:
             raise UserError(f"This model's task has no {strange[0]}.", f"It has: {', '.join(ready.fields)}.")
     else:
-        wanted = {"path": source, "format": format, "split": split, "documents": documents, "quoting": quoting}
+        wanted: dict[str, Any] = {
+            "path": source,
+            "format": format,
+            "split": split,
+            "documents": documents,
+            "quoting": quoting,
+        }
         wanted["header"] = header.split(",") if header else None
         chosen = configuration.section(configuration.Source, wanted, "fastft predict")
         rows = read(ready, chosen, {first: column, "text_pair": pair_column})

@@ -18,7 +18,9 @@ def run(
     master_port: Annotated[int, typer.Option(min=1, max=65535)] = 29500,
     as_json: JsonOpt = False,
 ) -> None:
-    """Whether the hosts can train this configuration together: versions, code, model and data, clocks, disks, network."""
+    """Whether the hosts can train this configuration together: versions, code, model and data, clocks, disks,
+    network.
+    """
     from fastft.launch import hostfile as hosts_of
     from fastft.launch import launcher
     from fastft.launch import preflight as checks

@@ -26,7 +26,8 @@ def run(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt = Fa
     out.print(table)
     new = f" Newly initialized: {', '.join(report['newly_initialized'])}." if report["newly_initialized"] else ""
     out.print(
-        f"{report['steps']:,} steps of {report['sequences_per_step']:,} sequences, at most {report['max_length']:,} tokens "
-        f"each; {report['parameters']:,} parameters, {report['trained']:,} trained.{new}",
+        f"{report['steps']:,} steps of {report['sequences_per_step']:,} sequences, "
+        f"at most {report['max_length']:,} tokens each; {report['parameters']:,} parameters, "
+        f"{report['trained']:,} trained.{new}",
         highlight=False,
     )

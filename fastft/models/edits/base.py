@@ -17,8 +17,8 @@ class Edit(ABC):
     ----------------
     Settings : Section type
     order : int
-        Smaller ones are applied first: 0 what replaces weights (quantization), 50 what replaces modules, 100 what is put
-        around them (adapters).
+        Smaller ones are applied first: 0 what replaces weights (quantization), 50 what replaces modules, 100 what is
+        put around them (adapters).
     """
 
     Settings: ClassVar[type[Section]] = Section

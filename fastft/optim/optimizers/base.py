@@ -13,7 +13,8 @@ from fastft.lazy import torch
 
 
 class ClientOptimizer(Protocol):
-    """A torch optimizer that DeepSpeed's engine can be built around. One with ``step_flat`` gets the fused ZeRO step."""
+    """A torch optimizer that DeepSpeed's engine can be built around. One with ``step_flat`` gets the fused ZeRO step.
+    """
 
     param_groups: list[dict[str, Any]]
     state: Any
@@ -26,7 +27,9 @@ class ClientOptimizer(Protocol):
     def scaled(
         self, grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
     ) -> AbstractContextManager:
-        """While inside, step() multiplies gradients by ``grad_scale`` (0-dim) and changes nothing where ``found_inf`` is not 0."""
+        """While inside, step() multiplies gradients by ``grad_scale`` (0-dim) and changes nothing where ``found_inf``
+        is not 0.
+        """
 
 
 class OptimizerSpec(ABC):

@@ -34,7 +34,8 @@ class FusedAdamWSettings(Optim):
         if self.master != "fp32" and (config.model.dtype != "bf16" or config.parallel.zero == 0):
             raise ValueError(
                 f"optim.master: {self.master} needs model.dtype: bf16 and parallel.zero: 1, 2 or 3 "
-                f"(here {config.model.dtype} and {config.parallel.zero}): nothing else has weights that it could replace"
+                f"(here {config.model.dtype} and {config.parallel.zero}): nothing else has weights that it "
+                "could replace"
             )
 
 

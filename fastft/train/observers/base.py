@@ -1,7 +1,7 @@
 """What an observer is.
 
-Observers are called in one order on all ranks, so that what they tell each other stays aligned. Their state is JSON and is in every
-checkpoint.
+Observers are called in one order on all ranks, so that what they tell each other stays aligned. Their state is JSON
+and is in every checkpoint.
 """
 
 from __future__ import annotations
