@@ -23,7 +23,7 @@ from fastft.objectives.base import Objective
 from fastft.optim.groups import ParameterGroups
 from fastft.optim.optimizers.base import ClientOptimizer, OptimizerSpec
 from fastft.ranks import Ranks, environment
-from fastft.tasks.base import Task
+from fastft.tasks.base import ModelSpec, Task
 
 Weights = Literal["start", "trained", "empty"]
 
@@ -102,18 +102,32 @@ def add_model(job: Job, weights: Weights = "start") -> None:
     """
     config, task = job.config, job.task
     spec = task.model(job.learned)
+    if weights == "trained":
+        _open_trained(job, spec)
+        return
     settings = config.model.changed(init="random") if weights == "empty" else config.model
     new = spec.new_parameters if weights == "start" else ()
-    overrides = {} if weights == "trained" else spec.overrides
-    job.model, job.initialized = load.build(settings, spec.auto_class, new, config.run.seed, **overrides)
-    if weights != "trained":
-        chosen = config.model.chosen().items()
-        job.edits = [rooms.EDITS.get(name)(settings, config) for name, settings in chosen]
-        job.edits.sort(key=lambda edit: edit.order)
-        for edit in job.edits:
-            edit.apply(job.model)
-            job.record |= edit.record()
+    job.model, job.initialized = load.build(settings, spec.auto_class, new, config.run.seed, **spec.overrides)
+    chosen = config.model.chosen().items()
+    job.edits = [rooms.EDITS.get(name)(settings, config) for name, settings in chosen]
+    job.edits.sort(key=lambda edit: edit.order)
+    for edit in job.edits:
+        edit.apply(job.model, spec.new_parameters)
+        job.record |= edit.record()
     job.frozen = load.freeze(job.model, config.model.freeze)
+
+
+def _open_trained(job: Job, spec: ModelSpec) -> None:
+    """An exported model: whole, or an edit's own form beside the base that it names."""
+    settings, folder = job.config.model, Path(job.config.model.path)
+    kinds = [kind for name in rooms.EDITS.names() if (kind := rooms.EDITS.get(name)).wrote(folder)]
+    if not kinds:
+        job.model, _ = load.build(settings, spec.auto_class, (), job.config.run.seed)
+        return
+    base = settings.changed(path=kinds[0].base(folder), tokenizer=str(folder))
+    job.model, _ = load.build(base, spec.auto_class, spec.new_parameters, job.config.run.seed, **spec.overrides)
+    for kind in kinds:
+        kind.open(folder, job.model)
 
 
 def add_optimizer(job: Job) -> None:

@@ -12,10 +12,13 @@ from fastft.train.export import save
 from fastft.zero import weights
 
 
-def export_checkpoint(run_dir: Path, to: Path, step: int | None, dtype: str | None) -> Path:
+def export_checkpoint(
+    run_dir: Path, to: Path, step: int | None = None, dtype: str | None = None, merge: bool = False
+) -> Path:
     """Export the newest checkpoint that verifies (or that of ``step``); dtype None: the model's own.
 
-    Under ZeRO 1-3 the float32 master weights are read, so that dtype="fp32" is exact even for a bf16 run.
+    ``merge``: an adapter into its base. Under ZeRO 1-3 the float32 master weights are read, so that dtype="fp32" is
+    exact even for a bf16 run.
     """
     config = configuration.load_run(run_dir)
     if to.exists():
@@ -32,4 +35,4 @@ def export_checkpoint(run_dir: Path, to: Path, step: int | None, dtype: str | No
         raise UserError(
             f"{path}: holds no {', '.join(missing[:5])}.", "Export the run's own folder instead: <run.dir>/model."
         )
-    return save(job, state, to, dtype or config.model.dtype, {"step": manifest["step"]})
+    return save(job, state, to, dtype or config.model.dtype, {"step": manifest["step"]}, merge)

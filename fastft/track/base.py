@@ -39,8 +39,7 @@ class Record:
 
 
 class Tracker(ABC):
-    """Sends records elsewhere, from rank 0. A tracker that fails must not end the run: what it raises is logged once.
-    """
+    """Sends records elsewhere, from rank 0. One that fails does not end the run: what it raises is logged once."""
 
     Settings: ClassVar[type[Section]] = Section
 

@@ -31,7 +31,14 @@ def save_engine(engine: Any, job: Job, folder: Path, results: dict | None = None
     return folder
 
 
-def save(job: Job, state: dict[str, torch.Tensor], folder: Path, dtype: str, results: dict | None = None) -> Path:
+def save(
+    job: Job,
+    state: dict[str, torch.Tensor],
+    folder: Path,
+    dtype: str,
+    results: dict | None = None,
+    merge: bool = False,
+) -> Path:
     """Write model, processor and model card to a folder.
 
     Parameters
@@ -40,6 +47,8 @@ def save(job: Job, state: dict[str, torch.Tensor], folder: Path, dtype: str, res
         Of ``job.model``, by name.
     dtype : str
         fp32 or bf16: of the floating-point weights.
+    merge : bool
+        Write the plain model that computes the same also where an edit (an adapter) has files of its own.
 
     Raises
     ------
@@ -57,7 +66,9 @@ def save(job: Job, state: dict[str, torch.Tensor], folder: Path, dtype: str, res
     with replacing(folder) as scratch:
         try:
             scratch.mkdir()
-            if not any(edit.export(state, model, scratch, kind) for edit in job.edits):
+            if merge or not any(edit.write(state, model, scratch, kind) for edit in job.edits):
+                for edit in reversed(job.edits):
+                    state = edit.merged(state, model, kind)
                 whole = {name: _exported(tensor, kind) for name, tensor in state.items()}
                 model.save_pretrained(scratch, state_dict=dict(whole))  # which takes tensors out of the mapping
                 _compare(scratch, whole, model)

@@ -106,8 +106,7 @@ class ForwardTimer:
             self.seconds += time.perf_counter() - self.start
 
     def slow_ranks(self, ranks: Ranks) -> dict[int, float]:
-        """Ranks that took more than 1.5 times the median since the last call, and how many times. All ranks together.
-        """
+        """Ranks that took over 1.5 times the median since the last call, and how many times. All ranks together."""
         if self.events:
             self.events[-1][1].synchronize()
             self.seconds += sum(start.elapsed_time(end) for start, end in self.events) / 1000

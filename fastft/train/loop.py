@@ -291,8 +291,6 @@ class Loop:
         if not self.metrics and self.job.evals:
             self._evaluate()
         self.heart.rest()
-        for edit in self.job.edits:
-            edit.after_training(self.job.model)
         exported = self.step
         if self.stopped is not None and self.best.best is not None:
             exported = self._take_best()

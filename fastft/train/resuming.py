@@ -1,5 +1,4 @@
-"""From a checkpoint to the state of a run: which one, whether the rest would be the rest of this run, and loading it.
-"""
+"""From a checkpoint to the state of a run: which one, whether the rest would be the rest of this run, loading it."""
 
 from __future__ import annotations
 
@@ -74,6 +73,11 @@ def find(job: Job, layout: str) -> Found:
                 f"{path}: was written with {key} = {then}, this run has {new}.",
                 f"Resume with {key}={then}, or start a new run from the exported model.",
             )
+    names = {type(edit).__name__: edit for edit in job.edits}
+    stored = state.get("edits", {})
+    wrong = [names[name].check_state(stored[name]) for name in stored if name in names] if ranks.main else []
+    if problem := next(filter(None, ranks.from_main(wrong)), None):
+        raise UserError(f"{path}: {problem}", "Put the old model back, or start a new run.")
     if state["layout"] != layout:  # DeepSpeed restores flat shards by position: layers would take each other's weights
         raise UserError(
             f"{path}: was written with other trained parameters or parameter groups (model.freeze, an adapter, "

@@ -58,7 +58,8 @@ class Saver:
         """
         schedule, config = self.schedule, self.job.config
         place = {"step": step, "segments": schedule.segments_at(step), "taken": schedule.taken(step)}
-        state = {**place, **self.fixed, **state, "best": best, "config": configuration.dump(config)}
+        kept = {type(e).__name__: e.state() for e in self.job.edits} if self.job.ranks.main else {}
+        state = {**place, **self.fixed, "edits": kept, **state, "best": best, "config": configuration.dump(config)}
         self.settle(step)
         path = checkpoint.save(
             self.engine, self.writer, self.folder, step, state, config.checkpoint.keep, best is not None

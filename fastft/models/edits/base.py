@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from fastft.config import Config, Section
 from fastft.lazy import torch
 
+State = dict[str, "torch.Tensor"]
+
 
 class Edit(ABC):
     """A change of the model, chosen by a key of ``model``.
@@ -28,27 +30,50 @@ class Edit(ABC):
         self.settings, self.config = settings, config
 
     @abstractmethod
-    def apply(self, model: torch.nn.Module) -> None:
-        """Change the model in place. Raises UserError when it cannot be done to this one."""
+    def apply(self, model: torch.nn.Module, heads: tuple[str, ...]) -> None:
+        """Change the model in place. Raises UserError when it cannot be done to this one.
 
-    def owns(self, name: str) -> bool:
-        """Whether a parameter of the edited model is the edit's own."""
-        return False
+        ``heads``: name parts of the weights that the task may newly initialize, which are trained whatever else is.
+        """
 
     @property
     def freezes_base(self) -> bool:
-        """Whether only this edit's parameters are trained, and only they belong in checkpoints."""
+        """Whether only what this edit leaves trainable is trained, and only that belongs in checkpoints."""
         return False
 
-    def export(self, state: dict[str, torch.Tensor], model: torch.nn.Module, folder: Path, dtype: torch.dtype) -> bool:
-        """Write the edited model in a form of its own; False: it has none, and the whole model is saved.
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must know of the model that it belongs to, as JSON; asked of rank 0."""
+        return {}
 
-        ``state``: the edited model's, by its parameters' names.
+    def check_state(self, state: dict[str, Any]) -> str:
+        """What is wrong with going on from a checkpoint with this ``state``; "": nothing. Asked of rank 0."""
+        return ""
+
+    def write(self, state: State, model: torch.nn.Module, folder: Path, dtype: torch.dtype) -> bool:
+        """Write a form of its own (adapter files) into an export's folder; False: it has none.
+
+        ``state``: of the edited model, by its parameters' names.
         """
         return False
 
-    def after_training(self, model: torch.nn.Module) -> None:
-        """Called once training is over, on every rank. Raises UserError when the edit learned nothing."""
+    def merged(self, state: State, model: torch.nn.Module, dtype: torch.dtype) -> State:
+        """The state of the plain model that computes the same. Raises UserError when there is none."""
+        return state
+
+    @classmethod
+    def wrote(cls, folder: Path) -> bool:
+        """Whether an export's folder holds this edit's own form."""
+        return False
+
+    @classmethod
+    def base(cls, folder: Path) -> str:
+        """Path or hub id of the model that such an export changes. Raises UserError when it is another one now."""
+        raise NotImplementedError
+
+    @classmethod
+    def open(cls, folder: Path, model: torch.nn.Module) -> None:
+        """Apply what ``write`` wrote to the base. Raises UserError when the two do not fit."""
+        raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
         """What was done, for the run's record, as JSON."""

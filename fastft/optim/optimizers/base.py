@@ -13,8 +13,7 @@ from fastft.lazy import torch
 
 
 class ClientOptimizer(Protocol):
-    """A torch optimizer that DeepSpeed's engine can be built around. One with ``step_flat`` gets the fused ZeRO step.
-    """
+    """A torch optimizer that DeepSpeed can be built around. One with ``step_flat`` gets the fused ZeRO step."""
 
     param_groups: list[dict[str, Any]]
     state: Any
