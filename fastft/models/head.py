@@ -35,6 +35,7 @@ class _Call:
     target: Tensor
     options: dict
     losses: list[Tensor]
+    rows: Tensor | None = None
 
 
 class FusedHead:
@@ -69,7 +70,9 @@ class FusedHead:
         """Give the head its own forward back."""
         del self.head.forward
 
-    def loss(self, model: Callable, inputs: dict, target: Tensor, **options) -> Tensor:
+    def loss(
+        self, model: Callable, inputs: dict, target: Tensor, *, rows: Tensor | None = None, **options: Any
+    ) -> Tensor:
         """linear_cross_entropy of the model's hidden states against target.
 
         Parameters
@@ -81,6 +84,9 @@ class FusedHead:
             not there.
         target : (B, T) int64
             What each position of the head's input is to predict: not shifted.
+        rows : (n,) int64, optional
+            Positions of the flattened target that are looked at, the others being ignored: where few have a target the
+            head's product is taken of those alone. Not with reduction="none".
         **options
             Of linear_cross_entropy, but for bias, low_rank, softcap and logit_scale, which the model brings.
 
@@ -89,7 +95,7 @@ class FusedHead:
         Tensor
             The loss, in the graph behind all of the head's hooks.
         """
-        with self._expecting(target, options) as call:
+        with self._expecting(target, options, rows) as call:
             model(**inputs)
         if len(call.losses) != 1:
             raise HeadError(f"the head was called {len(call.losses)} times in one forward of the model")
@@ -97,8 +103,8 @@ class FusedHead:
         return call.losses[0].reshape(shape)
 
     @contextmanager
-    def _expecting(self, target: Tensor, options: dict) -> Iterator[_Call]:
-        self._call = call = _Call(target, options, [])
+    def _expecting(self, target: Tensor, options: dict, rows: Tensor | None) -> Iterator[_Call]:
+        self._call = call = _Call(target, options, [], rows)
         # Registered now, so that it runs after every other hook of the head: what ZeRO-3's return is what has to go
         # into the backward, or the weight is not gathered again when its gradient arrives.
         hook = self.head.register_forward_hook(lambda _module, _inputs, output: call.losses.append(output))
@@ -194,13 +200,17 @@ def _forward_of(fused: FusedHead) -> Callable:
         call = fused._call
         if call is None:
             return fused._plain(hidden, *args, **kwargs)
+        if hidden.shape[:-1] != call.target.shape:
+            raise HeadError(f"targets are {tuple(call.target.shape)}, the head's input is {tuple(hidden.shape)}")
+        target = call.target
+        if call.rows is not None:
+            hidden = hidden.flatten(0, -2).index_select(0, call.rows)
+            target = target.flatten().index_select(0, call.rows)
         weight, bias, low_rank = fused.parts_of(hidden)
         after = dict(fused.after)
         if (shift := after.pop("shift", None)) is not None:
             bias = shift.to(hidden.dtype) if bias is None else bias + shift
-        if hidden.shape[:-1] != call.target.shape:
-            raise HeadError(f"targets are {tuple(call.target.shape)}, the head's input is {tuple(hidden.shape)}")
-        loss = linear_cross_entropy(hidden, weight, call.target, bias=bias, low_rank=low_rank, **after, **call.options)
+        loss = linear_cross_entropy(hidden, weight, target, bias=bias, low_rank=low_rank, **after, **call.options)
         # In the shape of logits with one class, so that what the model does to logits next goes through; nobody reads
         # the result.
         return loss.reshape(1, -1, 1)

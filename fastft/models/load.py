@@ -103,15 +103,21 @@ def config(settings: Model):
     )
 
 
+# Families that number positions from padding_idx + 1.
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text")
+
+
+def position_offset(model_config) -> int:
+    """The number of a sequence's first position."""
+    return model_config.pad_token_id + 1 if model_config.model_type in OFFSET_POSITIONS else 0
+
+
 def length_limit(model_config) -> int | None:
     """Longest sequence that the model's positions allow; None when there is no such limit."""
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(value := getattr(text, name, None), int) and value > 0:
-            # RoBERTa numbers positions from padding_idx + 1
-            return (
-                value - text.pad_token_id - 1 if text.model_type in ("roberta", "xlm-roberta", "camembert") else value
-            )
+            return value - position_offset(text)
     return None
 
 

@@ -70,6 +70,8 @@ class LanguageModelObjective(Objective):
             return self.head.loss(model, dict(batch.inputs), batch.labels, **options)
         logits = model(**batch.inputs).logits.flatten(0, 1)  # (B*T, V)
         options["inplace"] = logits.requires_grad
+        if (weight := options.get("token_weight")) is not None and weight.ndim:
+            options["token_weight"] = weight.flatten()
         return cross_entropy(logits, batch.labels.flatten(), **options)
 
 

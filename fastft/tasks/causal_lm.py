@@ -10,15 +10,14 @@ from pydantic import Field
 
 from fastft import rooms
 from fastft.config import Data, Section
-from fastft.data.encoder import Counts, Example, Learned, write_sizes
+from fastft.data.encoder import Counts, Example, Learned
 from fastft.data.formats import Record
-from fastft.data.pack import best_fit_decreasing
-from fastft.data.prepared import Prepared
 from fastft.data.split import Split
 from fastft.data.store import Store
 from fastft.inference.base import Predictor
 from fastft.lazy import torch
 from fastft.objectives.base import Objective
+from fastft.tasks._documents import count_long, documents_of, pack, pieces, write_packs
 from fastft.tasks._language import (
     LanguageModelLoss,
     LanguageModelObjective,
@@ -58,7 +57,7 @@ class CausalLM(TextTask):
         return DocumentEncoder(self)
 
     def collate(self, split: Split, ids: np.ndarray, draw: Draw) -> Batch:
-        rows = [self._pack(split.data, int(i)) for i in ids] or [[np.zeros(1, dtype=np.int32)]]
+        rows = [pack(split.data, int(i)) for i in ids] or [[np.zeros(1, dtype=np.int32)]]
         packed = self.config.data.packing == "isolated"
         width = self.max_length if packed else max(sum(map(len, row)) for row in rows)
         tokens = np.full((len(rows), width), self.tokenizer.pad_token_id, dtype=np.int64)
@@ -80,18 +79,8 @@ class CausalLM(TextTask):
         # use_cache: with a cache, transformers takes restarting positions for a continued sequence and masks nothing
         return Batch({**inputs, "use_cache": False}, torch.from_numpy(labels), len(ids), real, tokens.size)
 
-    def _pack(self, data: Prepared, pack: int) -> list[np.ndarray]:
-        doc, start, length = data["piece_doc"], data["piece_start"], data["piece_length"]
-        tokens, pieces = data["tokens"], data["packs"][pack]
-        return [tokens[int(doc[p])][int(start[p]) : int(start[p]) + int(length[p])] for p in pieces]
-
     def documents(self, split: Split, sample: int) -> list[str]:
-        data, found = split.data, []
-        for p in data["packs"][sample]:
-            doc, start, length = (int(data[name][p]) for name in ("piece_doc", "piece_start", "piece_length"))
-            whole = start == 0 and length == len(data["tokens"][doc])
-            found.append(data.origin(doc) + ("" if whole else f" tokens {start} to {start + length - 1}"))
-        return found
+        return documents_of(split, sample)
 
     def _flash(self) -> bool:
         return self.config.model.attention == "flash_attention_2"
@@ -153,43 +142,16 @@ class DocumentEncoder(TextEncoder):
         examples = []
         for (where, _), ids in zip(rows, encoded, strict=True):
             ids = ids if self.end and ids and ids[-1] == self.end[0] else ids + self.end
-            self._count(where, len(ids), counts)
+            count_long(where, len(ids), self.max_length, self.truncation, counts)
             examples.append(Example(where, {"tokens": ids}))
         self.characters += sum(map(len, texts))
         return examples
 
-    def _count(self, where: str, length: int, counts: Counts) -> None:
-        if length <= self.max_length:
-            return
-        counts.too_long(where, length)
-        counts.truncated += self.truncation == "truncate"
-        counts.split += self.truncation == "split"
-        counts.dropped += self.truncation == "drop"
-
-    def _pieces(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Document, start and length of the parts that documents are used in, by the truncation policy."""
-        size = self.max_length
-        documents = np.arange(len(lengths))
-        if self.truncation == "split":
-            # Neighbors share one token, so that every token but the document's first is predicted once.
-            parts = np.where(lengths <= size, 1, -(-(lengths - 1) // (size - 1)))
-            documents = np.repeat(documents, parts)
-            starts = (np.arange(len(documents)) - np.repeat(np.cumsum(parts) - parts, parts)) * (size - 1)
-            return documents, starts, np.minimum(size, lengths[documents] - starts)
-        if self.truncation == "drop":
-            documents = documents[lengths <= size]
-        return documents, np.zeros_like(documents), np.minimum(lengths[documents], size)
-
     def finish(self, store: Store, learned: Learned | None) -> dict:
         tokens = store.ragged("tokens")
-        documents, starts, lengths = (a.astype(np.int64) for a in self._pieces(tokens.lengths()))
-        for name, column in (("piece_doc", documents), ("piece_start", starts), ("piece_length", lengths)):
-            store.write(name, column)
-        packed = self.packing == "isolated"
-        plan = best_fit_decreasing(lengths, self.max_length) if packed else ([i] for i in range(len(lengths)))
-        packs = store.write_ragged("packs", plan)
-        none = np.zeros(0, np.int64)
-        sizes = np.add.reduceat(lengths[packs.values], packs.offsets[:-1]) if len(packs) else none  # no pack is empty
-        totals = write_sizes(store, sizes, sizes - packs.lengths())  # a piece's first token is no target
+        # Neighbors share one token, so that every token but the document's first is predicted once.
+        parts = pieces(tokens.lengths(), self.max_length, self.truncation, overlap=1)
+        targets = parts[2] - 1  # a piece's first token is no target
+        totals = write_packs(store, parts, self.max_length, self.packing == "isolated", 0, targets)
         sums = {"documents": len(tokens), "tokens": len(tokens.values), "characters": self.characters}
         return {"totals": totals, **sums}

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastft.errors import UserError
+from fastft.tasks._documents import pack
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_loss_equals_documents_one_by_one(lm_config, packing, implementation):
     batch = jobs.batch_of(job, ids)
     with torch.no_grad():
         total = jobs.loss_of(job, batch)
-        pieces = [torch.from_numpy(p.astype(np.int64)) for i in ids for p in task._pack(split.data, int(i))]
+        pieces = [torch.from_numpy(p.astype(np.int64)) for i in ids for p in pack(split.data, int(i))]
         alone = sum(
             F.cross_entropy(model(p[None]).logits[0, :-1], p[1:], reduction="sum") for p in pieces if len(p) > 1
         )

@@ -36,6 +36,8 @@ def run(
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0: the likeliest token.")] = None,
 ) -> None:
     """Predictions of a trained model, a JSON object a line."""
+    if text is not None and source is not None and "=" in source:  # no file, but the first option
+        options, source = [source, *(options or [])], None
     if (source is None) == (text is None):
         raise UserError(
             "Give either a data file or --text.", "For example: fastft predict runs/x --text 'My card was stolen'"
