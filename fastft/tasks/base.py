@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -63,7 +63,7 @@ class Batch:
             return value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
         inputs = {name: moved(value) for name, value in self.inputs.items()}
-        return Batch(inputs, moved(self.labels), self.samples, self.tokens, self.padded)
+        return replace(self, inputs=inputs, labels=moved(self.labels))  # a task's own batches keep their other fields
 
 
 @dataclass(frozen=True)
