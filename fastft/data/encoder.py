@@ -27,6 +27,7 @@ class Counts:
     overlong: list[str] = field(default_factory=list)  # where the first few are
     overlong_total: int = 0
     longest: int = 0
+    more: dict[str, int] = field(default_factory=dict)  # what a task counts besides, by name
 
     def too_long(self, where: str, length: int) -> None:
         self.overlong_total += 1
@@ -34,8 +35,14 @@ class Counts:
         if len(self.overlong) < 3:
             self.overlong.append(f"{where} ({length} tokens)")
 
+    def add(self, name: str, number: int = 1) -> None:
+        """Count what only this task has (words dropped)."""
+        if number:
+            self.more[name] = self.more.get(name, 0) + int(number)
+
     def as_dict(self) -> dict:
-        return asdict(self)
+        counts = asdict(self)
+        return counts | counts.pop("more")
 
 
 @dataclass

@@ -153,7 +153,7 @@ def build(settings: Model, auto_class: str, new_parameters: tuple[str, ...], see
     new_parameters : tuple of str
         Name parts of weights that may be newly initialized (a head); any other missing weight is an error.
     **overrides
-        Config attributes (``num_labels`` ...).
+        Config attributes (``num_labels``, or a task's own), which an export keeps.
 
     Returns
     -------
@@ -164,21 +164,16 @@ def build(settings: Model, auto_class: str, new_parameters: tuple[str, ...], see
 
     loader = getattr(transformers, auto_class)
     torch.manual_seed(seed)
-    common = dict(dtype=dtype_of(settings.dtype), trust_remote_code=settings.trust_remote_code, **overrides)
+    model_config = config(settings)
+    for name, value in overrides.items():  # not by from_pretrained, which takes only names that the config has already
+        setattr(model_config, name, value)
+    common: dict[str, Any] = {"dtype": dtype_of(settings.dtype), "trust_remote_code": settings.trust_remote_code}
     if settings.attention != "auto":
         common["attn_implementation"] = settings.attention
     if settings.init == "random":
-        model_config = config(settings)
-        attn = common.pop("attn_implementation", None)
-        for name, value in overrides.items():
-            setattr(model_config, name, value)
-        model = loader.from_config(
-            model_config, dtype=common["dtype"], **({"attn_implementation": attn} if attn else {})
-        )
-        return model, []
-    model, info = _from_pretrained(
-        loader, settings.path, "model", output_loading_info=True, revision=settings.revision, **common
-    )
+        return loader.from_config(model_config, **common), []
+    options = {**common, "config": model_config, "revision": settings.revision, "output_loading_info": True}
+    model, info = _from_pretrained(loader, settings.path, "model", **options)
     missing = sorted(info["missing_keys"])
     # By whole parts of the name: a BERT layer's "output.dense" is not a new head.
     if strange := [name for name in missing if not set(name.split(".")) & set(new_parameters)]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -60,11 +60,12 @@ class Batch:
         if device.type == "cpu":
             return self
 
-        def moved(value):
+        def moved(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: moved(item) for name, item in value.items()}
             return value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
-        inputs = {name: moved(value) for name, value in self.inputs.items()}
-        return Batch(inputs, moved(self.labels), self.samples, self.tokens, self.padded)
+        return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)

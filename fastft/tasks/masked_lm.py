@@ -91,11 +91,6 @@ class MaskedBatch(Batch):
     weights: Any = None
     rows: Any = None
 
-    def to(self, device: torch.device) -> MaskedBatch:
-        moved = Batch(self.inputs, self.labels, self.samples, self.tokens, self.padded).to(device)
-        weights, rows = self.weights.to(device), self.rows.to(device)
-        return MaskedBatch(moved.inputs, moved.labels, moved.samples, moved.tokens, moved.padded, weights, rows)
-
 
 @rooms.TASKS.register("masked_lm")
 class MaskedLM(TextTask):

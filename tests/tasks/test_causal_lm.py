@@ -52,7 +52,7 @@ def test_loss_equals_documents_one_by_one(lm_config, packing, implementation):
     lm_config["data"]["packing"] = packing
     lm_config["loss"] = {"implementation": implementation}
     job = jobs.job_of(lm_config)
-    task, split, model = job.task, job.train, job.model
+    split, model = job.train, job.model
     ids = np.arange(len(split) - 6, len(split))  # the last packs hold the most pieces
     batch = jobs.batch_of(job, ids)
     with torch.no_grad():

@@ -1,15 +1,16 @@
 """Masked language modeling: what is masked, that packed documents stay apart, and that the loss is the model's own."""
 
+import itertools
 import json
 
 import jobs
-import launch
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 
+import launch
 from fastft import assemble, track
 from fastft.errors import UserError
 
@@ -106,7 +107,7 @@ def test_the_loss_is_that_of_documents_alone(mlm_config, packing, implementation
         got = jobs.loss_of(job, batch)
         for row, labels, factors in zip(batch.inputs["input_ids"], batch.labels, batch.weights, strict=True):
             starts = [*torch.nonzero(row == begin).flatten().tolist(), len(row)]
-            for a, b in zip(starts, starts[1:], strict=False):
+            for a, b in itertools.pairwise(starts):
                 end = a + 1 + int(torch.nonzero(row[a:b] == job.task.tokenizer.sep_token_id).flatten()[0])
                 losses = F.cross_entropy(job.model(row[None, a:end]).logits[0], labels[a:end], reduction="none")
                 total += float((losses * factors[a:end]).sum())

@@ -6,6 +6,7 @@ from fastft import config as configuration
 from fastft.cli.options import ConfigArg, JsonOpt, OverridesArg, console
 
 COUNTED = ("rows", "empty", "truncated", "split", "dropped")
+SHOWN = (*COUNTED, "overlong", "overlong_total", "longest")  # what the table says already
 
 
 def run(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt = False) -> None:
@@ -24,6 +25,10 @@ def run(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt = Fa
         table.add_row(name, *(f"{number:,}" for number in numbers))
     out = console()
     out.print(table)
+    for name, s in report["splits"].items():
+        more = [f"{count.replace('_', ' ')} {n:,}" for count, n in s["counts"].items() if count not in SHOWN]
+        if more:  # what only this task counts
+            out.print(f"{name}: {', '.join(more)}.", highlight=False)
     new = f" Newly initialized: {', '.join(report['newly_initialized'])}." if report["newly_initialized"] else ""
     out.print(
         f"{report['steps']:,} steps of {report['sequences_per_step']:,} sequences, "

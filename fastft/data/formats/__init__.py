@@ -1,17 +1,23 @@
 """Readers of data files: each yields ``(where, record)``, where naming the file and line so that errors can.
 
-A new format is one file here that registers a ``read(path, source)``; import it below.
+A new format is one file of this folder that registers a ``read(path, source)``; nothing names it.
 """
 
+import importlib
+import pkgutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastft.config import Source
-from fastft.data.formats import delimited, hf, jsonl, parquet, txt  # noqa: F401  (they register themselves)
+from fastft.data.formats import hf
 from fastft.data.formats.base import FORMATS, Record, format_of
 from fastft.data.sources import walk
 from fastft.errors import UserError
+
+# A file registers itself, under its name and suffixes, when it is imported.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def files_of(source: Source) -> list[Path]:
