@@ -1,4 +1,4 @@
-"""Adam with L2 is torch's, whatever the ZeRO stage, the ranks and the micro-steps; its runs resume."""
+"""Adam with L2 and SGD are torch's, whatever the ZeRO stage, the ranks and the micro-steps; runs of theirs resume."""
 
 import shutil
 
@@ -23,9 +23,12 @@ RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 STEPS, SAVED = 10, 5
 SETTINGS = {
     "adam": {"lr": 1e-3, "betas": [0.8, 0.99]},
+    "sgd": {"lr": 0.2, "momentum": 0.9, "nesterov": True},
+    "sgd_dampened": {"lr": 0.5, "momentum": 0.8, "dampening": 0.3},
+    "sgd_plain": {"lr": 0.5},
 }
-STAGES = {"adam": (0, 1, 2, 3)}
-RESUMED = {"adam": 1}
+STAGES = {"adam": (0, 1, 2, 3), "sgd": (0, 1, 2, 3), "sgd_dampened": (3,), "sgd_plain": (2,)}
+RESUMED = {"adam": 1, "sgd": 3}
 MICRO = {0: 1, 1: 2, 2: "auto", 3: 1}
 
 
@@ -40,7 +43,7 @@ def reference(config: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": c.optim.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    kind = torch.optim.Adam
+    kind = torch.optim.Adam if c.optim.name == "adam" else torch.optim.SGD
     shared = {name: getattr(c.optim, name) for name in ("betas", "eps", "momentum", "dampening", "nesterov")
               if hasattr(c.optim, name)}  # fmt: skip
     optimizer = kind(groups, lr=c.optim.lr, **shared)
@@ -129,7 +132,7 @@ def test_resume_is_bit_exact(trained, tmp_path, name):
 
 
 def test_another_number_of_ranks(trained, tmp_path):
-    """Adam's state is converted."""
+    """Adam's state is converted; SGD's cannot be, and the refusal names it."""
     folder, _ = trained
     for name, zero in RESUMED.items():
         ignored = shutil.ignore_patterns(f"step-{STEPS}", "model", "metrics.jsonl")
@@ -137,12 +140,15 @@ def test_another_number_of_ranks(trained, tmp_path):
     launch.fastft("resume", tmp_path / "adam")
     losses, truth = ([c[1] for c in curve(run)] for run in (tmp_path / "adam", folder / "adam1"))
     assert np.allclose(losses, truth[SAVED:], rtol=2e-6, atol=0) and len(losses) == STEPS - SAVED
+    code, output = launch.fastft("resume", tmp_path / "sgd", check=False)
+    assert code == 1 and "the state of optim.name: sgd cannot be converted" in " ".join(output.split())
+    assert "Traceback" not in output
 
 
 def test_bf16_at_stage_0_takes_no_step_of_its_own(base, tmp_path):
     """DeepSpeed steps once on gradients of zero while it is built: weights would decay, Adam would count it."""
     settings = {"train__steps": 1, "optim__weight_decay": 0.5, "optim__warmup": 0, "optim__grad_clip": 1e-6}
-    for name, lr in (("adam", 1e-2),):
+    for name, lr in (("adam", 1e-2), ("sgd_plain", 0.1)):
         config = config_of(base, tmp_path, name, optim__lr=lr, **settings)
         config["model"]["dtype"] = "bf16"
         launch.fastft("train", launch.write_config(tmp_path / f"{name}.yaml", config))
@@ -159,7 +165,11 @@ def test_bf16_at_stage_0_takes_no_step_of_its_own(base, tmp_path):
 @pytest.mark.parametrize(
     "optim, part",
     [
+        ({"name": "sgd", "betas": [0.9, 0.99]}, "optim.betas: unknown key"),
         ({"name": "adam", "momentum": 0.9}, "optim.momentum: unknown key"),
+        ({"name": "sgd", "nesterov": True}, "optim.nesterov needs optim.momentum"),
+        ({"name": "sgd", "dampening": 0.5}, "optim.dampening is of the momentum"),
+        ({"name": "sdg"}, "Did you mean 'sgd'"),
     ],
 )
 def test_settings_of_another_optimizer_are_refused(optim, part):
