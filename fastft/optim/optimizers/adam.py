@@ -7,8 +7,7 @@ from fastft.optim.optimizers.fused_adamw import FusedAdamWSettings, FusedAdamWSp
 
 
 class AdamSettings(FusedAdamWSettings):
-    """Adam: Kingma and Ba, arXiv 1412.6980. ``weight_decay`` is L2: it is added to the gradient, after clipping, and goes
-    into both moments."""
+    """Adam: Kingma and Ba, arXiv 1412.6980. ``weight_decay`` is L2: added to the clipped gradient, in both moments."""
 
 
 @rooms.OPTIMIZERS.register("adam")
