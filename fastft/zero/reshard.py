@@ -126,6 +126,11 @@ def done(folder: Path, ranks: Ranks) -> None:
         remove(folder)
 
 
+def expect(engine, universal: bool) -> None:
+    """Say what the next load reads: DeepSpeed asks a setting that an engine is built with, and a run may read both kinds."""
+    engine._config.load_universal_checkpoint = universal
+
+
 def load(engine, folder: Path, tag: str) -> None:
     """Load what ``convert`` made, and fix what DeepSpeed's loading leaves wrong."""
     optimizer = engine.optimizer.optimizer
