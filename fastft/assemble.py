@@ -80,6 +80,8 @@ def start(config: Config, learned: Learned | None = None) -> Job:
 def add_data(job: Job, *, train: bool = True, evals: bool = True) -> None:
     """Splits and sample order. All tokenizing is done here, before anything is built. Raises UserError."""
     config, task = job.config, job.task
+    for name, settings in config.train.chosen().items():
+        rooms.OBSERVERS.get(name).check_task(settings, task)
     if config.checkpoint.best_by is not None:
         task.metric(config.checkpoint.best_by, "checkpoint.best_by")
     if train:

@@ -19,6 +19,7 @@ FLOORS = {
     "ranks": 2,
     "track": 2,
     "zero.parameters": 2,
+    "models.depth": 2,
     "optim": 3,
     "models": 3,
     "objectives": 4,

@@ -43,6 +43,11 @@ class Section(BaseModel):
     def check(self, config: Config) -> None:
         """Rules across sections, once all of them are there. Raises ValueError."""
 
+    def implied(self) -> dict[str, Any]:
+        """Keys of other sections (``checkpoint.best_by``) that follow from this one: set where they are null, and a
+        mistake where they say something else."""
+        return {}
+
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, raw: Any) -> Any:

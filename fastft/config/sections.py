@@ -311,6 +311,16 @@ class Config(Section):
     def _across_sections(self) -> Self:
         for section in (self.model, self.data, self.data.order, self.optim, self.loss, self.train, self.run.trackers):
             section.check(self)
-            for settings in section.chosen().values():
+            for name, settings in section.chosen().items():
                 settings.check(self)
+                for key, value in settings.implied().items():
+                    self._imply(key, value, name)
         return self
+
+    def _imply(self, key: str, value: Any, name: str) -> None:
+        part, _, field = key.partition(".")
+        there = getattr(getattr(self, part), field)
+        if there not in (None, value):
+            raise ValueError(f"{key}: {there} contradicts {name}, from which {key}: {value} follows: remove {key}")
+        if there is None:  # past validation, which would begin anew
+            self.__dict__[part] = getattr(self, part).changed(**{field: value})

@@ -126,6 +126,7 @@ def load(engine, path: Path, manifest: dict, ranks: Ranks, converted: Path | Non
     ``converted``: where ``reshard.convert`` put what DeepSpeed is to load instead, for another number of ranks or
     ZeRO stage.
     """
+    reshard.expect(engine, universal=converted is not None)
     try:
         if converted:
             reshard.load(engine, converted, TAG)

@@ -21,7 +21,7 @@ from fastft.optim.groupings.base import Progress
 from fastft.ranks import environment
 from fastft.tasks.base import Batch, Draw
 from fastft.track import Telemetry
-from fastft.train import checkpoint, export, health, resuming, run_folder
+from fastft.train import export, health, resuming, run_folder
 from fastft.train.evaluation import evaluate
 from fastft.train.heartbeat import Heartbeat
 from fastft.train.observers._standard import STANDARD, Best, Skips, Stragglers, upgraded
@@ -288,13 +288,15 @@ class Loop:
 
     def _finish(self) -> dict:
         config, ranks = self.job.config, self.job.ranks
-        if not self.metrics and self.job.evals:
+        take_best = self.best.best is not None and (
+            self.stopped is not None or any(observer.exports_best for observer in self.observers.values())
+        )
+        if not self.metrics and self.job.evals and not (take_best and self.best.metrics):
             self._evaluate()
         self.heart.rest()
-        exported = self.step
-        if self.stopped is not None and self.best.best is not None:
-            exported = self._take_best()
-        results = {"step": self.step, "eval": self.metrics, "exported_step": exported, "stopped": self.stopped}
+        exported = self._take_best() if take_best else self.step
+        metrics = (take_best and self.best.metrics) or self.metrics  # of what is exported
+        results = {"step": self.step, "eval": metrics, "exported_step": exported, "stopped": self.stopped}
         folder = export.save_engine(self.engine, self.job, Path(config.run.dir) / "model", results)
         if ranks.main:
             run_folder.drop_old(Path(config.run.dir))
@@ -308,8 +310,7 @@ class Loop:
         assert self.best.best is not None
         step = self.best.best["step"]
         if step != self.step:
-            path, manifest, _ = checkpoint.find(self.saver.folder, step, self.job.ranks)
-            checkpoint.load(self.engine, path, manifest, self.job.ranks)
+            resuming.load_step(self.job, self.engine, self.saver.folder, step)
         return step
 
 

@@ -119,6 +119,18 @@ def load(job: Job, engine, found: Found) -> dict:
     return state
 
 
+def load_step(job: Job, engine, folder: Path, step: int) -> None:
+    """Load a checkpoint of this run, whose later ones may be of other ranks, for its weights. Raises UserError."""
+    assert job.spec is not None
+    path, manifest, _ = checkpoint.find(folder, step, job.ranks)
+    zero = job.config.parallel.zero
+    other = reshard.needed(manifest, zero, job.ranks, job.spec)
+    converted = reshard.convert(path, checkpoint.TAG, zero, job.ranks) if other else None
+    checkpoint.load(engine, path, manifest, job.ranks, converted)
+    if converted:
+        reshard.done(converted, job.ranks)
+
+
 def check_not_finished(config: Config) -> None:
     """UserError when a run was stopped by an observer and its model is exported: there is nothing to go on with."""
     run_dir = Path(config.run.dir)

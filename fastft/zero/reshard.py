@@ -37,7 +37,7 @@ def needed(manifest: dict, stage: int, ranks: Ranks, spec: OptimizerSpec) -> boo
     if spec.state_tensors != CONVERTED:
         raise UserError(
             f"The checkpoint was written by {manifest['world_size']} ranks at parallel.zero = {before}, this run has "
-            f"{ranks.world} and {stage}: the state of this optimizer cannot be converted.",
+            f"{ranks.world} and {stage}: the state of optim.name: {spec.config.optim.name} cannot be converted.",
             "Resume with the ranks and the stage that it was written with, or start a new run from the exported model.",
         )
     return True
@@ -126,6 +126,11 @@ def done(folder: Path, ranks: Ranks) -> None:
     ranks.barrier()
     if ranks.main:
         remove(folder)
+
+
+def expect(engine, universal: bool) -> None:
+    """Say what the next load reads: DeepSpeed asks a setting that an engine is built with, and a run may read both kinds."""
+    engine._config.load_universal_checkpoint = universal
 
 
 def load(engine, folder: Path, tag: str) -> None:

@@ -104,6 +104,8 @@ class Best(Observer):
         super().__init__(settings, view)
         self.best: dict[str, Any] | None = None  # step, metric and value of the best checkpoint
         self.candidate: dict[str, Any] | None = None  # of an evaluation, until a checkpoint is written at its step
+        self.metrics: Metrics = {}  # all of the best's
+        self.latest: Metrics = {}
         self.name = view.job.config.checkpoint.best_by
         self.metric = view.job.task.metric(self.name, "checkpoint.best_by") if self.name else None
 
@@ -114,6 +116,7 @@ class Best(Observer):
             better = self.best is None or self.metric.better(value, self.best["value"])
             ours = math.isfinite(value) and better
             self.candidate = {"step": step, "metric": self.name, "value": value} if ours else None
+            self.latest = {name: dict(found) for name, found in metrics.items()}
         return []
 
     def saved(self, step: int) -> bool:
@@ -121,13 +124,14 @@ class Best(Observer):
         if self.candidate is None or self.candidate["step"] != step:
             return False
         self.best, self.candidate = self.candidate, None
+        self.metrics = self.latest
         return True
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "metrics": self.metrics}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
+        self.best, self.metrics = state["best"], state.get("metrics", {})  # fastft 0.1.0 kept no metrics
 
 
 STANDARD: dict[str, type[Observer]] = {

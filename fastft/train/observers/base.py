@@ -16,6 +16,7 @@ from fastft.lazy import torch
 
 if TYPE_CHECKING:
     from fastft.assemble import Job
+    from fastft.tasks.base import Task
     from fastft.track import Telemetry
     from fastft.train.schedule import Schedule
 
@@ -83,12 +84,19 @@ class Observer(ABC):
     ----------------
     Settings : Section type
         What stands under its key of ``train``, for those that are chosen there.
+    exports_best : bool
+        Whether the run exports its best checkpoint's model (checkpoint.best_by), not its last step's.
     """
 
     Settings: ClassVar[type[Section]] = Section
+    exports_best: ClassVar[bool] = False
 
     def __init__(self, settings: Any, view: View):
         self.settings, self.view = settings, view
+
+    @classmethod
+    def check_task(cls, settings: Any, task: Task) -> None:
+        """Before anything is built. Raises UserError where the task gives nothing to watch."""
 
     def before_update(self, step: int) -> None:
         """Between the last backward of a step and its update; ``step`` is the one being taken, counted from 1."""
