@@ -1,12 +1,14 @@
 # Two commands do everything: `make quickstart` trains and adapts a small model; `make test` passes the tests.
 # Each sets up .venv by itself. PYTHON: 3.11 or newer; g++ is needed. TORCH: the torch to install on a machine without a GPU.
+# WORKERS: processes for the tests that get on with each other (tests/README.md).
 PYTHON ?= python3
+WORKERS ?= 2
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml fastft/__init__.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
-.PHONY: setup setup-test quickstart test bench clean
+.PHONY: setup setup-test quickstart test test-long bench clean
 
 setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
@@ -31,8 +33,15 @@ $(VENV)/.ready-test: $(VENV)/.ready
 quickstart: setup
 	$(BIN)/fastft quickstart
 
+# Both parts run, whatever the first says; either one fails the target. 5 is pytest's "no tests": fine for one part (ARGS may name a file), not for both.
 test: setup-test
-	$(BIN)/python -m pytest -q $(ARGS)
+	@together=0; alone=0; \
+	$(BIN)/python -m pytest -q --part together -n $(WORKERS) --dist worksteal $(ARGS) || together=$$?; \
+	$(BIN)/python -m pytest -q --part alone $(ARGS) || alone=$$?; \
+	case "$$together $$alone" in "0 0" | "0 5" | "5 0") ;; *) echo "make test: failed (together: $$together, alone: $$alone)"; exit 1 ;; esac
+
+test-long: setup-test
+	$(BIN)/python -m pytest -q -m long $(ARGS)
 
 bench: setup-test
 	$(BIN)/python benchmarks/cross_entropy.py

@@ -52,10 +52,11 @@ class Process:
 
 
 class Bench:
-    """A tiny model and text under a folder, and runs of it."""
+    """A tiny model and text under a folder, and runs of it. popen: starts ``python ARGUMENTS`` with an environment."""
 
-    def __init__(self, folder: Path, ranks: int = 2, dropout: float = 0.1):
+    def __init__(self, folder: Path, ranks: int = 2, dropout: float = 0.1, popen: Callable | None = None):
         self.folder, self.ranks, self.numbers = folder, ranks, itertools.count()
+        self.popen = popen or _popen
         self.whole: dict[tuple[int, str], Path] = {}
         self.started: list[Process] = []
         write_model(folder, dropout)
@@ -86,22 +87,14 @@ class Bench:
 
     def start(self, *arguments: str | Path, env: dict | None = None, **options: float) -> Process:
         options = {"nproc": self.ranks, "backoff": 0.2, "watchdog": WATCHDOG, **options}
-        command = [
-            sys.executable,
+        arguments = [
             "-m",
             "fastft",
             "launch",
             *itertools.chain(*((f"--{k.replace('_', '-')}", str(v)) for k, v in options.items())),
             *map(str, arguments),
         ]
-        popen = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})},
-        )
+        popen = self.popen(arguments, {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})})
         said: list[tuple[float, str]] = []
         reader = threading.Thread(
             target=lambda: said.extend((time.time(), line.rstrip()) for line in popen.stdout), daemon=True
@@ -126,6 +119,17 @@ class Bench:
             assert process.wait() == 0, process.text()
             self.whole[zero, dtype] = run
         return weights(self.whole[zero, dtype])
+
+
+def _popen(arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=env,
+    )
 
 
 def write_model(folder: Path, dropout: float = 0.1) -> None:

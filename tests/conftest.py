@@ -12,17 +12,48 @@ hypothesis.settings.register_profile("repeatable", derandomize=True)
 if os.environ.get("FASTFT_TEST_SEED") != "random":
     hypothesis.settings.load_profile("repeatable")
 
+ROOT = Path(__file__).parent.parent
+# What tests start imports the fastft that they import, in whatever folder it runs and whichever one is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p not in ("", str(ROOT)))]
+)
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported; two workers with all threads each would fight
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("FASTFT_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
+# Real launchers and hosts, whole builds, and what measures time: one at a time, with nothing beside it.
+ALONE = (
+    "csrc",
+    "launcher",
+    "multinode",
+    "scripts",
+    "evaluate/test_verify_resume.py",
+    "test_build.py",
+    "train/test_health.py",
+    "train/test_writer.py",
+)
 
-def pytest_collection_modifyitems(items):
+
+def pytest_addoption(parser):
+    parser.addoption("--part", choices=["together", "alone"], help="the tests that get on with others, or the rest")
+
+
+def pytest_collection_modifyitems(config, items):
     import torch
 
+    tests = Path(__file__).parent
+    for item in items:
+        if any(item.path.is_relative_to(tests / place) for place in ALONE):
+            item.add_marker(pytest.mark.alone)
+    if part := config.getoption("part"):
+        other = [item for item in items if ("alone" in item.keywords) != (part == "alone")]
+        items[:] = [item for item in items if item not in set(other)]
+        config.hook.pytest_deselected(items=other)
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

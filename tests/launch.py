@@ -17,7 +17,6 @@ ENV = {
     **os.environ,
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     "DS_ACCELERATOR": "cpu",
 }
 
@@ -55,11 +54,15 @@ def start(command: list[str], env: dict | None = None, **kwargs) -> subprocess.P
     )
 
 
-def start_python(arguments: list, env: dict[str, str]) -> "subprocess.Popen | Warm":
-    """`python ARGUMENTS` with variables that no import reads; FASTFT_TEST_COLD=1: always a new interpreter."""
-    if os.environ.get("FASTFT_TEST_COLD") == "1" or arguments[0] == "-c":
+def start_python(arguments: list, env: dict[str, str], pipe: bool = False) -> "subprocess.Popen | Warm":
+    """`python ARGUMENTS` with variables that no import reads; cold where FASTFT_TEST_COLD=1 or PYTHONPATH is another.
+
+    pipe: what it says is read while it runs, from ``stdout``.
+    """
+    env = {**ENV, **env}
+    if os.environ.get("FASTFT_TEST_COLD") == "1" or arguments[0] == "-c" or env["PYTHONPATH"] != ENV["PYTHONPATH"]:
         return start([sys.executable, *arguments], env)
-    return Warm(arguments, {**ENV, **env})
+    return Warm(arguments, env, pipe)
 
 
 def finish(process: "subprocess.Popen | Warm", timeout: float) -> str:

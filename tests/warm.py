@@ -1,15 +1,21 @@
-"""Processes that start with torch, transformers, DeepSpeed and fastft imported already:
-forked from one that did nothing else.
+"""Processes that start with torch, transformers, DeepSpeed and fastft imported already: forked from one that did
+nothing else.
 
-Importing takes three seconds, three quarters of what most tests of the command line need. What runs is `python -m
-fastft ARGUMENTS` or a script all the same: in a process and a session of its own, with its own environment, working
-directory and standard streams, left by the same exit. Whatever is read when a module is imported is read once, so a
-test that sets such a variable starts a real process (launch.start), as all tests of launchers do. The seed of Python's
-hashes is the same in all, so what may depend on the order of a set is tested cold, too (launch.ranks,
-FASTFT_TEST_COLD=1).
+Importing takes three seconds, three quarters of what most tests of the command line need. What runs is
+`python -m fastft ARGUMENTS` or a script all the same: in a process and a session of its own, with its own environment,
+working directory and standard streams, left by the same exit. What such a process starts with subprocess is forked,
+too, where it is fastft again: a launcher's agents, and their ranks. Those are real children of who started them, under
+the command line that they would have, so that signals, exit codes and /proc are the real ones.
+
+Whatever is read when a module is imported is read once, so what has a PYTHONPATH of its own is a new interpreter, and
+a test that sets a variable that an import reads starts one (launch.start). The seed of Python's hashes is the same in
+all, so what may depend on the order of a set is tested cold, too (FASTFT_TEST_COLD=1: everything is a new interpreter).
 """
 
 import atexit
+import ctypes
+import gc
+import inspect
 import json
 import os
 import select
@@ -20,28 +26,54 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 POLL = 0.01  # seconds
+ROOM = 4096  # bytes for the command line that /proc shows
 
 
 class Warm:
-    """A forked process, with the part of subprocess.Popen that launch.finish and launch.kill_group use."""
+    """A forked process, with the part of subprocess.Popen that tests use.
 
-    def __init__(self, arguments: list, env: dict[str, str]):
+    pipe: its output is read from ``stdout``, while it runs.
+    """
+
+    def __init__(self, arguments: list, env: dict[str, str], pipe: bool = False):
         self.args, self.returncode = [str(a) for a in arguments], None
         handle, name = tempfile.mkstemp(dir=_server().folder.name)
         os.close(handle)
         self.output = Path(name)
+        if pipe:
+            self.output.unlink()
+            os.mkfifo(self.output)
         self.pid = _server().start({"argv": self.args, "env": env, "cwd": os.getcwd(), "output": str(self.output)})
+        if pipe:
+            self.stdout = open(self.output, errors="replace")  # noqa: SIM115 - waits until the process has opened it, too
+            self.output.unlink()
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = _server().code(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
         deadline = None if timeout is None else time.monotonic() + timeout
-        while (code := _server().code(self.pid)) is None:
+        while self.poll() is None:
             if deadline is not None and time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired(self.args, timeout)
             time.sleep(POLL)
-        self.returncode = code
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        self.wait(timeout)
         self._leaves_nothing()
         text = self.output.read_text(errors="replace")
         self.output.unlink()
@@ -68,14 +100,14 @@ class _Server:
         self.folder = tempfile.TemporaryDirectory(prefix="fastft-warm-")
         ours, theirs = socket.socketpair()
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())],
+            [sys.executable, __file__, str(theirs.fileno()), " " * ROOM],
             pass_fds=[theirs.fileno()],
             start_new_session=True,
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",
-                "PYTHONPATH": str(Path(__file__).parent.parent),
+                "PYTHONPATH": os.environ["PYTHONPATH"],
             },
         )
         theirs.close()
@@ -126,6 +158,8 @@ def serve(connection: socket.socket) -> None:
     import fastft.tasks.classification
     import fastft.train.loop  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # the collector would touch, and so copy, every page in every child
     buffer = b""
     while True:
         if select.select([connection], [], [], POLL)[0]:
@@ -151,34 +185,108 @@ def serve(connection: socket.socket) -> None:
 
 def run(order: dict) -> None:
     """The process that was asked for; never returns."""
+    os.setsid()
+    streams = os.open(order["output"], os.O_WRONLY | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
+    become(order["argv"], order["env"], order["cwd"], (streams[1], streams[0], streams[0]))
+
+
+class Forking(subprocess.Popen):
+    """subprocess.Popen in a forked process: forks again where the command is fastft, too."""
+
+    signature = inspect.signature(subprocess.Popen._execute_child)
+    path = os.environ.get("PYTHONPATH")
+
+    def _execute_child(self, *given):
+        order = self.signature.bind(self, *given).arguments
+        args, env = order["args"], order["env"] or os.environ
+        if not (
+            isinstance(args, list)
+            and [str(a) for a in args[:2]] == [sys.executable, "-m"]
+            and args[2].split(".")[0] == "fastft"
+            and env.get("PYTHONPATH") == self.path
+            and env.get("FASTFT_TEST_COLD") != "1"
+        ):
+            super()._execute_child(*given)
+            return
+        self.pid = os.fork()
+        if self.pid == 0:
+            if order["start_new_session"]:
+                os.setsid()
+            streams = order["p2cread"], order["c2pwrite"], order["errwrite"]
+            become([str(a) for a in args[1:]], dict(env), order["cwd"] or os.getcwd(), streams)
+        self._child_created = True
+        self._close_pipe_fds(
+            *(order[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite"))
+        )
+
+
+def become(argv: list[str], env: dict[str, str], cwd: str, streams: tuple[int, int, int]) -> None:
+    """What `python ARGV` is after its imports. streams: standard input, output and error; -1: the one that is there."""
+    code = 1
+    try:
+        _renew(argv, env, cwd, streams)
+        code = _execute(argv)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _renew(argv: list[str], env: dict[str, str], cwd: str, streams: tuple[int, int, int]) -> None:
+    """Of what exec does away with: open files, handlers of signals, environment, random numbers."""
     import random
-    import runpy
-    import traceback
 
     import numpy as np
     import torch
 
-    os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    streams = os.open(order["output"], os.O_WRONLY | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
-    for target, stream in ((1, streams[0]), (2, streams[0]), (0, streams[1])):
-        os.dup2(stream, target)
-    os.chdir(order["cwd"])
+    for target, stream in enumerate(streams):
+        if stream not in (-1, target):
+            os.dup2(stream, target)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) != nothing and os.path.exists(f"/proc/self/fd/{name}"):
+            os.dup2(nothing, int(name), inheritable=False)  # not closed: its number may still be somebody's to close
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.chdir(cwd)
     os.environ.clear()
-    os.environ.update(order["env"])
+    os.environ.update(env)
+    unbuffered = bool(env.get("PYTHONUNBUFFERED"))
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1 if unbuffered else -1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    _show([sys.executable, *argv])
     random.seed()
     np.random.seed()
     torch.seed()
+    subprocess.Popen = Forking
+
+
+def _show(command: list[str]) -> None:
+    """The command line in /proc, which a process may write over (proc(5): arg_start, arg_end)."""
+    start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
+    text = b"".join(os.fsencode(word) + b"\0" for word in command)[: end - start - 1]
+    ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
+
+
+def _execute(argv: list[str]) -> int:
+    import runpy
+    import traceback
+
     code = 0
     try:
-        if order["argv"][:2] == ["-m", "fastft"]:
-            sys.argv = ["fastft", *order["argv"][2:]]
-            runpy.run_module("fastft", run_name="__main__", alter_sys=False)
-        else:
-            sys.argv = order["argv"]
-            sys.path[0] = str(Path(sys.argv[0]).parent)
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* found in sys.modules after import of package", RuntimeWarning)
+            if argv[0] == "-m":
+                sys.argv = argv[1:]
+                runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+            else:
+                sys.argv = argv
+                sys.path[0] = str(Path(argv[0]).parent)
+                runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
         if isinstance(e.code, str):
@@ -190,7 +298,7 @@ def run(order: dict) -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

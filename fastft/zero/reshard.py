@@ -129,7 +129,7 @@ def done(folder: Path, ranks: Ranks) -> None:
 
 
 def expect(engine, universal: bool) -> None:
-    """Say what the next load reads: DeepSpeed asks a setting that an engine is built with, and a run may read both kinds."""
+    """Say what the next load reads: DeepSpeed asks a setting that an engine is built with; a run may read both."""
     engine._config.load_universal_checkpoint = universal
 
 

@@ -219,7 +219,9 @@ print(len(prepared.prepare(Path(sys.argv[1]), "k", [], build)["tokens"]))
 
 
 @pytest.mark.parametrize("left_behind", [False, True])
-@pytest.mark.parametrize("answer", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+@pytest.mark.parametrize(
+    "answer", ["ENOLCK", *(pytest.param(a, marks=pytest.mark.long) for a in ("ENOSYS", "EOPNOTSUPP"))]
+)
 def test_a_file_system_without_locks(tmp_path, answer, left_behind):
     """Three processes at once, one of them builds; a held lock of a killed process holds nobody up for long."""
     if left_behind:

@@ -1,8 +1,9 @@
-"""The fault matrix with one try of each, and four moments of a save: real faults into real ranks.
+"""Real faults into real ranks: the fault matrix with one try of each kind; what is near to another is long.
 
 ``benchmarks/faults.py`` is the same over all stages and all moments, and writes the table.
 """
 
+import functools
 import os
 import sys
 
@@ -21,7 +22,7 @@ SEEN = {"rank killed": 5.0, "rank stopped": WATCHDOG + 5.0, "launcher killed": 1
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    return Bench(tmp_path_factory.mktemp("faults"))
+    return Bench(tmp_path_factory.mktemp("faults"), popen=functools.partial(launch.start_python, pipe=True))
 
 
 MOMENTS = ("begin", "after-file", "before-rename", "before-latest")
@@ -31,12 +32,18 @@ ELSEWHERE = (
     "ranks differ: seed",
     "ranks differ: learning rate",
 )  # tests/train/test_resume.py, test_health.py
+LONG = (
+    "disk read-only",
+    "disk hangs",
+    "NaN on one rank for good",
+    *(f"killed in a save: {moment}" for moment in MOMENTS if moment != "before-rename"),
+)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        name
+        pytest.param(name, marks=[pytest.mark.long] if name in LONG else [])
         for name in faults.FAULTS
         if name not in ELSEWHERE and (not name.startswith("killed in a save") or name.endswith(MOMENTS))
     ],

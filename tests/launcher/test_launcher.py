@@ -130,7 +130,7 @@ def test_a_killed_agent_takes_its_ranks_with_it(lm_config, tmp_path):
     lm_config["train"] = {"steps": 60, "log_every": 1}
     lm_config["checkpoint"] = {"every": 10}
     path = launch.write_config(tmp_path / "c.yaml", lm_config)
-    process = launch.start([sys.executable, "-m", "fastft", "launch", "--nproc", "2", "--backoff", "0", "train", path])
+    process = launch.start_python(["-m", "fastft", "launch", "--nproc", "2", "--backoff", "0", "train", path], {})
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and '"kind": "train"' in metrics.read_text()):
@@ -183,8 +183,8 @@ def test_a_restart_takes_nobody_elses_run(lm_config, tmp_path):
 
 
 def started(path: Path, run: Path, *options, env: dict | None = None) -> "launch.subprocess.Popen":
-    process = launch.start(
-        [sys.executable, "-m", "fastft", "launch", "--nproc", "2", "--max-restarts", "0", *options, "train", path], env
+    process = launch.start_python(
+        ["-m", "fastft", "launch", "--nproc", "2", "--max-restarts", "0", *options, "train", path], env or {}
     )
     deadline = time.monotonic() + 90
     while not ((run / "metrics.jsonl").exists() and '"kind": "train"' in (run / "metrics.jsonl").read_text()):
@@ -204,7 +204,7 @@ def test_sigterm_to_every_process_of_a_job_saves(lm_config, tmp_path):
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/MANIFEST.json"))
 
 
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("background", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_rank_that_cannot_write_ends_all_with_its_reason(lm_config, tmp_path, background):
     """Rank 1's disk fails, at a save that the run waits for and at one that it does not."""
     lm_config["train"] = {"steps": 100000, "log_every": 1}

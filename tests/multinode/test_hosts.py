@@ -97,6 +97,11 @@ class Hosts:
             cwd=launch.ROOT,
         )
 
+    def kill(self, host: int, part: str) -> None:
+        for pid in self.pids(host, part):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def pids(self, host: int, part: str) -> list[int]:
         """Processes on a host whose command line has ``part``."""
         found = []
@@ -149,7 +154,7 @@ def on_one_host(config: dict, tmp_path: Path) -> tuple[Path, list[float]]:
     return path, losses(tmp_path / "here")
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long), 3])
 def test_two_hosts_give_the_losses_of_one(hosts, config, tmp_path, zero):
     config["parallel"] = {"zero": zero}
     path, truth = on_one_host(config, tmp_path)
@@ -202,6 +207,7 @@ def test_every_launcher_gives_the_same_run(hosts, config, tmp_path):
     assert losses(tmp_path / "torchrun") == truth
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("trouble", ["netem delay 5ms loss 1%", "tbf rate 20mbit burst 32kb latency 100ms"])
 def test_a_slow_or_lossy_network_changes_nothing_but_time(hosts, config, tmp_path, trouble):
     path, truth = on_one_host(config, tmp_path)
@@ -292,9 +298,10 @@ def test_a_killed_launcher_leaves_nothing_on_any_host(hosts, config, tmp_path):
     assert process.returncode != 0
 
 
-def test_a_dead_host_is_named(hosts, config, tmp_path):
-    """The cable is pulled: the launcher names the host; the ranks on the far side,
-    which nobody reaches, end by themselves.
+@pytest.mark.parametrize("far_side", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_dead_host_is_named(hosts, config, tmp_path, far_side):
+    """The cable is pulled: the launcher names the host; the ranks on the far side, which nobody reaches, end by
+    themselves after half a minute.
     """
     process = started(hosts, config, tmp_path, "--max-restarts", "0")
     run("ip", "link", "set", hosts.names[1], "down")
@@ -303,6 +310,8 @@ def test_a_dead_host_is_named(hosts, config, tmp_path):
         assert process.returncode != 0 and hosts.addresses[1] in output and "connection" in output, output[-2000:]
         deadline = time.monotonic() + 60
         while hosts.pids(1, "fastft"):
+            if not far_side:
+                hosts.kill(1, "fastft")
             assert time.monotonic() < deadline, "the far ranks stay"
             time.sleep(0.2)
         assert not hosts.pids(0, "fastft train")

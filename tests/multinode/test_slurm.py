@@ -106,7 +106,7 @@ def slurm():
                     command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
                 )
             )
-            time.sleep(1)
+            time.sleep(0.5)
         wait(lambda: output(env, "sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 30, "two idle nodes")
         yield env
     finally:
@@ -167,10 +167,10 @@ def losses(run: Path) -> list[tuple]:
 
 @pytest.mark.slow
 def test_two_nodes_train_then_a_warned_job_requeues_itself_and_goes_on(slurm, lm_config, tmp_path):
-    """The losses are those of two ranks without Slurm, also when
-    SIGUSR1 (the warning before the time limit) came in between.
+    """The losses are those of two ranks without Slurm, also when SIGUSR1 (the warning before the time limit) came in
+    between.
     """
-    config, log, steps = launch.write_config(tmp_path / "c.yaml", lm_config), tmp_path / "log", 400
+    config, log, steps = launch.write_config(tmp_path / "c.yaml", lm_config), tmp_path / "log", 200
     job = submit(slurm, log, config, f"run.dir={tmp_path / 'slurm'}", f"train.steps={steps}")
     try:
         wait(lambda: losses(tmp_path / "slurm"), 60, "first step")

@@ -305,7 +305,7 @@ def test_opcheck(backend, name):
     )
 
 
-@pytest.mark.parametrize("backend", [NATIVE, "reference", None])
+@pytest.mark.parametrize("backend", [NATIVE, *(pytest.param(b, marks=pytest.mark.long) for b in ("reference", None))])
 def test_trap_torch_compile_fullgraph(backend):
     eager, compiled = (make(F32, F32, [(5, 3), (4,)], first_step=2) for _ in range(2))
 
@@ -365,7 +365,7 @@ for dtypes in DTYPES:
 """
 
 
-@pytest.mark.parametrize("path", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("path", ["scalar", *(pytest.param(p, marks=pytest.mark.long) for p in ("avx2", "avx512"))])
 @pytest.mark.skipif(not NATIVE_BUILT, reason="fastft._C is not built")
 def test_every_cpu_path(path):
     from fastft import _C

@@ -128,7 +128,7 @@ for params, state in t.COMBINATIONS:
 """
 
 
-@pytest.mark.parametrize("path", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("path", ["scalar", *(pytest.param(p, marks=pytest.mark.long) for p in ("avx2", "avx512"))])
 @pytest.mark.skipif(not NATIVE_BUILT, reason="fastft._C is not built")
 def test_every_cpu_path(path):
     from fastft import _C

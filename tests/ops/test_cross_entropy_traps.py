@@ -17,7 +17,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning:triton.runtime.interpreter"
 )  # numpy on nan, which is meant
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+REDUCTIONS = ("mean", "sum", "none")
+each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 def small(*, requires_grad=True, rows=6, vocab=11, dtype=torch.float32):
@@ -283,8 +284,13 @@ def test_trap_bitwise_the_same_from_run_to_run(backend, reduction):
         assert torch.equal(loss, runs[0][0]) and torch.equal(grad, runs[0][1])
 
 
-@each_reduction
-@pytest.mark.parametrize("backend", [NATIVE, "reference", None])
+COMPILED = [
+    pytest.param("native", r, marks=[*NATIVE.marks, *([pytest.mark.long] if r != "mean" else [])]) for r in REDUCTIONS
+]
+COMPILED += [pytest.param(b, r, marks=pytest.mark.long) for b in ("reference", None) for r in REDUCTIONS]
+
+
+@pytest.mark.parametrize(("backend", "reduction"), COMPILED)
 def test_trap_torch_compile_fullgraph(backend, reduction):
     leaf, target = small()
     target[1] = -100
@@ -302,7 +308,7 @@ def test_trap_torch_compile_fullgraph(backend, reduction):
         torch.testing.assert_close(torch.autograd.grad(compiled, leaf)[0], torch.autograd.grad(eager, leaf)[0])
 
 
-@pytest.mark.parametrize("backend", [NATIVE, "reference"])
+@pytest.mark.parametrize("backend", [NATIVE, pytest.param("reference", marks=pytest.mark.long)])
 def test_trap_out_of_range_target_under_torch_compile(backend):
     logits, target = small()
     target[3] = 11
@@ -369,7 +375,7 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
-@pytest.mark.parametrize("path", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("path", ["scalar", *(pytest.param(p, marks=pytest.mark.long) for p in ("avx2", "avx512"))])
 @pytest.mark.skipif(not NATIVE_BUILT, reason="fastft._C is not built")
 def test_every_cpu_path(path):
     from fastft import _C

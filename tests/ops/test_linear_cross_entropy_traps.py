@@ -344,7 +344,7 @@ def test_trap_bitwise_the_same_from_run_to_run(backend, reduction):
 
 COMPILED = [("aot_eager", None, r) for r in ("mean", "sum", "none")] + [
     ("aot_eager", "reference", "mean"),
-    ("inductor", None, "mean"),
+    pytest.param("inductor", None, "mean", marks=pytest.mark.long),
 ]
 
 

@@ -66,7 +66,7 @@ def test_fused_step_is_the_unfused_step(lm_config, tmp_path, world):
         same_checkpoints(*(tmp_path / name / "checkpoints" / "step-5" for name in (fused, unfused)))
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_checkpoints_interchange(lm_config, tmp_path, zero):
     """A run saved by the fused step resumes unfused, and the other way round; both are the run that never stopped."""
     stopped, paths = {}, []
@@ -135,8 +135,9 @@ leave(0)
 """
 
 
-def test_nan_on_one_rank_skips_on_all_and_an_unknown_deepspeed_stays_unfused():
-    launch.ranks(2, ["-c", NAN])
+def test_nan_on_one_rank_skips_on_all_and_an_unknown_deepspeed_stays_unfused(tmp_path):
+    (tmp_path / "nan.py").write_text(NAN)
+    launch.ranks(2, [tmp_path / "nan.py"])
 
 
 def test_joined_gradients_are_views_of_their_neighbours():

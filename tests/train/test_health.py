@@ -54,8 +54,9 @@ leave(0)
 """
 
 
-def test_ranks_that_differ_are_named():
-    launch.ranks(3, ["-c", RANKS])
+def test_ranks_that_differ_are_named(tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    launch.ranks(3, [tmp_path / "ranks.py"])
 
 
 def test_a_rank_with_other_settings_is_refused_before_the_first_step(lm_config, tmp_path):
@@ -65,8 +66,8 @@ def test_a_rank_with_other_settings_is_refused_before_the_first_step(lm_config, 
     two = launch.write_config(tmp_path / "two.yaml", {**lm_config, "optim": {"lr": 0.5}})
     port = str(launch.free_port())
     processes = [
-        launch.start(
-            [launch.sys.executable, "-m", "fastft", "train", path],
+        launch.start_python(
+            ["-m", "fastft", "train", path],
             {
                 "RANK": str(r),
                 "LOCAL_RANK": str(r),
