@@ -5,10 +5,11 @@ PYTHON ?= python3
 WORKERS ?= 2
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml fastft/__init__.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
-.PHONY: setup setup-test quickstart test test-long bench clean
+.PHONY: setup setup-test quickstart lint peers test test-long bench clean
 
 setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
@@ -43,6 +44,22 @@ test: setup-test
 test-long: setup-test
 	$(BIN)/python -m pytest -q -m long $(ARGS)
 
+# What CI runs beside the tests. ruff and clang-format are pinned: every machine formats alike.
+lint: setup
+	$(BIN)/python -m pip install -q -e ".[lint]"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh')
+
+# What benchmarks compare with lives in an environment of its own: benchmarks/tasks.py --peers-python $(PEERS)/bin/python
+peers: $(PEERS)/.ready
+$(PEERS)/.ready:
+	$(PYTHON) -m venv $(PEERS)
+	command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || $(PEERS)/bin/python -m pip install -q "$(TORCH)"
+	$(PEERS)/bin/python -m pip install -q "transformers>=5.17,<6" accelerate datasets peft scikit-learn scipy seqeval safetensors
+	touch $@
+
 bench: setup-test
 	$(BIN)/python benchmarks/cross_entropy.py
 	$(BIN)/python benchmarks/adamw.py
@@ -52,4 +69,4 @@ bench: setup-test
 	$(BIN)/python benchmarks/train_step.py
 
 clean:
-	rm -rf build dist *.egg-info fastft/*.so $(VENV)
+	rm -rf build dist *.egg-info fastft/*.so $(VENV) $(PEERS)

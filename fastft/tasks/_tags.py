@@ -90,7 +90,7 @@ def readable(tag: str, scheme: str) -> str:
 
 def entities(tags: Sequence[str], scheme: str) -> list[tuple[str, int, int]]:
     """Type, first word and the word after the last of every entity, as seqeval's default mode finds them."""
-    from seqeval.metrics.sequence_labeling import get_entities  # type: ignore[import-untyped]
+    from seqeval.metrics.sequence_labeling import get_entities
 
     found = get_entities([readable(tag, scheme) for tag in tags])
     return [(kind, start, end + 1) for kind, start, end in found]

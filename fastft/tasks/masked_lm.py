@@ -364,7 +364,7 @@ def _segmenter(wanted: str) -> Callable[[str], list[str]] | None:
     if wanted == "none":
         return None
     try:
-        import jieba  # type: ignore[import-untyped]
+        import jieba
     except ImportError:
         if wanted == "jieba":
             raise UserError("data.chinese_words: jieba is not installed.", "pip install 'fastft[zh]'") from None
