@@ -53,6 +53,8 @@ class Section(BaseModel):
     def _short_forms(cls, raw: Any) -> Any:
         if cls.members is not None:
             raw = short_list(cls, raw)
+            if isinstance(raw, dict):
+                raw = {key: None if value is False and key in cls.members else value for key, value in raw.items()}
         if raw is True and cls.scalar is None:
             return {}
         if cls.scalar is not None and not isinstance(raw, dict | BaseModel) and raw is not None:

@@ -29,12 +29,14 @@ class Telemetry:
     def __init__(self, folder: Path, main: bool, total_steps: int = 0, trackers: Sequence[Tracker] = ()):
         self.file = _append(folder / "metrics.jsonl") if main else None
         self.bar = Bar(total_steps) if main else None
-        self.trackers = list(trackers) if main else []
+        self.chosen = list(trackers) if main else []
+        self.trackers: list[Tracker] = []  # those that are open and have not failed
 
     def open_trackers(self, folder: Path, config: Config) -> None:
-        """Raises UserError when a tracker's package is missing."""
-        for tracker in self.trackers:
-            tracker.open(folder, config)
+        """The run in ``folder`` begins or is resumed."""
+        for tracker in self.chosen:
+            self.trackers.append(tracker)
+            self._tell(tracker, lambda tracker=tracker: tracker.open(folder, config))
 
     def record(self, kind: str, **fields: Any) -> None:
         if self.file is None:

@@ -55,6 +55,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     ranks = environment(config)
     if not resume:
         run_folder.check(run_dir, config, overwrite)
+    trackers = [rooms.TRACKERS.get(name)(settings) for name, settings in config.run.trackers.chosen().items()]
     held = run_folder.lock(run_dir) if ranks.main else None
     job = assemble.start(config)
     assemble.add_data(job)
@@ -77,8 +78,6 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     assemble.add_objective(job, engine)
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
-        chosen = config.run.trackers.chosen().items()
-        trackers = [rooms.TRACKERS.get(name)(settings) for name, settings in chosen] if ranks.main else []
         saver = Saver(job, engine, schedule, layout, stop, heart)
         cleanup.callback(saver.close)
         loop = Loop(job, engine, schedule, saver, heart)

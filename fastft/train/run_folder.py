@@ -16,6 +16,7 @@ OF_A_RUN = (
     "model",
     "metrics.jsonl",
     "config.yaml",
+    "trackers",
 )  # what a run writes into its folder, beside prepared data
 
 

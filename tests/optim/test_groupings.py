@@ -25,7 +25,7 @@ from fastft.zero import weights
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 STEPS = 5
-# bf16 first: torch's bf16 kernels on a CPU may round otherwise in a process that has trained before
+# bf16 first: a ZeRO-3 run leaves DeepSpeed's torch.nn.functional.linear behind in its process, which rounds otherwise.
 UNFREEZE = [(1, "bf16"), *((stage, "fp32") for stage in range(4))]
 OPTIM = {"lr": 1e-3, "weight_decay": 0.1, "warmup": 2, "grad_clip": 0.5}
 

@@ -71,6 +71,9 @@ def test_higher_is_better_and_the_state_goes_on():
         stops_after(first, values[:cut])
         second.load_state(json.loads(json.dumps(first.state())))
         assert cut + stops_after(second, values[cut:])[0] == 5
+    other = observer(patience=3)
+    other.load_state({**first.state(), "metric": "eval.accuracy"})
+    assert other.waited == 0 and other.best is None
 
 
 @pytest.fixture

@@ -231,6 +231,9 @@ def test_nan_is_not_the_best():
         best.after_evaluation(4, {"eval": {"loss": value}})
         assert best.saved(4) is better
     assert best.best == {"step": 4, "metric": "eval.loss", "value": 0.5}
+    other = Best(None, best.view)
+    other.load_state({"best": {"step": 2, "metric": "eval.accuracy", "value": 0.1}})
+    assert other.best is None  # an accuracy cannot be compared with a loss
 
 
 def test_the_best_goes_by_the_metrics_direction():

@@ -131,7 +131,8 @@ class Best(Observer):
         return {"best": self.best, "metrics": self.metrics}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.best, self.metrics = state["best"], state.get("metrics", {})  # fastft 0.1.0 kept no metrics
+        if state["best"] is None or self.name in (None, state["best"]["metric"]):  # of another one it says nothing
+            self.best, self.metrics = state["best"], state.get("metrics", {})  # fastft 0.1.0 kept no metrics
 
 
 STANDARD: dict[str, type[Observer]] = {

@@ -85,9 +85,12 @@ class EarlyStopping(Observer):
         return actions
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best, "reference": self.reference, "waited": self.waited}
+        values = {"best": self.best, "reference": self.reference, "waited": self.waited}
+        return {"metric": self.settings.metric, **values}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        if state["metric"] != self.settings.metric:  # another one is watched since the resume: the count begins anew
+            return
         self.best, self.reference, self.waited = state["best"], state["reference"], state["waited"]
 
     def summary(self) -> dict[str, Any]:
