@@ -258,10 +258,10 @@ class Tagger(Predictor):
         self.fields = {"tokens": task.data.tokens}
 
     def prepare(self, where: str, row: dict[str, Any]) -> dict[str, Any]:
-        value = row["tokens"]
+        value = row.get("tokens", row.get("text"))
         glue = " "
         if isinstance(value, str):
-            super().prepare(where, row)
+            super().prepare(where, {"text": value})
             glue = "" if _words.is_unspaced(value) else " "
             value = value.split() if glue else list(value)
         if not isinstance(value, list) or not value:

@@ -331,6 +331,7 @@ def test_predictions_of_the_exported_model(trained):
     assert first["tags"] == TRAIN[0]["tags"] and second["tokens"] == TRAIN[1]["tokens"]
     assert {"type": "PER", "start": 0, "end": 2, "text": "Angela Merkel"} in first["entities"]
     assert third["windows"] > 1 and len(third["tags"]) == 16
+    assert ready.prepare("x", {"text": "Siemens is"})["tokens"] == ["Siemens", "is"]
     assert ready.prepare("x", {"tokens": "我爱北京"})["tokens"] == list("我爱北京")
     with pytest.raises(UserError, match="x: the tokens are"):
         ready.prepare("x", {"tokens": []})

