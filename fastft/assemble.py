@@ -42,6 +42,8 @@ class Job:
         Names of its weights that were newly initialized.
     frozen : int
         Elements of parameters that are not trained.
+    objective, measured : Objective
+        What is trained on, and the task's own without the wrappers around it, which evaluations take.
     record : dict
         What objective and edits settled, for the run's record.
     """
@@ -61,6 +63,7 @@ class Job:
     spec: OptimizerSpec | None = None
     optimizer: ClientOptimizer | None = None
     objective: Objective | None = None
+    measured: Objective | None = None
     record: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -152,7 +155,7 @@ def add_objective(job: Job, forward: Any = None) -> None:
         forward = job.model
     device = job.ranks.device
     job.task.check_model(forward, job.model, device)
-    objective = job.task.objective(forward, job.model, device, job.learned)
+    objective = job.measured = job.task.objective(forward, job.model, device, job.learned)
     for name, settings in job.config.loss.chosen().items():
         objective = rooms.OBJECTIVES.get(name)(objective, settings, job.config)
     job.objective = objective

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-VERBS = Path(__file__).parent / "verbs"
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # Python names no file where a write fails
 ABOUT = """Usage: fastft VERB [OPTIONS] ...
 
@@ -16,7 +15,9 @@ Fine-tune language models at the hardware's limit. `fastft VERB --help` says mor
 
 def verbs() -> dict[str, Path]:
     """Files by verb."""
-    files = sorted(VERBS.glob("*.py"))
+    from fastft.cli.verbs import __path__ as folders
+
+    files = sorted((file for folder in folders for file in Path(folder).glob("*.py")), key=lambda file: file.stem)
     return {file.stem.replace("_", "-"): file for file in files if not file.stem.startswith("_")}
 
 

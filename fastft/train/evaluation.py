@@ -28,10 +28,10 @@ def evaluate(job: Job, split: Split, forward: Any = None, beat: Callable[[], Non
         Called after every batch.
     """
     forward = job.model if forward is None else forward
-    assert job.objective is not None
+    assert job.measured is not None
     was_training = job.model.training
     forward.eval()
-    metrics = job.task.new_metrics(job.objective, job.learned)
+    metrics = job.task.new_metrics(job.measured, job.learned)
     seed = job.config.run.seed
 
     def collate(ids: np.ndarray) -> Batch:

@@ -120,6 +120,20 @@ def test_exports_agree(trained, tmp_path):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_rounds_and_what_did_not_move_is_said(lora_config, tmp_path):
+    """bf16: the rounding of a merge is reported; adapters that learned nothing are named."""
+    lora_config["model"]["dtype"] = "bf16"
+    lora_config["model"]["freeze"] = ["*lora_B*"]
+    lora_config["train"]["steps"] = 1
+    path = launch.write_config(tmp_path / "c.yaml", lora_config)
+    _, output = launch.fastft("train", path)
+    assert "LoRA: 14 of 14 adapters did not move" in output
+    _, output = launch.fastft("export", lora_config["run"]["dir"], tmp_path / "merged", "--merge")
+    assert "rounding moves a layer's output by up to" in output
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+
+
 def test_another_base_is_refused(trained, tmp_path):
     """A base whose weights changed since: by resume, and by whoever opens the adapter."""
     copy = tmp_path / "copy"

@@ -151,13 +151,16 @@ class LoRA(Edit):
 
     def merged(self, state: State, model: torch.nn.Module, dtype: torch.dtype) -> State:
         _report_unmoved(state)
+        errors = []
         out = {name: tensor for name, tensor in state.items() if not _is_own(name)}
         for name, module in model.named_modules():
             if not hasattr(module, "lora_A"):
                 continue
             base, scale = f"{name}.base_layer.weight", module.scaling[NAME]
             transposed = type(module.get_base_layer()).__name__ == "Conv1D"
-            out[base] = _merge(name, state, scale, transposed, dtype)
+            out[base], error = _merge(name, state, scale, transposed, dtype)
+            errors.append(error)
+        log.warning("LoRA merged: rounding moves a layer's output by up to %.1e of its largest", max(errors))
         return {name.replace(".base_layer.", "."): tensor for name, tensor in out.items()}
 
     @classmethod
@@ -282,8 +285,8 @@ def _report_unmoved(state: State) -> None:
         log.warning("LoRA: %d of %d adapters did not move (%s)", len(unmoved), len(every), few)
 
 
-def _merge(name: str, state: State, scale: float, transposed: bool, dtype: torch.dtype) -> torch.Tensor:
-    """The base's weight with its adapter, summed in float32 and rounded once; compared on random input."""
+def _merge(name: str, state: State, scale: float, transposed: bool, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """The base's weight with its adapter, summed in float32 and rounded once, and its error on random input."""
     base = state[f"{name}.base_layer.weight"].float().cpu()
     a, b = (state[f"{name}.{part}.{NAME}.weight"].float().cpu() for part in ("lora_A", "lora_B"))
     whole = base.T if transposed else base  # (out, in)
@@ -302,4 +305,4 @@ def _merge(name: str, state: State, scale: float, transposed: bool, dtype: torch
         raise UserError(
             f"{name}: the merged weight differs from base and adapter by {error:.2g}.", "Export the adapter."
         )
-    return (rounded.T if transposed else rounded).contiguous()
+    return (rounded.T if transposed else rounded).contiguous(), error
