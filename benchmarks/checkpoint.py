@@ -23,8 +23,10 @@ from fastft import config as configuration
 from fastft.cli import leave
 from fastft.data import order
 from fastft.optim import FusedAdamW
-from fastft.train import checkpoint, engine
+from fastft.ranks import environment
+from fastft.train import checkpoint
 from fastft.train.writer import Writer
+from fastft.zero import engine
 
 COLUMNS = {
     "ZeRO": "s",
@@ -49,7 +51,7 @@ def build(zero: int, dtype: str, width: int, run: Path):
             "run": {"device": "cpu", "dir": str(run)},
         }
     )
-    ranks = engine.environment(config)
+    ranks = environment(config)
     engine.start_process_group()
     torch.manual_seed(0)
     net = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(6))).to(

@@ -109,13 +109,13 @@ def enlarge(prepared: Path, samples: int, steps: range) -> float:
 
 def train_from(path: Path, step: int) -> None:
     """In a process of its own: the run up to its last step, from ``step`` instead of 0."""
-    begin = loop._Run.__init__
+    begin = loop.Loop.__init__
 
     def at_step(self, *given) -> None:
         begin(self, *given)
         self.step = step
 
-    loop._Run.__init__ = at_step
+    loop.Loop.__init__ = at_step
     loop.train(configuration.load(path), overwrite=True)
 
 

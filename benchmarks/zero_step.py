@@ -27,7 +27,8 @@ import torch
 from fastft.cli import leave
 from fastft.config import validate
 from fastft.optim import FusedAdamW
-from fastft.train import engine
+from fastft.ranks import environment
+from fastft.zero import engine
 
 OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 WIDTH, VOCABULARY = 1024, 32000
@@ -86,11 +87,11 @@ class Contender:
                 "run": {"device": "cpu"},
             }
         )
-        ranks = engine.environment(config)
+        ranks = environment(config)
         engine.start_process_group()
         settings = engine.deepspeed_config(config, ranks)
         if ours:
-            self.engine = engine.build_engine(net, optimizer, settings, fused_step=name == "fused")
+            self.engine = engine.build_engine(net, optimizer, settings, fuse=name == "fused")
             assert name == "unfused" or self.engine.fastft_step == "fused", self.engine.fastft_step
         else:
             import deepspeed

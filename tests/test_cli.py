@@ -152,3 +152,21 @@ def test_a_model_of_the_wrong_kind(classifier, tmp_path, tiny_bert, corpus):
 def test_eval_needs_a_trained_classifier(classifier, tiny_bert):
     code, output = run("eval", classifier[0], f"model.path={tiny_bert}")
     assert code == 1 and "not a trained classifier" in output and "Traceback" not in output
+
+
+def test_help_takes_next_to_no_time():
+    """CPU time beside that of an interpreter that does nothing, in one run; medians, for either may be disturbed."""
+    import resource
+    import statistics
+    import subprocess
+    import sys
+
+    def seconds(arguments: list[str]) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, cwd=launch.ROOT)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    rounds = [(seconds(["-c", "pass"]), seconds(["-m", "fastft", "--help"])) for _ in range(7)]
+    nothing, help_text = (statistics.median(part) for part in zip(*rounds, strict=True))
+    assert help_text < 4 * nothing

@@ -144,7 +144,7 @@ def config_class(raw: dict, problems: list[str] | None = None) -> type[Config]:
 
 
 class _Lenient(Data, extra="allow"):
-    """Stands in where the task is not known: its keys cannot be judged."""
+    """Used where the task is not known: its keys cannot be judged."""
 
 
 class _LenientLoss(Loss, extra="allow"):

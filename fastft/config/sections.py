@@ -322,5 +322,5 @@ class Config(Section):
         there = getattr(getattr(self, part), field)
         if there not in (None, value):
             raise ValueError(f"{key}: {there} contradicts {name}, from which {key}: {value} follows: remove {key}")
-        if there is None:  # past validation, which would begin anew
+        if there is None:  # past validation, which would run again
             self.__dict__[part] = getattr(self, part).changed(**{field: value})

@@ -24,7 +24,7 @@ class Depths:
     ----------
     of : dict of str
         By the names of ``named_parameters()`` that are trained: 0 embeddings and what else comes before the blocks,
-        i + 1 block i, ``top`` what comes after them. A parameter that stands in several places, as a tied embedding
+        i + 1 block i, ``top`` what comes after them. A parameter that is in several places, as a tied embedding
         does, has the lowest.
     top : int
         Blocks + 1.

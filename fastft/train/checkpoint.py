@@ -116,7 +116,7 @@ def find(folder: Path, step: int | None = None, ranks: Ranks | None = None) -> t
             return path, manifest, problems
         problems.append(problem)
     raise UserError(
-        f"{folder}: no usable checkpoint. {' '.join(problems)}".strip(), "Start the run anew with `fastft train`."
+        f"{folder}: no usable checkpoint. {' '.join(problems)}".strip(), "Start a new run with `fastft train`."
     )
 
 

@@ -110,7 +110,7 @@ def test_truncation_keeps_what_the_tokenizer_keeps(classification_config, minilm
     assert split.data.meta["counts"]["truncated"] == 2
 
 
-def test_overlength_error_counts_and_split_is_refused(task_of, tmp_path):
+def test_truncation_error_counts_and_split_is_refused(task_of, tmp_path):
     data = write(tmp_path / "l.jsonl", [{"text": "word " * 99, "label": "a"}, {"text": "x", "label": "b"}])
     with pytest.raises(UserError, match="1 of 2 texts are longer"):
         task_of(train=data).train_split()

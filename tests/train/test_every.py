@@ -42,7 +42,7 @@ def test_steps_and_epochs(every, rows, size, last, expected):
 
 
 def test_epochs_after_a_short_last_step():
-    """One epoch of 10 rows ended with a step of 2; the next epochs begin anew behind it."""
+    """One epoch of 10 rows ended with a step of 2; the next epochs begin behind it."""
     assert steps("epoch", schedule(10, 4, segments=((3, 10),)), 9) == [3, 6, 8]
 
 

@@ -15,7 +15,7 @@ from fastft.train.observers.base import Action, Metrics, Observer, StepResult, V
 class Weights(Observer):
     """Compares replicated weights between ranks (parallel.verify_every).
 
-    Before the update: after it ZeRO 1 and 2 have just written all replicated weights anew from the shards.
+    Before the update: after it ZeRO 1 and 2 have just rewritten all replicated weights from the shards.
     """
 
     def before_update(self, step: int) -> None:

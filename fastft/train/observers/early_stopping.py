@@ -89,7 +89,7 @@ class EarlyStopping(Observer):
         return {"metric": self.settings.metric, **values}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if state["metric"] != self.settings.metric:  # another one is watched since the resume: the count begins anew
+        if state["metric"] != self.settings.metric:  # another one is watched since the resume: a new count begins
             return
         self.best, self.reference, self.waited = state["best"], state["reference"], state["waited"]
 
