@@ -2,9 +2,9 @@
 
 python benchmarks/versions.py OTHER --bert FOLDER [--rounds 5]
 
-OTHER is a checkout of another commit with its native module in place; FOLDER a BERT. Each case is the same configuration,
-in keys that both know; the rate is taken between the first and the last logged step, and a ratio is the median over the
-rounds of (this version's rate / the other's).
+OTHER is a checkout of another commit with its native module in place; FOLDER a BERT. Each case is the same
+configuration, in keys that both know; the rate is taken between the first and the last logged step, and a ratio is the
+median over the rounds of (this version's rate / the other's).
 
 banking77    classification of short questions, BERT, batch 32, fp32, ZeRO 0
 train_step   a small decoder with a vocabulary of 50k, bf16, ZeRO 0: the loss at the head and AdamW
@@ -120,7 +120,8 @@ def main() -> None:
     text = [
         "# versions",
         "",
-        f"Written by `python benchmarks/versions.py`: this version beside {commit}, {args.rounds} rounds in turns. {args.machine}",
+        f"Written by `python benchmarks/versions.py`: this version beside {commit}, {args.rounds} rounds in turns. "
+        f"{args.machine}",
         "",
         "| case | steps/s | ratio (median of rounds) | min-max |",
         "|---|---|---|---|",

@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 POLL = 0.01  # seconds
@@ -149,11 +150,21 @@ def _server() -> _Server:
 
 
 def serve(connection: socket.socket) -> None:
-    import deepspeed  # noqa: F401
+    import deepspeed
+    import setuptools  # noqa: F401
     import transformers.models.auto.modeling_auto
     import transformers.models.bert.modeling_bert
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    with suppress(ImportError):  # what DeepSpeed imports when an engine is built, and torch's whole compiler with it
+        import deepspeed.runtime.zero.muon.muon_optimizer
+        import deepspeed.runtime.zero.stage3
+        import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+    with suppress(ImportError):  # made at the first model that is loaded, from a thousand regular expressions
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
+    import fastft.cli
     import fastft.tasks.causal_lm
     import fastft.tasks.classification
     import fastft.train.loop  # noqa: F401
