@@ -150,12 +150,12 @@ TOOLS = {
 }
 
 
-def write_rows(case: Case, data: Path, folder: Path, quick: bool) -> dict:
+def write_rows(case: Case, data: Path, folder: Path, quick: bool, share: float = 1.0) -> dict:
     """The files of a case, and how many rows are in them."""
     found = {}
     for part, kept in zip(("train", "dev"), case.kept, strict=True):
         rows = case.rows(data, "train" if quick else part)  # a few rows of dev have tags that a few of train have not
-        kept = 32 if quick else min(kept, len(rows))
+        kept = 32 if quick else min(round(share * kept), len(rows))
         chosen = [rows[int(i * len(rows) / kept)] for i in range(kept)]
         path = folder / f"{part}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
@@ -167,7 +167,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
     """A row per tool: its metric and its samples/s for every seed, tools in turn."""
     case, runs = CASES[name], {tool: list[dict]() for tool in args.tools}
     with tempfile.TemporaryDirectory() as folder:
-        files = write_rows(case, args.data, Path(folder), args.quick)
+        files = write_rows(case, args.data, Path(folder), args.quick, args.share)
         settings = {**SETTINGS, **case.settings, **({"epochs": 1} if args.quick else {})}
         for seed in range(17, 17 + args.seeds):
             for tool in args.tools:
@@ -274,6 +274,7 @@ def main() -> None:
         parser.add_argument("--model-name", default="all-MiniLM-L6-v2 (6-layer BERT, 22.7 M parameters)")
         parser.add_argument("--cases", default=",".join(CASES))
         parser.add_argument("--tools", default=";".join(TOOLS), help="separated by semicolons")
+        parser.add_argument("--share", type=float, default=1.0, help="use only this share of each case's rows")
         parser.add_argument("--seeds", type=int, default=1)
         parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
         parser.add_argument("--peers-python", default=sys.executable, help="interpreter of the peers' environment")
