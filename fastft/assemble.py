@@ -17,6 +17,7 @@ from fastft.config import Config
 from fastft.data.encoder import Learned
 from fastft.data.orders.base import Order
 from fastft.data.split import Split
+from fastft.errors import UserError
 from fastft.models import load
 from fastft.models.edits.base import Edit
 from fastft.objectives.base import Objective
@@ -24,6 +25,7 @@ from fastft.optim.groups import ParameterGroups
 from fastft.optim.optimizers.base import ClientOptimizer, OptimizerSpec
 from fastft.ranks import Ranks, environment
 from fastft.tasks.base import ModelSpec, Task
+from fastft.zero.parameters import whole_numel
 
 Weights = Literal["start", "trained", "empty"]
 
@@ -110,16 +112,22 @@ def add_model(job: Job, weights: Weights = "start") -> None:
     if weights == "trained":
         _open_trained(job, spec)
         return
+    if weights == "start" and any(rooms.EDITS.get(n).wrote(Path(config.model.path)) for n in rooms.EDITS.names()):
+        raise UserError(
+            f"model.path: {config.model.path} holds an adapter, not a whole model.",
+            "Merge it first: fastft export RUN_DIR FOLDER --merge, and start from that folder.",
+        )
     settings = config.model.changed(init="random") if weights == "empty" else config.model
     new = spec.new_parameters if weights == "start" else ()
     job.model, job.initialized = load.build(settings, spec.auto_class, new, config.run.seed, **spec.overrides)
     chosen = config.model.chosen().items()
     job.edits = [rooms.EDITS.get(name)(settings, config) for name, settings in chosen]
     job.edits.sort(key=lambda edit: edit.order)
+    load.freeze(job.model, config.model.freeze)  # by the model's own names
     for edit in job.edits:
         edit.apply(job.model, spec.new_parameters)
         job.record |= edit.record()
-    job.frozen = load.freeze(job.model, config.model.freeze)
+    job.frozen = sum(whole_numel(p) for p in job.model.parameters() if not p.requires_grad)
 
 
 def _open_trained(job: Job, spec: ModelSpec) -> None:
@@ -129,7 +137,8 @@ def _open_trained(job: Job, spec: ModelSpec) -> None:
     if not kinds:
         job.model, _ = load.build(settings, spec.auto_class, (), job.config.run.seed)
         return
-    base = settings.changed(path=kinds[0].base(folder), tokenizer=str(folder))
+    path, revision = kinds[0].base(folder)
+    base = settings.changed(path=path, revision=revision, tokenizer=str(folder))
     job.model, _ = load.build(base, spec.auto_class, spec.new_parameters, job.config.run.seed, **spec.overrides)
     for kind in kinds:
         kind.open(folder, job.model)
@@ -169,7 +178,6 @@ def trained(path: str, config: Config | None = None) -> Job:
     model fits.
     """
     from fastft import config as configuration
-    from fastft.errors import UserError
 
     folder = Path(path)
     if config is None and (folder / "config.yaml").is_file() and (folder / "model").is_dir():
@@ -181,7 +189,9 @@ def trained(path: str, config: Config | None = None) -> Job:
         job = start(config.changed(model=model.changed(trust_remote_code=config.model.trust_remote_code)))
     else:
         found = load.config(model)
-        names = [name for name in rooms.TASKS.names() if rooms.TASKS.get(name).fits(found)]
+        said = getattr(found, "fastft_task", None)
+        fitting = (name for name in rooms.TASKS.names() if rooms.TASKS.get(name).fits(found))
+        names = [said] if said in rooms.TASKS else list(fitting)
         if not names:
             kind = (found.architectures or ["(none)"])[0]
             known = ", ".join(rooms.TASKS.names())

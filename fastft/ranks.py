@@ -39,6 +39,10 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def alone(self) -> bool:
+        return self.world == 1
+
+    @property
     def sequence_rank(self) -> int:
         return self.rank % self.sequence_world
 

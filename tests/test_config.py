@@ -150,3 +150,29 @@ def test_a_boolean_is_no_number(tmp_path, override):
     with pytest.raises(UserError, match=r"boolean|no value"):
         load(tmp_path, MINIMAL, [override])
     assert load(tmp_path, MINIMAL, ["checkpoint.background=no"]).checkpoint.background is False
+
+
+def test_true_is_a_member_with_its_defaults_and_no_section(tmp_path):
+    assert load(tmp_path, {**MINIMAL, "model": {"path": "m", "lora": True}}).model.lora.r == 16
+    with pytest.raises(UserError, match="batch"):
+        load(tmp_path, {**MINIMAL, "batch": True})
+    loaded = load(tmp_path, {**MINIMAL, "model": {"path": "m", "lora": True}}, ["model.lora.r=3"])
+    assert loaded.model.lora.r == 3
+    short = {**MINIMAL, "run": {"trackers": "tensorboard"}}
+    assert load(tmp_path, short, ["run.trackers.wandb.project=x"]).run.trackers.wandb.project == "x"
+    with pytest.raises(UserError, match="'layer_decay' is 0.9 in the file"):
+        load(tmp_path, {**MINIMAL, "optim": {"layer_decay": 0.9}}, ["optim.layer_decay.rate=0.8"])
+
+
+@pytest.mark.parametrize("verb", ["train", "validate", "eval", "resume"])
+def test_a_wrong_key_is_told_before_torch_is_imported(tmp_path, verb):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**MINIMAL, "optim": {"lrr": 1}}))
+    target = tmp_path if verb == "resume" else tmp_path / "config.yaml"
+    code = (
+        "import sys\nfrom fastft.cli.main import main\n"
+        f"try:\n    main([{verb!r}, {str(target)!r}])\nexcept SystemExit as e:\n    assert e.code == 1\n"
+        "assert 'torch' not in sys.modules"
+    )
+    root = Path(__file__).parent.parent
+    process = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert process.returncode == 0 and "optim.lrr: unknown key" in process.stderr, process.stderr

@@ -55,8 +55,9 @@ class Section(BaseModel):
             raw = short_list(cls, raw)
             if isinstance(raw, dict):
                 raw = {key: None if value is False and key in cls.members else value for key, value in raw.items()}
-        if raw is True and cls.scalar is None:
-            return {}
+        if cls.members is not None and isinstance(raw, dict):
+            on = {name for name, value in raw.items() if value is True and name in cls.members}
+            raw = {name: {} if name in on else value for name, value in raw.items()}
         if cls.scalar is not None and not isinstance(raw, dict | BaseModel) and raw is not None:
             return {cls.scalar: raw}
         return raw

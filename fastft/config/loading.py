@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from fastft import rooms
-from fastft.config.base import PathKind, Section, extended, member_field, specialized
-from fastft.config.sections import Config, Data, Loss, Optim
+from fastft.config.base import PathKind, Section, extended, member_field, short_list, specialized
+from fastft.config.sections import Config, Data, Loss, Optim, Trackers
 from fastft.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -289,10 +289,16 @@ def _apply_override(raw: dict, override: str) -> None:
     node = raw
     for name in parents:
         child = node.setdefault(name, {})
-        if child is None:
+        if name == "trackers" and isinstance(child, (str, list)):
+            child = node[name] = short_list(Trackers, child)
+        if child is None or child is True:
             child = node[name] = {}
         if not isinstance(child, dict):
-            raise UserError(f"Override {override!r}: {name!r} holds a {type(child).__name__}, not a section.")
+            shown = child if isinstance(child, (str, int, float)) else f"a {type(child).__name__}"
+            raise UserError(
+                f"Override {override!r}: {name!r} is {shown} in the file, not a section.",
+                f"Write it there as a mapping: {name}: {{{last}: ...}}",
+            )
         node = child
     if parents == ["data"]:  # an override by an older name beside the file's newer one, or the other way round
         for names in Data.aliases.items():

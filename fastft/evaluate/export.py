@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from fastft import assemble
+from fastft import assemble, rooms
 from fastft import config as configuration
 from fastft.errors import UserError
 from fastft.train import checkpoint
 from fastft.train.export import save
 from fastft.zero import weights
 
+log = logging.getLogger(__name__)
+
 
 def export_checkpoint(
-    run_dir: Path, to: Path, step: int | None = None, dtype: str | None = None, merge: bool = False
+    run_dir: Path, to: Path, step: int | None = None, dtype: str | None = None, merge: bool = False, best: bool = False
 ) -> Path:
-    """Export the newest checkpoint that verifies (or that of ``step``); dtype None: the model's own.
+    """Export the newest checkpoint that verifies, that of ``step``, or the best; dtype None: the model's own.
+
+    Of a run with early stopping the best one is exported, as at its end.
 
     ``merge``: an adapter into its base. Under ZeRO 1-3 the float32 master weights are read, so that dtype="fp32" is
     exact even for a bf16 run.
@@ -23,7 +28,13 @@ def export_checkpoint(
     config = configuration.load_run(run_dir)
     if to.exists():
         raise UserError(f"{to}: exists already.", "Choose another folder, or remove it.")
-    path, manifest, _ = checkpoint.find(Path(run_dir) / "checkpoints", step)
+    folder = Path(run_dir) / "checkpoints"
+    if step is None and (best or _exports_best(config)) and (found := checkpoint.best(folder)):
+        step = found["step"]
+        log.warning("the best checkpoint is exported: step %d, %s %.4g", step, found["metric"], found["value"])
+    elif best:
+        raise UserError(f"{folder}: no checkpoint is known as the best.", "Set checkpoint.best_by for the run.")
+    path, manifest, _ = checkpoint.find(folder, step)
     partial = manifest["state"].get("adapter_only")
     job = assemble.start(config, manifest["state"]["task"])
     assemble.add_model(job, "start" if partial else "empty")  # an adapter's checkpoint does not hold the base's weights
@@ -36,3 +47,8 @@ def export_checkpoint(
             f"{path}: holds no {', '.join(missing[:5])}.", "Export the run's own folder instead: <run.dir>/model."
         )
     return save(job, state, to, dtype or config.model.dtype, {"step": manifest["step"]}, merge)
+
+
+def _exports_best(config: configuration.Config) -> bool:
+    """Whether an observer of the run has the best checkpoint exported."""
+    return any(rooms.OBSERVERS.get(name).exports_best for name in config.train.chosen())

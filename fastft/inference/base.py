@@ -23,6 +23,10 @@ class Predictor(ABC):
 
     def prepare(self, where: str, row: Row) -> Row:
         """A row, checked: ``fields``' names to values. Raises UserError, naming the row."""
+        for name, column in self.fields.items():
+            if column is not None and row.get(name) is None:
+                wanted = ", ".join(field for field, column in self.fields.items() if column is not None)
+                raise UserError(f"{where}: no {name}.", f"This model was trained on rows with {wanted}.")
         for name, value in row.items():
             if isinstance(value, str) and not value.strip():
                 raise UserError(f"{where}: the {name} is empty.", "Remove it, or give it some text.")

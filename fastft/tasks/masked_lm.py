@@ -325,7 +325,9 @@ class MaskedEncoder(TextEncoder):
 
 
 class MaskFiller(Predictor):
-    """``text`` and ``masks``: for each mask token of the text its likeliest fillings, ``token`` and ``score``."""
+    """``text`` and ``masks``: for each mask token of the text its likeliest fillings, ``token`` and ``score``;
+    ``truncated`` when the text was cut, perhaps with some of them.
+    """
 
     def __init__(self, task: MaskedLM, model: torch.nn.Module, top_k: int):
         self.task, self.top_k = task, top_k
@@ -343,15 +345,17 @@ class MaskFiller(Predictor):
         texts = [row["text"] for row in rows]
         how = {"padding": True, "truncation": True, "max_length": self.task.max_length, "return_tensors": "pt"}
         encoded = tokenizer(texts, return_token_type_ids=False, **how).to(self.model.device)
+        lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
         scores = self.model(**encoded).logits.float().softmax(-1)
         records = []
-        for text, ids, row in zip(texts, encoded["input_ids"], scores, strict=True):
-            best = row[ids == tokenizer.mask_token_id].topk(self.top_k)
+        for text, ids, row, length in zip(texts, encoded["input_ids"], scores, lengths, strict=True):
+            best = row[ids == tokenizer.mask_token_id].topk(min(self.top_k, row.shape[-1]))
             masks = [
                 [{"token": tokenizer.decode([int(t)]).strip(), "score": float(p)} for t, p in zip(*pair, strict=True)]
                 for pair in zip(best.indices, best.values, strict=True)
             ]
-            records.append({"text": text, "masks": masks})
+            cut = {"truncated": True} if length > self.task.max_length else {}
+            records.append({"text": text, "masks": masks, **cut})
         return records
 
 

@@ -130,9 +130,9 @@ class Regression(SequenceTask):
     def collate(self, split: Split, ids: np.ndarray, draw: Draw) -> Batch:
         inputs, real, padded = self.inputs(split, ids)
         column: Any = split.data["values"]
-        values = np.asarray(column[np.asarray(ids, dtype=np.int64)], np.float32)
+        values = np.asarray(column[np.asarray(ids, dtype=np.int64)], np.float64)
         if len(ids) == 0:  # a dummy row, all of whose targets are ignored
-            values = np.full((1, len(self.data.names)), np.nan, np.float32)
+            values = np.full((1, len(self.data.names)), np.nan)
         return Batch({**inputs}, torch.from_numpy(values), len(ids), real, padded)
 
     def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
@@ -156,11 +156,11 @@ class SquaredError:
     """Mean over the targets of the squared error of standardized values, summed over rows; NaN targets are left out."""
 
     def __init__(self, learned: Learned):
-        self.mean, self.std = (torch.tensor(learned[name], dtype=torch.float32) for name in ("mean", "std"))
+        self.mean, self.std = (torch.tensor(learned[name], dtype=torch.float64) for name in ("mean", "std"))
 
     def __call__(self, outputs: Any, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        logits, values = outputs.logits.float(), batch.labels  # (rows, targets)
-        wanted = (values - self.mean.to(values.device)) / self.std.to(values.device)
+        logits, values = outputs.logits.float(), batch.labels  # (rows, targets); float64: large values differ by little
+        wanted = ((values - self.mean.to(values.device)) / self.std.to(values.device)).float()
         errors = (logits - wanted.nan_to_num()).square() * ~values.isnan()
         return errors.sum() * scale / values.shape[1]
 

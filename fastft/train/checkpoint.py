@@ -198,6 +198,15 @@ def _manifest(path: Path) -> tuple[dict, str | None]:
     return manifest, None if whole else f"{file} does not match its own digest."
 
 
+def best(folder: Path) -> dict | None:
+    """``step``, ``metric`` and ``value`` of the checkpoint that BEST names, where it is there."""
+    try:
+        found = json.loads((folder / "BEST").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if (folder / f"step-{found['step']}").is_dir() else None
+
+
 def state_of(path: Path) -> dict:
     """The loop's state in a checkpoint, whose manifest must match its own digest. Raises UserError."""
     manifest, problem = _manifest(path)

@@ -63,6 +63,7 @@ def save(
             f"{folder}: not written: {', '.join(sorted(bad)[:3])}{', ...' if len(bad) > 3 else ''} hold NaN or Inf.",
             "The training diverged; export an older checkpoint with `fastft export --step`.",
         )
+    model.config.fastft_task = job.config.task  # for whoever opens the folder alone
     with replacing(folder) as scratch:
         try:
             scratch.mkdir()

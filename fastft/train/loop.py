@@ -15,7 +15,7 @@ from fastft import assemble, rooms
 from fastft.assemble import Job
 from fastft.config import Config
 from fastft.data import batches
-from fastft.errors import Interrupted, UserError
+from fastft.errors import Interrupted
 from fastft.ops import backends
 from fastft.optim.groupings.base import Progress
 from fastft.ranks import environment
@@ -33,6 +33,7 @@ from fastft.train.schedule import Due, Schedule
 from fastft.train.signals import StopRequest
 from fastft.train.throughput import Throughput, peak_memory
 from fastft.zero import engine as zero
+from fastft.zero import reshard
 from fastft.zero.engine import Stepper
 
 
@@ -73,7 +74,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     schedule = found.schedule if found else Schedule.of(config, job.order, job.task.max_length)
     settings = zero.deepspeed_config(config, ranks)
     if found and found.converted:
-        settings["checkpoint"] = {**settings.get("checkpoint", {}), **resuming.CONVERTED_SETTINGS}
+        settings["checkpoint"] = {**settings.get("checkpoint", {}), **reshard.SETTINGS}
     engine = zero.build_engine(job.model, job.optimizer, settings, config.parallel.fused_step)
     assemble.add_objective(job, engine)
     with ExitStack() as cleanup:
@@ -227,7 +228,7 @@ class Loop:
         signum = self.saver.agreed()
         if signum or last or save_due or any(isinstance(action, Save) for action in asked):
             self.stopped = reason
-            self._save(asked, wait=bool(signum) or last or not config.checkpoint.background)
+            self._save(wait=bool(signum) or last or not config.checkpoint.background)
         if reason is not None:
             self.log.record("stopped", step=self.step, reason=reason)
             self.log.say(f"step {self.step}: stopped: {reason}")
@@ -276,7 +277,7 @@ class Loop:
         observers = self.observers.values()
         return [action for o in observers for action in o.after_evaluation(self.step, self.metrics)]
 
-    def _save(self, asked: list[Action], wait: bool) -> None:
+    def _save(self, wait: bool) -> None:
         start = time.perf_counter()
         with self.throughput.paused():
             best = self.best.best if self.best.saved(self.step) else None
@@ -317,6 +318,3 @@ def resumed(config: Config) -> dict:
     """Go on from the newest usable checkpoint of a run. UserError when the run has ended and nothing is left to do."""
     resuming.check_not_finished(config)
     return train(config, resume=True)
-
-
-__all__ = ["Loop", "UserError", "resumed", "train"]

@@ -17,7 +17,8 @@ def write(folder: Path, job: Job, results: dict) -> None:
     """
     config = job.config
     base = config.model.path
-    header = {"library_name": "transformers", "tags": ["fastft", config.task]}
+    adapter = any(edit.wrote(folder) for edit in job.edits)
+    header = {"library_name": "peft" if adapter else "transformers", "tags": ["fastft", config.task]}
     if not Path(base).exists():
         header["base_model"] = base
     lines = [
@@ -37,7 +38,7 @@ def write(folder: Path, job: Job, results: dict) -> None:
     lines += _data(job) + _metrics(results.get("eval", {}))
     shown = {
         name: section.model_dump(mode="json", exclude_defaults=True)
-        for name in ("data", "batch", "optim", "loss", "train", "parallel")
+        for name in ("model", "data", "batch", "optim", "loss", "train", "parallel")
         if (section := getattr(config, name)) is not None
     }
     settings = yaml.safe_dump({k: v for k, v in shown.items() if v}, sort_keys=False).strip()
@@ -50,7 +51,10 @@ def _data(job: Job) -> list[str]:
     splits = [s for s in (job.train, *job.evals.values()) if s is not None]
     if not splits:
         return []
-    rows = [f"| {s.name} | {s.data.meta['counts']['rows']:,} | {len(s):,} | {s.totals['tokens']:,} |" for s in splits]
+    rows = [
+        f"| {s.name.removeprefix('eval-')} | {s.data.meta['counts']['rows']:,} | {len(s):,} | {s.totals['tokens']:,} |"
+        for s in splits
+    ]
     return ["## Data", "", "| set | rows read | sequences | tokens |", "|---|---|---|---|", *rows, ""]
 
 

@@ -14,8 +14,6 @@ from fastft.train import checkpoint, run_folder
 from fastft.train.schedule import Schedule
 from fastft.zero import reshard
 
-CONVERTED_SETTINGS = reshard.SETTINGS
-
 # What a resumed run may not change, with what a checkpoint without the key was written with: the sample order and the
 # layout of the state depend on it.
 SETTLED = {

@@ -123,7 +123,7 @@ def test_exports_agree(trained, tmp_path):
 def test_what_rounds_and_what_did_not_move_is_said(lora_config, tmp_path):
     """bf16: the rounding of a merge is reported; adapters that learned nothing are named."""
     lora_config["model"]["dtype"] = "bf16"
-    lora_config["model"]["freeze"] = ["*lora_B*"]
+    lora_config["optim"]["lr"] = 1e-45  # nothing is left of it in bf16
     lora_config["train"]["steps"] = 1
     path = launch.write_config(tmp_path / "c.yaml", lora_config)
     _, output = launch.fastft("train", path)
@@ -201,6 +201,9 @@ def test_gpt2_whose_linear_layers_are_transposed(lora_config, corpus, tmp_path):
     [
         ({"targets": ["q_porj"]}, "'q_porj' matches no linear layer.\nDid you mean 'q_proj'?"),
         ({"train": ["nothing.*"]}, "'nothing.*' matches no parameter"),
+        ({"targets": []}, "no module is named"),
+        ({"targets": ["q_proj", "embed_tokens"]}, "'embed_tokens' matches no linear layer"),
+        ({"train": ["model.norm.weight"], "targets": ["norm"]}, "'norm' matches no linear layer"),
         ({"rank": 3}, "model.lora.rank: unknown key"),
         ({"r": 0}, "model.lora.r"),
     ],
@@ -228,3 +231,71 @@ def test_tied_weights_trained_in_full(lora_config, tiny_llama, tmp_path):
     before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+
+
+def test_an_adapter_needs_weights_that_are_somewhere(lora_config, classification_config, tmp_path):
+    """No base of random weights; no adapter on a head, which is trained in full; no adapter's folder as a base."""
+    lora_config["model"]["init"] = "random"
+    with pytest.raises(UserError, match="beside weights that are nowhere"):
+        jobs.job_of(lora_config)
+    classification_config["model"]["lora"] = {"targets": ["classifier", "query"]}
+    with pytest.raises(UserError, match="classifier is a part of the task's head"):
+        jobs.job_of(classification_config)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    classification_config["model"] = {
+        "path": str(tmp_path / "adapter"),
+        "tokenizer": classification_config["model"]["path"],
+    }
+    shutil.copy(Path(classification_config["model"]["tokenizer"]) / "config.json", tmp_path / "adapter")
+    with pytest.raises(UserError, match="holds an adapter, not a whole model"):
+        jobs.job_of(classification_config)
+
+
+def test_what_a_part_of_a_module_is_goes_into_a_merged_model_only(classification_config):
+    classification_config["model"]["lora"] = {"targets": ["value"], "train": ["*attention.output.LayerNorm.weight"]}
+    with pytest.raises(UserError, match="only a part of a module"):
+        jobs.job_of(classification_config)
+    classification_config["model"]["lora"]["export"] = "merged"
+    job = jobs.job_of(classification_config)
+    assert job.model.bert.encoder.layer[0].attention.output.LayerNorm.weight.requires_grad
+
+
+def test_names_of_the_model_are_frozen(classification_config):
+    """model.freeze goes by the names that the model has without adapters; a frozen head stays frozen."""
+    classification_config["model"] |= {"lora": {"r": 2}, "freeze": ["*query.weight", "classifier.bias"]}
+    job = jobs.job_of(classification_config)
+    assert not job.model.classifier.bias.requires_grad and job.model.classifier.weight.requires_grad
+
+
+def test_a_resume_computes_what_it_did(trained, tmp_path):
+    """Another alpha would scale what was learned."""
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    code, output = launch.fastft("resume", copy, "train.steps=7", "model.lora.alpha=64", check=False)
+    assert code == 1 and "model.lora.alpha was None, and is 64" in output
+
+
+def test_export_of_a_run_with_early_stopping_is_the_best(lora_config, tmp_path):
+    lora_config["optim"]["lr"] = 0.3  # it gets worse soon
+    lora_config["train"] = {"steps": 12, "eval_every": 2, "early_stopping": {"metric": "eval.loss", "patience": 2}}
+    folder = run(lora_config, tmp_path, "run")
+    end = track.read(folder)[-1]
+    assert end["stopped"] and end["exported_step"] < end["step"]
+    _, output = launch.fastft("export", folder, tmp_path / "again")
+    assert f"the best checkpoint is exported: step {end['exported_step']}" in output
+    first, again = (load_file(f / "adapter_model.safetensors") for f in (folder / "model", tmp_path / "again"))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_a_tied_head_with_an_adapter_is_another_weight(lora_config, tiny_llama, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(tiny_llama)
+    config.tie_word_embeddings = True
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "tied")
+    lora = {"targets": ["q_proj", "lm_head"], "export": "merged"}
+    lora_config["model"] = {"path": str(tmp_path / "tied"), "lora": lora}
+    folder = run(lora_config, tmp_path, "run")
+    assert not json.loads((folder / "model" / "config.json").read_text())["tie_word_embeddings"]
+    found = load_file(folder / "model" / "model.safetensors")
+    assert not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])

@@ -40,13 +40,23 @@ def task_over(config, tmp_path, rows, **data):
     return jobs.task_of(config)
 
 
+def test_large_values_that_differ_by_little(config, tmp_path):
+    """Timestamps: what float32 would round away is what is to be learned."""
+    rows = [{"text": f"{'late' if i % 2 else 'soon'} {i}", "score": 1.7e9 + 20 * (i % 2)} for i in range(16)]
+    config["data"]["train"] = write(tmp_path / "t.jsonl", rows)
+    job = jobs.job_of(config)
+    assert jobs.batch_of(job, [0, 1]).labels.flatten().tolist() == [1.7e9, 1.7e9 + 20]
+    loss = jobs.loss_of(job, jobs.batch_of(job, np.arange(16)), 1 / 16)
+    assert 0.5 < float(loss) < 2.0  # of standardized values: 1 for a model that knows nothing
+
+
 def test_targets_are_standardized_and_the_loss_is_mse(config):
     config["data"]["targets"] = ["score", "other"]  # numbers, and numbers written as text
     job = jobs.job_of(config)
     assert job.learned["targets"] == ["score", "other"] and job.learned["mean"] == [120.0, 9.5]
     batch = jobs.batch_of(job, np.arange(8))
-    assert batch.labels.dtype == torch.float32 and batch.labels[3].tolist() == [130.0, 3.0]
-    wanted = (batch.labels - torch.tensor([120.0, 9.5])) / torch.tensor(job.learned["std"])
+    assert batch.labels.dtype == torch.float64 and batch.labels[3].tolist() == [130.0, 3.0]
+    wanted = ((batch.labels - torch.tensor([120.0, 9.5])) / torch.tensor(job.learned["std"])).float()
     expected = torch.nn.functional.mse_loss(job.model(**batch.inputs).logits, wanted)
     assert torch.allclose(jobs.loss_of(job, batch, 1 / 8), expected)
     assert jobs.loss_of(job, jobs.batch_of(job, [])) == 0 and job.train.targets.sum() == 20

@@ -12,6 +12,7 @@ def run(
     run_dir: Annotated[Path, typer.Argument(help="run.dir of the run.")],
     to: Annotated[Path, typer.Argument(help="New folder.")],
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The best checkpoint (checkpoint.best_by).")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base.")] = False,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default: the run's.")] = None,
 ) -> None:
@@ -20,4 +21,4 @@ def run(
 
     if dtype not in (None, "fp32", "bf16"):
         raise UserError(f"--dtype {dtype}: unknown.", "Known: fp32, bf16.")
-    print(export_checkpoint(run_dir, to, step, dtype, merge))
+    print(export_checkpoint(run_dir, to, step, dtype, merge, best))

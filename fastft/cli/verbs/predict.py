@@ -22,7 +22,7 @@ def run(
     pair: Annotated[str | None, typer.Option(help="The second text, for models of text pairs.")] = None,
     column: Annotated[str | None, typer.Option(help="Column of the first field; default: the run's.")] = None,
     pair_column: Annotated[str | None, typer.Option(help="Column of the second text; default: the run's.")] = None,
-    format: Annotated[str, typer.Option(help="txt, jsonl, csv, tsv, parquet, hf; auto goes by the name.")] = "auto",
+    format: Annotated[str, typer.Option(help="txt, jsonl, csv, tsv, parquet, conll, hf; auto: by the name.")] = "auto",
     split: Annotated[str | None, typer.Option(help="Split of a saved DatasetDict.")] = None,
     documents: Annotated[str, typer.Option(help="txt: blank_line, line or file ends a document.")] = "line",
     header: Annotated[

@@ -11,9 +11,10 @@ SHOWN = (*COUNTED, "overlong", "overlong_total", "longest")  # what the table sa
 
 def run(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt = False) -> None:
     """Check configuration, data and model without training."""
-    from fastft.evaluate.validate import validate_run
+    loaded = configuration.load(config, overrides or [])
+    from fastft.evaluate.validate import validate_run  # imports torch, which a wrong key need not wait for
 
-    report = validate_run(configuration.load(config, overrides or []))
+    report = validate_run(loaded)
     if as_json:
         print(json.dumps(report))
         return

@@ -66,8 +66,8 @@ class Edit(ABC):
         return False
 
     @classmethod
-    def base(cls, folder: Path) -> str:
-        """Path or hub id of the model that such an export changes. Raises UserError when it is another one now."""
+    def base(cls, folder: Path) -> tuple[str, str | None]:
+        """Path or hub id, and revision, of the model that such an export changes. UserError when it is another one."""
         raise NotImplementedError
 
     @classmethod

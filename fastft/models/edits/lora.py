@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import logging
@@ -23,6 +24,10 @@ NAME = "default"  # of the one adapter, as peft calls it
 PREFIX = "base_model.model."  # before every name in peft's files
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
 PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
+# peft's names for what a model does, by the end of its class's name.
+TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+# What a resume may not change: the weights in a checkpoint mean something else with another of these.
+FIXED = ("r", "alpha", "targets", "dora", "rslora", "train")
 # Largest error of a merged layer over its largest output: rounding of the sum, once.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -60,6 +65,7 @@ class LoRA(Edit):
     def __init__(self, settings: LoRASettings, config: Config):
         super().__init__(settings, config)
         self.hashes: dict[str, str] | None = None
+        self.commit: str | None = None  # of a base from the hub
         self.adapted: list[str] = []
         self.whole: list[str] = []
 
@@ -74,6 +80,12 @@ class LoRA(Edit):
                 "model.lora.dora: DoRA needs the norms of whole weights in every forward; ZeRO-3 holds them in shards.",
                 "Set parallel.zero to 0, 1 or 2, or dora: false.",
             )
+        if settings.export == "adapter" and self.config.model.init == "random":
+            raise UserError(
+                "model.init: random: an adapter beside weights that are nowhere is of no use.",
+                "Set model.lora.export: merged, or start from pretrained weights.",
+            )
+        self.commit = getattr(model.config, "_commit_hash", None)
         self.adapted = _targets(model, settings.targets, heads)
         # By names alone: a parameter of the base keeps its requires_grad only if it is one of these.
         names = [name for name, _ in model.named_parameters()]
@@ -87,20 +99,23 @@ class LoRA(Edit):
             raise UserError(
                 f"model.lora.train: {strange[0]} has an adapter already.", "Leave it out of one of the two."
             )
-        if settings.export == "adapter" and (tied := sorted(_tied(model) & set(self.whole))):
+        if settings.export == "adapter" and (odd := _not_in_whole_modules(model, self.whole)):
             raise UserError(
-                f"model.lora.train: {tied[0]} is tied to another weight, which peft's files cannot say.",
+                f"model.lora: {odd[0]} is tied to another weight, or only a part of a module that is trained in full: "
+                "peft's files cannot say that.",
                 "Set model.lora.export: merged.",
             )
         dtype = next(model.parameters()).dtype
-        inject(model, self._peft_config(base=self.config.model.path))
+        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        inject(model, self._peft_config(model, self.config.model.path))
+        self.whole = [name for name in self.whole if name in trainable]
         for name, parameter in model.named_parameters():
-            own = any(part in PARTS for part in name.split("."))
+            own = _is_own(name)  # what model.freeze names stays frozen
             parameter.requires_grad_(own or name in self.whole)
             if own:  # one dtype for all: DeepSpeed keeps fp32 masters of the trained ones
                 parameter.data = parameter.data.to(dtype)
 
-    def _peft_config(self, base: str) -> Any:
+    def _peft_config(self, model: Any, base: str) -> Any:
         from peft import LoraConfig
 
         s = self.settings
@@ -114,7 +129,8 @@ class LoRA(Edit):
             use_rslora=s.rslora,
             modules_to_save=modules or None,
             base_model_name_or_path=base,
-            revision=self.config.model.revision,
+            revision=self.config.model.revision or self.commit,
+            task_type=next((t for end, t in TASK_TYPES.items() if type(model).__name__.endswith(end)), None),
         )
 
     # -- the base ------------------------------------------------------------------------------------------------------
@@ -122,10 +138,15 @@ class LoRA(Edit):
     def state(self) -> dict[str, Any]:
         if self.hashes is None:
             self.hashes = base_hashes(self.config.model.path)
-        return {"base": self.config.model.path, "sha256": self.hashes}
+        fixed = self.settings.model_dump(include=set(FIXED))
+        return {"base": self.config.model.path, "commit": self.commit, "sha256": self.hashes, "settings": fixed}
 
     def check_state(self, state: dict[str, Any]) -> str:
-        if self.config.model.init == "pretrained" and state["sha256"] != self.state()["sha256"]:
+        now = self.state()
+        for name, then in state["settings"].items():
+            if then != now["settings"][name]:
+                return f"model.lora.{name} was {then}, and is {now['settings'][name]}."
+        if self.config.model.init == "pretrained" and any(state[k] != now[k] for k in ("sha256", "commit")):
             return f"model.path: {self.config.model.path} holds other weights than the adapter was trained on."
         return ""
 
@@ -140,8 +161,8 @@ class LoRA(Edit):
         own = {name: t for name, t in state.items() if _is_own(name) or name in self.whole}
         tensors = {PREFIX + _file_name(name): t.detach().to("cpu", dtype).contiguous() for name, t in own.items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        path = Path(self.config.model.path)
-        config = self._peft_config(str(path.absolute()) if path.is_dir() else str(path))
+        path = Path(self.config.model.path).expanduser()
+        config = self._peft_config(model, str(path.absolute()) if path.is_dir() else self.config.model.path)
         config.inference_mode = True
         config.save_pretrained(folder)
         (folder / BASE).write_text(json.dumps(self.state(), indent=1))
@@ -158,18 +179,27 @@ class LoRA(Edit):
                 continue
             base, scale = f"{name}.base_layer.weight", module.scaling[NAME]
             transposed = type(module.get_base_layer()).__name__ == "Conv1D"
-            out[base], error = _merge(name, state, scale, transposed, dtype)
+            out[base], error = _merge(name, module, state, scale, transposed, dtype)
             errors.append(error)
         log.warning("LoRA merged: rounding moves a layer's output by up to %.1e of its largest", max(errors))
-        return {name.replace(".base_layer.", "."): tensor for name, tensor in out.items()}
+        plain = {name.replace(".base_layer.", "."): tensor for name, tensor in out.items()}
+        _untie_if_different(plain, model)
+        return plain
 
     @classmethod
     def wrote(cls, folder: Path) -> bool:
         return (folder / CONFIG).is_file()
 
     @classmethod
-    def base(cls, folder: Path) -> str:
-        path = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]
+    def base(cls, folder: Path) -> tuple[str, str | None]:
+        config = json.loads((folder / CONFIG).read_text())
+        path, revision = config["base_model_name_or_path"], config.get("revision")
+        local = Path(path).expanduser()
+        if local.is_absolute() and not local.is_dir():
+            raise UserError(
+                f"{folder}: its base, {path}, is not there.",
+                f"Put it back, or write where it is now into {CONFIG} (base_model_name_or_path).",
+            )
         if (folder / BASE).is_file():
             then = json.loads((folder / BASE).read_text())["sha256"]
             if then and base_hashes(path) != then:
@@ -177,7 +207,7 @@ class LoRA(Edit):
                     f"{folder}: its base, {path}, holds other weights than the adapter was trained on.",
                     "Put the old base back, or train the adapter on the new one.",
                 )
-        return path
+        return path, revision
 
     @classmethod
     def open(cls, folder: Path, model: torch.nn.Module) -> None:
@@ -216,30 +246,34 @@ def inject(model: torch.nn.Module, config: Any) -> None:
 
 def base_hashes(path: str) -> dict[str, str]:
     """SHA-256 of a local model's weight files, by name; {} for a hub id, whose revision says what it is."""
-    folder = Path(path)
+    folder = Path(path).expanduser()
     files = sorted(p for p in folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return {Path(name).name: entry["sha256"] for name, entry in fingerprint(files, {}).items()}
 
 
 def _targets(model: Any, wanted: str | list[str], heads: tuple[str, ...]) -> list[str]:
-    """Whole names of the modules that get an adapter."""
-    linear = [name for name, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D", "Embedding")]
+    """Whole names of the modules that get an adapter. Raises UserError for what has none, or is a head."""
+    linear = [name for name, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     last = {name for name, m in model.named_modules() if output is not None and m is output}
+    inner = [name for name in linear if not set(name.split(".")) & set(heads)]
     if wanted == "all-linear":
-        kinds = ("Linear", "Conv1D")
-        return [
-            name
-            for name, m in model.named_modules()
-            if type(m).__name__ in kinds and name not in last and not set(name.split(".")) & set(heads)
-        ]
+        return [name for name in inner if name not in last]
     found: list[str] = []
-    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    for pattern in patterns:
         hits = [n for n in linear if n == pattern or n.endswith(f".{pattern}") or fnmatch.fnmatch(n, pattern)]
         if not hits:
-            leaves = sorted({n.rpartition(".")[2] for n in linear})
+            leaves = sorted({n.rpartition(".")[2] for n in inner})
             raise UserError(f"model.lora.targets: {pattern!r} matches no linear layer.", did_you_mean(pattern, leaves))
+        if head := [name for name in hits if name not in inner]:
+            raise UserError(
+                f"model.lora.targets: {head[0]} is a part of the task's head, which is trained in full.",
+                "Leave it out.",
+            )
         found += [name for name in hits if name not in found]
+    if not found:
+        raise UserError("model.lora.targets: no module is named.", "For example: targets: all-linear")
     return found
 
 
@@ -251,12 +285,15 @@ def _module(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _tied(model: torch.nn.Module) -> set[str]:
-    """Names of parameters that are one tensor with another."""
+def _not_in_whole_modules(model: torch.nn.Module, whole: list[str]) -> list[str]:
+    """Parameters trained in full that peft's files cannot hold: those know modules, with all of their parameters."""
     by_tensor: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         by_tensor.setdefault(id(parameter), []).append(name)
-    return {name for names in by_tensor.values() if len(names) > 1 for name in names}
+    tied = {name for names in by_tensor.values() if len(names) > 1 for name in names}
+    modules = {_module(name): model.get_submodule(_module(name)) for name in whole}
+    inside = {f"{m}.{n}" for m, module in modules.items() for n, _ in module.named_parameters(remove_duplicate=False)}
+    return sorted(name for name in inside | set(whole) if name in tied or name not in whole)
 
 
 def _is_own(name: str) -> bool:
@@ -285,24 +322,47 @@ def _report_unmoved(state: State) -> None:
         log.warning("LoRA: %d of %d adapters did not move (%s)", len(unmoved), len(every), few)
 
 
-def _merge(name: str, state: State, scale: float, transposed: bool, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    """The base's weight with its adapter, summed in float32 and rounded once, and its error on random input."""
-    base = state[f"{name}.base_layer.weight"].float().cpu()
-    a, b = (state[f"{name}.{part}.{NAME}.weight"].float().cpu() for part in ("lora_A", "lora_B"))
-    whole = base.T if transposed else base  # (out, in)
-    update = scale * (b @ a)
-    merged = whole + update
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, whole.shape[1], generator=generator)
-    expected = x @ whole.T + scale * ((x @ a.T) @ b.T)
-    magnitude = state.get(f"{name}.lora_magnitude_vector.{NAME}.weight")
+def _untie_if_different(state: State, model: Any) -> None:
+    """An adapter of a tied output layer makes two weights of one: the config must not say that they are one."""
+    places: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
+    ends = [part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    names = [places.get(id(weight), "").replace(".base_layer.", ".") for weight in ends]
+    found = [state[name] for name in names if name in state]
+    head = [name for name in state if name.endswith("lm_head.weight")]
+    tied = getattr(model.config, "tie_word_embeddings", False) and found and head
+    if tied and not torch.equal(found[0].to(state[head[0]].dtype), state[head[0]]):
+        model.config.tie_word_embeddings = False
+
+
+def _merge(
+    name: str, module: Any, state: State, scale: float, transposed: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, float]:
+    """The base's weight with its adapter, summed in float32 and rounded once; its error beside peft's own forward."""
+    own = {key.removeprefix(f"{name}."): t.float().cpu() for key, t in state.items() if key.startswith(f"{name}.")}
+    base, a, b = own["base_layer.weight"], own[f"lora_A.{NAME}.weight"], own[f"lora_B.{NAME}.weight"]
+    merged = (base.T if transposed else base) + scale * (b @ a)  # (out, in)
+    magnitude = own.get(f"lora_magnitude_vector.{NAME}.weight")
     if magnitude is not None:
-        factor = magnitude.float().cpu().flatten() / torch.linalg.norm(merged, dim=1)
-        merged, expected = factor[:, None] * merged, expected * factor
+        merged = (magnitude.flatten() / torch.linalg.norm(merged, dim=1))[:, None] * merged
     rounded = merged.to(dtype)
-    error = ((x @ rounded.float().T - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+    x = torch.randn(8, merged.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = _peft_forward(module, own, scale, x, transposed)
+    got = x @ rounded.float().T + own.get("base_layer.bias", torch.zeros(1))
+    error = ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
     if not error <= TOLERANCE[str(dtype).removeprefix("torch.")]:
-        raise UserError(
-            f"{name}: the merged weight differs from base and adapter by {error:.2g}.", "Export the adapter."
-        )
+        raise UserError(f"{name}: the merged weight is off by {error:.2g} of its output.", "Export the adapter.")
     return (rounded.T if transposed else rounded).contiguous(), error
+
+
+def _peft_forward(module: Any, own: State, scale: float, x: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """What peft's layer puts out with these weights, in float32; where ZeRO-3 holds its own in shards, its formula."""
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        base = own["base_layer.weight"]
+        low = x @ own[f"lora_A.{NAME}.weight"].T
+        plain = x @ (base if transposed else base.T) + own.get("base_layer.bias", torch.zeros(1))
+        return plain + scale * (low @ own[f"lora_B.{NAME}.weight"].T)
+    probe = copy.deepcopy(module)
+    for key, parameter in probe.named_parameters():
+        parameter.data = own[key].clone()
+    return probe.float().cpu().eval()(x)

@@ -21,7 +21,7 @@ class Weights(Observer):
     def before_update(self, step: int) -> None:
         parallel, ranks = self.view.job.config.parallel, self.view.job.ranks
         every = parallel.verify_every
-        if every and step % every == 0 and ranks.world > 1 and parallel.zero < 3:
+        if every and step % every == 0 and not ranks.alone and parallel.zero < 3:
             health.check_weights(self.view.job.model, ranks, step)
 
 
@@ -90,7 +90,7 @@ class Stragglers(Observer):
 
     def after_step(self, result: StepResult) -> list[Action]:
         ranks = self.view.job.ranks
-        if result.logging and ranks.world > 1 and (slow := self.timer.slow_ranks(ranks)):
+        if result.logging and not ranks.alone and (slow := self.timer.slow_ranks(ranks)):
             self.view.log.record("slow_ranks", step=result.step, times=slow)
             named = ", ".join(f"rank {rank} takes {times:.1f} times the others' time" for rank, times in slow.items())
             self.view.log.say(f"step {result.step}: slow: {named}")

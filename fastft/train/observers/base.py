@@ -32,9 +32,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Save:
-    """Write a checkpoint now; ``best``: the best so far, which is kept and named in BEST."""
-
-    best: bool = False
+    """Write a checkpoint now."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class EarlyStopping(Observer):
             self.best = value
         if improved:
             self.reference = value
-        actions: list[Action] = [Save(best=True)] if best else []
+        actions: list[Action] = [Save()] if best else []
         if finite and settings.threshold is not None and not metric.better(settings.threshold, value):
             actions.append(Stop(f"{settings.metric} {value:.6g} reached the threshold {settings.threshold:g}"))
         elif self.waited >= settings.patience:
