@@ -63,7 +63,7 @@ def adamw(
         denom = sqrt(v) / sqrt(1 - beta2^t) + eps
         p -= lr / (1 - beta1^t) * m / denom
 
-    Quantized state and parameters are defined, bit by bit, in fastft/ops/lowbyte.py.
+    Quantized state and parameters are defined, bit by bit, in fastft/ops/quantized_state.py.
     """
 
 def cross_entropy(

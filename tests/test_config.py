@@ -160,7 +160,7 @@ def test_true_is_a_member_with_its_defaults_and_no_section(tmp_path):
     assert loaded.model.lora.r == 3
     short = {**MINIMAL, "run": {"trackers": "tensorboard"}}
     assert load(tmp_path, short, ["run.trackers.wandb.project=x"]).run.trackers.wandb.project == "x"
-    with pytest.raises(UserError, match="'layer_decay' is 0.9 in the file"):
+    with pytest.raises(UserError, match=r"'layer_decay' is 0\.9 in the file"):
         load(tmp_path, {**MINIMAL, "optim": {"layer_decay": 0.9}}, ["optim.layer_decay.rate=0.8"])
 
 

@@ -8,7 +8,7 @@
 
 #include "common.cuh"
 #include "fastft/adamw.h"
-#include "lowbyte.cuh"
+#include "quantized_state.cuh"
 
 namespace fastft {
 namespace {

@@ -2,7 +2,7 @@
 
 `decoupled=True` is AdamW (arXiv 1711.05101, algorithm 2), False is Adam with L2 (arXiv 1412.6980). The rules, term by
 term, are torch.optim.AdamW's and are in fastft/_C.pyi. How quantized state and parameters are stored is in
-fastft/ops/lowbyte.py.
+fastft/ops/quantized_state.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +50,7 @@ def adamw(
     grads likewise, of any mix. Any strides. The arithmetic is float32 whatever is stored.
 
     exp_avgs, exp_avg_sqs   float32 (float64 for float64 params), or bfloat16, or uint8 codes in blocks of 256
-                (`lowbyte.quantize`); the two alike. bfloat16 and uint8 are rounded stochastically: to nearest,
+                (`quantized_state.quantize`); the two alike. bfloat16 and uint8 are rounded stochastically: to nearest,
                 exp_avg_sq would not move at beta2 = 0.999, because a step changes it by 0.1 % and bfloat16 is 0.4 %
                 apart.
     exp_avg_scales, exp_avg_sq_scales   with uint8 states: per param a float32 tensor of (ceil(numel / 256),). No
@@ -60,7 +60,7 @@ def adamw(
     steps       one float32 0-dim tensor per param, on the param's device: steps done so far; each is incremented.
     copies      None, or per param None or a bfloat16 tensor that receives the updated param, rounded to nearest.
     remainders  None, or one int16 tensor per param, all bfloat16: the param and its remainder are one float32 number
-                (`lowbyte.join`), and the param is that number rounded to nearest.
+                (`quantized_state.join`), and the param is that number rounded to nearest.
     stochastic_rounding     params, all bfloat16, are rounded up or down at random so that the mean is exact.
     seed, offsets           the random numbers are a function of (seed, step, offset + position in the flat param) and
                 nothing else: give each shard its offset in the whole, and the result does not depend on how it is cut.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastft.ops import lowbyte
+from fastft.ops import quantized_state
 
 _REQUIRED = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
 _SCALES = ("exp_avg_scales", "exp_avg_sq_scales")
@@ -114,7 +114,7 @@ def _check_optional(
     for name in names:
         wanted = places
         if name in _SCALES:
-            wanted = [(torch.Size((lowbyte.blocks(shape.numel()),)), device) for shape, device in places]
+            wanted = [(torch.Size((quantized_state.blocks(shape.numel()),)), device) for shape, device in places]
         tensors = (
             [p if t is None else t for t, p in zip(lists[name], lists["params"], strict=True)]
             if name == "copies"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastft.ops import lowbyte
+from fastft.ops import quantized_state
 
 
 @torch.no_grad()
@@ -37,11 +37,11 @@ def adamw(
     learning_rate = lr if lr_tensor is None else lr_tensor.double()
     for i, (param, exp_avg, exp_avg_sq) in enumerate(zip(params, exp_avgs, exp_avg_sqs, strict=True)):
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        p = lowbyte.join(param, remainders[i]) if remainders else param.to(wide)
+        p = quantized_state.join(param, remainders[i]) if remainders else param.to(wide)
         g = grads[i].to(wide)
         if exp_avg_scales:
-            m_old = lowbyte.dequantize(exp_avg, exp_avg_scales[i], signed=True)
-            v_old = lowbyte.dequantize(exp_avg_sq, exp_avg_sq_scales[i], signed=False)
+            m_old = quantized_state.dequantize(exp_avg, exp_avg_scales[i], signed=True)
+            v_old = quantized_state.dequantize(exp_avg_sq, exp_avg_sq_scales[i], signed=False)
         else:
             m_old, v_old = exp_avg.to(wide), exp_avg_sq.to(wide)
         if grad_scale is not None:
@@ -64,7 +64,9 @@ def adamw(
 
         random_p = random_m = random_v = None
         if stochastic_rounding or exp_avg.dtype in (torch.bfloat16, torch.uint8):
-            random_p, random_m, random_v = lowbyte.random16(seed, step, offsets[i] if offsets else 0, param.numel())
+            random_p, random_m, random_v = quantized_state.random16(
+                seed, step, offsets[i] if offsets else 0, param.numel()
+            )
         _write_state(exp_avg, m, exp_avg_scales[i] if exp_avg_scales else None, True, random_m, found_inf)
         _write_state(exp_avg_sq, v, exp_avg_sq_scales[i] if exp_avg_sq_scales else None, False, random_v, found_inf)
         _write(steps[i], step, found_inf)
@@ -73,10 +75,10 @@ def adamw(
         if copies:
             _write(copies[i], p, found_inf)
         if remainders:
-            p, remainder = lowbyte.split(p)
+            p, remainder = quantized_state.split(p)
             _write(remainders[i], remainder, found_inf)
         elif random_p is not None and stochastic_rounding:
-            p = lowbyte.round_stochastic(p, random_p)
+            p = quantized_state.round_stochastic(p, random_p)
         _write(param, p, found_inf)
 
 
@@ -84,11 +86,11 @@ def _write_state(
     old: Tensor, new: Tensor, scales: Tensor | None, signed: bool, random: Tensor | None, found_inf: Tensor | None
 ) -> None:
     if scales is not None:
-        new, new_scales = lowbyte.quantize(new, signed, random)
+        new, new_scales = quantized_state.quantize(new, signed, random)
         _write(scales, new_scales, found_inf)
     elif old.dtype == torch.bfloat16:
         assert random is not None  # bfloat16 state is always rounded stochastically
-        new = lowbyte.round_stochastic(new, random)
+        new = quantized_state.round_stochastic(new, random)
     _write(old, new, found_inf)
 
 

@@ -44,7 +44,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     Bytes of params and state, read and written once per step with the gradient: fp32 28 per parameter; bfloat16 params
     and gradients with remainder 26, with stochastic rounding 20, and with int8 state 10. Definitions:
-    fastft/ops/lowbyte.py.
+    fastft/ops/quantized_state.py.
 
     State per param: step (0-dim float32 on the param's device), exp_avg, exp_avg_sq, with amsgrad also max_exp_avg_sq,
     in float32 also for bfloat16 params; remainder; with int8 exp_avg_scale and exp_avg_sq_scale. state_dict() loads

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastft.ops import lowbyte
+from fastft.ops import quantized_state
 from fastft.ops.adamw import state_dtype as default_dtype
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def convert(state: State, param: Tensor, wanted: torch.dtype, *, remainder: bool
         wide = decoded(name, state).to(param.device)
         state.pop(f"{name}_scale", None)
         if wanted == torch.uint8:
-            state[name], state[f"{name}_scale"] = lowbyte.quantize(wide, signed=name == "exp_avg")
+            state[name], state[f"{name}_scale"] = quantized_state.quantize(wide, signed=name == "exp_avg")
         else:
             state[name] = wide.to(wanted)
     state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
@@ -65,7 +65,7 @@ def decoded(name: str, state: State) -> Tensor:
     """exp_avg, exp_avg_sq or max_exp_avg_sq as numbers."""
     if state[name].dtype != torch.uint8:
         return state[name]
-    return lowbyte.dequantize(state[name], state[f"{name}_scale"], signed=name == "exp_avg")
+    return quantized_state.dequantize(state[name], state[f"{name}_scale"], signed=name == "exp_avg")
 
 
 def decoded_state(state: Any) -> Any:

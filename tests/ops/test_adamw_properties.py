@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from fastft.ops import adamw, lowbyte
+from fastft.ops import adamw, quantized_state
 from tests.ops.common import NATIVE_BUILT
 
 pytestmark = pytest.mark.skipif(not NATIVE_BUILT, reason="fastft._C is not built")
@@ -53,7 +53,7 @@ def calls(draw):
             lists["copies"].append(torch.zeros(shape, dtype=BF16))
         if state == "int8":
             for name, x in (("exp_avg", m), ("exp_avg_sq", v)):
-                codes, scales = lowbyte.quantize(x, name == "exp_avg")
+                codes, scales = quantized_state.quantize(x, name == "exp_avg")
                 lists[name + "s"].append(codes)
                 lists[name + "_scales"].append(scales)
         else:
@@ -108,14 +108,14 @@ def run(lists, options, backend):
 def numbers(lists, i):
     p = lists["params"][i].float()
     if lists["remainders"]:
-        p = lowbyte.join(lists["params"][i], lists["remainders"][i])
+        p = quantized_state.join(lists["params"][i], lists["remainders"][i])
     if not lists["exp_avg_scales"]:
         return {"param": p, "exp_avg": lists["exp_avgs"][i].float(), "exp_avg_sq": lists["exp_avg_sqs"][i].float()}
-    m = lowbyte.dequantize(lists["exp_avgs"][i], lists["exp_avg_scales"][i], True)
+    m = quantized_state.dequantize(lists["exp_avgs"][i], lists["exp_avg_scales"][i], True)
     return {
         "param": p,
         "exp_avg": m,
-        "exp_avg_sq": lowbyte.dequantize(lists["exp_avg_sqs"][i], lists["exp_avg_sq_scales"][i], False),
+        "exp_avg_sq": quantized_state.dequantize(lists["exp_avg_sqs"][i], lists["exp_avg_sq_scales"][i], False),
     }
 
 
@@ -170,10 +170,10 @@ def test_coding_what_was_decoded_changes_nothing(values, signed, random):
     x = torch.tensor(values, dtype=F32)
     x = x if signed else x.abs()
     draw = lambda r: torch.full_like(x, r, dtype=torch.int64)
-    codes, scales = lowbyte.quantize(x, signed, draw(random))
-    decoded = lowbyte.dequantize(codes, scales, signed)
+    codes, scales = quantized_state.quantize(x, signed, draw(random))
+    decoded = quantized_state.dequantize(codes, scales, signed)
     for r in (0, 0x8000, 0xFFFF):
-        again, same = lowbyte.quantize(decoded, signed, draw(r))
+        again, same = quantized_state.quantize(decoded, signed, draw(r))
         assert torch.equal(codes, again) and torch.equal(scales, same)
     step = torch.maximum(x.abs() / 8, scales.repeat_interleave(256)[: len(x)] * 2.0 ** (-17 if signed else -33))
     assert ((decoded - x).abs() <= step).all()
@@ -184,8 +184,8 @@ def test_coding_what_was_decoded_changes_nothing(values, signed, random):
 @hypothesis.given(st.lists(st.floats(width=32), max_size=200))
 def test_split_and_join_are_inverse(values):
     x = torch.tensor(values, dtype=F32)
-    param, remainder = lowbyte.split(x)
-    back = lowbyte.join(param, remainder)
+    param, remainder = quantized_state.split(x)
+    back = quantized_state.join(param, remainder)
     assert torch.equal(back[~x.isnan()].view(torch.int32), x[~x.isnan()].view(torch.int32))
     assert back[x.isnan()].isnan().all() and param[x.isnan()].isnan().all()
     ok = x.isfinite() & x.bfloat16().isfinite() & param.isfinite()

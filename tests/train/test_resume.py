@@ -48,7 +48,7 @@ def curve(run: Path) -> list[tuple]:
     return [(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in track.read(run) if r["kind"] == "train"]
 
 
-LOW_BYTE = {"state_dtype": "int8", "master": "remainder"}
+FEWER_BYTES = {"state_dtype": "int8", "master": "remainder"}
 CASES = [
     (0, "fp32", 1, {}),
     pytest.param(0, "bf16", 1, {}, marks=pytest.mark.long),
@@ -57,7 +57,7 @@ CASES = [
     (3, "bf16", 2, {}),
     pytest.param(3, "fp32", 2, {}, marks=pytest.mark.long),
     pytest.param(0, "fp32", 2, {}, marks=pytest.mark.long),
-    (3, "bf16", 2, LOW_BYTE),
+    (3, "bf16", 2, FEWER_BYTES),
 ]
 
 

@@ -1,6 +1,7 @@
 // The random numbers of stochastic rounding: a function of (seed, step, element) and nothing else, so that a shard can
-// be rounded alone. Wellons' lowbias32 (two multiply-xorshift rounds) with keys; defined in fastft/ops/lowbyte.py. Here
-// is what is scalar: the keys. Everything is static, for the reason that dtype.h gives.
+// be rounded alone. Wellons' lowbias32 (two multiply-xorshift rounds) with keys; defined in
+// fastft/ops/quantized_state.py. Here is what is scalar: the keys. Everything is static, for the reason that dtype.h
+// gives.
 #pragma once
 
 #include <cstdint>

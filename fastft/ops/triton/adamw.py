@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from fastft.ops import lowbyte
+from fastft.ops import quantized_state
 from fastft.ops.triton import require
 
 triton = require()
 import triton.language as tl  # noqa: E402  (after require(), whose error names the extra)
 
 BLOCK = 1024  # elements of a program; four blocks of 8-bit state
-STATE_BLOCK = tl.constexpr(lowbyte.BLOCK)
-STATE_BLOCKS = tl.constexpr(BLOCK // lowbyte.BLOCK)
+STATE_BLOCK = tl.constexpr(quantized_state.BLOCK)
+STATE_BLOCKS = tl.constexpr(BLOCK // quantized_state.BLOCK)
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _mix(x):
 
 @triton.jit
 def _random16(seed_base, step, position):
-    """lowbyte.random16: numbers for param, exp_avg, exp_avg_sq.
+    """quantized_state.random16: numbers for param, exp_avg, exp_avg_sq.
     seed_base: what the host made of the seed; position: int64.
     """
     base = _mix((step.to(tl.int64) + seed_base).to(tl.uint32))
@@ -74,7 +74,7 @@ def _decode(code, scale, SIGNED: tl.constexpr):
 
 @triton.jit
 def _encode(x, random, SIGNED: tl.constexpr):
-    """(codes, scales) of x (blocks, 256); lowbyte.quantize."""
+    """(codes, scales) of x (blocks, 256); quantized_state.quantize."""
     top = tl.max((_bits(tl.abs(x)) + (random << 4)) & 0xFFF00000, axis=1)
     scale_bits = tl.maximum((top + 0x7FFFFF) & 0x7F800000, tl.full((), 34 << 23, tl.uint32))
     broken = top > 253 << 23
@@ -255,7 +255,7 @@ def adamw(
                 1.0 - beta2,
                 eps,
                 weight_decay,
-                lowbyte.seed_base(seed),
+                quantized_state.seed_base(seed),
                 offsets[i] if offsets else 0,
                 DECOUPLED=decoupled,
                 MAXIMIZE=maximize,

@@ -1,4 +1,4 @@
-// Random numbers, stochastic rounding, remainders and 8-bit codes of one element: fastft/ops/lowbyte.py, bit for bit.
+// Random numbers, stochastic rounding, remainders and 8-bit codes of one element: fastft/ops/quantized_state.py, bit for bit.
 #pragma once
 
 #include <cstdint>

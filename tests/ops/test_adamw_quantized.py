@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from fastft.ops import adamw, lowbyte
+from fastft.ops import adamw, quantized_state
 from tests.ops.common import BACKENDS, DEVICE, NATIVE_BUILT, seeded
 from tests.ops.test_adamw import HYPER, definition
 
@@ -43,13 +43,13 @@ def make(params, state, grad_dtype=F32, sizes=SIZES, number=0):
     lists["max_exp_avg_sqs"] = []
     if state == "int8":
         for name, values, signed in (("exp_avg", m, True), ("exp_avg_sq", v, False)):
-            coded = [lowbyte.quantize(x, signed) for x in values]
+            coded = [quantized_state.quantize(x, signed) for x in values]
             lists[name + "s"], lists[name + "_scales"] = [c for c, _ in coded], [s for _, s in coded]
     else:
         dtype = F32 if state == "fp32" else BF16
         lists["exp_avgs"], lists["exp_avg_sqs"] = [x.to(dtype) for x in m], [x.to(dtype) for x in v]
     if params == "remainder":
-        pairs = [lowbyte.split(m) for m in masters]
+        pairs = [quantized_state.split(m) for m in masters]
         lists["params"], lists["remainders"] = [p for p, _ in pairs], [r for _, r in pairs]
     lists["steps"] = [torch.tensor(float(i)) for i in range(len(sizes))]
     return {name: [t.to(DEVICE) for t in tensors] for name, tensors in lists.items()}
@@ -64,14 +64,14 @@ def run(lists, params, backend, **options):
 def decoded(lists, i):
     """(param, exp_avg, exp_avg_sq) as float32."""
     p = (
-        lowbyte.join(lists["params"][i], lists["remainders"][i])
+        quantized_state.join(lists["params"][i], lists["remainders"][i])
         if "remainders" in lists
         else lists["params"][i].float()
     )
     if "exp_avg_scales" not in lists:
         return p, lists["exp_avgs"][i].float(), lists["exp_avg_sqs"][i].float()
-    m = lowbyte.dequantize(lists["exp_avgs"][i], lists["exp_avg_scales"][i], True)
-    return p, m, lowbyte.dequantize(lists["exp_avg_sqs"][i], lists["exp_avg_sq_scales"][i], False)
+    m = quantized_state.dequantize(lists["exp_avgs"][i], lists["exp_avg_scales"][i], True)
+    return p, m, quantized_state.dequantize(lists["exp_avg_sqs"][i], lists["exp_avg_sq_scales"][i], False)
 
 
 def assert_equal(one, other):
@@ -120,7 +120,7 @@ def test_every_backend_rounds_to_the_same_bits(backend, params, state, grad_dtyp
 CPU_PATH_PROGRAM = """
 import sys, torch
 from fastft import _C
-from tests.ops import test_adamw_lowbyte as t
+from tests.ops import test_adamw_quantized as t
 assert _C.cpu_path() == sys.argv[1]
 for params, state in t.COMBINATIONS:
     t.assert_equal(t.exact(params, state, "native", t.BF16), t.exact(params, state, "reference", t.BF16))
@@ -265,8 +265,8 @@ def test_trap_a_decaying_exp_avg_sq_does_not_stall(backend, state):
     if state == "bf16":
         lists |= {"exp_avg_sqs": [x.bfloat16()], "exp_avgs": [torch.zeros(n, dtype=BF16)]}
     else:
-        codes, scales = lowbyte.quantize(x, False)
-        zero, zero_scales = lowbyte.quantize(torch.zeros(n), True)
+        codes, scales = quantized_state.quantize(x, False)
+        zero, zero_scales = quantized_state.quantize(torch.zeros(n), True)
         lists |= {
             "exp_avg_sqs": [codes],
             "exp_avg_sq_scales": [scales],
@@ -287,7 +287,7 @@ def test_trap_a_decaying_exp_avg_sq_does_not_stall(backend, state):
 def test_remainder_trains_bit_for_bit_like_a_float32_master(backend):
     """The same bfloat16 gradients, 20 steps: the pair is the fp32 master, and the param its nearest bfloat16."""
     master = torch.randn(3001, generator=seeded(1)).to(DEVICE)
-    param, remainder = lowbyte.split(master)
+    param, remainder = quantized_state.split(master)
     zeros = lambda *_: torch.zeros(3001, device=DEVICE)
     wide = {
         "params": [master],
@@ -305,7 +305,7 @@ def test_remainder_trains_bit_for_bit_like_a_float32_master(backend):
         grads = [torch.randn(3001, generator=seeded(2, step)).to(DEVICE, BF16)]
         adamw(**wide, grads=grads, max_exp_avg_sqs=[], **HYPER, backend=backend)
         adamw(**pair, grads=grads, max_exp_avg_sqs=[], remainders=[remainder], **HYPER, backend=backend)
-        assert torch.equal(lowbyte.join(param, remainder), master)
+        assert torch.equal(quantized_state.join(param, remainder), master)
         below = (master - param.float()).abs()
         assert (below <= (master - param.nextafter(master.sign().to(BF16) * torch.inf).float()).abs()).all()
         assert (below <= (master - param.nextafter(-master.sign().to(BF16) * torch.inf).float()).abs()).all()

@@ -1,5 +1,5 @@
 // adamw_cpu with state and parameters in fewer bytes: random numbers, codes and remainders against scalar code of their
-// definition (fastft/ops/lowbyte.py), the update against float64 within one rounding.
+// definition (fastft/ops/quantized_state.py), the update against float64 within one rounding.
 #include <algorithm>
 
 #include "fastft/adamw.h"

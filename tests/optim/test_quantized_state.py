@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from fastft.ops import lowbyte
+from fastft.ops import quantized_state
 from fastft.optim import FusedAdamW, set_offset
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -223,7 +223,7 @@ def test_a_remainder_that_is_not_in_the_checkpoint_is_missed_aloud(caplog):
     other.load_state_dict(saved)
     assert "no remainder" in caplog.text
     assert all((s["remainder"] == 0).all() for s in other.state.values())
-    masters = [lowbyte.join(p.detach(), other.state[p]["remainder"]) for p in model.parameters()]
+    masters = [quantized_state.join(p.detach(), other.state[p]["remainder"]) for p in model.parameters()]
     assert all(torch.equal(m, p.float()) for m, p in zip(masters, model.parameters(), strict=True))
 
 
