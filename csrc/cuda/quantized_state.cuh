@@ -1,4 +1,5 @@
-// Random numbers, stochastic rounding, remainders and 8-bit codes of one element: fastft/ops/quantized_state.py, bit for bit.
+// Random numbers, stochastic rounding, remainders and 8-bit codes of one element: fastft/ops/quantized_state.py, bit
+// for bit.
 #pragma once
 
 #include <cstdint>

@@ -39,6 +39,22 @@ class TextTask(Task):
             )
         return wanted
 
+    def named_outputs(self, names: list[str], **more: Any) -> dict[str, Any]:
+        """Config attributes of a model with a head whose outputs have names (labels, targets)."""
+        index = {name: i for i, name in enumerate(names)}
+        outputs = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": index}
+        return {**outputs, "pad_token_id": self.tokenizer.pad_token_id, **more}
+
+    def output_names(self, kind: str) -> list[str]:
+        """Those names, of a trained model. UserError when ``model.path`` is not a trained one of this ``kind``."""
+        names = self.model_config.id2label
+        if not self.fits(self.model_config):
+            raise UserError(
+                f"model path {self.config.model.path}: is not a trained {kind}.",
+                "Give a model that fastft exported (<run.dir>/model), or train one first.",
+            )
+        return [names[i] for i in range(len(names))]
+
     def processor_key(self) -> dict:
         return self._tokenizer_key
 

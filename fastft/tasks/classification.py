@@ -115,24 +115,11 @@ class Classification(SequenceTask):
         return {"labels": names}
 
     def learned_of_model(self) -> Learned:
-        if not self.fits(self.model_config):
-            raise UserError(
-                f"model path {self.config.model.path}: is not a trained classifier.",
-                "Give a model that fastft exported (<run.dir>/model), or train one first.",
-            )
-        return {"labels": [self.model_config.id2label[i] for i in range(len(self.model_config.id2label))]}
+        return {"labels": self.output_names("classifier")}
 
     def model(self, learned: Learned) -> ModelSpec:
-        names = learned["labels"]
-        many = self.config.data.multi_label
-        overrides = {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {n: i for i, n in enumerate(names)},
-            "problem_type": "multi_label_classification" if many else "single_label_classification",
-            "pad_token_id": self.tokenizer.pad_token_id,
-        }
-        return ModelSpec(self.auto_class, HEADS, overrides)
+        kind = "multi_label_classification" if self.config.data.multi_label else "single_label_classification"
+        return ModelSpec(self.auto_class, HEADS, self.named_outputs(learned["labels"], problem_type=kind))
 
     @classmethod
     def fits(cls, model_config: Any) -> bool:

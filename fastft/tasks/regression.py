@@ -99,27 +99,13 @@ class Regression(SequenceTask):
         return {"targets": names, "mean": means, "std": stds}
 
     def learned_of_model(self) -> Learned:
-        config = self.model_config
-        if not self.fits(config):
-            raise UserError(
-                f"model path {self.config.model.path}: is not a trained regression model.",
-                "Give a model that fastft exported (<run.dir>/model), or train one first.",
-            )
-        names = [config.id2label[i] for i in range(len(config.id2label))]
+        config, names = self.model_config, self.output_names("regression model")
         mean = getattr(config, "target_mean", [0.0] * len(names))
         return {"targets": names, "mean": mean, "std": getattr(config, "target_std", [1.0] * len(names))}
 
     def model(self, learned: Learned) -> ModelSpec:
-        names = learned["targets"]
-        overrides = {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {n: i for i, n in enumerate(names)},
-            "problem_type": "regression",
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "target_mean": learned["mean"],  # a value is logit * std + mean
-            "target_std": learned["std"],
-        }
+        scale = {"target_mean": learned["mean"], "target_std": learned["std"]}  # a value is logit * std + mean
+        overrides = self.named_outputs(learned["targets"], problem_type="regression", **scale)
         return ModelSpec(self.auto_class, HEADS, overrides)
 
     @classmethod

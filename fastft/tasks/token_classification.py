@@ -112,25 +112,12 @@ class TokenClassification(TextTask):
         return {"labels": names, "scheme": split.data.meta["scheme"]}
 
     def learned_of_model(self) -> Learned:
-        config = self.model_config
-        if not self.fits(config):
-            raise UserError(
-                f"model path {self.config.model.path}: is not a trained token classifier.",
-                "Give a model that fastft exported (<run.dir>/model), or train one first.",
-            )
-        names = [config.id2label[i] for i in range(len(config.id2label))]
+        names = self.output_names("token classifier")
         marked = all(name == _tags.OUTSIDE or _tags.PREFIXED.fullmatch(name) for name in names)
-        return {"labels": names, "scheme": getattr(config, "tag_scheme", "iob2" if marked else "raw")}
+        return {"labels": names, "scheme": getattr(self.model_config, "tag_scheme", "iob2" if marked else "raw")}
 
     def model(self, learned: Learned) -> ModelSpec:
-        names = learned["labels"]
-        overrides = {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {n: i for i, n in enumerate(names)},
-            "tag_scheme": learned["scheme"],
-            "pad_token_id": self.tokenizer.pad_token_id,
-        }
+        overrides = self.named_outputs(learned["labels"], tag_scheme=learned["scheme"])
         return ModelSpec(self.auto_class, HEADS, overrides)
 
     @classmethod
