@@ -8,8 +8,8 @@ bf16 out   bf16 gradients, fp32 parameters, bf16 copy out in the same pass: also
            three passes: gradient to fp32, step, parameter to bf16
 quantized  state and parameters as fastft/ops/quantized_state.py stores them. "bytes" is what a step has to read and
            write per parameter, GB/s counts these, "x fp32" is against our own fp32 step with the same kind of gradient
-           and a bf16 copy out where the weights are bf16, and the peers do what they can do for the same model: fp32 or,
-           with bf16 weights, three passes
+           and a bf16 copy out where the weights are bf16, and the peers do what they can do for the same model:
+           fp32 or, with bf16 weights, three passes
 
     python benchmarks/adamw.py [--machine NAME]        FASTFT_CPU=scalar|avx2|avx512 chooses the instruction set
 """

@@ -58,6 +58,14 @@ def check_isolation(forward: Callable, model: torch.nn.Module, length: int, devi
             [logits(tokens[:, :cut], positions[:, :cut]), logits(tokens[:, cut:], positions[:, cut:])], dim=1
         )
     model.train(was_training)
+    return refuse_leak(model, packed, alone, HINT)
+
+
+def refuse_leak(model: torch.nn.Module, packed: torch.Tensor, alone: torch.Tensor, hint: str) -> float:
+    """The largest difference of logits of packed documents from those of each alone, relative to the largest logit.
+
+    Raises UserError when it is more than rounding explains.
+    """
     difference = ((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6)).item()
     # fp32: sums in another order; bf16: a few roundings per layer. A leaking document moves logits by tenths.
     allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
@@ -65,6 +73,6 @@ def check_isolation(forward: Callable, model: torch.nn.Module, length: int, devi
         raise UserError(
             f"{type(model).__name__}: logits of packed documents differ from unpacked ones by {difference:.2g} of the "
             f"largest (allowed {allowed:.0e}): documents in one sequence see each other.",
-            HINT,
+            hint,
         )
     return difference
