@@ -1,5 +1,5 @@
-// 8-bit state: blocks of 256 small floats with a power of two for their scale, as fastft/ops/quantized_state.py defines them.
-// Included once per instruction set, inside that ISA's namespace.
+// 8-bit state: blocks of 256 small floats with a power of two for their scale, as fastft/ops/quantized_state.py defines
+// them. Included once per instruction set, inside that ISA's namespace.
 
 // exp_avg: a sign and codes of 14 binades above 8 steps of 2^-17; exp_avg_sq: codes of 30 binades above 8 steps of
 // 2^-33.
