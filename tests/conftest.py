@@ -24,6 +24,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+if not Path("/proc/driver/nvidia/gpus").exists():  # Triton's kernels run in its interpreter, which looks at its import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 SHARED = Path(os.environ.get("FASTFT_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 # Real launchers and hosts, whole builds, and what measures time: one at a time, with nothing beside it.

@@ -106,7 +106,7 @@ def test_how_to_add_a_task(tiny_bert, tmp_path, monkeypatch):
             {
                 "task": "minutes",
                 "model": {"path": str(tiny_bert)},
-                "data": {"train": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "rows.jsonl"), "max_length": 32},
+                "data": {"train": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "rows.jsonl"), "max_length": 64},
                 "batch": {"size": 4},
                 "train": {"steps": 2},
                 "run": {"dir": str(tmp_path / "run"), "device": "cpu", "threads": 1},

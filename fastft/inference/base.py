@@ -23,7 +23,7 @@ class Predictor(ABC):
 
     def prepare(self, where: str, row: Row) -> Row:
         """A row, checked: ``fields``' names to values. Raises UserError, naming the row."""
-        for name, column in self.fields.items():
+        for name, column in list(self.fields.items())[1:]:  # the first, or another form of it, is what was given
             if column is not None and row.get(name) is None:
                 wanted = ", ".join(field for field, column in self.fields.items() if column is not None)
                 raise UserError(f"{where}: no {name}.", f"This model was trained on rows with {wanted}.")

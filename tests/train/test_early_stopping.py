@@ -35,7 +35,7 @@ def stops_after(watch: EarlyStopping, values: list[float]) -> tuple[int | None, 
     saves = []
     for i, value in enumerate(values, 1):
         actions = watch.after_evaluation(i, {"eval": {"loss": value}})
-        saves += [i] if Save(best=True) in actions else []
+        saves += [i] if Save() in actions else []
         if any(isinstance(action, Stop) for action in actions):
             return i, saves
     return None, saves
