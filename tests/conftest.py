@@ -31,12 +31,10 @@ SHARED = Path(os.environ.get("FASTFT_SHARED_DATA", ROOT.parent / "shared" / "dat
 
 # Real launchers and hosts, whole builds, and what measures time: one at a time, with nothing beside it.
 ALONE = (
-    "csrc",
     "launcher",
     "multinode",
     "scripts",
     "evaluate/test_verify_resume.py",
-    "test_build.py",
     "train/test_health.py",
     "train/test_writer.py",
 )

@@ -221,6 +221,7 @@ def test_a_slow_or_lossy_network_changes_nothing_but_time(hosts, config, tmp_pat
         hosts.inside(hosts.names[1], "tc", "qdisc", "del", "dev", "eth0", "root")
 
 
+@pytest.mark.long  # beside the slow network, whose packets arrive
 def test_lost_packets_change_nothing_but_time(hosts, config, tmp_path):
     """Every fiftieth packet between the hosts, at random, is dropped; also where the kernel has no netem."""
     if not shutil.which("iptables"):

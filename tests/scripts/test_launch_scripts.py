@@ -273,6 +273,7 @@ def losses(run: Path) -> list[tuple]:
 
 
 @pytest.mark.slow
+@pytest.mark.long  # beside test_every_launcher_gives_the_same_run over two hosts
 def test_two_ranks_by_each_launcher_learn_the_same(lm_config, tmp_path):
     config = launch.write_config(tmp_path / "c.yaml", lm_config | {"train": {"steps": 2, "log_every": 1}})
     curves = []
