@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("other", type=Path)
     parser.add_argument("--bert", required=True)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", default="banking77,train_step,zero_step")
     parser.add_argument("--machine", default="")
     args = parser.parse_args()
     commit = subprocess.run(
@@ -108,6 +109,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for case, (ranks, config) in cases(folder, args.bert).items():
+            if case not in args.cases.split(","):
+                continue
             ratios, ours = [], []
             for i in range(args.rounds):
                 order = (ROOT, args.other.resolve()) if i % 2 else (args.other.resolve(), ROOT)
