@@ -133,6 +133,7 @@ def main():
         callbacks=[Clock()],
     )
     trainer.train()
+    trainer.args.train_sampling_strategy = "random"  # predict would go by length too, in another order than the rows'
     logits = trainer.predict(dev).predictions
     samples = (len(ends) - 1) / len(ends) * len(train) * spec["settings"]["epochs"]
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")}
