@@ -54,10 +54,11 @@ class Section(BaseModel):
         if cls.members is not None:
             raw = short_list(cls, raw)
             if isinstance(raw, dict):
-                raw = {key: None if value is False and key in cls.members else value for key, value in raw.items()}
-        if cls.members is not None and isinstance(raw, dict):
-            on = {name for name, value in raw.items() if value is True and name in cls.members}
-            raw = {name: {} if name in on else value for name, value in raw.items()}
+                switch: Any = {True: {}, False: None}
+                raw = {
+                    key: switch[value] if isinstance(value, bool) and key in cls.members else value
+                    for key, value in raw.items()
+                }
         if cls.scalar is not None and not isinstance(raw, dict | BaseModel) and raw is not None:
             return {cls.scalar: raw}
         return raw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import cached_property
 from typing import Any
 
@@ -69,9 +70,9 @@ class SequenceEncoder(TextEncoder):
         self.text, self.pair = text, pair
         self.columns = {"tokens": "ragged:<i4", **({"segments": "ragged:<i4"} if pair else {})}
 
+    @abstractmethod
     def extra(self, where: str, record: Record) -> object:
         """Raises UserError, naming the row."""
-        raise NotImplementedError
 
     def encode(self, rows: list[tuple[str, Record]], counts: Counts) -> list[Example]:
         encoded = self._tokenize([record for _, record in rows])

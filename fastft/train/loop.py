@@ -106,7 +106,6 @@ class Loop:
         self.stepper = Stepper(engine, job.optimizer, job.config.optim.grad_clip)
         self.throughput = Throughput()
         self.step = 0
-        self.evaluated_at = -1
         self.metrics: Metrics = {}
         self.stopped: str | None = None  # why the run ended before its last step
         self.chosen: list | dict = []
@@ -267,7 +266,6 @@ class Loop:
         self.log.progress(self.step, loss=loss, lr=self.lr, rate=rates["tokens_per_second"], memory=memory)
 
     def _evaluate(self) -> list[Action]:
-        self.evaluated_at = self.step
         with self.throughput.paused():
             for name, split in self.job.evals.items():
                 self.metrics[name] = evaluate(self.job, split, self.engine, lambda: self.heart.beat(self.step))

@@ -1,7 +1,6 @@
 """The loss taken at the head is the model's own: values, gradients, ZeRO, and nothing else about the model changes."""
 
 import copy
-import importlib.util
 import json
 
 import numpy as np
@@ -16,11 +15,7 @@ from fastft.models import head
 from fastft.models.head import FusedHead, HeadError, install
 from tests.models.heads import CAUSAL, PAIRS, batch_of, model_of, plain_loss
 
-LORA = pytest.param(
-    "lora",
-    marks=pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="pip install 'fastft[test]' brings peft"),
-)
-NAMES = [*CAUSAL, *PAIRS, LORA, "low_rank"]
+NAMES = [*CAUSAL, *PAIRS, "lora", "low_rank"]
 
 
 def gradients(model, loss):
@@ -122,7 +117,7 @@ def test_the_check_notices_every_step_that_is_left_out(attribute, monkeypatch):
         assert found is None and "differ" in why
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "gemma2", "t5", LORA, "low_rank"])
+@pytest.mark.parametrize("name", ["llama_tied", "gemma2", "t5", "lora", "low_rank"])
 def test_everything_else_is_unchanged(name, tmp_path):
     model = model_of(name).eval()
     inputs, target = batch_of(name)
@@ -175,7 +170,6 @@ def test_targets_of_another_shape_are_an_error():
         FusedHead(model).loss(model, inputs, target[:, 1:])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="pip install 'fastft[test]' brings peft")
 def test_lora_disabled_and_merged():
     model = model_of("lora").eval()
     inputs, target = batch_of("lora")
@@ -187,7 +181,6 @@ def test_lora_disabled_and_merged():
     torch.testing.assert_close(fused.loss(model, inputs, target), with_adapter)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="pip install 'fastft[test]' brings peft")
 def test_zero_0_to_3_on_two_ranks(tmp_path):
     """Tied, PEFT's LoRA and a hand-written low-rank head: three AdamW steps give the plain path's losses."""
     launch.ranks(2, [launch.ROOT / "tests" / "models" / "heads.py", tmp_path / "losses.json"])

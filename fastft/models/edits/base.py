@@ -67,12 +67,18 @@ class Edit(ABC):
 
     @classmethod
     def base(cls, folder: Path) -> tuple[str, str | None]:
-        """Path or hub id, and revision, of the model that such an export changes. UserError when it is another one."""
+        """Path or hub id, and revision, of the model that such an export changes. UserError when it is another one.
+
+        Called only where ``wrote`` holds.
+        """
         raise NotImplementedError
 
     @classmethod
     def open(cls, folder: Path, model: torch.nn.Module) -> None:
-        """Apply what ``write`` wrote to the base. Raises UserError when the two do not fit."""
+        """Apply what ``write`` wrote to the base. Raises UserError when the two do not fit.
+
+        Called only where ``wrote`` holds.
+        """
         raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
