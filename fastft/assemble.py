@@ -171,19 +171,19 @@ def add_objective(job: Job, forward: Any = None) -> None:
     job.record |= objective.record
 
 
-def trained(path: str, config: Config | None = None) -> Job:
+def trained(path: str) -> Job:
     """An exported model: a run's folder, a folder written by save_pretrained, or a hub id.
 
-    ``config``: of the run that exported it; None: its folder's, or, where there is none, that of the task that the
-    model fits.
+    The config is that of the run that exported it or, where there is none, that of the task that the model fits.
     """
     from fastft import config as configuration
 
     folder = Path(path)
-    if config is None and (folder / "config.yaml").is_file() and (folder / "model").is_dir():
-        config = configuration.load_run(folder)
+    config = None
     if (folder / "model").is_dir():
         path = str(folder / "model")
+        if (folder / "config.yaml").is_file():
+            config = configuration.load_run(folder)
     model = configuration.Model(path=path)
     if config is not None:
         job = start(config.changed(model=model.changed(trust_remote_code=config.model.trust_remote_code)))
