@@ -101,6 +101,7 @@ class Agent:
         self.code = 0
         self.grace = GRACE
         self.kill_at: float | None = None  # monotonic; when what is left is killed
+        self.killed = False  # what is left was
 
     def run(self) -> int:
         threading.Thread(target=self._listen, daemon=True).start()
@@ -167,13 +168,21 @@ class Agent:
                 log.write(f"agent: {why}; this rank is killed\n")
 
     def _signal(self, signum: int) -> None:
+        self.killed |= signum == signal.SIGKILL
         for rank in self.ranks:
             rank.signal(signum)
 
     def _ended(self, rank: Rank) -> None:
         code = rank.process.returncode
         mistake = protocol.read_mistake(rank.mistake)
-        say("exit", rank=rank.rank, code=code, mistake=mistake, tail=rank.tail() if code else "")
+        say(
+            "exit",
+            rank=rank.rank,
+            code=code,
+            killed=code == -signal.SIGKILL and self.killed,
+            mistake=mistake,
+            tail=rank.tail() if code else "",
+        )
         if code:
             self.code = self.code or code
             if self.kill_at is None:

@@ -54,7 +54,11 @@ SSH = (
 BEAT = 5.0  # seconds between two words to the agents
 STOP_LIMIT = 660.0  # seconds that the agents get to end their ranks; a second signal ends them at once
 AGENT = "fastft.launch.agent"
-MISTAKE, STOPPED, FAILED = "mistake", "stopped", "failed"
+MISTAKE, STOPPED, DIED, FAILED = "mistake", "stopped", "died", "failed"  # how an attempt ended
+BETTER = {DIED: (FAILED,), MISTAKE: (FAILED, DIED)}  # explains more than these, which may have followed from it
+# What ends a rank from outside (out of memory, a broken machine) or in its own code, and never follows from another
+# rank's end. SIGABRT does: NCCL's watchdog raises it where a peer is gone.
+DEADLY = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def launch(plan: Plan) -> int:
     while True:
         attempt += 1
         outcome = _Attempt(plan, attempt, attempt == first, stop).run()
-        if outcome.code == 0 or outcome.kind != FAILED:
+        if outcome.code == 0 or outcome.kind not in (DIED, FAILED):
             return outcome.code
         failures = failures + 1 if newest_step(plan.run_dir) == reached else 1  # what got further may fail again
         reached = newest_step(plan.run_dir)
@@ -288,7 +292,8 @@ class _Attempt:
                 if event["code"] < 0
                 else f"failed with exit code {code}"
             )
-            self._failed(code, f"{who} {how}.\n{event['tail']}")
+            died = -event["code"] in DEADLY and not event["killed"]
+            self._failed(code, f"{who} {how}.\n{event['tail']}", DIED if died else FAILED)
 
     def _agent_ended(self, node: _Node) -> None:
         node.ended = True
@@ -301,10 +306,10 @@ class _Attempt:
             )
 
     def _failed(self, code: int, message: str, kind: str = FAILED) -> None:
-        """The first failure decides the outcome and ends the others;
-        what follows from it is only told when nothing better was.
+        """The first failure decides the outcome and ends the others; what follows from it is not told. A busy machine
+        may show first what followed, that a peer is gone: what explains more is told too, and decides.
         """
-        if self.outcome is None or (self.outcome.kind == FAILED and kind == MISTAKE):
+        if self.outcome is None or self.outcome.kind in BETTER.get(kind, ()):
             self.outcome = _Outcome(code, kind)
             print(f"launch: {message}", file=sys.stderr)
             if not (kind == STOPPED and self.stop.signum):

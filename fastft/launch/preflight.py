@@ -17,7 +17,8 @@ from fastft.launch.launcher import Plan, remote_command
 MAX_SKEW = 1.0  # seconds between clocks
 MIN_BANDWIDTH = 0.8  # of the median of all pairs
 MIN_SHM = 1 << 30  # bytes of /dev/shm: what data loaders and NCCL's shared-memory transport expect
-BLOCKS = 64  # MiB sent from a host to the next
+SENDING = 0.5  # seconds that a host sends to the next: in less, a pause of the operating system shows as a slow link
+AGAIN = 5  # times that what looks slow is measured again
 LIMIT = 60.0  # seconds for an answer: nvidia-smi, or a dead network disk, can hang for good
 # Of probe.facts.
 NEEDED = {
@@ -177,7 +178,7 @@ def _bandwidths(probes: list[Probe], found: list[dict]) -> None:
     for sender, receiver in pairs.items():
         found[sender]["to"] = probes[receiver].host.name
         found[sender]["bandwidth"] = _bandwidth(probes[sender], probes[receiver])
-    for _ in range(2):
+    for _ in range(AGAIN):
         for sender in [i for i in good if _is_slow(found[i], found)]:
             found[sender]["bandwidth"] = max(
                 found[sender]["bandwidth"], _bandwidth(probes[sender], probes[pairs[sender]]) or 0.0
@@ -189,7 +190,9 @@ def _bandwidth(sender: Probe, receiver: Probe) -> float | None:
     port = receiver.ask(do="serve").get("port")
     sent: dict = {}
     thread = threading.Thread(
-        target=lambda: sent.update(sender.ask(do="send", address=address(receiver.host.name), port=port, blocks=BLOCKS))
+        target=lambda: sent.update(
+            sender.ask(do="send", address=address(receiver.host.name), port=port, seconds=SENDING)
+        )
     )
     thread.start()
     answer = receiver.ask(do="receive")

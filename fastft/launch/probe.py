@@ -140,10 +140,13 @@ def receive(listener: socket.socket) -> float:
         return total / max(time.perf_counter() - start, 1e-9)
 
 
-def send(address: str, port: int, blocks: int) -> None:
+def send(address: str, port: int, seconds: float) -> None:
+    """Blocks for that long, one at least."""
     data = bytes(BLOCK)
     with socket.create_connection((address, port), timeout=10) as peer:
-        for _ in range(blocks):
+        end = time.perf_counter() + seconds
+        peer.sendall(data)
+        while time.perf_counter() < end:
             peer.sendall(data)
 
 
@@ -164,7 +167,7 @@ def main() -> None:
                     assert listener is not None  # "serve" was the order before
                     answer = {"bytes_per_second": receive(listener)}
                 case "send":
-                    send(order["address"], order["port"], order["blocks"])
+                    send(order["address"], order["port"], order["seconds"])
                     answer = {}
         except OSError as e:
             answer = {"error": f"{order['do']}: {e.strerror or e}"}

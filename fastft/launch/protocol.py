@@ -10,8 +10,8 @@
 Events, each with ``event``:
 
     output      ``text``: a line that rank 0 printed
-    exit        ``rank``, ``code`` (negative: a signal), ``mistake`` (a UserError's text or null), ``tail`` (the end of
-                its log)
+    exit        ``rank``, ``code`` (negative: a signal), ``killed`` (the agent sent it), ``mistake`` (a UserError's text
+                or null), ``tail`` (the end of its log)
     stuck       ``rank``, which no signal ends: it waits for a disk that does not answer
     hang        ``rank``, ``step``, ``silent`` (seconds), ``state`` (of the process, as in /proc), ``stack``
     done        ``code``: of the first rank that failed, or 0

@@ -246,3 +246,38 @@ def test_a_second_process_is_refused(lm_config, tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         code, output = launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config), check=False)
     assert code == 1 and "another process is training in" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    ("cause", "effect", "code"),
+    [
+        ({"code": -9}, {"code": 1}, 137),  # a rank is killed, its peer fails for want of it
+        ({"code": -11}, {"code": 1}, 139),
+        ({"code": 2, "mistake": "no such file"}, {"code": -9}, 2),
+        ({"code": 2, "mistake": "no such file"}, {"code": 1}, 2),
+    ],
+)
+def test_the_cause_decides_whichever_rank_is_seen_first(capsys, order, cause, effect, code):
+    attempt = launcher._Attempt(launcher.plan(["train"], [Host("localhost", 2)], Path("/nowhere")), 1, True, None)
+    attempt.nodes, node = [], launcher._Node(Host("localhost", 2), None)
+    ended = [
+        {"event": "exit", "rank": rank, "killed": False, "mistake": None, "tail": "", **event}
+        for rank, event in enumerate((cause, effect))
+    ]
+    for i in order:
+        attempt._took(node, ended[i])
+    assert attempt.outcome.code == code
+    assert "rank 0 on localhost" in capsys.readouterr().err
+
+
+def test_what_follows_from_a_failure_does_not_decide(capsys):
+    """Ranks that the agent killed, or that NCCL's watchdog aborted, after one has failed."""
+    attempt = launcher._Attempt(launcher.plan(["train"], [Host("localhost", 3)], Path("/nowhere")), 1, True, None)
+    attempt.nodes, node = [], launcher._Node(Host("localhost", 3), None)
+    for rank, (code, killed) in enumerate([(1, False), (-9, True), (-6, False)]):
+        attempt._took(
+            node, {"event": "exit", "rank": rank, "code": code, "killed": killed, "mistake": None, "tail": ""}
+        )
+    assert attempt.outcome.code == 1
+    assert "rank 1" not in capsys.readouterr().err
