@@ -40,7 +40,8 @@ def main():
     settings = spec["settings"]
     transformers.set_seed(spec["seed"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec["model"])
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token in (None, tokenizer.eos_token):  # the collator would leave out the end of every text
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     eos = tokenizer.eos_token if spec["task"] == "causal_lm" else ""
     train, dev = (
         [tokenizer(text + eos, truncation=True, max_length=settings["max_length"]) for text in rows_of(spec[part])]
