@@ -13,6 +13,7 @@ Rows go to results/tasks.jsonl; results/tasks.md is written from the last run of
 
 import argparse
 import csv
+import functools
 import gzip
 import json
 import os
@@ -155,7 +156,7 @@ CASES = {
 }
 
 
-def fastft(spec: dict, args: argparse.Namespace) -> dict:
+def fastft(spec: dict, args: argparse.Namespace, by_length: bool = False) -> dict:
     from fastft import track
 
     settings, run = spec["settings"], Path(spec["folder"]) / "run"
@@ -172,6 +173,7 @@ def fastft(spec: dict, args: argparse.Namespace) -> dict:
         "optim.warmup": settings["warmup"],
         **({"train.steps": settings["steps"]} if "steps" in settings else {"train.epochs": settings["epochs"]}),
         **spec["overrides"],
+        **({"data.order.name": "length_groups", "data.order.block": settings["batch"]} if by_length else {}),
         "train.log_every": 10**6,
         "run.dir": str(run),
         "run.seed": spec["seed"],
@@ -214,6 +216,7 @@ def peer(**options: object) -> Callable[[dict, argparse.Namespace], dict]:
 
 TOOLS = {
     "fastft": fastft,
+    "fastft, length_groups": functools.partial(fastft, by_length=True),
     "Trainer": peer(group_by_length=False),
     "Trainer, group_by_length": peer(group_by_length=True),
 }
@@ -316,8 +319,8 @@ def markdown() -> str:
         out += [f"{facts}. {versions(rows)}.", ""]
         if one["shared_machine"]:
             out += [f"Timings are preliminary: other work ran on the machine (load {one['load_before']} before).", ""]
-        lora = any(row.get("tokens_per_second") for row in rows)
-        unit = "tokens_per_second" if lora else "samples_per_second"
+        counted = all(row.get("tokens_per_second") for row in rows)
+        unit = "tokens_per_second" if counted else "samples_per_second"
         out += [f"| tool | {one['metric']} | {unit.split('_')[0]}/s | fastft is faster by |", "|---|---|---|---|"]
         base = next((row[unit] for row in rows if row["tool"] == "fastft"), None)
         for row in rows:

@@ -120,6 +120,10 @@ def add_model(job: Job, weights: Weights = "start") -> None:
     settings = config.model.changed(init="random") if weights == "empty" else config.model
     new = spec.new_parameters if weights == "start" else ()
     job.model, job.initialized = load.build(settings, spec.auto_class, new, config.run.seed, **spec.overrides)
+    if config.model.new_head and weights == "start":
+        job.initialized = sorted({*job.initialized, *load.new_head(job.model, new)})
+    if config.model.resize_embeddings:
+        load.resize(job.model, task.processor)
     chosen = config.model.chosen().items()
     job.edits = [rooms.EDITS.get(name)(settings, config) for name, settings in chosen]
     job.edits.sort(key=lambda edit: edit.order)
@@ -148,6 +152,11 @@ def add_optimizer(job: Job) -> None:
     """Parameter groups and the optimizer over them."""
     config = job.config
     if config.parallel.activation_checkpointing:
+        if not job.model.supports_gradient_checkpointing:
+            raise UserError(
+                f"parallel.activation_checkpointing: {type(job.model).__name__} does not support it.",
+                "Set it to false; smaller batch.micro_tokens save memory too.",
+            )
         job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     job.groups = ParameterGroups.of(job.model, config)
     job.spec = OptimizerSpec.of(config)

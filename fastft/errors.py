@@ -1,8 +1,11 @@
 """What the command line ends with: a mistake that a user can fix (one screen, no traceback), or a signal."""
 
 import difflib
+import errno
 import signal
 from collections.abc import Iterable
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # of a write, where Python names no file
 
 
 class UserError(ValueError):

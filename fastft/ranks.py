@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from fastft.config import Config
 from fastft.errors import UserError
+from fastft.launch import protocol
 from fastft.launch.hostfile import free_port
 
 T = TypeVar("T")
@@ -98,6 +101,16 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def seed(self, seed: int) -> None:
+        """Random numbers of training (dropout masks), different ones on every rank: two ranks with the same masks
+        would train on half as many. Of rank 0, torch's go on where the model's initialization ended.
+        """
+        own = (seed * 2654435761 + self.rank * 40503) % 2**32  # far apart for neighbors (Knuth's multiplicative hash)
+        random.seed(own)
+        np.random.seed(own)
+        if self.rank:
+            torch.manual_seed(own)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -110,14 +123,71 @@ class Ranks:
         return total.tolist()
 
 
+# Size, rank and local rank as starters of processes say them that set no RANK.
+STARTERS = {
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MVAPICH": ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+    "MPI": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    "flux": ("FLUX_JOB_SIZE", "FLUX_TASK_RANK", "FLUX_TASK_LOCAL_ID"),
+}
+UNSET = f"Unset what another job left in this shell: unset {' '.join((*protocol.PLACE, *protocol.LOCAL))}"
+
+
+def _settle(env: Any) -> None:
+    """Make the environment say where this process stands: alone, unless a launcher says otherwise.
+
+    Raises
+    ------
+    UserError
+        It says half of it, or is one of several processes that would each train alone.
+    """
+    if "RANK" not in env:
+        for starter, (size, rank, local) in STARTERS.items():
+            if env.get(size, "").isdigit() and int(env[size]) > 1 and rank in env:
+                _take(env, starter, size, rank, local)
+                break
+    here = [name for name in protocol.PLACE if name in env]
+    if "RANK" not in env or (len(here) < len(protocol.PLACE) and env.get("WORLD_SIZE") == "1"):
+        for name in set(env) - protocol.without_others(env).keys():  # halves of another job's
+            del env[name]
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        return
+    if missing := [name for name in (*protocol.PLACE, "LOCAL_RANK") if name not in env]:
+        raise UserError(
+            f"{', '.join(here)} {'is' if len(here) == 1 else 'are'} set in the environment, but "
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not.",
+            f"A launcher sets all of them: `fastft launch`, torchrun, deepspeed. To train in one process: "
+            f"{UNSET[0].lower()}{UNSET[1:]}",
+        )
+
+
+def _take(env: Any, starter: str, size: str, rank: str, local: str) -> None:
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise UserError(
+            f"{size}={env[size]}: this is process {env[rank]} of {env[size]} that {starter} started, and MASTER_ADDR "
+            "and MASTER_PORT do not say where they meet: each would train alone.",
+            "Set both for all processes (the first host's address, a free port), or start them with `fastft launch`.",
+        )
+    env.update(RANK=env[rank], WORLD_SIZE=env[size], LOCAL_RANK=env.get(local, "0"))
+
+
+def _number(env: Any, name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise UserError(f"{name}={env[name]!r} in the environment is no number.", UNSET) from None
+
+
 def environment(config: Config) -> Ranks:
     """Read (or, without a launcher, set) the torch.distributed environment, and set threads and device. Starts
     nothing.
     """
     env = os.environ
-    if "RANK" not in env:
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    world = int(env["WORLD_SIZE"])
+    _settle(env)
+    rank, world, local_rank = (_number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not 0 <= rank < world:
+        raise UserError(f"RANK={rank} is not one of the {world} ranks of WORLD_SIZE={world}.", UNSET)
     alone = world if env["MASTER_ADDR"] in ("127.0.0.1", "localhost") else 1
     local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or alone)
     env.setdefault("LOCAL_SIZE", str(local_world))  # DeepSpeed's CPU accelerator counts devices by it
@@ -127,7 +197,6 @@ def environment(config: Config) -> Ranks:
             "run.device: cuda, but torch sees no CUDA device.",
             "`fastft doctor` shows what is there; or set run.device: auto.",
         )
-    local_rank = int(env["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if cuda and config.run.device != "cpu" else torch.device("cpu")
     if device.type == "cpu":
         _keep_heap()
@@ -135,7 +204,7 @@ def environment(config: Config) -> Ranks:
         torch.set_num_threads(config.run.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     else:
         torch.cuda.set_device(device)
-    return Ranks(int(env["RANK"]), world, local_rank, local_world, device)
+    return Ranks(rank, world, local_rank, local_world, device)
 
 
 def _keep_heap() -> None:

@@ -20,8 +20,8 @@ class Registry(Generic[T]):
     kind : str
         What an entry is, for messages.
     package : str, optional
-        Folder of the members: ``get("x")`` imports ``<package>.x``, which registers itself under that name. Files
-        that begin with an underscore, and base.py, hold what the members share.
+        Folder of the members: ``get("x")`` imports ``<package>.x``, a file or a folder, which registers itself under
+        that name. Files that begin with an underscore, and base.py, hold what the members share.
     """
 
     def __init__(self, kind: str, package: str | None = None):

@@ -1,12 +1,11 @@
 """The command line: finds the verb's file and runs it. Nothing of a verb is imported before it is named."""
 
-import errno
+import io
 import os
 import sys
 from pathlib import Path
 from typing import NoReturn
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # Python names no file where a write fails
 ABOUT = """Usage: fastft VERB [OPTIONS] ...
 
 Fine-tune language models at the hardware's limit. `fastft VERB --help` says more of each:
@@ -33,6 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
         _overview()
         sys.exit(0 if arguments else 2)
     _environment()
+    for stream in (sys.stdout, sys.stderr):  # a shell in another encoding gets escapes, not an error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         _run(arguments[0], arguments[1:])
     except KeyboardInterrupt:
@@ -84,7 +86,7 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
 
 
 def _end(error: Exception) -> NoReturn:
-    from fastft.errors import Interrupted, UserError
+    from fastft.errors import DISK, Interrupted, UserError
 
     if isinstance(error, UserError):
         _explain(error)

@@ -1,6 +1,7 @@
 """From a YAML file and dotted overrides to a checked configuration, and back."""
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from fastft import rooms
 from fastft.config.base import PathKind, Section, extended, member_field, short_list, specialized
-from fastft.config.sections import Config, Data, Loss, Optim, Trackers
+from fastft.config.sections import Config, Data, Loss, Optim, Run, Trackers
 from fastft.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def run_dir(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     where = run.get("dir", "runs/default") if isinstance(run, dict) else None
     if not isinstance(where, str):
         raise UserError(f"{path}: run.dir: {where!r} is no path.")
-    return Path(where)
+    return Path(expanded(Run(dir=where), str(path)).dir)
 
 
 def validate(raw: dict, where: str = "config") -> Config:
@@ -93,7 +94,25 @@ def validate(raw: dict, where: str = "config") -> Config:
     problems: list[str] = []
     cls = config_class(raw, problems)
     raw = _renamed(cls, raw)
-    return _validated(cls, raw, where, problems)
+    return expanded(_validated(cls, raw, where, problems), where)
+
+
+def expanded(found: S, where: str) -> S:
+    """The same with ~ and $VARIABLES in every path replaced, as a shell does it. UserError for what means nothing."""
+    keys = {path: key for key, path, _ in found.paths()}
+
+    def whole(path: str, kind: PathKind) -> str:
+        new = os.path.expandvars(os.path.expanduser(path))
+        if path.startswith("~") and new.startswith("~"):
+            raise UserError(f"{where}: {keys[path]}: {path}: no such user's home.", "Write the path in full.")
+        if unset := re.search(r"\$(\w+|\{\w+\})", new):
+            raise UserError(
+                f"{where}: {keys[path]}: {path}: the environment variable {unset[1].strip('{}')} is not set.",
+                "Set it, or write the path in full.",
+            )
+        return new
+
+    return found.with_paths(whole) if any("$" in path or path.startswith("~") for path in keys) else found
 
 
 def section(kind: type[S], raw: dict, where: str) -> S:

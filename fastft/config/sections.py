@@ -35,6 +35,12 @@ class Model(Section):
         False, description="Run Python code that comes with the model; needs a pinned revision for hub ids."
     )
     freeze: list[str] = Field([], description="Parameter name patterns (fnmatch) that are not trained.")
+    new_head: bool = Field(
+        False, description="Initialize the task's head anew where the folder holds one (trained for other labels)."
+    )
+    resize_embeddings: bool = Field(
+        False, description="Give the embedding rows for tokens of the tokenizer that the model does not know."
+    )
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> Self:
@@ -50,9 +56,12 @@ class Source(Section):
 
     path: InputPath = Field(description="File, folder of files, or a data set saved by Hugging Face datasets.")
     format: str = Field(
-        "auto", description="txt, jsonl, csv, tsv, parquet, conll, hf; auto goes by the name (.gz allowed)."
+        "auto", description="txt, jsonl, json, csv, tsv, parquet, conll, hf; auto goes by the name (.gz allowed)."
     )
-    split: str | None = Field(None, description="Split to read from a saved DatasetDict.")
+    split: str | None = Field(
+        None,
+        description="Split to read: of a saved DatasetDict, or of a folder whose files begin with its name.",
+    )
     documents: Literal["blank_line", "line", "file"] = Field("blank_line", description="txt: what ends a document.")
     header: list[str] | None = Field(
         None, description="csv, tsv, conll: column names of a file that has no header line."
@@ -132,6 +141,10 @@ class Batch(Section):
         16384, ge=1, description="micro: auto keeps a forward within this many (padded) tokens per rank."
     )
 
+    pad_to_multiple_of: int = Field(
+        1, ge=1, description="Rows are padded to a multiple of so many tokens; some models need it (Reformer)."
+    )
+
     @model_validator(mode="after")
     def _one_of(self) -> Self:
         if self.size is not None and self.global_tokens is not None:
@@ -204,6 +217,10 @@ class Train(Section):
     )
     max_skipped: int = Field(
         10, ge=0, description="Stop after more than this many consecutive steps skipped for NaN or Inf gradients."
+    )
+
+    pad_to_multiple_of: int = Field(
+        1, ge=1, description="Rows are padded to a multiple of so many tokens; some models need it (Reformer)."
     )
 
     @model_validator(mode="after")

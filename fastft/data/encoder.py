@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastft.data.formats import Record
+from fastft.data.formats.base import Unreadable
 from fastft.data.store import Store
 from fastft.errors import UserError
 
@@ -107,6 +108,8 @@ def write_sizes(store: Store, lengths: np.ndarray, targets: np.ndarray) -> dict:
 
 def check_text(where: str, column: str, value: object) -> None:
     """UserError unless the value is text that can be written as UTF-8."""
+    if isinstance(value, Unreadable):
+        raise UserError(f"{where}: column {column!r} cannot be read: {value.reason}.", "Fix or remove the row.")
     if not isinstance(value, str):
         kind = type(value).__name__
         raise UserError(f"{where}: column {column!r} holds {kind}, not text: {value!r}.", "Fix or remove the row.")

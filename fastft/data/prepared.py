@@ -8,6 +8,7 @@ that opening takes as long for 10^9 rows as for ten.
 import json
 import os
 import re
+import shutil
 from array import array
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastft.data.sources import files_in, fingerprint, unchanged
-from fastft.errors import UserError
+from fastft.errors import DISK, UserError
 from fastft.files import digest, locked, replacing, sha256_file
 
 FORMAT = 2
@@ -149,7 +150,7 @@ def prepare(folder: Path, settings: str, sources: list[str], build: Callable[[Pa
                 )
             with replacing(folder) as scratch:
                 scratch.mkdir()
-                meta = build(scratch)
+                meta = _built(build, scratch)
                 found = unchanged(sources, found)
                 made = {
                     path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -170,6 +171,20 @@ def prepare(folder: Path, settings: str, sources: list[str], build: Callable[[Pa
             with suppress(OSError):  # a folder that may not be written is as good: its sources are read again next time
                 write_manifest(folder, {**manifest, "sources": found})
         return Prepared(folder)
+
+
+def _built(build: Callable[[Path], dict], scratch: Path) -> dict:
+    """What ``build`` returns. UserError, naming the folder, when its disk does not take what is written."""
+    try:
+        return build(scratch)
+    except OSError as e:
+        if e.filename is not None or e.errno not in (None, *DISK):  # None: NumPy's, which counts items
+            raise
+        left = f"{shutil.disk_usage(scratch).free:,} bytes left"
+        raise UserError(
+            f"{scratch.parent}: no space left for prepared data, or the disk fails ({left}): {e}.",
+            "Make room, or set data.cache to a folder on another disk.",
+        ) from None
 
 
 def _manifest(folder: Path) -> dict | None:

@@ -4,6 +4,7 @@ it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,8 @@ from fastft.data.sources import holds
 from fastft.data.store import Store
 from fastft.errors import UserError
 from fastft.files import digest
+
+log = logging.getLogger(__name__)
 
 ROWS = 1000  # handed to an encoder at a time: enough for a tokenizer's threads, small enough for memory
 
@@ -66,6 +69,10 @@ def open_split(
     cache = Path(data.cache or Path(run.dir) / "prepared")
     _check_folders(name, sources, Path(run.dir), cache)
     files = _files(sources)
+    if others := [str(file) for source in sources for file in formats.not_read(source)]:
+        log.warning(
+            "data set %r: no data, not read: %s (a file is read when it is named)", name, ", ".join(others[:10])
+        )
     read_as = [formats.format_of(Path(f)) for f in files]  # a name decides it, where a source says nothing
     settings = digest([key, [_source_key(source) for source in sources], read_as])
 

@@ -17,7 +17,8 @@ def validate_run(config: Config) -> dict:
     Returns
     -------
     dict
-        ``splits`` (by name: sequences, tokens, fill, counts), ``steps``, ``sequences_per_step``, ``max_length``,
+        ``splits`` (by name: sequences, tokens, fill, counts), ``data`` (sentences on the training set), ``steps``,
+        ``sequences_per_step``, ``max_length``,
         ``parameters``, ``trained``, ``newly_initialized``.
     """
     job = assemble.start(config)
@@ -34,6 +35,7 @@ def validate_run(config: Config) -> dict:
     report = {name: {"sequences": len(s), **s.totals, "counts": s.data.meta["counts"]} for name, s in splits.items()}
     return {
         "splits": report,
+        "data": job.task.describe(job.train),
         "steps": schedule.total,
         "sequences_per_step": schedule.size,
         "max_length": job.task.max_length,

@@ -29,8 +29,8 @@ class Generator(Predictor):
 
     def run(self, rows: list[Row]) -> list[dict]:
         texts, tokenizer = [row["text"] for row in rows], self.tokenizer
-        tokenizer.padding_side = "left"
-        encoded = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False).to(self.model.device)
+        prompts = [{"input_ids": ids} for ids in self._prompts(texts)]
+        encoded = tokenizer.pad(prompts, padding=True, padding_side="left", return_tensors="pt").to(self.model.device)
         width, limit = encoded["input_ids"].shape[1], load.length_limit(self.model.config)
         if limit is not None and width + self.max_new_tokens > limit:
             raise UserError(
@@ -43,3 +43,16 @@ class Generator(Predictor):
         out = self.model.generate(**encoded, max_new_tokens=self.max_new_tokens, pad_token_id=pad, **how)
         continued = [tokenizer.decode(row[width:], skip_special_tokens=True) for row in out]
         return [{"text": text, "generated": more} for text, more in zip(texts, continued, strict=True)]
+
+    def _prompts(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts that go on: with what the tokenizer puts before a text, without what ends one."""
+        whole, bare = (
+            self.tokenizer(texts, add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False)
+        )
+        found = []
+        for ids, own in zip(whole, bare, strict=True):
+            extra = len(ids) - len(own)
+            before = next((n for n in range(extra + 1) if ids[n : n + len(own)] == own), extra)
+            ids = ids[: before + len(own)]
+            found.append(ids[1:] if load.starts_twice(self.tokenizer, ids) else ids)
+        return found

@@ -36,7 +36,7 @@ class Rank:
         self.waits = 0  # times in a row that it was seen to wait in the kernel, once it was killed
         self.mistake.unlink(missing_ok=True)
         env = {
-            **os.environ,
+            **protocol.without_others(os.environ),
             **spec.env,
             "RANK": str(self.rank),
             "LOCAL_RANK": str(local),
@@ -201,7 +201,7 @@ class Agent:
         states = {rank: rank.state() for rank in silent}
         self._signal(signal.SIGUSR1)
         time.sleep(1.0)
-        for rank in sorted(silent, key=lambda r: (states[r] != "T", r.rank)):  # a stopped one is why the others wait
+        for rank in sorted(silent, key=lambda r: (states[r] not in ("T", "D"), r.rank)):  # why the others wait
             step, when = beats[rank]
             say(
                 "hang",

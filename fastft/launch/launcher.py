@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastft.errors import UserError
 from fastft.launch import protocol
-from fastft.launch.hostfile import Host, address, free_port, is_here
+from fastft.launch.hostfile import Host, address, free_port, is_here, port_free
 from fastft.launch.protocol import Spec
 
 # What the ranks on other hosts need of this environment. It travels through ssh's standard input: nothing of it is in a
@@ -102,6 +102,9 @@ def plan(arguments: list[str], hosts: list[Host], run_dir: Path, *, master_addr:
             f"{hosts[0].name} is {found} here, which other hosts cannot reach.",
             "Give --master-addr, the first host's address on the network between them.",
         )
+    port = more.get("master_port")
+    if port and is_here(found) and not port_free(found, port):
+        raise UserError(f"--master-port {port}: another process listens on it at {found}.", "Choose another one.")
     return Plan(arguments, hosts, run_dir.absolute(), found, **more)
 
 

@@ -14,6 +14,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from fastft.launch.hostfile import port_free
+
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 BLOCK = 1 << 20
 
@@ -31,7 +33,7 @@ def facts(run_dir: str, port: int, marker: str, inputs: list[str]) -> dict:
         "cpus": len(os.sched_getaffinity(0)),
         "gpus": _gpus(),
         "shm": _free("/dev/shm"),
-        "port_free": _port_free(port),
+        "port_free": port_free("0.0.0.0", port),
         "inputs": {path: _size(Path(path)) for path in inputs},
         **_disk(Path(run_dir), marker),
     }
@@ -84,15 +86,6 @@ def _gpus() -> list[str]:
 
 def _free(path: str) -> int | None:
     return shutil.disk_usage(path).free if Path(path).is_dir() else None
-
-
-def _port_free(port: int) -> bool:
-    with socket.socket() as s:
-        try:
-            s.bind(("0.0.0.0", port))
-        except OSError:
-            return False
-    return True
 
 
 def _disk(run_dir: Path, marker: str) -> dict:

@@ -24,6 +24,7 @@ import json
 import os
 import struct
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,13 @@ AGENT = "FASTFT_AGENT"  # process id of the agent, with which the rank is to end
 HEARTBEAT = "FASTFT_HEARTBEAT"  # path of the rank's heartbeat, there before the rank is
 MISTAKE = "FASTFT_MISTAKE"  # path for the text of a UserError: another try would meet the same
 LAUNCH = "FASTFT_LAUNCH"  # id of the launch, with which rank 0 marks the run's folder as taken
+
+# What launchers say of a process's place among others. fastft's own says it anew; what another one left is dropped.
+PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torch.distributed reads
+LOCAL = (
+    *("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NODE_RANK", "CROSS_RANK", "CROSS_SIZE"),
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+)
 
 BEAT = struct.Struct("<qd")  # step, Unix time
 UNWATCHED = -1  # as a heartbeat's step: what happens now takes as long as it takes
@@ -69,6 +77,11 @@ class Beat(NamedTuple):
 
     step: int  # UNWATCHED: nothing to watch
     when: float  # Unix time
+
+
+def without_others(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what another launcher has said of ranks."""
+    return {k: v for k, v in env.items() if k not in (*PLACE, *LOCAL) and not k.startswith("TORCHELASTIC_")}
 
 
 def signal_order(signum: int) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class FusedHead:
         self.parts_of = _parts_of(self.head)
         self.after = post_processing(model)
         self._call: _Call | None = None
+        self.aux_loss: Tensor | None = None  # of the model's last output: a mixture of experts' balancing loss
         self._plain = self.head.forward
         self.head.forward = types.MethodType(_forward_of(self), self.head)
         self._own_foreign_parameters()
@@ -96,7 +97,8 @@ class FusedHead:
             The loss, in the graph behind all of the head's hooks.
         """
         with self._expecting(target, options, rows) as call:
-            model(**inputs)
+            output = model(**inputs)
+        self.aux_loss = getattr(output, "aux_loss", None)
         if len(call.losses) != 1:
             raise HeadError(f"the head was called {len(call.losses)} times in one forward of the model")
         shape = target.shape if options.get("reduction") == "none" else ()

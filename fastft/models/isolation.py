@@ -1,4 +1,4 @@
-"""Proof, on the model at hand, that packed documents do not see each other.
+"""Proof, on the model at hand, that packed documents do not see each other, and that no token sees those after it.
 
 Restarting position ids are all that fastft passes; whether a model's attention honours them depends on its code, its
 attention backend and the transformers version (state-space layers never do). So it is measured before training, not
@@ -76,3 +76,33 @@ def refuse_leak(model: torch.nn.Module, packed: torch.Tensor, alone: torch.Tenso
             hint,
         )
     return difference
+
+
+def check_causality(forward: Callable, model: torch.nn.Module, length: int, device: torch.device) -> None:
+    """Change the second half of a row of random tokens: the logits of the first half must stay.
+
+    Raises UserError when they do not: such a model (an encoder with a language modeling head, whose config does not say
+    is_decoder) would read the answer, and its loss fall to 0.
+    """
+    from fastft.models.trial import trial
+
+    rows = vocabulary_rows(model)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(rows, (1, length), generator=generator)
+    other, half = tokens.clone(), max(length // 2, 1)
+    other[:, half:] = (
+        other[:, half:] + 1 + torch.randint(max(rows - 1, 1), (1, length - half), generator=generator)
+    ) % rows
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        with trial(model, device):  # the same random numbers for both: some models hash by them
+            return forward(input_ids=ids.to(device), use_cache=False).logits[:, :half].float()
+
+    before, after = logits(tokens), logits(other)
+    difference = ((before - after).abs().max() / before.abs().max().clamp_min(1e-6)).item()
+    if not difference <= (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2):
+        raise UserError(
+            f"{type(model).__name__} is not causal: its logits change by {difference:.2g} of the largest when tokens "
+            "after them change, so it would see what it has to predict.",
+            "Set is_decoder: true in the model's config.json, or choose task: masked_lm, which trains encoders.",
+        )

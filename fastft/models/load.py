@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,17 @@ from fastft.lazy import torch
 def dtype_of(name: str) -> torch.dtype:
     """fp32 or bf16, as the configuration says it."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def kept_in_fp32(model: torch.nn.Module, dtype: torch.dtype) -> re.Pattern | None:
+    """Names of weights that transformers holds in float32 whatever dtype is asked for, by the lists that its classes
+    carry (routers of DeepSeek-V3, GLM-4 MoE and others); None: there are none.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    lists = (getattr(module, "_keep_in_fp32_modules_strict", None) or [] for module in model.modules())
+    names = sorted({name.replace("*", ".*") for names in lists for name in names})
+    return re.compile("|".join(names)) if names else None
 
 
 def go_offline() -> None:
@@ -54,10 +68,11 @@ def _from_pretrained(loader, path: str, what: str, **kwargs):
         return loader.from_pretrained(
             str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path, **kwargs
         )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as e:
-        if isinstance(e, UserError):
-            raise
-        reason = str(e).strip().split("\n\n")[0][:600]
+    except UserError:
+        raise
+    except Exception as e:  # of transformers, of safetensors, or of the model's own code
+        known = isinstance(e, (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError))
+        reason = ("" if known else f"{type(e).__name__}: ") + str(e).strip().split("\n\n")[0][:600]
         raise UserError(
             f"{what} path {path}: cannot be loaded: {reason}",
             "Give a local folder written by save_pretrained, or a hub id that is in the cache or within reach.",
@@ -90,6 +105,12 @@ def tokenizer(settings: Model):
     return found
 
 
+def starts_twice(tokenizer: Any, ids: list[int]) -> bool:
+    """Whether a text that begins with BOS was given another by the tokenizer."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(ids[:2]) == [bos, bos]
+
+
 def config(settings: Model):
     """The transformers config of the model."""
     import transformers
@@ -103,13 +124,46 @@ def config(settings: Model):
     )
 
 
-# Families that number positions from padding_idx + 1.
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text")
+_offsets: dict[str, int] = {}  # a model's config as JSON -> the number of a sequence's first position
 
 
 def position_offset(model_config) -> int:
-    """The number of a sequence's first position."""
-    return model_config.pad_token_id + 1 if model_config.model_type in OFFSET_POSITIONS else 0
+    """The number of a sequence's first position: 0, or padding_idx + 1 in the families that derive positions from the
+    tokens beside padding (RoBERTa and those made after it), whose position table is longer by as much.
+    """
+    if getattr(model_config, "pad_token_id", None) is None:
+        return 0
+    key = model_config.to_json_string(use_diff=False)
+    if key not in _offsets:
+        _offsets[key] = _offset_of_table(model_config)
+    return _offsets[key]
+
+
+def _offset_of_table(model_config) -> int:
+    """Of the position table of a model without weights; 0 where it has none, or cannot be made."""
+    import transformers
+
+    mapping = transformers.AutoModel._model_mapping
+    if type(model_config) not in mapping:
+        return 0
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    try:
+        with torch.device("meta"):
+            model = _get_model_class(model_config, mapping)(copy.deepcopy(model_config))
+    except Exception:  # whatever its code says of this config is said when the model is built
+        return 0
+    for name, module in model.named_modules():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        padding = getattr(module, "padding_idx", None)
+        if padding is None or "position" not in name.rpartition(".")[2]:
+            continue
+        if any(hasattr(place, DERIVED) for place in (owner, sys.modules[type(owner).__module__])):
+            return padding + 1
+    return 0
+
+
+DERIVED = "create_position_ids_from_input_ids"  # what those families call it, as a function or a method
 
 
 def length_limit(model_config) -> int | None:
@@ -119,6 +173,20 @@ def length_limit(model_config) -> int | None:
         if isinstance(value := getattr(text, name, None), int) and value > 0:
             return value - position_offset(text)
     return None
+
+
+def is_of(model_config, auto_class: str) -> bool:
+    """Whether a saved model is of a class that an Auto class chooses, also where its name does not say so (Gemma 3's
+    text and vision model generates text as ``Gemma3ForConditionalGeneration``).
+    """
+    import transformers
+
+    mapping = getattr(transformers, auto_class)._model_mapping
+    if type(model_config) not in mapping:
+        return False
+    classes = mapping[type(model_config)]
+    names = {c.__name__ for c in (classes if isinstance(classes, (tuple, list)) else (classes,))}
+    return bool(names & set(model_config.architectures or []))
 
 
 def class_takes(model_config, auto_class: str, name: str) -> bool:
@@ -173,8 +241,12 @@ def build(settings: Model, auto_class: str, new_parameters: tuple[str, ...], see
     if settings.init == "random":
         return loader.from_config(model_config, **common), []
     options = {**common, "config": model_config, "revision": settings.revision, "output_loading_info": True}
-    model, info = _from_pretrained(loader, settings.path, "model", **options)
+    # Other sizes are reported, not raised: what the weights' own error says to do would be wrong here.
+    model, info = _from_pretrained(loader, settings.path, "model", ignore_mismatched_sizes=True, **options)
     missing = sorted(info["missing_keys"])
+    if other := sorted(info["mismatched_keys"]):
+        _check_sizes(settings, other, new_parameters)
+        missing = sorted({*missing, *(name for name, *_ in other)})
     # By whole parts of the name: a BERT layer's "output.dense" is not a new head.
     if strange := [name for name in missing if not set(name.split(".")) & set(new_parameters)]:
         raise UserError(
@@ -183,6 +255,41 @@ def build(settings: Model, auto_class: str, new_parameters: tuple[str, ...], see
             "The folder holds another kind of model; choose the task that fits it, or model.init: random.",
         )
     return model, missing
+
+
+def _check_sizes(settings: Model, other: list[tuple], new_parameters: tuple[str, ...]) -> None:
+    """UserError for weights of another size than the model's, unless they are a head that is to begin anew."""
+    name, stored, wanted = other[0]
+    sizes = f"{name} is {tuple(stored)} in the folder, and would be {tuple(wanted)} here"
+    if not all(set(name.split(".")) & set(new_parameters) for name, *_ in other):
+        raise UserError(
+            f"model path {settings.path}: {sizes}.", "Its config.json and its weights belong to different models."
+        )
+    if not settings.new_head:
+        raise UserError(
+            f"model path {settings.path}: holds a head with {stored[0]} outputs, the data needs {wanted[0]} ({sizes}).",
+            "Set model.new_head: true to start with a new head, or use data with the labels that it was trained for.",
+        )
+
+
+def new_head(model: Any, new_parameters: tuple[str, ...]) -> list[str]:
+    """Initialize the task's head anew, as its class does; names of the parameters. A pooler, which comes with the
+    pretrained weights where there is one, stays.
+    """
+    parts = set(new_parameters) - {"pooler"}
+    found = [name for name, _ in model.named_parameters() if set(name.split(".")) & parts]
+    for owner in {name.rpartition(".")[0] for name in found}:
+        module = model.get_submodule(owner)
+        for thing in (module, *module.parameters(recurse=False)):
+            thing._is_hf_initialized = False
+        model._init_weights(module)
+    return found
+
+
+def resize(model: Any, tokenizer: Any) -> None:
+    """A row of the input embedding (and of the output head, where there is one) for every token."""
+    if len(tokenizer) > vocabulary_rows(model):
+        model.resize_token_embeddings(len(tokenizer))
 
 
 def freeze(model: torch.nn.Module, patterns: list[str]) -> int:

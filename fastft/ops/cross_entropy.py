@@ -16,12 +16,15 @@ from fastft.ops import backends, cross_entropy_check, cross_entropy_reference, n
 from fastft.ops.cross_entropy_autograd import InPlace, reduced_op, rows_op
 from fastft.ops.cross_entropy_common import (
     CUDA,
+    NOTHING,
     LossOptions,
+    any_bad,
     bad_row_op,
     bad_target,
     compute_dtype,
     inverse_denominator,
 )
+from fastft.ops.transforms import transformed
 
 __all__ = ["bad_target", "cross_entropy"]
 
@@ -44,7 +47,7 @@ def cross_entropy(
     target: Tensor,
     *,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     z_loss: float = 0.0,
@@ -60,7 +63,7 @@ def cross_entropy(
     logits        (..., V), float32 or bfloat16 (float16, float64: reference backend only). Rows are read where they lie
                   when the last dimension is contiguous and the leading ones flatten to a view; otherwise a contiguous
                   copy is made.
-    target        (...), int64: class indices, or `ignore_index` anywhere.
+    target        (...), int64: class indices, or `ignore_index` anywhere (None: nothing is ignored).
     weight        (V,) floating: weight of each class.
     reduction     "mean" divides by the sum of token_weight * weight[target] over the targets that are not ignored;
                   "sum"; "none".
@@ -81,6 +84,7 @@ def cross_entropy(
     names it.
     """
     cross_entropy_check.check(logits, target, weight, token_weight, label_smoothing, reduction, softcap, inplace)
+    ignore_index = NOTHING if ignore_index is None else ignore_index
     vocab = logits.shape[-1]
     rows = logits.reshape(-1, vocab)  # (N, V)
     flat_target = target.reshape(-1).contiguous()  # (N,)
@@ -89,12 +93,13 @@ def cross_entropy(
     if token_weight is not None:
         token_weight = token_weight.to(compute_dtype(logits)).reshape(-1 if token_weight.ndim else ()).contiguous()
     chosen = backends.select("cross_entropy", backend, logits.device.type, (logits.dtype,))
+    through_torch = transformed(logits, target)
     scale = None
     if reduction == "mean":
         scale = inverse_denominator(flat_target, weight, token_weight, ignore_index, vocab, compute_dtype(logits))
 
     options = (ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale)
-    if chosen == "reference" and not inplace:
+    if through_torch or (chosen == "reference" and not inplace):
         loss, lse = _reference(rows, flat_target, weight, token_weight, scale, options, reduction, return_lse)
     elif reduction == "none":
         loss, lse = rows_op(rows, flat_target, weight, token_weight, *options, return_lse, chosen)
@@ -113,12 +118,15 @@ def cross_entropy(
 def _reference(rows, target, weight, token_weight, scale, options, reduction, return_lse) -> tuple[Tensor, Tensor]:
     """The reference, through torch's own autograd."""
     ignore_index = options[0]
-    bad_row = bad_row_op(target, ignore_index, rows.shape[1])
+    if transformed(rows, target):  # whose rules a custom op does not have
+        bad = any_bad(target, ignore_index, rows.shape[1])
+    else:
+        bad = bad_row_op(target, ignore_index, rows.shape[1]) >= 0
     loss = cross_entropy_reference.loss_per_row(rows, target, weight, token_weight, *options)
     lse = cross_entropy_reference.logsumexp(rows.detach(), *options[3:]) if return_lse else loss.new_empty(0)
     if reduction != "none":
         loss = loss.sum() if scale is None else loss.sum() * scale
-    return torch.where(bad_row >= 0, math.nan, loss), lse
+    return torch.where(bad, math.nan, loss), lse
 
 
 _LOAD_REFERENCE: dict[str, Callable[[], Callable]] = {

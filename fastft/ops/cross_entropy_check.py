@@ -10,6 +10,8 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 def check(logits, target, weight, token_weight, label_smoothing, reduction, softcap, inplace) -> None:
     """ValueError for logits, labels and options that do not fit together."""
+    if target.is_floating_point():
+        raise ValueError("target holds class probabilities, which are not supported: give int64 class indices")
     if logits.ndim < 1 or logits.shape[:-1] != target.shape:
         raise ValueError(
             f"logits must be (..., V) and target (...); got {tuple(logits.shape)} and {tuple(target.shape)}. "

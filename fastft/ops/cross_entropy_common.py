@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastft.ops import backends, cross_entropy_reference
 
+NOTHING = torch.iinfo(torch.int64).min  # what ignore_index=None stands for: no class index
 CUDA = frozenset({"cuda"})  # on CPU tensors Triton runs only in its interpreter, which is for tests
 
 _flags: dict[torch.device, Tensor] = {}  # CUDA device -> () int64, the last row whose target was out of range, or -1
@@ -17,7 +18,7 @@ _flags: dict[torch.device, Tensor] = {}  # CUDA device -> () int64, the last row
 class LossOptions(TypedDict, total=False):
     """Keyword arguments of every cross-entropy here, for the overloads that type checkers read."""
 
-    ignore_index: int
+    ignore_index: int | None
     label_smoothing: float
     reduction: str
     z_loss: float
@@ -25,6 +26,11 @@ class LossOptions(TypedDict, total=False):
     logit_scale: float
     token_weight: Tensor | None
     backend: str | None
+
+
+def any_bad(target: Tensor, ignore_index: int, vocab: int) -> Tensor:
+    """0-dim bool: whether a target is out of range; by torch's own operators, for transforms."""
+    return ((target != ignore_index) & ((target < 0) | (target >= vocab))).any()
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:

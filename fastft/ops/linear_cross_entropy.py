@@ -17,7 +17,9 @@ from fastft.ops import backends, linear_cross_entropy_chunks, linear_cross_entro
 from fastft.ops.cross_entropy_check import check_options
 from fastft.ops.cross_entropy_common import (
     CUDA,
+    NOTHING,
     LossOptions,
+    any_bad,
     bad_row_op,
     compute_dtype,
     inverse_denominator,
@@ -25,6 +27,8 @@ from fastft.ops.cross_entropy_common import (
     sum_rows,
 )
 from fastft.ops.cross_entropy_reference import logsumexp
+from fastft.ops.linear_cross_entropy_check import autocast, check
+from fastft.ops.transforms import transformed
 
 OP = "linear_cross_entropy"
 
@@ -52,7 +56,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     class_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     z_loss: float = 0.0,
@@ -91,8 +95,10 @@ def linear_cross_entropy(
     On CUDA such a row has loss nan and gradient 0, and `fastft.ops.bad_target(device)` names it. RuntimeError for a
     second backward through a graph that was not retained, and for a double backward.
     """
+    ignore_index = NOTHING if ignore_index is None else ignore_index
     hidden2, weight2 = low_rank if low_rank is not None else (None, None)
-    _check(hidden, weight, target, bias, hidden2, weight2, chunk_bytes)
+    hidden, weight, bias, hidden2, weight2 = autocast(hidden, weight, bias, hidden2, weight2)
+    check(hidden, weight, target, bias, hidden2, weight2, chunk_bytes)
     check_options(
         hidden, target, weight.shape[0], class_weight, token_weight, label_smoothing, reduction, softcap, "class_weight"
     )
@@ -104,57 +110,35 @@ def linear_cross_entropy(
         class_weight = class_weight.to(dtype).contiguous()
     if token_weight is not None:
         token_weight = token_weight.to(dtype).reshape(-1 if token_weight.ndim else ()).contiguous()
-    chosen = backends.select(OP, backend, hidden.device.type, (hidden.dtype,))
+    device = hidden.device.type
+    tensors = (rows, weight, bias, rows2, weight2)
+    chosen = backends.select(OP, backend, device, (hidden.dtype,))
     scale = None
     if reduction == "mean":
         scale = inverse_denominator(flat_target, class_weight, token_weight, ignore_index, weight.shape[0], dtype)
 
-    tensors = (rows, weight, bias, rows2, weight2)
     labels = (flat_target, class_weight, token_weight)
     options = (ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale)
-    if chosen == "reference":
-        loss, lse = _reference(tensors, labels, scale, options, reduction, return_lse)
-    elif reduction == "none":
-        loss, lse = _rows_op(*tensors, *labels, *options, chunk_bytes, return_lse, chosen)
-    else:
-        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
-        loss, lse, *_ = _reduced_op(*tensors, *labels, scale, *options, chunk_bytes, return_lse, needs, chosen)
+    with torch.autocast(device, enabled=False):  # inside, dtypes are as they are
+        if chosen == "reference" or transformed(*tensors, flat_target):
+            loss, lse = _reference(tensors, labels, scale, options, reduction, return_lse)
+        elif reduction == "none":
+            loss, lse = _rows_op(*tensors, *labels, *options, chunk_bytes, return_lse, chosen)
+        else:
+            needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+            loss, lse, *_ = _reduced_op(*tensors, *labels, scale, *options, chunk_bytes, return_lse, needs, chosen)
     if reduction == "none":
         loss = loss.reshape(target.shape)
     return (loss, lse.detach().reshape(target.shape)) if return_lse else loss
 
 
-def _check(hidden, weight, target, bias, hidden2, weight2, chunk_bytes) -> None:
-    if hidden.ndim < 1 or hidden.shape[:-1] != target.shape:
-        raise ValueError(
-            f"hidden must be (..., H) and target (...); got {tuple(hidden.shape)} and {tuple(target.shape)}"
-        )
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
-        raise ValueError(f"weight must be (V, H) = (V > 0, {hidden.shape[-1]} > 0), not {tuple(weight.shape)}")
-    if not hidden.is_floating_point():
-        raise ValueError(f"hidden must be floating, not {hidden.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), not {tuple(bias.shape)}")
-    if hidden2 is not None:
-        if hidden2.shape[:-1] != target.shape:
-            raise ValueError(
-                f"low_rank[0] must be (..., R) like hidden {tuple(hidden.shape)}, not {tuple(hidden2.shape)}"
-            )
-        if weight2.shape != (weight.shape[0], hidden2.shape[-1]):
-            raise ValueError(
-                f"low_rank[1] must be (V, R) = ({weight.shape[0]}, {hidden2.shape[-1]}), not {tuple(weight2.shape)}"
-            )
-    for name, tensor in (("weight", weight), ("bias", bias), ("low_rank[0]", hidden2), ("low_rank[1]", weight2)):
-        if tensor is not None and (tensor.device, tensor.dtype) != (hidden.device, hidden.dtype):
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, hidden {hidden.dtype} on {hidden.device}")
-    if chunk_bytes is not None and chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes must be positive, or None, not {chunk_bytes}")
-
-
 def _reference(tensors, labels, scale, options, reduction, return_lse) -> tuple[Tensor, Tensor]:
     """The reference, through torch's own autograd."""
     target, vocab = labels[0], tensors[1].shape[0]
-    bad_row = bad_row_op(target, options[0], vocab)
+    if transformed(*tensors, target):  # whose rules a custom op does not have
+        bad = any_bad(target, options[0], vocab)
+    else:
+        bad = bad_row_op(target, options[0], vocab) >= 0
     loss = backends.implementation(OP, "reference")(*tensors, *labels, *options)
     lse = loss.new_empty(0)
     if return_lse:
@@ -162,7 +146,7 @@ def _reference(tensors, labels, scale, options, reduction, return_lse) -> tuple[
             lse = logsumexp(linear_cross_entropy_reference.logits(*tensors), *options[3:])
     if reduction != "none":
         loss = loss.sum() if scale is None else loss.sum() * scale
-    return torch.where(bad_row >= 0, math.nan, loss), lse
+    return torch.where(bad, math.nan, loss), lse
 
 
 def _outputs(hidden: Tensor, want_lse: bool) -> tuple[Tensor, Tensor]:

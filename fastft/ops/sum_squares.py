@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastft.ops import backends, native, triton
+from fastft.ops.transforms import refuse_transforms
 
 
 def sum_squares(tensors: Iterable[Tensor], *, backend: str | None = None) -> Tensor:
@@ -23,11 +24,16 @@ def sum_squares(tensors: Iterable[Tensor], *, backend: str | None = None) -> Ten
     when the sum overflows). Not differentiable. The same input gives the same bits at any number of threads. Does not
     wait for the device.
 
-    Raises ValueError for tensors on several devices or of dtypes that are not floating.
+    A sparse tensor (COO) counts by its values, duplicates added up.
+
+    Raises ValueError for tensors on several devices, of other layouts, or of dtypes that are not floating.
     """
-    tensors = list(tensors)
+    tensors = [t.coalesce().values() if t.layout == torch.sparse_coo else t for t in tensors]
+    refuse_transforms("sum_squares", *tensors)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
+        if tensor.layout != torch.strided:
+            raise ValueError(f"sum_squares takes dense tensors and sparse ones in COO layout, not {tensor.layout}")
         if not tensor.is_floating_point():
             raise ValueError(f"sum_squares takes floating tensors, not {tensor.dtype}")
         if tensor.device != tensors[0].device:

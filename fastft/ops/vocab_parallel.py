@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastft.ops import backends, cross_entropy_check
 from fastft.ops.cross_entropy_common import (
+    NOTHING,
     bad_row_op,
     contiguous_rows,
     inverse_denominator,
@@ -17,6 +18,7 @@ from fastft.ops.cross_entropy_common import (
     scaled_gradient,
     sum_rows,
 )
+from fastft.ops.transforms import refuse_transforms
 
 _IGNORED = -100  # within a shard: no class there is negative
 
@@ -28,7 +30,7 @@ def vocab_parallel_cross_entropy(
     group: dist.ProcessGroup | None = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     z_loss: float = 0.0,
@@ -51,6 +53,8 @@ def vocab_parallel_cross_entropy(
 
     Raises what cross_entropy raises; ValueError when only one of vocab_start and vocab_size is given.
     """
+    refuse_transforms("vocab_parallel_cross_entropy", logits, target)
+    ignore_index = NOTHING if ignore_index is None else ignore_index
     cross_entropy_check.check(logits, target, None, token_weight, label_smoothing, reduction, softcap, False)
     if (vocab_start is None) != (vocab_size is None):
         raise ValueError("give both vocab_start and vocab_size, or neither for equal shares")

@@ -116,6 +116,16 @@ class FusedAdamW(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's, but for a param twice in a group (ValueError): two threads would update the same memory."""
+        params = param_group["params"]
+        if not isinstance(params, (Tensor, set)):
+            param_group["params"] = params = list(params)
+            tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+            if len({id(p) for p in tensors}) < len(tensors):
+                raise ValueError("a parameter group holds the same parameter twice: give each once")
+        super().add_param_group(param_group)
+
     def step(
         self,
         closure: Callable[[], Any] | None = None,

@@ -64,6 +64,11 @@ class Shape:
     parameters: int
     layers: int
     hidden: int
+    active: int | None = None  # parameters that a token uses, of a mixture of experts; None: all
+
+    @property
+    def used(self) -> int:
+        return self.parameters if self.active is None else self.active
 
     @classmethod
     def of_size(cls, parameters: int) -> "Shape":
@@ -235,7 +240,7 @@ def model_flops_per_token(setup: Setup) -> float:
     """6 per parameter and 12 * layers * hidden * sequence length for
     attention (PaLM, appendix B, which leaves out the causal mask's half).
     """
-    return 6 * setup.model.parameters + 12 * setup.model.layers * setup.model.hidden * setup.sequence_length
+    return 6 * setup.model.used + 12 * setup.model.layers * setup.model.hidden * setup.sequence_length
 
 
 def compute_seconds(setup: Setup, constants: Constants) -> float:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from fastft.config import Loss
-from fastft.errors import UserError
 from fastft.lazy import torch
 from fastft.objectives.base import Objective
 from fastft.tasks.base import IGNORE, Batch, Metric, Metrics
@@ -48,15 +47,27 @@ class LanguageModelObjective(Objective):
         from fastft.models.head import install
 
         self.settings = settings
+        self.aux_loss: torch.Tensor | None = None  # of the last forward
         self.head: FusedHead | None
         self.head, why = install(forward, model, sample, settings.implementation)
         chosen = "cross_entropy" if self.head is None else "linear_cross_entropy"
         log.info("loss by %s: %s", chosen, why)
         self.record = {"loss": {"implementation": chosen, "why": why}}
+        config: Any = model.config
+        self.balance = float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
+        if not getattr(config, "output_router_logits", False):
+            self.balance = 0.0
+        if self.balance:
+            log.info("the experts' balancing loss is trained too, %g times (router_aux_loss_coef)", self.balance)
+            self.record["loss"]["router_aux_loss_coef"] = self.balance
 
     def compute_loss(self, model: Callable, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
         smoothing = {"label_smoothing": self.settings.label_smoothing, "z_loss": self.settings.z_loss}
-        return self._sum(model, batch, token_weight=scale, **smoothing)
+        loss = self._sum(model, batch, token_weight=scale, **smoothing)
+        if self.balance and self.aux_loss is not None:
+            # transformers adds it to the mean over a batch's targets: here it has the weight of those targets.
+            loss = loss + self.balance * self.aux_loss * (batch.labels != IGNORE).sum() * scale
+        return loss
 
     def negative_log_likelihood(self, model: Callable, batch: Batch) -> torch.Tensor:
         """0-dim: summed over the batch's targets, without smoothing."""
@@ -67,8 +78,12 @@ class LanguageModelObjective(Objective):
 
         options |= {"ignore_index": IGNORE, "reduction": "sum"}
         if self.head is not None:
-            return self.head.loss(model, dict(batch.inputs), batch.labels, **options)
-        logits = model(**batch.inputs).logits.flatten(0, 1)  # (B*T, V)
+            loss = self.head.loss(model, dict(batch.inputs), batch.labels, **options)
+            self.aux_loss = self.head.aux_loss
+            return loss
+        outputs = model(**batch.inputs)
+        self.aux_loss = getattr(outputs, "aux_loss", None)
+        logits = outputs.logits.flatten(0, 1)  # (B*T, V)
         options["inplace"] = logits.requires_grad
         if (weight := options.get("token_weight")) is not None and weight.ndim:
             options["token_weight"] = weight.flatten()
@@ -82,18 +97,6 @@ def sample_inputs(model: torch.nn.Module, length: int, device: torch.device) -> 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary_rows(model), (2, min(length, 16)), generator=generator)
     return {"input_ids": tokens.to(device)}
-
-
-def check_vocabulary(tokenizer: Any, model: torch.nn.Module) -> None:
-    """UserError when the tokenizer knows more tokens than the model's embedding has rows."""
-    from fastft.models.load import vocabulary_rows
-
-    rows = vocabulary_rows(model)
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"The tokenizer knows {len(tokenizer)} tokens, the model's embedding has only {rows}.",
-            "Use the tokenizer that belongs to the model (model.tokenizer).",
-        )
 
 
 class Perplexity(Metrics):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -42,12 +43,38 @@ class SequenceTask(TextTask):
         """Padded inputs of some samples (a dummy row for none), their real tokens, and the tokens computed."""
         data, pad = split.data, self.tokenizer.pad_token_id
         rows = rows_of(data["tokens"], ids) or [np.full(1, pad, dtype=np.int32)]
-        tokens, mask = padded(rows, pad), padded([np.ones(len(row)) for row in rows], 0)
-        inputs = {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask)}
-        if "segments" in data.columns and self.takes_segments:
-            segments = padded(rows_of(data["segments"], ids) or [np.zeros(1)], 0, width=tokens.shape[1])
-            inputs["token_type_ids"] = torch.from_numpy(segments)
-        return inputs, int(mask.sum()) if len(ids) else 0, tokens.size
+        segments = rows_of(data["segments"], ids) or [np.zeros(1)] if "segments" in data.columns else None
+        inputs = self.padded_inputs(rows, segments)
+        return inputs, sum(map(len, rows)) if len(ids) else 0, inputs["input_ids"].numel()
+
+    def padded_inputs(self, rows: list[np.ndarray], segments: list[np.ndarray] | None) -> dict[str, torch.Tensor]:
+        """What the model is given of some rows, in training, evaluation and prediction alike: ``input_ids``,
+        ``attention_mask`` and, where the model takes them, ``token_type_ids``; all (len(rows), width) int64.
+        """
+        width = self.width(rows)
+        parts = {
+            "input_ids": padded(rows, self.tokenizer.pad_token_id, width=width, side=self.padding_side),
+            "attention_mask": padded([np.ones(len(row)) for row in rows], 0, width=width, side=self.padding_side),
+        }
+        if segments is not None and self.takes_segments:
+            parts["token_type_ids"] = padded(segments, 0, width=width, side=self.padding_side)
+        return {name: torch.from_numpy(values) for name, values in parts.items()}
+
+    @cached_property
+    def padding_side(self) -> str:
+        """Left for models whose head reads the last position, padding or not (XLNet); right for all others, whatever
+        the tokenizer says: positions are counted from the left.
+        """
+        return "left" if getattr(self.model_config, "summary_type", None) == "last" else "right"
+
+    def check_model(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
+        """Refuse a tokenizer with more tokens than the model has; try the model on a short and a longer row, alone and
+        together.
+        """
+        from fastft.models.trial import check_padding
+
+        super().check_model(forward, model, device)
+        check_padding(forward, model, self, device)
 
     def encode_texts(
         self, texts: list[str], pairs: list[str | None], limit: int
@@ -56,10 +83,16 @@ class SequenceTask(TextTask):
         if None in pairs and any(pairs):
             raise UserError("Some rows have a second text and others none.", "Give every row one, or none.")
         both: tuple = (texts,) if None in pairs else (texts, pairs)
-        full = [len(ids) for ids in self.tokenizer(*both, verbose=False)["input_ids"]]
-        segments = len(both) == 2 and self.takes_segments
-        how: dict[str, Any] = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
-        return dict(self.tokenizer(*both, **how, return_token_type_ids=segments)), full
+        whole = self.tokenizer(*both, verbose=False, return_token_type_ids=True)
+        cut = self.tokenizer(*both, truncation=True, max_length=limit, return_token_type_ids=True)
+        rows, segments, full = [], [], []
+        for i, ids in enumerate(whole["input_ids"]):
+            begin = int(load.starts_twice(self.tokenizer, ids))
+            full.append(len(ids) - begin)
+            row = whole if full[-1] <= limit else cut
+            rows.append(np.asarray(row["input_ids"][i][begin:] or [self.tokenizer.pad_token_id]))
+            segments.append(np.asarray(row["token_type_ids"][i][begin:] or [0]))
+        return self.padded_inputs(rows, segments if len(both) == 2 else None), full
 
 
 class SequenceEncoder(TextEncoder):
@@ -94,7 +127,12 @@ class SequenceEncoder(TextEncoder):
 
     def _fit(self, where: str, record: Record, row: dict[str, list[int]], counts: Counts) -> dict | None:
         """The row, or what the truncation policy makes of it; None: not used."""
+        if load.starts_twice(self.tokenizer, row["input_ids"]):
+            row = {name: values[1:] for name, values in row.items()}
         length = len(row["input_ids"])
+        if length == 0:  # nothing but what the tokenizer drops
+            counts.empty += 1
+            return None
         if length <= self.max_length:
             return row
         counts.too_long(where, length)

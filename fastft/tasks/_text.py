@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence, Sized
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastft.data.encoder import Counts, Encoder, check_text
 from fastft.data.formats import Record
 from fastft.data.prepared import Ragged
 from fastft.errors import UserError, did_you_mean
+from fastft.lazy import torch
 from fastft.models import load
 from fastft.tasks.base import Task
 
@@ -38,6 +40,14 @@ class TextTask(Task):
                 f"Set data.max_length to at most {limit}.",
             )
         return wanted
+
+    def width(self, rows: Sequence[Sized]) -> int:
+        """Tokens that rows are padded to."""
+        multiple = self.config.batch.pad_to_multiple_of
+        return -(-max(map(len, rows)) // multiple) * multiple
+
+    def check_model(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
+        check_vocabulary(self.tokenizer, model)
 
     def named_outputs(self, names: list[str], **more: Any) -> dict[str, Any]:
         """Config attributes of a model with a head whose outputs have names (labels, targets)."""
@@ -113,15 +123,38 @@ class TextEncoder(Encoder):
             )
 
 
-def padded(rows: list[np.ndarray], fill: int | float, dtype: Any = np.int64, width: int | None = None) -> np.ndarray:
-    """(len(rows), width or longest): rows padded on the right with ``fill``."""
+def padded(
+    rows: list[np.ndarray],
+    fill: int | float,
+    dtype: Any = np.int64,
+    width: int | None = None,
+    side: str = "right",
+) -> np.ndarray:
+    """(len(rows), width or longest): rows padded on a side with ``fill``."""
     width = width or max(len(row) for row in rows)
     out = np.full((len(rows), width), fill, dtype=dtype)
     for r, row in enumerate(rows):
-        out[r, : len(row)] = row
+        start = width - len(row) if side == "left" else 0
+        out[r, start : start + len(row)] = row
     return out
 
 
 def rows_of(column: Ragged | np.ndarray, ids: np.ndarray) -> list[np.ndarray]:
     """The sequences of some samples."""
     return [column[int(i)] for i in ids]
+
+
+def check_vocabulary(tokenizer: Any, model: torch.nn.Module) -> None:
+    """UserError when the tokenizer knows more tokens than the model's embedding has rows."""
+    from fastft.models.load import vocabulary_rows
+
+    rows = vocabulary_rows(model)
+    if len(tokenizer) > rows:
+        beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+        named = ", ".join(repr(token) for _, token in beyond[:5])
+        raise UserError(
+            f"The tokenizer knows {len(tokenizer)} tokens, the model's embedding has only {rows} rows: none for {named}"
+            f"{', ...' if len(beyond) > 5 else ''}.",
+            "Set model.resize_embeddings: true to train rows for them, or use the tokenizer that belongs to the model "
+            "(model.tokenizer).",
+        )

@@ -1,8 +1,8 @@
 """What a task is: how rows become features, which model, which loss, which metrics, which predictions.
 
-A task is one file of this folder with a class that registers itself; files that begin with an underscore hold what
-several tasks share. What training data teaches (label names) is passed on as ``learned``; a task keeps nothing
-between its methods.
+A task is one file of this folder with a class that registers itself, or a folder where it needs several; files that
+begin with an underscore hold what tasks share. What training data teaches (label names) is passed on as ``learned``;
+a task keeps nothing between its methods.
 """
 
 from __future__ import annotations
@@ -204,6 +204,10 @@ class Task(ABC):
     def documents(self, split: Split, sample: int) -> list[str]:
         """Where a sample's documents were read (file and line), and which tokens of a document that is not whole."""
         return [split.data.origin(sample)]
+
+    def describe(self, split: Split) -> list[str]:
+        """What to know of a training set before it is learned from, a sentence each."""
+        return []
 
     # -- model
     # ---------------------------------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from fastft.data.split import Split
 from fastft.data.store import Store
 from fastft.inference.base import Predictor
 from fastft.lazy import torch
+from fastft.models import load
 from fastft.objectives.base import Objective
 from fastft.tasks._documents import count_long, documents_of, pack, pieces, write_packs
 from fastft.tasks._language import (
     LanguageModelLoss,
     LanguageModelObjective,
     Perplexity,
-    check_vocabulary,
     sample_inputs,
 )
 from fastft.tasks._text import TextEncoder, TextTask
@@ -59,7 +59,12 @@ class CausalLM(TextTask):
     def collate(self, split: Split, ids: np.ndarray, draw: Draw) -> Batch:
         rows = [pack(split.data, int(i)) for i in ids] or [[np.zeros(1, dtype=np.int32)]]
         packed = self.config.data.packing == "isolated"
-        width = self.max_length if packed else max(sum(map(len, row)) for row in rows)
+        real = 0 if len(ids) == 0 else int(split.lengths[ids].sum())
+        width = self.max_length if packed else self.width([np.concatenate(row) for row in rows])
+        return self._batch(rows, width, len(ids), real)
+
+    def _batch(self, rows: list[list[np.ndarray]], width: int, samples: int, real: int) -> Batch:
+        """Rows of pieces, each piece a document or a part of one."""
         tokens = np.full((len(rows), width), self.tokenizer.pad_token_id, dtype=np.int64)
         labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
         positions = np.zeros((len(rows), width), dtype=np.int64)
@@ -72,12 +77,13 @@ class CausalLM(TextTask):
                 positions[r, at : at + n] = np.arange(n)
                 at += n
             positions[r, at:] = np.arange(width - at)  # padding is one more document, which nothing is learned from
-        real = 0 if len(ids) == 0 else int(split.lengths[ids].sum())
         if self._flash():  # its variable-length kernels want one row
             tokens, labels, positions = (a.reshape(1, -1) for a in (tokens, labels, positions))
-        inputs = {"input_ids": torch.from_numpy(tokens), "position_ids": torch.from_numpy(positions)}
+        inputs = {"input_ids": torch.from_numpy(tokens)}
+        if self._flash() or self.config.data.packing == "isolated":  # else those that the model counts by itself
+            inputs["position_ids"] = torch.from_numpy(positions)
         # use_cache: with a cache, transformers takes restarting positions for a continued sequence and masks nothing
-        return Batch({**inputs, "use_cache": False}, torch.from_numpy(labels), len(ids), real, tokens.size)
+        return Batch({**inputs, "use_cache": False}, torch.from_numpy(labels), samples, real, tokens.size)
 
     def documents(self, split: Split, sample: int) -> list[str]:
         return documents_of(split, sample)
@@ -91,14 +97,24 @@ class CausalLM(TextTask):
     @classmethod
     def fits(cls, model_config: Any) -> bool:
         kind = (model_config.architectures or [""])[0]
-        return "CausalLM" in kind or "LMHead" in kind
+        return "CausalLM" in kind or "LMHead" in kind or load.is_of(model_config, "AutoModelForCausalLM")
 
     def check_model(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
-        from fastft.models.isolation import check_isolation
+        from fastft.models.isolation import check_causality, check_isolation
+        from fastft.models.trial import SHORT, check_runs
 
-        check_vocabulary(self.tokenizer, model)
+        super().check_model(forward, model, device)
+        length = min(self.max_length, 16)
         if self.config.data.packing == "isolated":
-            check_isolation(forward, model, min(self.max_length, 16), device, flat=self._flash())
+            check_isolation(forward, model, length, device, flat=self._flash())
+        else:
+            width = self.width([range(min(SHORT, self.max_length))])
+            check_runs(forward, model, self._trial_inputs, width, self.max_length, device)
+        check_causality(forward, model, self.width([range(length)]), device)
+
+    def _trial_inputs(self, width: int) -> dict[str, Any]:
+        row = [np.arange(width) % 8]
+        return dict(self._batch([row], width, 1, width).inputs)
 
     def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
         sample = {**sample_inputs(model, self.max_length, device), "use_cache": False}
@@ -141,6 +157,10 @@ class DocumentEncoder(TextEncoder):
         ]
         examples = []
         for (where, _), ids in zip(rows, encoded, strict=True):
+            if not ids:  # nothing but what the tokenizer drops
+                counts.empty += 1
+                continue
+            ids = ids[1:] if load.starts_twice(self.tokenizer, ids) else ids
             ids = ids if self.end and ids and ids[-1] == self.end[0] else ids + self.end
             count_long(where, len(ids), self.max_length, self.truncation, counts)
             examples.append(Example(where, {"tokens": ids}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from fastft import rooms
 from fastft.config import Config, Data, InputPath, Loss, Section
 from fastft.data.encoder import Learned, write_sizes
 from fastft.data.formats import Record
-from fastft.data.formats.base import open_text
+from fastft.data.formats.base import Unreadable, open_text
 from fastft.data.split import Split
 from fastft.data.store import Store
 from fastft.errors import UserError, did_you_mean
@@ -67,6 +69,9 @@ class ClassificationOptions(Section):
     )
 
 
+log = logging.getLogger(__name__)
+
+
 @rooms.TASKS.register("classification")
 class Classification(SequenceTask):
     """Prepared columns: ``tokens``, ``segments`` (token types, pairs only), and ``labels``: (n,) int64 class indices,
@@ -112,7 +117,20 @@ class Classification(SequenceTask):
                 f"data.train: all {len(split)} rows have the same label {names[0]!r}.",
                 "Classification needs at least two.",
             )
+        for advice in doubtful(names, self.counts(split)):
+            log.warning("data.train: %s", advice)
         return {"labels": names}
+
+    def counts(self, split: Split) -> list[int]:
+        """Rows of each class."""
+        labels = np.asarray(split.data["labels"])
+        many = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(split.data.meta["labels"]))
+        return many.astype(int).tolist()
+
+    def describe(self, split: Split) -> list[str]:
+        pairs = sorted(zip(self.counts(split), split.data.meta["labels"], strict=True))
+        rarest = ", ".join(f"{name} ({n:,} row{'s' * (n != 1)})" for n, name in pairs[:3])
+        return [f"{len(pairs):,} classes, rarest: {rarest}; most common: {pairs[-1][1]} ({pairs[-1][0]:,})"]
 
     def learned_of_model(self) -> Learned:
         return {"labels": self.output_names("classifier")}
@@ -133,8 +151,11 @@ class Classification(SequenceTask):
             labels = torch.full((1,), IGNORE) if labels.dim() == 1 else torch.full((1, labels.shape[1]), float("nan"))
         return Batch(inputs, labels, len(ids), real, padded)
 
-    def loss(self, outputs: Any, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        """Of the model's outputs: cross-entropy, or the mean over labels of binary cross-entropy; summed over rows."""
+    def loss(self, outputs: Any, batch: Batch, scale: torch.Tensor, training: bool = True) -> torch.Tensor:
+        """Of the model's outputs: cross-entropy, or the mean over labels of binary cross-entropy; summed over rows.
+
+        ``training``: with what ``loss`` adds to it; an evaluation measures the plain one.
+        """
         from fastft.ops import cross_entropy
 
         logits, settings = outputs.logits, self.config.loss
@@ -145,8 +166,8 @@ class Classification(SequenceTask):
                 ignore_index=IGNORE,
                 reduction="sum",
                 token_weight=scale,
-                label_smoothing=settings.label_smoothing,
-                z_loss=settings.z_loss,
+                label_smoothing=settings.label_smoothing if training else 0.0,
+                z_loss=settings.z_loss if training else 0.0,
             )
         used = ~batch.labels.isnan()
         losses = torch.nn.functional.binary_cross_entropy_with_logits(
@@ -189,6 +210,8 @@ class LabelEncoder(SequenceEncoder):
         nothing = isinstance(value, str) and not value.strip() and not data.multi_label
         if value is None or value != value or nothing:  # NaN
             raise UserError(f"{where}: the label is empty.", "Every row needs a label; remove the row or fix it.")
+        if isinstance(value, Unreadable):
+            raise UserError(f"{where}: the label cannot be read: {value.reason}.", "Fix or remove the row.")
         if not data.multi_label:
             if isinstance(value, (list, dict)):
                 raise UserError(
@@ -199,7 +222,9 @@ class LabelEncoder(SequenceEncoder):
         if isinstance(value, str):
             value = [part.strip() for part in value.split(data.label_separator) if part.strip()]
         labels = value if isinstance(value, list) else [value]
-        if wrong := [v for v in labels if v is None or v != v or isinstance(v, (list, dict))]:
+        if wrong := [
+            v for v in labels if v is None or v != v or isinstance(v, (list, dict, Unreadable)) or not str(v).strip()
+        ]:
             raise UserError(
                 f"{where}: {wrong[0]!r} among the labels is no label.",
                 "A label is a string or a number; fix or remove the row.",
@@ -249,7 +274,7 @@ class ClassificationMetrics(Metrics):
         if batch.tokens == 0:
             return
         one = torch.ones((), dtype=torch.float32, device=outputs.logits.device)
-        self.loss += float(self.task.loss(outputs, batch, one))
+        self.loss += float(self.task.loss(outputs, batch, one, training=False))
         self.logits.append(outputs.logits.float().cpu().numpy())
         self.labels.append(batch.labels.cpu().numpy())
 
@@ -300,9 +325,34 @@ class Classifier(Predictor):
         return records
 
 
+def doubtful(names: list[str], counts: list[int]) -> list[str]:
+    """What looks like a mistake in a training set's labels, a sentence each: names that differ by case alone, a rare
+    one that is nearly another's, numbers that measure something.
+    """
+    found = []
+    by_fold: dict[str, list[str]] = {}
+    for name in names:
+        by_fold.setdefault(" ".join(name.casefold().split()), []).append(name)
+    for same in filter(lambda same: len(same) > 1, by_fold.values()):
+        found.append(f"labels {' and '.join(map(repr, same))} are the same but for case")
+    rows = dict(zip(names, counts, strict=True))
+    common = [name for name in names if rows[name] > 2]
+    for name in [name for name in names if 0 < rows[name] <= 2][:20]:
+        near = difflib.get_close_matches(name, common, n=1, cutoff=0.8)
+        if near and not (_is_number(name) or _is_number(near[0])):
+            of = f"{rows[name]} of {sum(counts):,} rows"
+            found.append(f"label {name!r} ({of}) is nearly {near[0]!r} ({rows[near[0]]:,})")
+    numbers = [name for name in names if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name)]
+    if len(names) > 10 and len(numbers) == len(names) and sum("." in name for name in names) > len(names) / 2:
+        found.append(f"the {len(names)} labels are decimal numbers: for measurements there is task: regression")
+    return found
+
+
 def _name(value: object) -> str:
-    """Labels are strings; whole numbers lose a trailing .0 (Parquet and JSON write 3.0 for 3)."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    """Labels are strings, without blanks around them; whole numbers lose a trailing .0 (Parquet and JSON write 3.0 for
+    3).
+    """
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
 def _label_names(found: list[tuple[str, list[str]]]) -> list[str]:

@@ -27,7 +27,6 @@ from fastft.tasks._language import (
     LanguageModelLoss,
     LanguageModelObjective,
     Perplexity,
-    check_vocabulary,
     sample_inputs,
 )
 from fastft.tasks._text import TextEncoder, TextTask
@@ -125,7 +124,8 @@ class MaskedLM(TextTask):
         rows = [list(zip(pack(split.data, int(i)), pack(split.data, int(i), "words"), strict=True)) for i in ids]
         packed = self.config.data.packing == "isolated"
         real = int(split.lengths[ids].sum()) if len(ids) else 0
-        width = self.max_length if packed else int(split.lengths[ids].max()) if len(ids) else 2
+        longest = int(split.lengths[ids].max()) if len(ids) else 2
+        width = self.max_length if packed else self.width([range(longest)])
         before, after = self.special
         tokens = np.full((max(len(rows), 1), width), self.tokenizer.pad_token_id, dtype=np.int64)
         labels, weights = np.full(tokens.shape, IGNORE), np.zeros(tokens.shape, dtype=np.float32)
@@ -195,7 +195,7 @@ class MaskedLM(TextTask):
         return "MaskedLM" in (model_config.architectures or [""])[0]
 
     def check_model(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
-        check_vocabulary(self.tokenizer, model)
+        super().check_model(forward, model, device)
         if self.config.data.packing == "isolated":
             self._check_packing(forward, model, device)
 

@@ -3,8 +3,13 @@ speed.
 """
 
 import hashlib
+import os
 import platform
+import socket
 import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +21,7 @@ from fastft.launch.probe import code_hash
 from fastft.ranks import Ranks
 from fastft.versions import versions
 
+SHARED_SECONDS = 30.0  # until a file must be seen by all hosts: network disks keep what they knew of a folder a while
 SLOW = 1.5  # times the median of all ranks
 SLOW_SECONDS = 0.05  # and so much longer between two readings: less is the noise of short steps
 
@@ -39,6 +45,36 @@ def check_agreement(config: Config, data_key: str, ranks: Ranks) -> None:
         raise UserError(
             "The ranks do not agree: " + "; ".join(wrong[:4]) + ".",
             "Every host needs the same configuration, data, packages and code.",
+        )
+
+
+def check_shared(run_dir: Path, ranks: Ranks) -> None:
+    """Refuse a run folder that is not the same for all ranks: a checkpoint is the files of all of them.
+
+    Raises
+    ------
+    UserError
+        On every rank: names the hosts that do not see what rank 0 writes.
+    """
+    if ranks.alone:
+        return
+    marker = run_dir / ranks.from_main(f".ranks-{uuid.uuid4().hex}")
+    if ranks.main:
+        marker.touch()
+    ranks.barrier()
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (found := marker.exists()) and time.monotonic() < deadline:
+        with suppress(OSError):
+            os.listdir(run_dir)  # has a network disk ask again
+        time.sleep(0.2)
+    everyone = ranks.gather(None if found else f"rank {ranks.rank} on {socket.gethostname()}")
+    if ranks.main:
+        marker.unlink(missing_ok=True)
+    if blind := [who for who in everyone if who]:
+        raise UserError(
+            f"run.dir: {run_dir} is not the folder that rank 0 writes to for {', '.join(blind[:4])}"
+            f"{f' and {len(blind) - 4} more' if len(blind) > 4 else ''}.",
+            "Put run.dir on a disk that all hosts share; a checkpoint is the files of all ranks.",
         )
 
 

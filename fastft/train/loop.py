@@ -52,12 +52,18 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     Interrupted
         After a signal, once everything is saved.
     """
+    with ExitStack() as cleanup:
+        return _train(config, cleanup, resume, overwrite)
+
+
+def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) -> dict:
     run_dir = Path(config.run.dir)
     ranks = environment(config)
     if not resume:
         run_folder.check(run_dir, config, overwrite)
     trackers = [rooms.TRACKERS.get(name)(settings) for name, settings in config.run.trackers.chosen().items()]
-    held = run_folder.lock(run_dir) if ranks.main else None
+    if ranks.main:
+        cleanup.callback(run_folder.lock(run_dir).close)
     job = assemble.start(config)
     assemble.add_data(job)
     assert job.order is not None and job.train is not None
@@ -66,6 +72,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     heart.beat(0)  # from here on ranks wait for each other
     zero.start_process_group()
     health.check_agreement(config, job.train.data.key, ranks)
+    health.check_shared(run_dir, ranks)
     assemble.add_model(job)
     assemble.add_optimizer(job)
     assert job.optimizer is not None and job.spec is not None
@@ -77,23 +84,23 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
         settings["checkpoint"] = {**settings.get("checkpoint", {}), **reshard.SETTINGS}
     engine = zero.build_engine(job.model, job.optimizer, settings, config.parallel.fused_step)
     assemble.add_objective(job, engine)
-    with ExitStack() as cleanup:
-        stop = cleanup.enter_context(StopRequest())
-        saver = Saver(job, engine, schedule, layout, stop, heart)
-        cleanup.callback(saver.close)
-        loop = Loop(job, engine, schedule, saver, heart)
-        if held:
-            cleanup.callback(held.close)
-        if found:
-            loop.resume(found)
-        if ranks.main:
-            run_folder.claim(run_dir, config, resume)
-        log = loop.open(Telemetry(run_dir, ranks.main, schedule.total, trackers))
-        cleanup.callback(log.close)
-        log.open_trackers(run_dir, config)
-        record = run_record(job, schedule, loop.step)
-        log.record("run", zero_step=engine.fastft_step, resumed_from=found and found.record(), **record)
-        return loop.run()
+    ranks.seed(config.run.seed)
+    stop = cleanup.enter_context(StopRequest())
+    saver = Saver(job, engine, schedule, layout, stop, heart)
+    cleanup.callback(saver.close)
+    loop = Loop(job, engine, schedule, saver, heart)
+    if found:
+        loop.resume(found)
+    if ranks.main:
+        run_folder.claim(run_dir, config, resume)
+    log = loop.open(Telemetry(run_dir, ranks.main, schedule.total, trackers))
+    cleanup.callback(log.close)
+    log.open_trackers(run_dir, config)
+    record = run_record(job, schedule, loop.step)
+    log.record("run", zero_step=engine.fastft_step, resumed_from=found and found.record(), **record)
+    for sentence in job.task.describe(job.train):
+        log.say(sentence)
+    return loop.run()
 
 
 class Loop:

@@ -72,17 +72,17 @@ class Saver:
         """Wait, all ranks together, until everyone's part of the last checkpoint is on the disk; raises on every rank
         when any failed.
 
-        Only who writes on, or has nothing to write, gives a sign of life: a disk that does not answer is for the
-        watchdog.
+        A sign of life is that any rank's write gets on, not that one waits for others: a disk that does not answer, or
+        a folder that is not the same for all, is for the watchdog.
         """
-        moved = -1
+        seen = -1.0
         while True:
             self.agreed()
-            busy = self.writer.busy()
-            if not self.job.ranks.any(busy)[0]:
+            busy, moved = self.job.ranks.sum([self.writer.busy(), self.writer.moved])
+            if not busy:
                 break
-            if not busy or self.writer.moved != moved:
-                moved = self.writer.moved
+            if moved != seen:
+                seen = moved
                 self.heart.beat(step)
             time.sleep(0.02)
         self.agreed()

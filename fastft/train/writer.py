@@ -120,7 +120,7 @@ class Writer:
     problem : str
         Why this rank's last write failed; empty: it did not.
     moved : int
-        Grows while the write gets on, also while it waits for other ranks; stands still when the disk does not answer.
+        Grows while the write gets on; stands still while it waits for the disk, or for other ranks.
     """
 
     def __init__(self, ranks: Ranks):
@@ -203,7 +203,6 @@ class Writer:
             while not report.exists():
                 if self.abandoned.is_set():
                     return None
-                self.move()
                 time.sleep(POLL)
             entries |= json.loads(report.read_text())
         for rank in range(self.ranks.world):

@@ -1,9 +1,12 @@
 """Process group and DeepSpeed engine: what the loop needs to know of DeepSpeed is here."""
 
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,11 @@ from fastft.optim.optimizers.base import ClientOptimizer, OptimizerSpec
 from fastft.ranks import Ranks
 from fastft.zero import fused_step
 from fastft.zero.parameters import whole_shape
+from fastft.zero.unused import Unused
 
 log = logging.getLogger(__name__)
+
+WAITED = 15.0  # seconds until a rank says that it waits for others
 
 # DeepSpeed settings that follow from the YAML; a second source for them would be a contradiction waiting to happen.
 OWNED = {
@@ -47,7 +53,46 @@ def start_process_group() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         backend = "gloo" if os.environ.get("DS_ACCELERATOR") == "cpu" else "nccl"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        with _said_while_waiting():
+            try:
+                deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+            except torch.distributed.DistNetworkError as e:
+                if "EADDRINUSE" not in str(e):
+                    raise
+                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                raise UserError(
+                    f"{where}: the port is taken by another process.",
+                    "Choose another port (MASTER_PORT, --master-port).",
+                ) from None
+
+
+@contextmanager
+def _said_while_waiting() -> Iterator[None]:
+    """Say whom this process waits for, when the others do not come."""
+    env, over = os.environ, threading.Event()
+
+    def say() -> None:
+        waited = 0.0
+        for pause in itertools.chain([WAITED], itertools.repeat(60.0)):
+            if over.wait(pause):
+                return
+            waited += pause
+            log.warning(
+                "rank %s has waited %.0f s for the others of %s ranks at %s:%s (RANK, WORLD_SIZE, MASTER_ADDR and "
+                "MASTER_PORT of the environment say so)",
+                env["RANK"],
+                waited,
+                env["WORLD_SIZE"],
+                env["MASTER_ADDR"],
+                env["MASTER_PORT"],
+            )
+
+    if env["WORLD_SIZE"] != "1":
+        threading.Thread(target=say, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def stop_process_group() -> None:
@@ -256,6 +301,7 @@ class Stepper:
         self.engine, self.optimizer, self.clip = engine, optimizer, clip
         # Stage 0 in fp32 hands gradients straight to our optimizer, and checks nothing.
         self.fused_clip = engine.optimizer is optimizer
+        self.unused = Unused(engine, optimizer)
         self.grad_norm: torch.Tensor | float = 0.0
         self.before_step: Callable[[], None] = lambda: None
 
@@ -271,10 +317,14 @@ class Stepper:
         self.engine.set_gradient_accumulation_boundary(last)
 
     def _step(self) -> None:
+        unused = self.unused.take()
         if not self.fused_clip:
-            self.engine.step()
+            with torch.no_grad(), self.unused.kept(unused):
+                self.engine.step()
             self.grad_norm = self.engine.get_global_grad_norm()
             return
+        for param in unused:  # of several ranks DeepSpeed gave it zeros
+            param.grad = None
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         scale = (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else None

@@ -184,3 +184,83 @@ def test_real_files_of_every_kind(shared_data):
     )
     assert sum(1 for _ in formats.read(Source(path=str(shared_data / "instruct/gsm8k/train.jsonl.gz")))) == 5_000
     assert sum(1 for _ in formats.read(Source(path=str(next((shared_data / "corpus/medical").glob("*.txt*")))))) > 100
+
+
+def test_an_array_of_objects(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(ROWS, indent=2))
+    found = read(tmp_path / "x.json")
+    assert [r for _, r in found] == ROWS and found[1][0] == f"{tmp_path / 'x.json'}:row 2"
+    (tmp_path / "lines.json").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    assert [r for _, r in read(tmp_path / "lines.json")] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('{\n "text": "x"\n}', "one JSON object"),
+        ('[{"text": "x"}, 3]', "row 2: expected a JSON object"),
+        ('[{"text": "x", "text": "y"}]', "row 1: the key 'text' appears twice"),
+        ('[{"text": "x"},\n{"text": ]', ":2: broken JSON"),
+    ],
+)
+def test_bad_json_names_the_place(tmp_path, content, part):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match=r"x.json") as e:
+        read(tmp_path / "x.json")
+    assert part in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_column_that_python_cannot_show_is_read_by_nobody(tmp_path, kind):
+    """A date beyond Python's, in a column that nobody asks for; the row is named where somebody does."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from fastft.data.encoder import check_text
+
+    stamp = pa.array([2**62, 0], pa.int64()).cast(pa.timestamp("us"))
+    table, path = pa.table({"text": ["one", "two"], "when": stamp}), tmp_path / kind
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(path)
+    rows = read(path, format="parquet" if kind == "parquet" else "auto")
+    assert [(r["text"], set(r)) for _, r in rows] == [("one", {"text", "when"}), ("two", {"text", "when"})]
+    with pytest.raises(UserError, match="row 1: column 'when' cannot be read"):
+        check_text(rows[0][0], "when", rows[0][1]["when"])
+
+
+def test_a_folder_that_is_a_clone(tmp_path):
+    """Hidden folders, copies of notebooks and texts about the data are no data; what looks like data is said."""
+    for name in ("data.jsonl", ".ipynb_checkpoints/data-checkpoint.jsonl", ".hidden.jsonl", "__MACOSX/data.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "description.txt").write_text("Unnamed repository\n")
+    for name in ("README.txt", "LICENSE.txt", "dataset_info_old.json"):
+        (tmp_path / name).write_text('{"a": 1}\n')
+    assert {where.rpartition("/")[2] for where, _ in read(tmp_path)} == {"data.jsonl:1", "dataset_info_old.json:1"}
+    source = Source(path=str(tmp_path))
+    assert {path.name for path in formats.not_read(source)} == {"README.txt", "LICENSE.txt"}
+    assert len(read(tmp_path / "README.txt")) == 1, "a file is read when it is named"
+
+
+def test_split_of_a_folder_as_hubs_lay_it_out(tmp_path):
+    for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl", "dev/part.jsonl", "latest.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    for split, name in (("test", "test-00000-of-00001.jsonl"), ("validation", "dev/part.jsonl")):
+        assert [r["text"] for _, r in read(tmp_path, split=split)] == [name]
+    with pytest.raises(UserError, match=r"no file of a split 'unseen' among 4(.|\n)*train"):
+        read(tmp_path, split="unseen")
+    with pytest.raises(UserError, match="names a part of a folder, and this is one file"):
+        read(tmp_path / "latest.jsonl", split="train")
+
+
+def test_a_pipe_is_said_to_be_one(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match="pipe"):
+        read(tmp_path / "x.jsonl")

@@ -46,3 +46,32 @@ def test_seek_is_constant_time_at_a_billion():
     start = time.perf_counter()
     order.sample_ids(10**9, 1, 999_999_000, 999_999_032)
     assert time.perf_counter() - start < 0.05  # about 0.2 ms; the margin is for a busy machine
+
+
+class Lengths:
+    """A split of samples of these lengths."""
+
+    def __init__(self, lengths):
+        self.lengths = np.asarray(lengths)
+
+    def __len__(self):
+        return len(self.lengths)
+
+
+@pytest.mark.parametrize(("n", "window", "block"), [(1000, 200, 8), (1003, 200, 8), (7, 200, 8), (50, 50, 50)])
+def test_length_groups_take_every_sample_once_and_hold_little_padding(n, window, block):
+    from fastft.data.orders.length_groups import LengthGroups, LengthGroupsSettings
+
+    split = Lengths(np.random.default_rng(0).integers(1, 500, n))
+    found = LengthGroups(LengthGroupsSettings(window=window, block=block), split, seed=3)
+    epochs = [found.samples(e * n, (e + 1) * n) for e in range(2)]
+    for e, epoch in enumerate(epochs):
+        assert np.array_equal(np.sort(epoch.ids), np.arange(n)) and (epoch.epochs == e).all()
+    parts = [found.samples(start, min(start + 13, 2 * n)).ids for start in range(0, 2 * n, 13)]
+    assert np.array_equal(np.concatenate(parts), np.concatenate([epoch.ids for epoch in epochs])), "a pure function"
+    if n == 1000:
+        lengths = split.lengths[epochs[0].ids].reshape(-1, block)
+        assert lengths.sum() / (lengths.max(1).sum() * block) > 0.9
+        tops = lengths.max(1)[: window // block]
+        assert not np.array_equal(tops, np.sort(tops)), "blocks come in a random order"
+        assert not np.array_equal(epochs[0].ids, epochs[1].ids)

@@ -130,3 +130,62 @@ def test_decoder_pools_the_last_real_token(classification_config, tiny_llama):
         alone = model(**jobs.batch_of(job, [shortest]).inputs).logits[0]
         padded = model(**jobs.batch_of(job, [shortest, longest]).inputs).logits[0]
     assert torch.allclose(alone, padded, atol=1e-5)
+
+
+def test_labels_without_their_blanks(task_of, tmp_path):
+    rows = [{"text": "x", "label": label} for label in ("pos", "pos ", " neg", "neg\n")]
+    task = task_of(train=write(tmp_path / "n.jsonl", rows))
+    assert task.learned(task.train_split())["labels"] == ["neg", "pos"]
+
+
+def test_doubtful_labels_are_named(task_of, tmp_path, caplog):
+    """A typo that became a class, and one name in two cases; the number of classes is said."""
+    rows = [{"text": "x", "label": label} for label in ["card_arrival"] * 9 + ["lost_card"] * 5 + ["card_arival"]]
+    rows += [{"text": "x", "label": "Lost_card"}] * 3
+    task = task_of(train=write(tmp_path / "n.jsonl", rows))
+    split = task.train_split()
+    task.learned(split)
+    assert "label 'card_arival' (1 of 18 rows) is nearly 'card_arrival' (9)" in caplog.text
+    assert "labels 'Lost_card' and 'lost_card' are the same but for case" in caplog.text
+    (said,) = task.describe(split)
+    assert said.startswith("4 classes, rarest: card_arival (1 row)") and said.endswith("most common: card_arrival (9)")
+
+
+def test_measurements_are_no_labels(task_of, tmp_path, caplog):
+    task = task_of(train=write(tmp_path / "n.jsonl", [{"text": "x", "label": n / 10} for n in range(1, 40)]))
+    task.learned(task.train_split())
+    assert "task: regression" in caplog.text
+
+
+@pytest.mark.parametrize("loss", [{"label_smoothing": 0.3}, {"z_loss": 0.1}])
+def test_an_evaluation_measures_the_plain_loss(classification_config, loss):
+    found = []
+    for settings in ({}, loss):
+        job = jobs.job_of({**classification_config, "loss": settings}, evals=True)
+        metrics = job.task.new_metrics(job.measured, job.learned)
+        with torch.no_grad():
+            metrics.update(job.model, jobs.collate(job.task, job.evals["test"], range(12)))
+        found.append(metrics.finish([metrics.state()])["loss"])
+    assert found[0] == found[1]
+
+
+def test_a_text_that_begins_with_bos(classification_config, tmp_path):
+    """The tokenizer adds one: the text has one, in training and in predictions."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(classification_config["model"]["path"])
+    tokenizer.add_special_tokens({"bos_token": "<eos>"})  # a token that the model has
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", bos)]
+    )
+    tokenizer.save_pretrained(tmp_path / "tok")
+    rows = [{"text": f"{start}one two", "label": label} for start in ("<eos>", "") for label in "ab"]
+    classification_config["model"]["tokenizer"] = str(tmp_path / "tok")
+    classification_config["data"] |= {"train": write(tmp_path / "n.jsonl", rows)}
+    task = jobs.task_of(classification_config)
+    tokens = [task.train_split().data["tokens"][i].tolist() for i in range(4)]
+    assert all(row[0] == bos and row[1] != bos for row in tokens) and tokens[0] == tokens[2]
+    inputs, lengths = task.encode_texts(["<eos>one two", "one two"], [None, None], 32)
+    assert inputs["input_ids"].tolist() == tokens[:1] * 2 and lengths == [len(tokens[0])] * 2

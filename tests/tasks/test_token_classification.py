@@ -11,7 +11,7 @@ import launch
 from fastft import track
 from fastft.errors import UserError
 from fastft.evaluate.predict import predict, predictor
-from fastft.tasks import _tags, _words
+from fastft.tasks.token_classification import alignment, schemes
 
 TRAIN = [
     {"tokens": ["Angela", "Merkel", "visited", "Paris"], "tags": ["B-PER", "I-PER", "O", "B-LOC"]},
@@ -149,22 +149,22 @@ def test_byte_level_words_get_their_space(tmp_path, kind):
         return tok(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
 
     assert ids(tokenizer) != expected
-    fixed = _words.for_words(tokenizer, "x")
+    fixed = alignment.for_words(tokenizer, "x")
     assert ids(fixed) == expected
     fixed.save_pretrained(tmp_path / "new")
     transformers.AutoConfig.for_model("qwen2" if kind == "qwen" else kind).save_pretrained(tmp_path / "new")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
-    assert ids(_words.for_words(again, "x")) == expected  # as fastft loads it
+    assert ids(alignment.for_words(again, "x")) == expected  # as fastft loads it
     if kind == "qwen":  # transformers 5 rebuilds this class and passes over the normalizer in tokenizer.json
         again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "new")
-    assert ids(again) == expected and _words.for_words(again, "x") is again
+    assert ids(again) == expected and alignment.for_words(again, "x") is again
     assert fixed.pad_token == again.pad_token == "<pad>"
 
 
 def test_slow_tokenizers_are_refused():
     slow = transformers.CanineTokenizer()
     with pytest.raises(UserError, match="needs a fast tokenizer"):
-        _words.for_words(slow, "canine")
+        alignment.for_words(slow, "canine")
 
 
 # -- schemes
@@ -186,13 +186,13 @@ def test_schemes_are_detected_and_give_the_same_entities(config, tmp_path, schem
     task = rows(config, tmp_path, [{"tokens": list("abcde"), "tags": tags}])
     assert task.learned(task.train_split())["scheme"] == scheme
     last = [("L", 3, 5)] if scheme == "raw" else [("L", 3, 4), ("L", 4, 5)]
-    assert _tags.entities(tags, scheme) == [("P", 0, 2), *last]
-    assert _tags.scores([tags], [tags], scheme) == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
+    assert schemes.entities(tags, scheme) == [("P", 0, 2), *last]
+    assert schemes.scores([tags], [tags], scheme) == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
 
 
 def test_invalid_sequences_are_read_as_seqeval_reads_them():
-    assert _tags.entities(["O", "I-P", "I-L", "I-L"], "iob2") == [("P", 1, 2), ("L", 2, 4)]
-    assert _tags.scores([["O", "B-P"]], [["O", "I-P"]], "iob2")["f1"] == 1.0
+    assert schemes.entities(["O", "I-P", "I-L", "I-L"], "iob2") == [("P", 1, 2), ("L", 2, 4)]
+    assert schemes.scores([["O", "B-P"]], [["O", "I-P"]], "iob2")["f1"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ LONG = {
 
 
 def test_windows_cut_no_word_and_no_entity(config, tmp_path):
-    pieces = {w: len(_words.pieces_of(jobs.task_of(config).tokenizer, [[w]])[0].ids) for w in set(LONG["tokens"])}
+    pieces = {w: len(alignment.pieces_of(jobs.task_of(config).tokenizer, [[w]])[0].ids) for w in set(LONG["tokens"])}
     room = 5 * pieces["word"] + pieces["New"] + pieces["York"]  # a cut by length would fall into the entity
     task = rows(config, tmp_path, [LONG], truncation="split", max_length=room)
     split = task.train_split()
@@ -259,7 +259,7 @@ def test_windows_cut_no_word_and_no_entity(config, tmp_path):
 def test_truncation_says_what_it_drops(config, tmp_path, caplog):
     """Trap: a sentence cut in the middle of an entity."""
     tokenizer = jobs.task_of(config).tokenizer
-    sizes = [len(_words.pieces_of(tokenizer, [[w]])[0].ids) for w in LONG["tokens"]]
+    sizes = [len(alignment.pieces_of(tokenizer, [[w]])[0].ids) for w in LONG["tokens"]]
     task = rows(config, tmp_path, [LONG], truncation="truncate", max_length=sum(sizes[:6]) + sizes[6] - 1)
     split = task.train_split()
     counts = split.data.meta["counts"]
@@ -354,7 +354,7 @@ def test_real_sets(config, minilm, shared_data):
     post = next(r for _, r in formats.read(Source(path=str(folder / "weibo_zh" / "dev.conll"))))
     task = jobs.task_of(config)
     characters = [token[:-1] for token in post["tokens"]]
-    assert len(np.unique(_words.pieces_of(task.tokenizer, [characters])[0].words)) == len(characters)
+    assert len(np.unique(alignment.pieces_of(task.tokenizer, [characters])[0].words)) == len(characters)
 
 
 def test_shipped_config_reads_its_data(minilm, tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ def run(
     model: Annotated[str, typer.Argument(help="Run folder, exported model folder, or hub id.")],
     source: Annotated[str | None, typer.Argument(help="Data file; - reads lines from standard input.")] = None,
     options: Annotated[list[str] | None, typer.Argument(help="The task's options, such as max_new_tokens=64.")] = None,
-    text: Annotated[str | None, typer.Option(help="One text, instead of a file.")] = None,
-    pair: Annotated[str | None, typer.Option(help="The second text, for models of text pairs.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text, instead of a file; may be given again.")] = None,
+    pair: Annotated[list[str] | None, typer.Option(help="The second text of each, for models of pairs.")] = None,
     column: Annotated[str | None, typer.Option(help="Column of the first field; default: the run's.")] = None,
     pair_column: Annotated[str | None, typer.Option(help="Column of the second text; default: the run's.")] = None,
     format: Annotated[str, typer.Option(help="txt, jsonl, csv, tsv, parquet, conll, hf; auto: by the name.")] = "auto",
@@ -36,9 +36,9 @@ def run(
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0: the likeliest token.")] = None,
 ) -> None:
     """Predictions of a trained model, a JSON object a line."""
-    if text is not None and source is not None and "=" in source:  # no file, but the first option
+    if text and source is not None and "=" in source:  # no file, but the first option
         options, source = [source, *(options or [])], None
-    if (source is None) == (text is None):
+    if (source is None) == (not text):
         raise UserError(
             "Give either a data file or --text.", "For example: fastft predict runs/x --text 'My card was stolen'"
         )
@@ -52,7 +52,10 @@ def run(
     if source == "-":
         rows: Iterable = _lines(first)
     elif source is None:
-        rows = [("--text", {first: text, **({"text_pair": pair} if pair is not None else {})})]
+        if pair and len(pair) != len(text or []):
+            raise UserError(f"--pair: {len(pair)} second texts for {len(text or [])} of --text.", "Give one for each.")
+        pairs = [{"text_pair": second} for second in pair] if pair else [{} for _ in text or []]
+        rows = [("--text", {first: one, **more}) for one, more in zip(text or [], pairs, strict=True)]
         if strange := [name for name in rows[0][1] if name not in ready.fields]:
             raise UserError(f"This model's task has no {strange[0]}.", f"It has: {', '.join(ready.fields)}.")
     else:
@@ -83,8 +86,9 @@ def _parsed(options: list[str]) -> dict[str, Any]:
 
 def _write(records: Iterator[dict], out: Path | None) -> None:
     if out is None:
+        escaped = (sys.stdout.encoding or "").lower().replace("-", "") not in ("utf8", "utf16", "utf32")
         for record in records:
-            print(json.dumps(record, ensure_ascii=False))
+            print(json.dumps(record, ensure_ascii=escaped))
         return
     out = out.resolve()  # a link stays one, and what it points to is written
     ordinary = out.is_file() or not out.exists()  # a pipe or a device is written as it is

@@ -30,6 +30,8 @@ def run(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt = Fa
         more = [f"{count.replace('_', ' ')} {n:,}" for count, n in s["counts"].items() if count not in SHOWN]
         if more:  # what only this task counts
             out.print(f"{name}: {', '.join(more)}.", highlight=False)
+    for sentence in report["data"]:
+        out.print(f"train: {sentence}", highlight=False, markup=False)
     new = f" Newly initialized: {', '.join(report['newly_initialized'])}." if report["newly_initialized"] else ""
     out.print(
         f"{report['steps']:,} steps of {report['sequences_per_step']:,} sequences, "

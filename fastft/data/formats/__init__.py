@@ -5,6 +5,7 @@ A new format is one file of this folder that registers a ``read(path, source)``;
 
 import importlib
 import pkgutil
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,9 +38,22 @@ def files_of(source: Source) -> list[Path]:
             else f"The folder {path.parent} does not exist either."
         )
         raise UserError(f"{path}: no such file or folder.", hint)
-    if path.is_file() or hf.is_saved_dataset(path):
+    if path.is_file():
+        if source.split is not None:
+            raise UserError(
+                f"{path}: split: {source.split} names a part of a folder, and this is one file.",
+                "Remove split, or give the folder.",
+            )
         return [path]
-    files = [p for p in walk(path) if format_of(p) is not None]
+    if hf.is_saved_dataset(path):
+        return [path]
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: is a pipe or a device, not a regular file: it is read more than once.", "Write it to a file."
+        )
+    files, _ = _in_folder(source)
+    if source.split is not None:
+        files = _of_split(path, files, source.split)
     if nothing := [p for p in files if not p.is_file()]:
         raise UserError(f"{nothing[0]}: is a link to nothing.", "Fix or remove it.")
     if not files:
@@ -47,6 +61,59 @@ def files_of(source: Source) -> list[Path]:
             f"{path}: the folder holds no file of a known format.", f"Known: {', '.join(FORMATS.names())} (also .gz)."
         )
     return files
+
+
+def not_read(source: Source) -> list[Path]:
+    """Files of a folder that could be read by their names, but are none of its data."""
+    path = Path(source.path)
+    return _in_folder(source)[1] if path.is_dir() and not hf.is_saved_dataset(path) else []
+
+
+# Of a clone, an archive or a hub's data set: text about the data, and descriptions that tools keep beside it.
+NO_DATA = re.compile(
+    r"(readme|license|licence|notice|changelog|contributing|citation|authors|datasheet)(\..*)?"
+    r"|(dataset_infos?|dataset_dict|state|package|package-lock|tsconfig|config|metadata)\.json|requirements.*\.txt",
+    re.IGNORECASE,
+)
+NO_DATA_FOLDERS = ("__MACOSX", "__pycache__", "node_modules")
+
+
+def _in_folder(source: Source) -> tuple[list[Path], list[Path]]:
+    """Files of known formats: those that are data, and those that are not. Hidden ones are neither."""
+    folder = Path(source.path)
+    data, others = list[Path](), list[Path]()
+    for file in walk(folder):
+        parts = file.relative_to(folder).parts
+        if format_of(file) is None or any(part.startswith(".") or part in NO_DATA_FOLDERS for part in parts):
+            continue
+        (others if NO_DATA.fullmatch(file.name) else data).append(file)
+    return data, others
+
+
+# As hubs name them: train-00000-of-00002.parquet, data/test.jsonl, validation/part.csv.
+SPLIT_NAMES = (
+    {"train", "training"},
+    {"validation", "valid", "val", "dev", "development"},
+    {"test", "testing", "eval", "evaluation"},
+)
+
+
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """Those whose name, or a folder's on the way, begins with the split's name as a word of its own."""
+    names = next((group for group in SPLIT_NAMES if split.lower() in group), {split.lower()})
+
+    def words(file: Path) -> set[str]:
+        return {re.split(r"[-_. ]", part.lower())[0] for part in file.relative_to(folder).parts}
+
+    found = [file for file in files if words(file) & names]
+    if not found:
+        known = sorted({word for file in files for word in words(file)})[:10]
+        raise UserError(
+            f"{folder}: no file of a split {split!r} among {len(files)}.",
+            f"A split's files begin with its name (test-00000.parquet), or lie in a folder of it. Here: "
+            f"{', '.join(known)}.",
+        )
+    return found
 
 
 def read(source: Source) -> Iterator[tuple[str, Record]]:

@@ -1,14 +1,14 @@
 """What all readers share: the table, opening text (gzip or not), formats by file name."""
 
 import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from fastft.config import Source
 from fastft.registry import Registry
 
-Record = dict[str, object]
+Record = Mapping[str, object]
 Reader = Callable[[Path, Source], Iterator[tuple[str, Record]]]
 FORMATS: Registry[Reader] = Registry("data format")
 SUFFIXES: dict[str, str] = {}  # ".jsonl" -> "jsonl"
@@ -34,3 +34,66 @@ def open_text(path: Path, newline: str | None = None) -> TextIO:
     with open(path, "rb") as f:
         zipped = f.read(2) == b"\x1f\x8b"
     return (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline=newline)
+
+
+class Unreadable:
+    """A value that its file's library could not turn into a Python one; whoever needs it says so."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def __repr__(self) -> str:
+        return f"<unreadable: {self.reason}>"
+
+
+class Columns:
+    """The columns of an Arrow batch as Python lists, each converted when it is first asked for: a column that nobody
+    needs costs nothing, and may hold what Python has no type for.
+    """
+
+    def __init__(self, batch: Any):  # a pyarrow RecordBatch or Table
+        self.batch, self.names = batch, list(batch.column_names)
+        self.known = set(self.names)
+        self.converted: dict[str, list] = {}
+
+    def __getitem__(self, name: str) -> list:
+        if name not in self.known:
+            raise KeyError(name)
+        if name not in self.converted:
+            self.converted[name] = self._convert(self.batch.column(self.names.index(name)))
+        return self.converted[name]
+
+    @staticmethod
+    def _convert(column: Any) -> list:
+        try:
+            return column.to_pylist()
+        except (ValueError, OverflowError, ArithmeticError):  # pyarrow's own errors are ValueErrors
+            return [_converted(value) for value in column]
+
+
+def _converted(value: Any) -> object:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError, ArithmeticError) as e:
+        return Unreadable(str(e))
+
+
+class ArrowRow(Mapping):
+    """One row of ``Columns``, as a record."""
+
+    def __init__(self, columns: Columns, row: int):
+        self.columns, self.row = columns, row
+
+    def __getitem__(self, name: str) -> object:
+        return self.columns[name][self.row]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns.names)
+
+    def __len__(self) -> int:
+        return len(self.columns.names)
+
+
+def rows_of_batch(batch: Any) -> Iterator[ArrowRow]:
+    columns = Columns(batch)
+    return (ArrowRow(columns, row) for row in range(batch.num_rows))

@@ -1,9 +1,13 @@
 """Data sets saved by Hugging Face ``datasets`` (``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``)."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from fastft.data.formats.base import FORMATS
+from fastft.data.formats.base import FORMATS, ArrowRow, rows_of_batch
 from fastft.errors import UserError, did_you_mean
+
+BATCH = 1000  # rows converted at a time
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -33,13 +37,31 @@ def read(path, source):
         inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
         if isinstance(inner, datasets.ClassLabel):
             classes[name] = inner
-    for row, record in enumerate(data):
-        for name, feature in classes.items():  # class indices become the names that the data set gives them
-            value = record[name]
-            record[name] = (
-                [_class_name(feature, v) for v in value] if isinstance(value, list) else _class_name(feature, value)
-            )
-        yield f"{path}:row {row + 1}", record
+    row = 0
+    for batch in data.with_format("arrow").iter(BATCH):
+        for record in rows_of_batch(batch):
+            row += 1
+            yield f"{path}:row {row}", _Named(record, classes) if classes else record
+
+
+class _Named(Mapping):
+    """A record in which class indices are the names that the data set gives them."""
+
+    def __init__(self, record: ArrowRow, classes: dict):
+        self.record, self.classes = record, classes
+
+    def __getitem__(self, name: str) -> object:
+        value: Any = self.record[name]
+        feature = self.classes.get(name)
+        if feature is None:
+            return value
+        return [_class_name(feature, v) for v in value] if isinstance(value, list) else _class_name(feature, value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.record)
+
+    def __len__(self) -> int:
+        return len(self.record)
 
 
 def _class_name(feature, index: int | None) -> str | None:

@@ -13,7 +13,8 @@ class _Ambiguous(dict):
     twice: str
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict:
+def no_key_twice(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON; one with a key twice is marked, for ``check_object`` to refuse."""
     record = dict(pairs)
     if len(record) == len(pairs):
         return record
@@ -22,7 +23,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-_decode = json.JSONDecoder(object_pairs_hook=_object).decode
+_decode = json.JSONDecoder(object_pairs_hook=no_key_twice).decode
 
 
 @reader("jsonl", ".jsonl", ".ndjson")
@@ -43,11 +44,16 @@ def read(path, source):
                     f"{path}:{number}: broken JSON: {e.msg} at column {e.colno}: {near!r}",
                     "Each line must be one JSON object; fix or remove this line.",
                 ) from None
-            if not isinstance(record, dict):
-                raise UserError(
-                    f"{path}:{number}: expected a JSON object, got {type(record).__name__}.",
-                    'Each line must be an object such as {"text": "..."}.',
-                )
-            if isinstance(record, _Ambiguous):
-                raise UserError(f"{path}:{number}: the key {record.twice!r} appears twice.", "Fix or remove this line.")
+            check_object(f"{path}:{number}", record)
             yield f"{path}:{number}", record
+
+
+def check_object(where: str, record: object) -> None:
+    """UserError unless a row is an object whose keys are there once."""
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{where}: expected a JSON object, got {type(record).__name__}.",
+            'Each row must be an object such as {"text": "..."}.',
+        )
+    if isinstance(record, _Ambiguous):
+        raise UserError(f"{where}: the key {record.twice!r} appears twice.", "Fix or remove this row.")

@@ -3,7 +3,7 @@
 import gzip
 import io
 
-from fastft.data.formats.base import reader
+from fastft.data.formats.base import reader, rows_of_batch
 from fastft.errors import UserError
 
 
@@ -22,7 +22,7 @@ def read(path, source):
             raise UserError(f"{path}: a column name appears twice: {', '.join(sorted(twice))}.", "Rename one.")
         row = 0
         for batch in file.iter_batches():
-            for record in batch.to_pylist():
+            for record in rows_of_batch(batch):
                 row += 1
                 yield f"{path}:row {row}", record
     except pa.ArrowException as e:

@@ -12,8 +12,8 @@ from fastft.data.encoder import Counts, Example, Learned, check_text, write_size
 from fastft.data.formats import Record
 from fastft.data.store import Store
 from fastft.errors import UserError, did_you_mean
-from fastft.tasks import _tags, _words
 from fastft.tasks._text import TextEncoder
+from fastft.tasks.token_classification import alignment, schemes
 
 if TYPE_CHECKING:
     from fastft.tasks.token_classification import TokenClassification
@@ -38,7 +38,7 @@ class TagEncoder(TextEncoder):
         self.known = learned["labels"] if learned else self.data.labels
         self.origin = "the training data" if learned else "data.labels"
         self.seen: dict[str, tuple[int, str]] = {}  # tag -> its index, and where it was first
-        self.starts, self.sentences, self.targets = _tags.Starts(), 0, list[int]()
+        self.starts, self.sentences, self.targets = schemes.Starts(), 0, list[int]()
         if self.room < 1:
             raise UserError(f"data.max_length = {self.max_length} leaves no room beside special tokens.", "Raise it.")
 
@@ -63,14 +63,14 @@ class TagEncoder(TextEncoder):
 
     def encode(self, rows: list[tuple[str, Record]], counts: Counts) -> list[Example]:
         sentences: list[list[str]] = [r[self.data.tokens] for _, r in rows]  # type: ignore[misc]
-        found = _words.pieces_of(self.tokenizer, sentences)
+        found = alignment.pieces_of(self.tokenizer, sentences)
         return [
             example
             for (where, record), pieces in zip(rows, found, strict=True)
             for example in self._sentence(where, self._names(where, record), pieces, counts)
         ]
 
-    def _sentence(self, where: str, tags: list[str], pieces: _words.Pieces, counts: Counts) -> list[Example]:
+    def _sentence(self, where: str, tags: list[str], pieces: alignment.Pieces, counts: Counts) -> list[Example]:
         indices = [self.seen.setdefault(tag, (len(self.seen), where))[0] for tag in tags]
         self.starts.add(tags)
         counts.add("words_without_tokens", len(tags) - len(np.unique(pieces.words)))
@@ -88,7 +88,7 @@ class TagEncoder(TextEncoder):
         self.sentences += 1
         return examples
 
-    def _parts(self, where: str, tags: list[str], pieces: _words.Pieces, counts: Counts) -> list[_words.Pieces]:
+    def _parts(self, where: str, tags: list[str], pieces: alignment.Pieces, counts: Counts) -> list[alignment.Pieces]:
         """The sentence, or what the truncation policy makes of it."""
         length = len(pieces.ids)
         if length <= self.room:
@@ -97,13 +97,13 @@ class TagEncoder(TextEncoder):
         if self.truncation not in ("split", "truncate"):
             counts.dropped += self.truncation == "drop"
             return []
-        goes_on = [False, *(_tags.continues(tag, before) for before, tag in pairwise(tags))]
+        goes_on = [False, *(schemes.continues(tag, before) for before, tag in pairwise(tags))]
         joined = np.array(goes_on)
         if self.truncation == "split":
-            parts = _words.windows(pieces, self.room, joined)
+            parts = alignment.windows(pieces, self.room, joined)
             counts.split += 1
         else:
-            parts = _words.windows(pieces, self.room, np.zeros(len(tags), bool))
+            parts = alignment.windows(pieces, self.room, np.zeros(len(tags), bool))
             counts.truncated += 1
             counts.add("words_dropped", len(np.unique(pieces.words)) - len(np.unique(parts[0].words)))
         between = [part.words[0] for part in parts[1:]][: None if self.truncation == "split" else 1]
@@ -132,9 +132,10 @@ class TagEncoder(TextEncoder):
             tag = names[tag]
         if not isinstance(tag, str) or not tag.strip():
             raise UserError(f"{here} is no tag: {tag!r}.", "A tag is a name such as B-PER, or O.")
+        tag = tag.strip()
         if self.known is not None and tag not in self.known:
-            if _tags.OUTSIDE in self.known:
-                _tags.check_outside(where, [tag])
+            if schemes.OUTSIDE in self.known:
+                schemes.check_outside(where, [tag])
             raise UserError(
                 f"{here}: {tag!r} does not occur in {self.origin} ({len(self.known)} tags).",
                 did_you_mean(tag, self.known),
@@ -150,9 +151,9 @@ class TagEncoder(TextEncoder):
     def _labels(self, scheme: str) -> list[str]:
         """Of the training set: those of data.labels, or all that there are, sorted, "O" first."""
         names = set(self.data.labels or self.seen)
-        later = {_tags.later_piece(name, scheme) for name in names} if self.data.label_pieces == "all" else set()
+        later = {schemes.later_piece(name, scheme) for name in names} if self.data.label_pieces == "all" else set()
         if self.data.labels is None:
-            return sorted(names | later, key=lambda name: (name != _tags.OUTSIDE, name))
+            return sorted(names | later, key=lambda name: (name != schemes.OUTSIDE, name))
         if later - names:
             raise UserError(
                 f"data.label_pieces: all needs the tag {min(later - names)!r}, which data.labels does not name.",
@@ -165,7 +166,7 @@ class TagEncoder(TextEncoder):
             return "raw"
         if self.starts.letters:
             for tag, (_, where) in self.seen.items():
-                _tags.check_outside(where, [tag])
+                schemes.check_outside(where, [tag])
         if self.data.scheme == "auto":
             return self.starts.scheme()
         if self.starts.bare:

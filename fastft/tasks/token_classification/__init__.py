@@ -19,10 +19,10 @@ from fastft.inference.base import Predictor
 from fastft.lazy import torch
 from fastft.models import load
 from fastft.objectives.base import Objective, OutputsObjective
-from fastft.tasks import _tags, _words
-from fastft.tasks._tag_encoder import TagEncoder
 from fastft.tasks._text import TextTask, padded
 from fastft.tasks.base import IGNORE, Batch, Draw, Metric, Metrics, ModelSpec
+from fastft.tasks.token_classification import alignment, schemes
+from fastft.tasks.token_classification.encoder import TagEncoder
 
 HEADS = ("classifier", "score")
 
@@ -90,14 +90,14 @@ class TokenClassification(TextTask):
 
     @cached_property
     def tokenizer(self) -> Any:
-        return _words.for_words(
+        return alignment.for_words(
             load.tokenizer(self.config.model), self.config.model.tokenizer or self.config.model.path
         )
 
     @cached_property
     def special(self) -> tuple[list[int], list[int]]:
         """Special tokens before and after a sequence."""
-        return _words.special_tokens(self.tokenizer)
+        return alignment.special_tokens(self.tokenizer)
 
     def encoder(self, learned: Learned | None) -> TagEncoder:
         return TagEncoder(self, learned)
@@ -113,7 +113,7 @@ class TokenClassification(TextTask):
 
     def learned_of_model(self) -> Learned:
         names = self.output_names("token classifier")
-        marked = all(name == _tags.OUTSIDE or _tags.PREFIXED.fullmatch(name) for name in names)
+        marked = all(name == schemes.OUTSIDE or schemes.PREFIXED.fullmatch(name) for name in names)
         return {"labels": names, "scheme": getattr(self.model_config, "tag_scheme", "iob2" if marked else "raw")}
 
     def model(self, learned: Learned) -> ModelSpec:
@@ -124,6 +124,13 @@ class TokenClassification(TextTask):
     def fits(cls, model_config: Any) -> bool:
         return any("ForTokenClassification" in a for a in model_config.architectures or [])
 
+    def check_model(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
+        from fastft.models.trial import SHORT, check_runs
+
+        super().check_model(forward, model, device)
+        width = self.width([range(min(SHORT, self.max_length))])
+        check_runs(forward, model, lambda n: self.inputs([np.arange(n) % 8]), width, self.max_length, device)
+
     def documents(self, split: Split, sample: int) -> list[str]:
         words = split.data["words"][sample]
         words, total = words[words >= 0], len(split.data["tags"][sample])
@@ -132,8 +139,9 @@ class TokenClassification(TextTask):
 
     def inputs(self, rows: list[np.ndarray]) -> dict[str, Any]:
         """input_ids and attention_mask, both (len(rows), longest) int64."""
-        mask = padded([np.ones(len(row)) for row in rows], 0)
-        tokens = padded(rows, self.tokenizer.pad_token_id)
+        width = self.width(rows)
+        mask = padded([np.ones(len(row)) for row in rows], 0, width=width)
+        tokens = padded(rows, self.tokenizer.pad_token_id, width=width)
         return {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask)}
 
     def collate(self, split: Split, ids: np.ndarray, draw: Draw) -> TokenBatch:
@@ -156,22 +164,24 @@ class TokenClassification(TextTask):
             found.append((int(data["sentence"][i]), first, np.asarray(words[first]), tags))
         inputs = self.inputs(rows)
         real_tokens = sum(map(len, rows))
-        tensor = torch.from_numpy(padded(labels, IGNORE))
+        tensor = torch.from_numpy(padded(labels, IGNORE, width=self.width(labels)))
         return TokenBatch(inputs, tensor, len(ids), real_tokens, tensor.numel(), windows=found)
 
     def _tables(self, meta: dict) -> tuple[np.ndarray, np.ndarray]:
         """Label by the prepared column's index; and the label of a word's later tokens by that of its first."""
         index = {name: i for i, name in enumerate(meta["labels"])}
         # An I- tag that is missing is needed for label_pieces: all only, which the encoder sees to.
-        later = [index.get(_tags.later_piece(name, meta["scheme"]), i) for name, i in index.items()]
+        later = [index.get(schemes.later_piece(name, meta["scheme"]), i) for name, i in index.items()]
         return np.array([index[name] for name in meta["tags"]]), np.array(later)
 
-    def loss(self, outputs: Any, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy, summed over the target tokens."""
+    def loss(self, outputs: Any, batch: Batch, scale: torch.Tensor, training: bool = True) -> torch.Tensor:
+        """Cross-entropy, summed over the target tokens. ``training``: smoothed as ``loss`` says; an evaluation
+        measures the plain one.
+        """
         from fastft.ops import cross_entropy
 
         options: dict[str, Any] = {"ignore_index": IGNORE, "reduction": "sum", "token_weight": scale}
-        options["label_smoothing"] = self.label_smoothing
+        options["label_smoothing"] = self.label_smoothing if training else 0.0
         return cross_entropy(outputs.logits.flatten(0, 1), batch.labels.flatten(), **options)
 
     def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
@@ -205,7 +215,7 @@ class EntityMetrics(Metrics):
         if batch.tokens == 0:
             return
         one = torch.ones((), dtype=torch.float32, device=outputs.logits.device)
-        self.loss += float(self.task.loss(outputs, batch, one))
+        self.loss += float(self.task.loss(outputs, batch, one, training=False))
         self.targets += int((batch.labels != IGNORE).sum())
         predicted = outputs.logits.argmax(-1).cpu().numpy()
         for row, (sentence, positions, words, tags) in zip(predicted, batch.windows, strict=True):
@@ -220,14 +230,14 @@ class EntityMetrics(Metrics):
         for sentence, words, predicted, tags in (window for state in states for window in state[2]):
             truth[sentence] = tags
             guess.setdefault(sentence, np.full(len(tags), -1))[words] = predicted
-        names = [*self.names, _tags.OUTSIDE]  # the last for -1
+        names = [*self.names, schemes.OUTSIDE]  # the last for -1
         order = sorted(truth)
         expected, found = ([[names[i] for i in rows[s]] for s in order] for rows in (truth, guess))
         pairs = [(a, b) for one, other in zip(expected, found, strict=True) for a, b in zip(one, other, strict=True)]
         targets = sum(state[1] for state in states)
         result = {"loss": sum(state[0] for state in states) / targets, "sentences": len(order), "words": len(pairs)}
         accuracy = sum(a == b for a, b in pairs) / len(pairs)
-        return {**result, **_tags.scores(expected, found, self.scheme), "accuracy": accuracy}
+        return {**result, **schemes.scores(expected, found, self.scheme), "accuracy": accuracy}
 
 
 class Tagger(Predictor):
@@ -249,7 +259,7 @@ class Tagger(Predictor):
         glue = " "
         if isinstance(value, str):
             super().prepare(where, {"text": value})
-            glue = "" if _words.is_unspaced(value) else " "
+            glue = "" if alignment.is_unspaced(value) else " "
             value = value.split() if glue else list(value)
         if not isinstance(value, list) or not value:
             raise UserError(f"{where}: the tokens are {value!r}.", "Give a list of words, or a text.")
@@ -260,11 +270,11 @@ class Tagger(Predictor):
     def run(self, rows: list[dict[str, Any]]) -> list[dict]:
         before, after = self.task.special
         sentences = [row["tokens"] for row in rows]
-        found: list[tuple[int, _words.Pieces]] = []
-        for i, pieces in enumerate(_words.pieces_of(self.task.tokenizer, sentences)):
+        found: list[tuple[int, alignment.Pieces]] = []
+        for i, pieces in enumerate(alignment.pieces_of(self.task.tokenizer, sentences)):
             free = np.zeros(len(sentences[i]), bool)
-            found += [(i, part) for part in _words.windows(pieces, self.limit - len(before) - len(after), free)]
-        tags = [[_tags.OUTSIDE] * len(words) for words in sentences]
+            found += [(i, part) for part in alignment.windows(pieces, self.limit - len(before) - len(after), free)]
+        tags = [[schemes.OUTSIDE] * len(words) for words in sentences]
         windows = np.bincount([i for i, _ in found], minlength=len(rows))
         for (i, part), row in zip(found, self._predicted([[*before, *p.ids, *after] for _, p in found]), strict=True):
             first = np.flatnonzero(np.diff(part.words, prepend=-1))
@@ -284,7 +294,7 @@ class Tagger(Predictor):
         words, glue = row["tokens"], row["glue"]
         spans = [
             {"type": kind, "start": start, "end": end, "text": glue.join(words[start:end])}
-            for kind, start, end in _tags.entities(tags, self.scheme)
+            for kind, start, end in schemes.entities(tags, self.scheme)
         ]
         more = {"windows": windows} if windows > 1 else {}
         return {"tokens": words, "tags": tags, "entities": spans, **more}

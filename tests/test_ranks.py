@@ -1,0 +1,92 @@
+"""Where a process stands, by what launchers leave in its environment."""
+
+import os
+
+import pytest
+import yaml
+
+import launch
+from fastft import config as configuration
+from fastft import ranks
+from fastft.errors import UserError
+from fastft.launch import protocol
+
+ALL = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def place(monkeypatch, lm_config):
+    """Ranks in an environment of these variables alone, and what the environment became."""
+
+    def found(**variables: str):
+        for name in {*os.environ} - protocol.without_others(os.environ).keys():
+            monkeypatch.delenv(name)
+        for names in ranks.STARTERS.values():
+            for name in names:
+                monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return ranks.environment(configuration.validate(lm_config))
+
+    return found
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "LOCAL_WORLD_SIZE": "2"},  # the rest of another job
+        {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "3"},
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"},
+    ],
+)
+def test_alone(place, variables):
+    found = place(**variables)
+    assert (found.rank, found.world, found.local_world) == (0, 1, 1)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("variables", "part"),
+    [
+        ({"RANK": "0"}, "RANK is set in the environment, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK are not"),
+        ({**ALL, "RANK": "2"}, "RANK=2 is not one of the 2 ranks of WORLD_SIZE=2"),
+        ({**ALL, "WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment is no number"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "process 0 of 2 that Open MPI started"),
+        ({"PMI_SIZE": "4", "PMI_RANK": "3"}, "process 3 of 4 that MPI started"),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, "process 1 of 4 that srun started"),
+    ],
+)
+def test_half_of_a_place_is_refused(place, variables, part):
+    with pytest.raises(UserError) as e:
+        place(**variables)
+    assert part in str(e.value)
+
+
+def test_ranks_of_mpi_are_taken_where_they_can_meet(place):
+    meet = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    mpi = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    found = place(**mpi, **meet)
+    assert (found.rank, found.world, found.local_rank) == (3, 4, 1)
+
+
+def test_a_rank_says_whom_it_waits_for(lm_config, tmp_path):
+    """The variables of a job of two ranks, left in a shell."""
+    lm_config["run"]["dir"] = str(tmp_path / "run")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(lm_config))
+    code = "from fastft.zero import engine; engine.WAITED = 0.5; from fastft.cli.main import command; command()"
+    env = {**ALL, "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
+    process = launch.start([launch.sys.executable, "-c", code, "train", str(tmp_path / "c.yaml")], env)
+    said = []
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if "for the others of 2 ranks at 127.0.0.1:" in line and "WORLD_SIZE" in line:
+                break
+        else:
+            raise AssertionError("".join(said))
+    finally:
+        launch.kill_group(process)
+        process.wait()
