@@ -170,3 +170,20 @@ def test_help_takes_next_to_no_time():
     rounds = [(seconds(["-c", "pass"]), seconds(["-m", "fastft", "--help"])) for _ in range(7)]
     nothing, help_text = (statistics.median(part) for part in zip(*rounds, strict=True))
     assert help_text < 4 * nothing
+
+
+def test_export_in_another_dtype(classifier, tmp_path):
+    """The folder is read back in the dtype that was asked for, and its config says so."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    code, output = run("export", classifier[1], tmp_path / "out", "--dtype", "bf16")
+    assert code == 0, output
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_several_texts(classifier):
+    _, output = run("predict", classifier[1], "--text", "apple number 3", "--text", "bear number 4")
+    assert [json.loads(line)["label"] for line in output.splitlines() if line.startswith("{")] == ["a", "b"]

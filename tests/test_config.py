@@ -176,3 +176,27 @@ def test_a_wrong_key_is_told_before_torch_is_imported(tmp_path, verb):
     root = Path(__file__).parent.parent
     process = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert process.returncode == 0 and "optim.lrr: unknown key" in process.stderr, process.stderr
+
+
+def test_a_model_may_be_its_path_alone():
+    found = config.validate({"task": "causal_lm", "model": "some/model", "data": {"train": "x.jsonl"}})
+    assert found.model.path == "some/model"
+
+
+def test_paths_are_expanded_as_a_shell_does(monkeypatch, tmp_path):
+    """In every key that is a path, and in the launcher's look at run.dir."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CORPUS", "texts")
+    raw = {
+        "task": "causal_lm",
+        "model": "~/model",
+        "data": {"train": ["~/${CORPUS}/a.jsonl", {"path": "$CORPUS/b.jsonl"}], "eval": "~/e.jsonl", "cache": "~/c"},
+        "run": {"dir": "$HOME/runs/x"},
+    }
+    found = config.validate(raw)
+    assert found.model.path == f"{tmp_path}/model" and found.run.dir == f"{tmp_path}/runs/x"
+    assert [s.path for s in found.data.train] == [f"{tmp_path}/texts/a.jsonl", "texts/b.jsonl"]
+    assert found.data.eval["eval"][0].path == f"{tmp_path}/e.jsonl" and found.data.cache == f"{tmp_path}/c"
+    path = tmp_path / "c.yaml"
+    path.write_text("task: causal_lm\nrun: {dir: ~/x}\n")
+    assert config.run_dir(path) == tmp_path / "x"

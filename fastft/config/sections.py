@@ -18,6 +18,7 @@ class Model(Section):
     """The model to start from, and what is changed in it: every model edit is a key of this section."""
 
     members: ClassVar = rooms.EDITS
+    scalar: ClassVar = "path"
 
     path: InputPath = Field(description="Folder or hub id of the model to start from (config, tokenizer, weights).")
     init: Literal["pretrained", "random"] = Field(

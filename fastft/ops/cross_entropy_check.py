@@ -26,7 +26,8 @@ def check(logits, target, weight, token_weight, label_smoothing, reduction, soft
         raise ValueError(
             'inplace=True needs reduction "mean" or "sum": with "none" the gradient is known only in the backward'
         )
-    if inplace and _overlaps(logits):
+    # A compiler makes of every write one into a copy of its own, and has no numbers for strides that may change.
+    if inplace and not torch.compiler.is_compiling() and _overlaps(logits):
         raise ValueError(
             "inplace=True needs logits whose elements have memory of their own; these are expanded or overlapping: "
             "pass logits.contiguous()"

@@ -4,8 +4,7 @@ then put in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def save(
             "The training diverged; export an older checkpoint with `fastft export --step`.",
         )
     model.config.fastft_task = job.config.task  # for whoever opens the folder alone
-    with _dtype_in_config(model, kind), replacing(folder) as scratch:
+    with replacing(folder) as scratch:
         try:
             scratch.mkdir()
             if merge or not any(edit.write(state, model, scratch, kind) for edit in job.edits):
@@ -75,6 +74,7 @@ def save(
                 kept = kept_in_fp32(model, kind)
                 whole = {n: _exported(t, torch.float32 if kept and kept.search(n) else kind) for n, t in state.items()}
                 model.save_pretrained(scratch, state_dict=dict(whole))  # which takes tensors out of the mapping
+                _say_dtype(scratch / "config.json", kind)
                 _compare(scratch, whole, model)
             job.task.processor.save_pretrained(scratch)
             model_card.write(scratch, job, results or {})
@@ -86,15 +86,16 @@ def save(
     return folder
 
 
-@contextmanager
-def _dtype_in_config(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """While inside, the model's config says so: what loads the folder by itself goes by it."""
-    before = model.config.dtype
-    model.config.dtype = dtype
-    try:
-        yield
-    finally:
-        model.config.dtype = before
+def _say_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Write the dtype of the weights into a config.json, where transformers writes that of the model in memory: what
+    loads the folder by itself goes by it.
+    """
+
+    def said(values: dict) -> dict:
+        nested = {k: said(v) for k, v in values.items() if isinstance(v, dict) and "dtype" in v}  # text_config, ...
+        return {**values, **nested, "dtype": str(dtype).removeprefix("torch.")}
+
+    config.write_text(json.dumps(said(json.loads(config.read_text())), indent=2, sort_keys=True) + "\n")
 
 
 def _exported(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -217,7 +217,7 @@ WRONG = {
     "torch_layout": (torch.zeros(2, 5, 3), torch.zeros(2, 3, dtype=torch.int64), {}, "move the class dimension"),
     "target_shape": (L, T[:3], {}, "logits must be"),
     "target_dtype": (L, T.int(), {}, "must be int64"),
-    "target_probabilities": (L, L, {}, "logits must be"),
+    "target_probabilities": (L, L, {}, "class probabilities"),
     "integer_logits": (L.long(), T, {}, "must be floating"),
     "no_classes": (L[:, :0], T, {}, "no classes"),
     "weight_shape": (L, T, {"weight": torch.ones(4)}, "weight must be"),

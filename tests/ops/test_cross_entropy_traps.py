@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils._python_dispatch
 
-from fastft.ops import backends, bad_target, cross_entropy
+from fastft.ops import backends, bad_target, cross_entropy, linear_cross_entropy, sum_squares
 from tests.ops.common import BACKENDS, DEVICE, NATIVE, NATIVE_BUILT, assert_rounded_once, seeded
 from tests.ops.test_cross_entropy import formula, loss_and_gradient, make
 
@@ -427,3 +428,89 @@ def test_trap_cuda_graph_capture(backend):
         logits.normal_()
     graph.replay()
     assert torch.equal(captured, step())
+
+
+def test_in_place_compiles_with_a_dimension_that_changes():
+    torch.compiler.reset()
+    f = torch.compile(lambda y, t: cross_entropy(y * 2, t, inplace=True), fullgraph=True, backend="aot_eager")
+    for n in (6, 9, 12):  # the second length makes the dimension dynamic
+        x, t = torch.randn(n, 11, requires_grad=True), torch.randint(0, 11, (n,))
+        want = F.cross_entropy(x * 2, t)
+        got = f(x, t)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (got, want)))
+
+
+HEAD = torch.nn.Parameter(torch.randn(11, 8, generator=torch.Generator().manual_seed(0)))
+LOSSES = {
+    "cross_entropy": lambda h, t, **more: cross_entropy(h @ HEAD.detach().t(), t, **more),
+    "linear_cross_entropy": lambda h, t, **more: linear_cross_entropy(h, HEAD.detach(), t, **more),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("op", LOSSES)
+def test_torch_func_gets_right_answers(op, reduction):
+    """grad, vmap, grad of grad, jvp and forward-mode differentiation: torch's own values, ignored targets too."""
+    generator = torch.Generator().manual_seed(1)
+    h, t = torch.randn(6, 8, generator=generator), torch.randint(0, 11, (6,), generator=generator)
+    t[2] = -100
+
+    def ours(x, target=t):
+        return LOSSES[op](x, target, reduction=reduction).sum()
+
+    def torchs(x, target=t):
+        return F.cross_entropy(x @ HEAD.detach().t(), target, reduction=reduction).sum()
+
+    batch, targets = torch.randn(3, 6, 8, generator=generator), t.expand(3, 6)
+    for transform in (
+        lambda f: torch.func.grad(f)(h),
+        lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).square().sum())(h),
+        lambda f: torch.func.vmap(f)(batch, targets),
+        lambda f: torch.func.vmap(torch.func.grad(f))(batch, targets),
+        lambda f: torch.func.jvp(f, (h,), (torch.ones_like(h),))[1],
+        lambda f: torch.func.hessian(f)(h),
+        lambda f: _forward_mode(f, h),
+    ):
+        torch.testing.assert_close(transform(ours), transform(torchs), atol=1e-5, rtol=1e-4)
+    assert torch.func.vmap(ours)(batch, torch.full((3, 6), 11)).isnan().all(), "out of range is never silent"
+
+
+def _forward_mode(f, x):
+    import torch.autograd.forward_ad as forward_ad
+
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+def test_what_has_no_rule_for_transforms_says_so():
+    x = torch.randn(4)
+    with pytest.raises(RuntimeError, match="sum_squares has no rule"):
+        torch.func.grad(lambda y: sum_squares([y]).float())(x)
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_nothing_is_ignored(op):
+    h, t = torch.randn(4, 8), torch.tensor([0, 1, 2, 4])
+    torch.testing.assert_close(LOSSES[op](h, t, ignore_index=None), LOSSES[op](h, t))
+    with pytest.raises(IndexError, match="-100"):
+        LOSSES[op](h, torch.tensor([0, -100, 1, 2]), ignore_index=None)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_under_autocast(reduction):
+    """float32 tensors, and a hidden state that a layer before made bfloat16; some rows are ignored."""
+    generator = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(n, 8, generator=generator, requires_grad=True) for n in (6, 11))
+    t = torch.tensor([1, -100, 2, 3, -100, 4])
+    want = F.cross_entropy(h @ w.t(), t, reduction=reduction)
+    wanted = torch.autograd.grad(want.sum(), (h, w))
+    for hidden in (h, h.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = linear_cross_entropy(hidden, w, t, reduction=reduction)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, atol=5e-2, rtol=2e-2)
+        found = torch.autograd.grad(got.sum(), (h, w))
+        assert [g.dtype for g in found] == [torch.float32] * 2
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, atol=5e-2, rtol=5e-2)

@@ -92,3 +92,11 @@ def test_refuses():
     with pytest.raises(BackendError, match="float64"):
         sum_squares([torch.ones(2, dtype=torch.float64)], backend="native")
     assert sum_squares([torch.ones(2, dtype=torch.float64)]) == 2 and sum_squares([]) == 0
+
+
+def test_a_sparse_gradient_counts_by_its_values():
+    table = torch.nn.Embedding(5, 3, sparse=True)
+    table(torch.tensor([1, 1])).sum().backward()
+    assert float(sum_squares([table.weight.grad, torch.ones(2)])) == 3 * 2**2 + 2
+    with pytest.raises(ValueError, match="sparse_csr"):
+        sum_squares([torch.eye(3).to_sparse_csr()])

@@ -382,3 +382,11 @@ def test_a_gradient_with_its_sign_in_a_flag():
         FusedAdamW([param]).step()
         found.append(param.detach().clone())
     assert torch.equal(*found)
+
+
+def test_a_parameter_twice_in_a_group_is_refused():
+    w = torch.nn.Parameter(torch.ones(3))
+    for params in ([w, w], [{"params": [w, w]}], [("a", w), ("b", w)]):
+        with pytest.raises(ValueError, match="the same parameter twice"):
+            FusedAdamW(params, lr=0.1)
+    FusedAdamW(iter([w]), lr=0.1)

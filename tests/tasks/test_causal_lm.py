@@ -119,3 +119,69 @@ def test_dummy_batch_has_no_loss(lm_config):
     loss = jobs.loss_of(job, batch, 0.5)
     loss.backward()
     assert loss == 0 and all(p.grad.abs().max() == 0 for p in job.model.parameters()) and batch.tokens == 0
+
+
+@pytest.mark.parametrize("implementation", ["linear_cross_entropy", "cross_entropy"])
+def test_experts_are_balanced_where_the_config_asks_for_it(lm_config, tmp_path, implementation):
+    """The loss and its gradient at the routers are transformers' own; an evaluation measures the plain loss."""
+    import shutil
+
+    import transformers
+
+    shutil.copytree(lm_config["model"]["path"], tmp_path / "m")
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    asked = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "attn_implementation": "eager"}
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**sizes, **heads, **asked)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
+    lm_config["model"] = {"path": str(tmp_path / "m"), "attention": "eager"}
+    lm_config["data"] |= {"packing": "none", "truncation": "truncate"}
+    lm_config["loss"] = {"implementation": implementation}
+    job = jobs.job_of(lm_config)
+    batch = jobs.batch_of(job, [3])
+    ids = batch.inputs["input_ids"]
+    router = job.model.model.layers[0].mlp.gate.weight
+    whole = job.model(input_ids=ids, labels=ids, use_cache=False)
+    (wanted,) = torch.autograd.grad(whole.loss, router)
+    loss = jobs.loss_of(job, batch, 1.0 / int((batch.labels != -100).sum()))
+    (found,) = torch.autograd.grad(loss, router)
+    torch.testing.assert_close(loss, whole.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    metrics = job.task.new_metrics(job.measured, job.learned)
+    with torch.no_grad():
+        metrics.update(job.model, batch)
+    plain = float(whole.loss - 0.5 * whole.aux_loss)
+    assert abs(metrics.finish([metrics.state()])["loss"] - plain) < 1e-5
+
+
+def test_a_text_without_a_token_is_counted_as_empty(task_of, tmp_path):
+    """A tokenizer that drops control characters, and a text of nothing else."""
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer
+
+    task = task_of(train=write(tmp_path / "x.jsonl", "one two", "\u0007", "three"))
+    tokenizer = AutoTokenizer.from_pretrained(task.config.model.path)
+    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.save_pretrained(tmp_path / "tok")
+    task.config.model.tokenizer = str(tmp_path / "tok")
+    split = task.train_split()
+    assert split.data.meta["counts"]["empty"] == 1 and split.data.meta["documents"] == 2
+
+
+def test_a_prompt_goes_on(lm_config, tmp_path):
+    """What ends a text is not part of a prompt, what begins one is, once."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    from fastft.inference.generate import Generator
+
+    tokenizer = AutoTokenizer.from_pretrained(lm_config["model"]["path"])
+    tokenizer.add_special_tokens({"bos_token": "<pad>"})
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A <eos>", special_tokens=[("<pad>", bos), ("<eos>", eos)]
+    )
+    generator = Generator(None, tokenizer, "text", 4, 0.0)
+    plain = tokenizer("one two", add_special_tokens=False)["input_ids"]
+    assert generator._prompts(["one two", "<pad>one two"]) == [[bos, *plain]] * 2
