@@ -123,11 +123,11 @@ class Ranks:
         return total.tolist()
 
 
-# Size, rank and local rank as starters of processes say them that set no RANK.
+# What starters of processes that set no RANK call size, rank, local rank and, where they say it, local size.
 STARTERS = {
-    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "MVAPICH": ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
-    "MPI": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+    "Open MPI": tuple(f"OMPI_COMM_WORLD_{part}" for part in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
+    "MVAPICH": tuple(f"MV2_COMM_WORLD_{part}" for part in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
+    "MPI": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     "flux": ("FLUX_JOB_SIZE", "FLUX_TASK_RANK", "FLUX_TASK_LOCAL_ID"),
 }
@@ -143,9 +143,9 @@ def _settle(env: Any) -> None:
         It says half of it, or is one of several processes that would each train alone.
     """
     if "RANK" not in env:
-        for starter, (size, rank, local) in STARTERS.items():
+        for starter, (size, rank, *local) in STARTERS.items():
             if env.get(size, "").isdigit() and int(env[size]) > 1 and rank in env:
-                _take(env, starter, size, rank, local)
+                _take(env, starter, size, rank, *local)
                 break
     here = [name for name in protocol.PLACE if name in env]
     if "RANK" not in env or (len(here) < len(protocol.PLACE) and env.get("WORLD_SIZE") == "1"):
@@ -162,7 +162,7 @@ def _settle(env: Any) -> None:
         )
 
 
-def _take(env: Any, starter: str, size: str, rank: str, local: str) -> None:
+def _take(env: Any, starter: str, size: str, rank: str, local: str, local_size: str = "") -> None:
     if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         raise UserError(
             f"{size}={env[size]}: this is process {env[rank]} of {env[size]} that {starter} started, and MASTER_ADDR "
@@ -170,6 +170,8 @@ def _take(env: Any, starter: str, size: str, rank: str, local: str) -> None:
             "Set both for all processes (the first host's address, a free port), or start them with `fastft launch`.",
         )
     env.update(RANK=env[rank], WORLD_SIZE=env[size], LOCAL_RANK=env.get(local, "0"))
+    if local_size in env:
+        env["LOCAL_WORLD_SIZE"] = env[local_size]
 
 
 def _number(env: Any, name: str) -> int:

@@ -62,10 +62,18 @@ end_ranks() {
     printf '%s' "$found"
 }
 
+# Runs beside this script until it is gone, then ends what is left of the launch. Slurm that tracks processes by group kills this script with
+# SIGKILL and knows nothing of the launcher, which has a group of its own, as this watch has.
+watch() {
+    trap '' TERM INT USR1 HUP
+    while kill -0 $$ 2>/dev/null; do sleep 1; done
+    signal_processes KILL '' >/dev/null
+}
+
 # run COMMAND...: the launcher in a process group of its own, its exit code read as the ranks': 143 after SIGTERM and a save. $summary, where
 # it is set, names a file for stderr: torchrun ends with 1 whatever happened, and says in its summary what the first failed rank ended with.
 run() {
-    local code before launcher waited=0
+    local code before launcher watcher waited=0
     : "${summary:=}" "${launch_id:=$(new_launch_id)}"
     set -m
     (
@@ -81,6 +89,9 @@ run() {
         exec "$@" 2> >(trap '' TERM INT; tee "$summary" >&2; : >"$summary.whole")
     ) </dev/null &
     launcher=$!
+    watch </dev/null >/dev/null 2>&1 &
+    watcher=$!
+    disown "$watcher"
     set +m
     trap stop TERM INT USR1
     code=127
@@ -103,5 +114,6 @@ run() {
     # Python's sys.exit(-N), a rank ended by signal N, arrives as 256 - N; a shell says 128 + N.
     if ((code > 192)); then code=$((384 - code)); fi
     trap - TERM INT USR1
+    kill -KILL "$watcher" 2>/dev/null || true
     return "$code"
 }

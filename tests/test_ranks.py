@@ -67,9 +67,10 @@ def test_half_of_a_place_is_refused(place, variables, part):
 
 def test_ranks_of_mpi_are_taken_where_they_can_meet(place):
     meet = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    mpi = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    mpi = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+    mpi |= {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
     found = place(**mpi, **meet)
-    assert (found.rank, found.world, found.local_rank) == (3, 4, 1)
+    assert (found.rank, found.world, found.local_rank, found.local_world) == (3, 4, 1, 2)
 
 
 def test_a_rank_says_whom_it_waits_for(lm_config, tmp_path):

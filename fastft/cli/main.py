@@ -95,6 +95,10 @@ def _end(error: Exception) -> NoReturn:
         where = error.filename or "Standard output or a file of the run"
         _explain(UserError(f"{where}: {error.strerror}.", "Check the path, its permissions and the free space."))
         sys.exit(1)
+    if isinstance(error, ImportError) and not (error.name or "").startswith("fastft"):
+        what = f"{error.name or 'A package'}: cannot be imported: {error}."
+        _explain(UserError(what, "Install it (again) in this environment, on every host."))
+        sys.exit(1)
     if isinstance(error, Interrupted):
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -136,6 +136,12 @@ def launch(plan: Plan) -> int:
                 f"launch: failed {failures} times without a newer checkpoint; giving up. Logs: {plan.run_dir / 'logs'}",
                 file=sys.stderr,
             )
+            if reached and len(plan.hosts) > 1:
+                print(
+                    "launch: on other hosts, or fewer, the run goes on from step "
+                    f"{reached}: fastft launch --hostfile OTHER_HOSTS resume {plan.run_dir}",
+                    file=sys.stderr,
+                )
             return outcome.code
         wait = min(plan.backoff * 2 ** (failures - 1), 300.0)
         start = f"step {reached}" if reached and plan.claimed() else "the start"

@@ -14,6 +14,7 @@ from pathlib import Path
 from fastft.launch.hostfile import Host, address
 from fastft.launch.launcher import Plan, remote_command
 
+UNUSABLE = "cannot be imported"  # in a version, as the probe says it
 MAX_SKEW = 1.0  # seconds between clocks
 MIN_BANDWIDTH = 0.8  # of the median of all pairs
 MIN_SHM = 1 << 30  # bytes of /dev/shm: what data loaders and NCCL's shared-memory transport expect
@@ -217,10 +218,11 @@ def problems(found: list[dict], need_bytes: int, plan: Plan) -> list[str]:
             for key in ("python", "code", "gpus")
             if f[key] != first[key]
         ]
+        wrong += [f"{name}: {package} {v}" for package, v in f["packages"].items() if v and UNUSABLE in v]
         wrong += [
             f"{name}: {package} {f['packages'].get(package)}, {first['name']} has {version}"
             for package, version in first["packages"].items()
-            if f["packages"].get(package) != version
+            if f["packages"].get(package) != version and UNUSABLE not in f"{f['packages'].get(package)} {version}"
         ]
         for path, size in f["inputs"].items():
             if size is None:

@@ -3,6 +3,7 @@ orders on standard input, answers on standard output, JSON lines.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -11,12 +12,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from importlib import metadata
 from pathlib import Path
 
 from fastft.launch.hostfile import port_free
 
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+IMPORTED = ("torch", "deepspeed", "transformers")  # metadata alone would not see that the files are gone
 BLOCK = 1 << 20
 
 
@@ -68,10 +71,18 @@ def _size(path: Path) -> int | None:
 
 
 def _version(package: str) -> str | None:
+    """Of an installed package; why it cannot be imported, where its files are gone or broken."""
     try:
-        return metadata.version(package)
+        version = metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+    if package in IMPORTED:
+        try:
+            with redirect_stdout(sys.stderr):  # some print as they are imported
+                importlib.import_module(package)
+        except Exception as e:  # whatever their code raises
+            return f"{version}, which cannot be imported ({type(e).__name__}: {e})"
+    return version
 
 
 def _gpus() -> list[str]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
+from fastft import config as configuration
+from fastft import track
 from fastft.assemble import Job
 from fastft.config import Config
 from fastft.errors import UserError
@@ -16,12 +19,12 @@ from fastft.zero import reshard
 
 # What a resumed run may not change, with what a checkpoint without the key was written with: the sample order and the
 # layout of the state depend on it.
-SETTLED = {
+SETTLED: dict[str, object] = {
     "task": None,
     "batch.size": None,
     "batch.global_tokens": None,
     "data.seed": None,
-    "data.order.name": "permutation",
+    "data.order": {"name": "permutation"},
     "model.dtype": None,
     "optim.name": None,
     "optim.state_dtype": None,
@@ -47,6 +50,24 @@ class Found:
             "converted": self.converted is not None,
             "passed_over": self.passed_over,
         }
+
+
+def begun(config: Config) -> Literal["new", "not saved", "saved", "finished"]:
+    """What there is of a run in its folder, for a job that is started again.
+
+    "not saved": this run, by its configuration, ended before its first checkpoint, so that nothing is lost if it begins
+    anew; another one without a checkpoint is "new", which then refuses the folder.
+    """
+    folder = Path(config.run.dir)
+    if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
+        return "new"
+    same = configuration.load_run(folder) == configuration.absolute(config)
+    ended = any(record["kind"] == "end" for record in track.read(folder)[-1:])
+    if same and ended and (folder / "model").is_dir():
+        return "finished"
+    if checkpoint.steps(folder / "checkpoints"):
+        return "saved"
+    return "not saved" if same else "new"
 
 
 def find(job: Job, layout: str) -> Found:

@@ -5,11 +5,13 @@ built in a temporary folder and taken down again.
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-ProctrackType=proctrack/pgid
+ProctrackType=proctrack/{track}
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -39,6 +41,7 @@ MpiDefault=none
 ReturnToService=2
 SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=2
+KillWait=3
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus}
@@ -47,9 +50,11 @@ PartitionName=p Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
 """
 
 
-@pytest.fixture
-def slurm():
-    """The environment of a running Slurm; a short path, for munge's socket."""
+@pytest.fixture(scope="module", params=["pgid", pytest.param("cgroup", marks=pytest.mark.long)])
+def slurm(request):
+    """The environment of a running Slurm, which knows a job's processes by their group or by cgroup; a short path, for
+    munge's socket.
+    """
     missing = [
         t
         for t in ("slurmctld", "slurmd", "munged", "sbatch", "runuser")
@@ -77,6 +82,7 @@ def slurm():
             host=socket.gethostname().split(".")[0],
             ports=[launch.free_port() for _ in range(3)],
             cpus=os.cpu_count(),
+            track=request.param,
         )
     )
     daemons = []
@@ -108,6 +114,9 @@ def slurm():
             )
             time.sleep(0.5)
         wait(lambda: output(env, "sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 30, "two idle nodes")
+        if request.param == "cgroup" and "here" not in output(env, "timeout", "20", "srun", "-N1", "echo", "here"):
+            said = (folder / "slurmd-n0.log").read_text().splitlines()[-2:]
+            pytest.skip(f"Slurm starts no step here with proctrack/cgroup: {said}")
         yield env
     finally:
         subprocess.run(["scancel", "--user", "root"], env=env, capture_output=True, timeout=20)
@@ -182,3 +191,31 @@ def test_two_nodes_train_then_a_warned_job_requeues_itself_and_goes_on(slurm, lm
     assert "JobState=COMPLETED" in output(slurm, "scontrol", "show", "job", job), log.read_text()[-4000:]
     launch.ranks(2, ["-m", "fastft", "train", config, f"run.dir={tmp_path / 'plain'}", f"train.steps={steps}"])
     assert len(losses(tmp_path / "plain")) == steps and losses(tmp_path / "slurm") == losses(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_what_slurm_kills_leaves_nothing(slurm, lm_config, tmp_path):
+    """A cancelled job, one rank of which hangs and cannot save: Slurm kills what it knows after KillWait. The ranks,
+    which it does not know where it goes by process group, end too.
+    """
+    run = tmp_path / "killed"
+    lm_config["train"]["log_every"] = 10**6  # nothing is written, so that no broken pipe ends them
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    job = submit(slurm, tmp_path / "log", path, f"run.dir={run}", "train.steps=1000000")
+    wait(lambda: losses(run), 60, "first step")
+    ranks = {pid: line for pid, line in processes_of(run).items() if "torchrun" not in line and "srun" not in line}
+    assert len(ranks) >= 2, ranks
+    os.kill(min(ranks), signal.SIGSTOP)
+    output(slurm, "scancel", job)
+    wait(lambda: not processes_of(run), 30, "end of the ranks")
+
+
+def processes_of(run: Path) -> dict[int, str]:
+    """This machine's processes that name a run: process id -> command line."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if str(run) in line and "python" in line:
+                found[int(path.parent.name)] = line
+    return found

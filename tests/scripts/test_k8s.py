@@ -1,7 +1,7 @@
 """The manifests in launch/k8s against schemas, as far as those can be had from PyPI; no cluster is asked.
 
-* TrainJob, and the pod templates of all: the models of kubeflow-trainer-api (in the `test` extra). They ignore unknown
-  fields, so each manifest must come back whole from them.
+* TrainJob, TrainingRuntime, Job, Service, PersistentVolumeClaim, and the pod templates of all: the models of
+  kubeflow-trainer-api (in the `test` extra). They ignore unknown fields, so each must come back whole from them.
 * PyTorchJob outside its pods: the models of kubeflow-training, where it is installed (with its dependencies it takes 59
   MB, so it is in no extra).
 * MPIJob v2beta1 and PyTorchJob v1 in whole: their CRDs, where FASTFT_MPIJOB_CRD names mpi-operator's
@@ -20,47 +20,76 @@ import launch
 
 FOLDER = launch.ROOT / "launch" / "k8s"
 FILES = sorted(FOLDER.glob("*.yaml"))
+RUN = [p.name for p in FILES if p.stem != "pvc"]  # those that run something
 
 
-def load(name: str) -> dict:
-    return yaml.safe_load((FOLDER / name).read_text())
+MODELS = {
+    "TrainJob": "TrainerV1alpha1TrainJob",
+    "TrainingRuntime": "TrainerV1alpha1TrainingRuntime",
+    "Job": "IoK8sApiBatchV1Job",
+    "Service": "IoK8sApiCoreV1Service",
+    "PersistentVolumeClaim": "IoK8sApiCoreV1PersistentVolumeClaim",
+}
 
 
-def pods(manifest: dict) -> list[dict]:
-    """Pod specs (or, in a TrainJob, patches of them)."""
-    spec = manifest["spec"]
-    if manifest["kind"] == "TrainJob":
-        jobs = [
-            j for p in spec["runtimePatches"] for j in p["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-        ]
-        return [j["template"]["spec"]["template"]["spec"] for j in jobs]
-    return [
-        r["template"]["spec"]
-        for r in spec["pytorchReplicaSpecs" if manifest["kind"] == "PyTorchJob" else "mpiReplicaSpecs"].values()
-    ]
+def load(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((FOLDER / name).read_text()))
 
 
-def test_all_four_are_there():
-    assert [p.stem for p in FILES] == ["mpijob", "pytorchjob", "trainjob-deepspeed", "trainjob-torch"]
+def job(name: str) -> dict:
+    """What is run: the last object of a file."""
+    return load(name)[-1]
 
 
-@pytest.mark.parametrize("name", ["trainjob-torch.yaml", "trainjob-deepspeed.yaml"])
-def test_trainjob_matches_its_model(name):
+def pods(name: str) -> list[dict]:
+    """Pod specs."""
+    found = []
+    for manifest in load(name):
+        spec = manifest["spec"]
+        if manifest["kind"] == "TrainingRuntime":
+            jobs = spec["template"]["spec"]["replicatedJobs"]
+            found += [j["template"]["spec"]["template"]["spec"] for j in jobs]
+        if manifest["kind"] == "Job":
+            found.append(spec["template"]["spec"])
+        replicas = spec.get("pytorchReplicaSpecs") or spec.get("mpiReplicaSpecs") or {}
+        found += [r["template"]["spec"] for r in replicas.values()]
+    return found
+
+
+def test_all_are_there():
+    names = ["job", "mpijob", "pvc", "pytorchjob", "trainjob-deepspeed", "trainjob-torch"]
+    assert [p.stem for p in FILES] == names
+
+
+@pytest.mark.parametrize("name", [p.name for p in FILES])
+def test_objects_match_their_models(name):
     models = pytest.importorskip("kubeflow_trainer_api.models")
-    manifest = load(name)
-    assert models.TrainerV1alpha1TrainJob.from_dict(manifest).to_dict() == manifest
-
-
-@pytest.mark.parametrize("name", ["mpijob.yaml", "pytorchjob.yaml"])
-def test_pods_match_their_model(name):
-    models = pytest.importorskip("kubeflow_trainer_api.models")
-    for pod in pods(load(name)):
+    for manifest in load(name):
+        if manifest["kind"] in MODELS:
+            assert getattr(models, MODELS[manifest["kind"]]).from_dict(manifest).to_dict() == manifest
+    for pod in pods(name):
         assert models.IoK8sApiCoreV1PodSpec.from_dict(pod).to_dict() == pod
+
+
+def test_a_job_and_its_runtime_belong_together():
+    for name in ("trainjob-torch.yaml", "trainjob-deepspeed.yaml"):
+        runtime, train = load(name)
+        assert train["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+        assert train["spec"]["runtimeRef"]["kind"] == runtime["kind"]
+        images = {c["image"] for pod in pods(name) for c in pod["containers"]}
+        assert len(images) == 1, "workers have the launcher's image"
+        assert runtime["spec"]["template"]["spec"]["failurePolicy"]["maxRestarts"] > 0
+    service, plain = load("job.yaml")
+    assert plain["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"]["batch.kubernetes.io/job-name"] == plain["metadata"]["name"]
+    claim = load("pvc.yaml")[0]["metadata"]["name"]
+    volumes = [v for name in RUN for pod in pods(name) for v in pod["volumes"]]
+    assert {v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v} == {claim}
 
 
 def test_a_misspelt_field_is_seen():
     models = pytest.importorskip("kubeflow_trainer_api.models")
-    manifest = load("trainjob-torch.yaml")
+    manifest = job("trainjob-torch.yaml")
     manifest["spec"]["trainer"]["numNode"] = 2
     assert models.TrainerV1alpha1TrainJob.from_dict(manifest).to_dict() != manifest
 
@@ -81,7 +110,7 @@ def test_pytorchjob_matches_its_model():
         elif kind in ("str", "int", "bool"):
             assert type(value).__name__ == kind, f"{path} is not a {kind}"
 
-    check(load("pytorchjob.yaml"), "KubeflowOrgV1PyTorchJob", "pytorchjob")
+    check(job("pytorchjob.yaml"), "KubeflowOrgV1PyTorchJob", "pytorchjob")
 
 
 @pytest.mark.parametrize("name", ["mpijob", "pytorchjob"])
@@ -90,7 +119,7 @@ def test_manifest_matches_its_crd(name):
     path = os.environ.get(variable)
     if not path:
         pytest.skip(f"{variable} does not name the CRD")
-    manifest = load(f"{name}.yaml")
+    manifest = job(f"{name}.yaml")
     (version,) = [
         v
         for v in yaml.safe_load(Path(path).read_text())["spec"]["versions"]
@@ -118,9 +147,9 @@ def test_manifest_matches_its_crd(name):
         check({**manifest, "spec": {**manifest["spec"], "nonsense": 1}}, version["schema"]["openAPIV3Schema"], name)
 
 
-@pytest.mark.parametrize("name", [p.name for p in FILES])
+@pytest.mark.parametrize("name", RUN)
 def test_pods_have_time_to_save_and_shared_memory(name):
-    for pod in pods(load(name)):
+    for pod in pods(name):
         assert pod["terminationGracePeriodSeconds"] > 120
         volumes = {v["name"]: v for v in pod["volumes"]}
         mounts = {m["mountPath"]: m["name"] for c in pod["containers"] for m in c["volumeMounts"]}
@@ -131,38 +160,35 @@ def test_pods_have_time_to_save_and_shared_memory(name):
             assert pod["containers"][0]["name"] == "launcher"  # MPIJob: runs no ranks
 
 
-@pytest.mark.parametrize("name", [p.name for p in FILES])
-@pytest.mark.parametrize("saved", [False, True])
-def test_commands_train_then_resume(name, saved, tmp_path):
+@pytest.mark.parametrize("name", RUN)
+def test_commands(name, tmp_path):
     """The command of each manifest, run by bash with torchrun, mpirun and python that say what they were given."""
-    manifest = load(name)
+    manifest = job(name)
     holders = (
         [manifest["spec"]["trainer"]]
         if manifest["kind"] == "TrainJob"
-        else [c for p in pods(manifest) for c in p["containers"]]
+        else [c for p in pods(name) for c in p["containers"]]
     )
     command = holders[0]["command"]
     (tmp_path / "hostfile").write_text("# hosts\nnode-0.fastft slots=8\nnode-1.fastft slots=8\n")
     for tool, text in {
         "torchrun": 'echo "$@"',
-        "python": 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT" "$@"',
-        "mpirun": "shift 4; OMPI_COMM_WORLD_RANK=9 OMPI_COMM_WORLD_SIZE=16 OMPI_COMM_WORLD_LOCAL_RANK=1 "
-        'OMPI_COMM_WORLD_LOCAL_SIZE=8 exec "$@"',
+        "python": 'echo "$MASTER_ADDR:$MASTER_PORT" "$@"',
+        "mpirun": 'shift 4; exec "$@"',
     }.items():
         (tmp_path / tool).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / tool).chmod(0o755)
-    run = tmp_path / "run"
-    if saved:
-        (run / "checkpoints").mkdir(parents=True)
-        (run / "checkpoints" / "LATEST").touch()
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CONFIG": "/data/my.yaml", "RUN_DIR": str(run)}
+    given = {"CONFIG": "/data/my.yaml", "RUN_DIR": "/data/runs/my", "NNODES": "2", "JOB_COMPLETION_INDEX": "1"}
     done = subprocess.run(
         [a.replace("/etc/mpi/hostfile", str(tmp_path / "hostfile")) for a in command],
-        env=env,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **given},
         capture_output=True,
         text=True,
         timeout=20,
     )
-    expected = f"-m fastft resume {run}" if saved else f"-m fastft train /data/my.yaml run.dir={run}"
-    ranks = "9/16 1/8 node-0.fastft:29500 " if "mpirun" in " ".join(command) else ""
-    assert done.stdout.strip() == ranks + expected, done.stderr
+    before = {
+        "job.yaml": "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr fastft-0.fastft --master-port 29500 "
+    }
+    ranks = "node-0.fastft:29500 " if "mpirun" in " ".join(command) else before.get(name, "")
+    expected = f"{ranks}-m fastft train --continue /data/my.yaml run.dir=/data/runs/my"
+    assert done.stdout.strip() == expected, done.stderr
