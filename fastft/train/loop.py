@@ -74,6 +74,7 @@ def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) ->
     health.check_agreement(config, job.train.data.key, ranks)
     health.check_shared(run_dir, ranks)
     assemble.add_model(job)
+    zero.check_layers(job.model, config, ranks)
     assemble.add_optimizer(job)
     assert job.optimizer is not None and job.spec is not None
     layout = zero.layout(job.model, job.optimizer)

@@ -213,6 +213,22 @@ class _Asked(dict):
         return super().__contains__(key)
 
 
+LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+
+
+def check_layers(model: Any, config: Config, ranks: Ranks) -> None:
+    """UserError for layers that are left out at random (LayerDrop) where ranks must take the same ones: they reduce and
+    gather what they hold in one order, and would wait for each other for ever or sum different layers.
+    """
+    found = [name for name in LAYERDROP if getattr(model.config, name, 0)]
+    if found and config.parallel.zero and not ranks.alone:
+        raise UserError(
+            f"{type(model).__name__}: {found[0]} = {getattr(model.config, found[0])} drops other layers on every rank, "
+            f"which ZeRO {config.parallel.zero} cannot do.",
+            f"Set {found[0]} to 0 in the model's config.json, or parallel.zero: 0.",
+        )
+
+
 def layout(model: torch.nn.Module, optimizer: ClientOptimizer) -> str:
     """A digest of the trained parameters in the optimizer's order, by group: what a flat shard's positions mean."""
     names = {parameter: name for name, parameter in model.named_parameters()}

@@ -1,6 +1,11 @@
 """What ranks check of each other, on real ranks with the real fault."""
 
 import json
+import os
+import shlex
+import sys
+
+import pytest
 
 import launch
 
@@ -96,3 +101,26 @@ def test_trace_names_the_documents_of_a_step(lm_config, classification_config, t
         assert (launch.Path(where)).is_file() and int(line) >= 1
     code, output = launch.fastft("trace", path, "--step", "99", check=False)
     assert code == 1 and "the run has steps 1 to 4" in output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a disk of a test's own needs root")
+def test_a_run_folder_that_is_not_shared_is_found_before_training(lm_config, tmp_path):
+    """Rank 1 sees another disk there."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    lm_config["run"]["dir"] = str(shared / "run")
+    lm_config["data"]["cache"] = str(tmp_path / "prepared")
+    path, port = launch.write_config(tmp_path / "c.yaml", lm_config), str(launch.free_port())
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0"}
+    code = (
+        "from fastft.train import health; health.SHARED_SECONDS = 2.0; from fastft.cli.main import command; command()"
+    )
+    train = [sys.executable, "-c", code, "train", str(path)]
+    mounted = f"mount -t tmpfs t {shared} && exec {shlex.join(train)}"
+    commands = (train, ["unshare", "-m", "bash", "-c", mounted])
+    processes = [launch.start(c, {**place, "RANK": str(r)}) for r, c in enumerate(commands)]
+    for rank, process in enumerate(processes):
+        output = launch.finish(process, 90)
+        assert process.returncode == 1 and "Traceback" not in output, output
+        assert "is not the folder that rank 0 writes to for rank 1 on" in output, (rank, output)
+    assert not list((shared / "run").glob(".ranks-*")) and not (shared / "run" / "metrics.jsonl").exists()

@@ -107,3 +107,19 @@ def test_a_sign_of_life_only_while_the_disk_answers(tmp_path, monkeypatch, answe
     saver.settle(7)
     assert sum(0.3 < at < 1.7 for at in turns) > 20
     assert any(0.3 < at < 1.7 for at in beats) is answers
+
+
+def test_waiting_is_no_sign_of_life():
+    """A rank that waits for the others' files beats only while some rank's write gets on."""
+    beats = []
+    rounds = iter([(1, 5), (1, 5), (1, 9), (1, 9), (1, 9), (0, 9)])  # ranks that write, and what all have written
+    writer = SimpleNamespace(busy=lambda: True, moved=0, problem="")
+    ranks = SimpleNamespace(sum=lambda _: next(rounds), max=lambda values: values)
+    saver = SimpleNamespace(
+        writer=writer,
+        heart=SimpleNamespace(beat=beats.append),
+        job=SimpleNamespace(ranks=ranks),
+        agreed=lambda: 0,
+    )
+    Saver.settle(saver, 7)
+    assert beats == [7, 7]

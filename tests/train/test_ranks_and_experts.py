@@ -75,3 +75,22 @@ def test_weights_that_transformers_keeps_in_float32(lm_config, tmp_path, zero):
     assert {name.rpartition("mlp.")[2] for name in kept} == {"gate.weight", "gate.e_score_correction_bias"}
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert all(np.isfinite(losses(tmp_path / "run")))
+
+
+def test_layers_dropped_at_random_on_ranks_that_share_them(lm_config):
+    from types import SimpleNamespace
+
+    from fastft import config as configuration
+    from fastft.errors import UserError
+    from fastft.ranks import Ranks
+    from fastft.zero.engine import check_layers
+
+    model = SimpleNamespace(config=transformers.BartConfig(encoder_layerdrop=0.1))
+    for zero, world, refused in ((0, 2, False), (1, 1, False), (1, 2, True), (3, 2, True)):
+        config = configuration.validate({**lm_config, "parallel": {"zero": zero}})
+        ranks = Ranks(0, world, 0, world, torch.device("cpu"))
+        if refused:
+            with pytest.raises(UserError, match=r"encoder_layerdrop = 0.1(.|\n)*parallel.zero: 0"):
+                check_layers(model, config, ranks)
+        else:
+            check_layers(model, config, ranks)
