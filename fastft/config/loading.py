@@ -4,15 +4,15 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError
 
 from fastft import rooms
-from fastft.config.base import PathKind, Section, extended, member_field, short_list, specialized
+from fastft.config.base import PathKind, Section, extended, short_list, specialized
+from fastft.config.reference import instead
 from fastft.config.sections import Config, Data, Loss, Optim, Run, Trackers
 from fastft.errors import UserError, did_you_mean
 
@@ -187,30 +187,6 @@ def _named(registry, name: Any, key: str, problems: list[str]):
         return None
 
 
-@lru_cache
-def full_class() -> type[Config]:
-    """``Config`` with everything that there is, for the schema."""
-
-    def every(base: type[Section]) -> type[Section]:
-        names = base.members.names() if base.members else []
-        fields = {name: member_field(base.members, name) for name in names if base.members}
-        return extended(base, **fields) if fields else base
-
-    tasks = [rooms.TASKS.get(name) for name in rooms.TASKS.names()]
-    optimizers = [rooms.OPTIMIZERS.get(name) for name in rooms.OPTIMIZERS.names()]
-    either = Union.__getitem__  # of as many as there are
-    fields: dict[str, Any] = {
-        "data": (either(tuple(task.Data for task in tasks)), Data()),
-        "loss": (either(tuple(every(task.Loss) for task in tasks)), Loss()),
-        "optim": (either(tuple(every(optimizer.Settings) for optimizer in optimizers)), Optim()),
-    }
-    for key in ("model", "train", "run"):
-        field = Config.model_fields[key]
-        kind = every(field.annotation)  # type: ignore[arg-type]
-        fields[key] = (kind, field.default if not field.is_required() else ...)
-    return create_model("Config", __base__=Config, **fields)
-
-
 def dump(config: Config) -> str:
     """The whole configuration, defaults included, as YAML that ``load`` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -330,7 +306,7 @@ def _apply_override(raw: dict, override: str) -> None:
 def _explain(error: Any, cls: type[Section]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key. {did_you_mean(str(error['loc'][-1]), _keys_at(error['loc'][:-1], cls))}"
+        return f"{key}: unknown key. {instead(key, _keys_at(error['loc'][:-1], cls))}"
     if error["type"] == "missing":
         return f"{key}: required, but not there."
     message = error["msg"].removeprefix("Value error, ")
