@@ -26,6 +26,7 @@ def changed(changes: dict) -> dict:
 
 
 GOOD = [
+    {"model": "some/hub-id"},
     {"data.train": "x.csv"},
     {"data.train": ["a.csv", {"path": "b.csv", "format": "csv"}]},
     {"data.train": {"path": "b", "header": ["text", "label"]}},
