@@ -3,7 +3,7 @@ no torch.
 """
 
 from fastft.config.base import InputPath, OutputPath, Section
-from fastft.config.loading import absolute, dump, inputs, load, load_run, run_dir, section, validate
+from fastft.config.loading import absolute, dump, inputs, load, load_either, load_run, run_dir, section, validate
 from fastft.config.schema import json_schema
 from fastft.config.sections import (
     Batch,
@@ -41,6 +41,7 @@ __all__ = [
     "inputs",
     "json_schema",
     "load",
+    "load_either",
     "load_run",
     "run_dir",
     "section",

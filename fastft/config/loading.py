@@ -53,16 +53,19 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = Fals
 def read(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     """The mapping in a YAML file with its overrides, not validated. Raises UserError."""
     path = Path(path)
+    if path.is_dir():
+        raise _a_folder(path)
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
         raise UserError(f"{path}: no such configuration file.", near)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        raw = _parsed(path.read_text(encoding="utf-8"), str(path))
     except BROKEN_YAML as e:
         raise UserError(f"{path}: not valid YAML: {e}") from None
     if not isinstance(raw, dict):
         raise UserError(
-            f"{path}: expected a mapping of sections, got {type(raw).__name__}.", "See configs/ for examples."
+            f"{path}: expected a mapping of sections, got {type(raw).__name__}.",
+            "`fastft config init TASK` prints one to start from.",
         )
     for override in overrides:
         _apply_override(raw, override)
@@ -73,11 +76,40 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of the run in a folder, wherever the folder was moved to. UserError when it holds no run."""
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
+        why = "no config.yaml" if folder.is_dir() else "it is not there"
+        near = [str(run) for run in (*_runs_in(folder), *_runs_in(folder.parent))]
+        hint = f"Runs near it: {', '.join(near[:10])}." if near else ""
         raise UserError(
-            f"{folder}: not a run folder (no config.yaml).", "Give the run.dir of a run that `fastft train` began."
+            f"{folder}: not a run folder ({why}).", hint or "Give the run.dir of a run that `fastft train` began."
         )
     config = load(folder / "config.yaml", overrides, stored=True)
     return config.changed(run=config.run.changed(dir=str(folder)))
+
+
+def load_either(target: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, bool]:
+    """The configuration of a run folder or of a YAML file, and whether it is a run's. UserError when it is neither."""
+    path = Path(target)
+    if path.is_file() or (path.suffix in (".yaml", ".yml") and not path.is_dir()):
+        return load(path, overrides), False
+    return load_run(path, overrides), True
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The runs in a folder, newest first."""
+    files = [file for file in folder.glob("*/config.yaml") if (file.parent / "metrics.jsonl").is_file()]
+    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)]
+
+
+def _a_folder(path: Path) -> UserError:
+    """What to do with a folder that stands where a configuration file belongs."""
+    message = f"{path}: is a folder, not a configuration file."
+    if (path / "config.yaml").is_file():
+        return UserError(
+            message,
+            f"It is a run's: fastft resume {path} goes on with it; {path / 'config.yaml'} is its configuration.",
+        )
+    files = sorted(str(file) for file in path.glob("*.y*ml"))
+    return UserError(message, f"In it there are: {', '.join(files[:20])}." if files else "Give a YAML file.")
 
 
 def run_dir(path: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -129,7 +161,7 @@ def _validated(cls: type[S], raw: dict, where: str, problems: list[str]) -> S:
         lines = "\n".join(f"  {line}" for line in problems)
         raise UserError(
             f"{where}: {len(problems)} mistake{'s' * (len(problems) > 1)}:\n{lines}",
-            "`fastft config schema` lists every key with its meaning.",
+            "`fastft config explain KEY` says what a key means.",
         )
     return found
 
@@ -272,12 +304,22 @@ _UniqueKeyLoader.add_implicit_resolver(
 )
 
 
+def _parsed(text: str, name: str) -> Any:
+    """``name``: what errors call the text. Raises what ``BROKEN_YAML`` lists."""
+    loader = _UniqueKeyLoader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def _apply_override(raw: dict, override: str) -> None:
     key, eq, text = override.partition("=")
     if not eq or not key:
         raise UserError(f"Override {override!r} is not of the form section.key=value.", "For example: optim.lr=2e-5")
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
+        value = _parsed(text, f"{key}=")
     except BROKEN_YAML as e:
         raise UserError(f"Override {override!r}: the value is not valid YAML: {e}") from None
     *parents, last = key.split(".")

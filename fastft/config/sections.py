@@ -67,6 +67,9 @@ class Source(Section):
     header: list[str] | None = Field(
         None, description="csv, tsv, conll: column names of a file that has no header line."
     )
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="csv, tsv: what separates cells; default: a comma, a tab."
+    )
     quoting: Literal["standard", "none"] = Field(
         "standard", description="csv/tsv: 'none' takes quote characters as text."
     )
