@@ -39,3 +39,5 @@ def run(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt = Fa
         f"{report['trained']:,} trained.{new}",
         highlight=False,
     )
+    for sentence in report["advice"]:
+        out.print(f"warning: {sentence}", highlight=False, markup=False)
