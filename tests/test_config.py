@@ -189,3 +189,18 @@ def test_paths_are_expanded_as_a_shell_does(monkeypatch, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("task: causal_lm\nrun: {dir: ~/x}\n")
     assert config.run_dir(path) == tmp_path / "x"
+
+
+def test_patterns_in_paths(tmp_path, monkeypatch):
+    for name in ("b.jsonl", "a.jsonl", "c.txt", "[x].csv"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    raw = {
+        **MINIMAL,
+        "data": {"train": ["*.jsonl", "[x].csv"], "eval": {"dev": {"path": "?.txt", "documents": "line"}}},
+    }
+    loaded = load(tmp_path, raw)
+    assert [s.path for s in loaded.data.train] == ["a.jsonl", "b.jsonl", "[x].csv"]  # the last is a file's own name
+    assert loaded.data.eval["dev"] == [config.Source(path="c.txt", documents="line")]
+    with pytest.raises(UserError, match=r"c.yaml: data.eval.eval: \*\*/\*.parquet: no file matches"):
+        load(tmp_path, {**MINIMAL, "data": {"eval": "**/*.parquet"}})

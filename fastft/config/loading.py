@@ -1,5 +1,6 @@
 """From a YAML file and dotted overrides to a checked configuration, and back."""
 
+import glob
 import logging
 import os
 import re
@@ -11,16 +12,14 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from fastft import rooms
-from fastft.config.base import PathKind, Section, extended, short_list, specialized
+from fastft.config.base import PathKind, Section, extended, specialized
+from fastft.config.reading import read
 from fastft.config.reference import instead
-from fastft.config.sections import Config, Data, Loss, Optim, Run, Trackers
+from fastft.config.sections import Config, Data, Loss, Optim, Run, Source
 from fastft.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Section)
-
-# PyYAML lets through what int(), datetime() and Python's stack say of a value; UnicodeDecodeError is a ValueError.
-BROKEN_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 # What fastft 0.1.0 stored in every run's config.yaml, whatever the task and the optimizer were.
 STORED_BY_0_1 = {
@@ -48,28 +47,6 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = Fals
     if stored:
         raw = _without_stored_defaults(raw)
     return validate(raw, str(path))
-
-
-def read(path: str | Path, overrides: Sequence[str] = ()) -> dict:
-    """The mapping in a YAML file with its overrides, not validated. Raises UserError."""
-    path = Path(path)
-    if path.is_dir():
-        raise _a_folder(path)
-    if not path.is_file():
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-        raise UserError(f"{path}: no such configuration file.", near)
-    try:
-        raw = _parsed(path.read_text(encoding="utf-8"), str(path))
-    except BROKEN_YAML as e:
-        raise UserError(f"{path}: not valid YAML: {e}") from None
-    if not isinstance(raw, dict):
-        raise UserError(
-            f"{path}: expected a mapping of sections, got {type(raw).__name__}.",
-            "`fastft config init TASK` prints one to start from.",
-        )
-    for override in overrides:
-        _apply_override(raw, override)
-    return raw
 
 
 def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -100,18 +77,6 @@ def _runs_in(folder: Path) -> list[Path]:
     return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)]
 
 
-def _a_folder(path: Path) -> UserError:
-    """What to do with a folder that stands where a configuration file belongs."""
-    message = f"{path}: is a folder, not a configuration file."
-    if (path / "config.yaml").is_file():
-        return UserError(
-            message,
-            f"It is a run's: fastft resume {path} goes on with it; {path / 'config.yaml'} is its configuration.",
-        )
-    files = sorted(str(file) for file in path.glob("*.y*ml"))
-    return UserError(message, f"In it there are: {', '.join(files[:20])}." if files else "Give a YAML file.")
-
-
 def run_dir(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """``run.dir`` of a configuration, nothing else of which is looked at: a launcher needs no task."""
     run = read(path, overrides).get("run") or {}
@@ -126,7 +91,9 @@ def validate(raw: dict, where: str = "config") -> Config:
     problems: list[str] = []
     cls = config_class(raw, problems)
     raw = _renamed(cls, raw)
-    return expanded(_validated(cls, raw, where, problems), where)
+    found = expanded(_validated(cls, raw, where, problems), where)
+    sets = {name: globbed(sources, f"{where}: data.eval.{name}") for name, sources in found.data.eval.items()}
+    return found.changed(data=found.data.changed(train=globbed(found.data.train, f"{where}: data.train"), eval=sets))
 
 
 def expanded(found: S, where: str) -> S:
@@ -145,6 +112,25 @@ def expanded(found: S, where: str) -> S:
         return new
 
     return found.with_paths(whole) if any("$" in path or path.startswith("~") for path in keys) else found
+
+
+def globbed(sources: list[Source], where: str) -> list[Source]:
+    """Each source whose path is a pattern (``data/*.jsonl``) as those of the files and folders that it matches, sorted.
+
+    They are what a run keeps: files that come later are no part of it. Raises UserError for a pattern without a match.
+    """
+    found = []
+    for source in sources:
+        if not glob.has_magic(source.path) or Path(source.path).exists():
+            found.append(source)
+            continue
+        paths = sorted(glob.glob(source.path, recursive=True))
+        if not paths:
+            raise UserError(
+                f"{where}: {source.path}: no file matches.", "In it, * is any text, ? a character, ** folders."
+            )
+        found += [source.changed(path=path) for path in paths]
+    return found
 
 
 def section(kind: type[S], raw: dict, where: str) -> S:
@@ -272,77 +258,6 @@ def _without_stored_defaults(raw: dict) -> dict:
         if isinstance(raw.get(name), dict):
             raw[name] = {k: v for k, v in raw[name].items() if k not in keys or k in kind.model_fields}
     return raw
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """yaml.SafeLoader that refuses a key written twice (YAML itself would keep the last in silence), and reads 2e-5
-    as a number.
-    """
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (dict, list, set)):
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"a {type(key).__name__} stands where a key belongs (a template's braces?)",
-                    key_node.start_mark,
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 takes 2e-5 for a string, since it wants a dot and a sign; every fine-tuning file has one.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _parsed(text: str, name: str) -> Any:
-    """``name``: what errors call the text. Raises what ``BROKEN_YAML`` lists."""
-    loader = _UniqueKeyLoader(text)
-    loader.name = name
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def _apply_override(raw: dict, override: str) -> None:
-    key, eq, text = override.partition("=")
-    if not eq or not key:
-        raise UserError(f"Override {override!r} is not of the form section.key=value.", "For example: optim.lr=2e-5")
-    try:
-        value = _parsed(text, f"{key}=")
-    except BROKEN_YAML as e:
-        raise UserError(f"Override {override!r}: the value is not valid YAML: {e}") from None
-    *parents, last = key.split(".")
-    node = raw
-    for name in parents:
-        child = node.setdefault(name, {})
-        if name == "trackers" and isinstance(child, (str, list)):
-            child = node[name] = short_list(Trackers, child)
-        if child is None or child is True:
-            child = node[name] = {}
-        if not isinstance(child, dict):
-            shown = child if isinstance(child, (str, int, float)) else f"a {type(child).__name__}"
-            raise UserError(
-                f"Override {override!r}: {name!r} is {shown} in the file, not a section.",
-                f"Write it there as a mapping: {name}: {{{last}: ...}}",
-            )
-        node = child
-    if parents == ["data"]:  # an override by an older name beside the file's newer one, or the other way round
-        for names in Data.aliases.items():
-            if last in names:
-                node.pop(names[0], None)
-                node.pop(names[1], None)
-    node[last] = value
 
 
 def _explain(error: Any, cls: type[Section]) -> str:

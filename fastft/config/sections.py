@@ -55,7 +55,9 @@ class Model(Section):
 class Source(Section):
     """Where rows are read from."""
 
-    path: InputPath = Field(description="File, folder of files, or a data set saved by Hugging Face datasets.")
+    path: InputPath = Field(
+        description="File, folder of files, or a data set saved by Hugging Face datasets; or a pattern: data/*.jsonl."
+    )
     format: str = Field(
         "auto", description="txt, jsonl, json, csv, tsv, parquet, conll, hf; auto goes by the name (.gz allowed)."
     )

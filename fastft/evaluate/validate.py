@@ -6,6 +6,7 @@ from fastft import assemble
 from fastft.config import Config
 from fastft.data import prepared
 from fastft.train.advice import advice
+from fastft.train.footprint import footprint
 from fastft.train.record import parameters
 from fastft.train.schedule import Schedule
 from fastft.zero import engine
@@ -19,7 +20,7 @@ def validate_run(config: Config) -> dict:
     -------
     dict
         ``splits`` (by name: sequences, tokens, fill, counts), ``data`` (sentences on the training set), ``advice``
-        (sentences on settings that make little sense), ``steps``,
+        (sentences on settings that make little sense), ``footprint`` (bytes, see ``Footprint``), ``steps``,
         ``sequences_per_step``, ``max_length``,
         ``parameters``, ``trained``, ``newly_initialized``.
     """
@@ -39,6 +40,7 @@ def validate_run(config: Config) -> dict:
         "splits": report,
         "data": job.task.describe(job.train),
         "advice": advice(job, schedule),
+        "footprint": footprint(job, schedule).as_dict(),
         "steps": schedule.total,
         "sequences_per_step": schedule.size,
         "max_length": job.task.max_length,
