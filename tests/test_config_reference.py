@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 
+import launch
 from fastft import config as configuration
 from fastft import rooms
 from fastft.config.example import example
@@ -78,6 +79,18 @@ def test_names_of_other_trainers_lead_to_keys_that_are_there(name):
         r"\b(?:model|data|batch|optim|loss|train|parallel|checkpoint|run)\.[a-z_.]*[a-z_]", ours(name)
     ):
         assert path in PATHS | {"run.dir"}, path
+
+
+def test_the_page_for_those_who_come_from_elsewhere():
+    """Its keys are there, and what it calls theirs is told ours by the loader, too."""
+    text = (launch.ROOT / "docs" / "coming_from.md").read_text()
+    table = text.partition("## Keys")[2].partition("## Commands")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 25
+    for *theirs, here in rows:
+        assert {path.partition(":")[0] for path in re.findall(r"`([^`]+)`", here)} <= PATHS, here
+        names = {name for cell in theirs for name in re.findall(r"`([^`]+)`", cell)}
+        assert names <= set(FOREIGN), names - set(FOREIGN)
 
 
 @pytest.mark.parametrize(
