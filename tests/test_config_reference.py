@@ -27,6 +27,7 @@ PATHS = {key.path for key in keys()}
         ("data.label", None, ["task: classification", "default:   label"]),
         ("data.labels", None, ["File with one label", "task: token_classification"]),  # of two tasks, in two ways
         ("data.eval.dev.format", None, ["data.train.format", "jsonl"]),
+        ("data.overlength", None, ["data.truncation"]),  # an older name
         ("data", "classification", ["multi_label", "max_length"]),
         ("model.lora", None, ["rank", "alpha", "default:   null"]),
         ("run.trackers.wandb.project", None, ["default:   fastft"]),

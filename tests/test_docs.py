@@ -44,7 +44,7 @@ def test_yaml_blocks_are_configurations(page, block):
 def test_written_pages_are_current(path):
     _, text = launch.fastft("config", WRITTEN[path])
     same = text.splitlines() == path.read_text().splitlines()
-    assert same, f"write it again: fastft config {WRITTEN[path]} > {path.relative_to(ROOT)}"
+    assert same, f"write it again: make reference, or fastft config {WRITTEN[path]} > {path.relative_to(ROOT)}"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")

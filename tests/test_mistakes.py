@@ -89,7 +89,7 @@ CONFIG: dict[str, tuple[dict, list[str]]] = {
     "key of another task": ({"data.packing": "none"}, ["data.packing: unknown key"]),
     "key of another optimizer": ({"optim.momentum": 0.9}, ["optim.momentum: unknown key"]),
     "unknown task": ({"task": "clasification"}, ["unknown task 'clasification'", "Did you mean 'classification'"]),
-    "no task": ({"task": REMOVE}, ["task: required"]),
+    "no task": ({"task": REMOVE}, ["task: required", "classification, masked_lm"]),
     "task is a list": ({"task": ["classification"]}, ["task"]),
     "no model": ({"model": REMOVE}, ["model: required"]),
     "no path of a model": ({"model": {"dtype": "fp32"}}, ["model.path: required"]),

@@ -201,7 +201,7 @@ def in_words(schema: dict) -> str:
         return " or ".join(dict.fromkeys(in_words(part) for part in schema["anyOf"]))
     if "enum" in schema or "const" in schema:
         return " or ".join(shown(value) for value in schema.get("enum", [schema.get("const")]))
-    kind = schema.get("type", "any value")
+    kind = "mapping" if "$ref" in schema else schema.get("type", "any value")
     kind = {"null": "null", "array": "list", "object": "mapping"}.get(*[kind if isinstance(kind, str) else kind[0]] * 2)
     items = schema.get("items")
     if kind == "list" and isinstance(items, list):

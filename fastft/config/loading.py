@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fastft import rooms
 from fastft.config.base import PathKind, Section, extended, specialized
+from fastft.config.keys import NAMES
 from fastft.config.reading import read
 from fastft.config.reference import instead
 from fastft.config.sections import Config, Data, Loss, Optim, Run, Source
@@ -265,7 +266,8 @@ def _explain(error: Any, cls: type[Section]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key. {instead(key, _keys_at(error['loc'][:-1], cls))}"
     if error["type"] == "missing":
-        return f"{key}: required, but not there."
+        known = f" Known: {', '.join(NAMES[key].names())}." if key in NAMES else ""
+        return f"{key}: required, but not there.{known}"
     message = error["msg"].removeprefix("Value error, ")
     shown = repr(error.get("input"))
     if error["type"] == "value_error" or len(shown) > 80:

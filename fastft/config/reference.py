@@ -7,6 +7,7 @@ import textwrap
 
 from fastft.config.foreign import FOREIGN, ours
 from fastft.config.keys import PARTS, Key, keys
+from fastft.config.sections import Data
 from fastft.errors import UserError, did_you_mean
 
 WIDTH = 100
@@ -28,7 +29,7 @@ def explain(path: str, task: str | None = None) -> str:
         No such key: names the nearest.
     """
     known = keys()
-    path = _without_set(path)
+    path = _today(path)
     found = [key for key in known if key.path == path and is_for(key, task)]
     if not found and path:
         raise _unknown(path, known, task)
@@ -38,10 +39,12 @@ def explain(path: str, task: str | None = None) -> str:
     return "\n\n".join(parts)
 
 
-def _without_set(path: str) -> str:
-    """An evaluation set's source is explained as that of the training data: data.eval.dev.format."""
-    parts = path.split(".")
-    return f"data.train.{parts[-1]}" if parts[:2] == ["data", "eval"] and len(parts) > 2 else path
+def _today(path: str) -> str:
+    """A key under its name of today; an evaluation set's source (data.eval.dev.format) is as the training data's."""
+    section, _, name = path.rpartition(".")
+    if section == "data":
+        return f"data.{Data.aliases.get(name, name)}"
+    return f"data.train.{name}" if section.startswith("data.eval.") else path
 
 
 def is_for(key: Key, task: str | None) -> bool:
