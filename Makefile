@@ -9,7 +9,7 @@ PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml fastft/__init__.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
-.PHONY: setup setup-test quickstart lint peers test test-long bench clean
+.PHONY: setup setup-test quickstart reference lint peers test test-long bench clean
 
 setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
@@ -43,6 +43,11 @@ test: setup-test
 
 test-long: setup-test
 	$(BIN)/python -m pytest -q -m long $(ARGS)
+
+# What the docs say of the configuration's keys, and the schema that configs name, after a key was added or changed.
+reference: setup
+	$(BIN)/fastft config schema > docs/config.schema.json
+	$(BIN)/fastft config reference > docs/config_reference.md
 
 # What CI runs beside the tests. ruff and clang-format are pinned: every machine formats alike.
 lint: setup

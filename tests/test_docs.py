@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -18,6 +19,8 @@ from fastft import rooms, track
 ROOT = launch.ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+SCHEMA = ROOT / "docs" / "config.schema.json"
+WRITTEN = {SCHEMA: "schema", ROOT / "docs" / "config_reference.md": "reference"}  # by `fastft config ...`
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -29,11 +32,26 @@ YAML = [(page, block) for page in PAGES for block in blocks(page, "yaml")]
 
 @pytest.mark.parametrize("page, block", YAML, ids=[f"{p.stem}-{i}" for i, (p, _) in enumerate(YAML)])
 def test_yaml_blocks_are_configurations(page, block):
-    """Parts of one are completed by what every run needs."""
+    """For the loader and for the schema; parts of one are completed by what every run needs."""
     raw = yaml.safe_load(block.replace("...", "x"))
     whole = {"task": "classification", "model": {"path": "x"}, **raw}
     whole["model"].setdefault("path", "x")
+    jsonschema.validate(whole, json.loads(SCHEMA.read_text()))
     configuration.validate(whole, str(page))
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda p: p.name)
+def test_written_pages_are_current(path):
+    _, text = launch.fastft("config", WRITTEN[path])
+    same = text.splitlines() == path.read_text().splitlines()
+    assert same, f"write it again: make reference, or fastft config {WRITTEN[path]} > {path.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_shipped_configs_fit_the_schema_that_they_name(path):
+    named = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", path.read_text().splitlines()[0])
+    assert named and (path.parent / named[1]).resolve() == SCHEMA
+    jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(SCHEMA.read_text()))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

@@ -89,7 +89,7 @@ CONFIG: dict[str, tuple[dict, list[str]]] = {
     "key of another task": ({"data.packing": "none"}, ["data.packing: unknown key"]),
     "key of another optimizer": ({"optim.momentum": 0.9}, ["optim.momentum: unknown key"]),
     "unknown task": ({"task": "clasification"}, ["unknown task 'clasification'", "Did you mean 'classification'"]),
-    "no task": ({"task": REMOVE}, ["task: required"]),
+    "no task": ({"task": REMOVE}, ["task: required", "classification, masked_lm"]),
     "task is a list": ({"task": ["classification"]}, ["task"]),
     "no model": ({"model": REMOVE}, ["model: required"]),
     "no path of a model": ({"model": {"dtype": "fp32"}}, ["model.path: required"]),
@@ -153,7 +153,7 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
     "tab": ("task:\tx\n\tmodel: y\n", ["not valid YAML", "line 1"]),
     "open bracket": ("task: [classification\n", ["not valid YAML"]),
     "template": ("task: {{ task }}\n", ["not valid YAML", "a key belongs"]),
-    "bad indentation": ("task: a\n  model: b\n", ["not valid YAML", "line 2"]),
+    "bad indentation": ("task: a\n  model: b\n", ["not valid YAML", 'c.yaml", line 2']),
 }
 
 # Name -> what the changes are, given the folder; found by `validate` when the data is read.
@@ -257,6 +257,18 @@ DATA: dict[str, tuple] = {
         lambda t: {"data.train": binary(t, "h.csv", b"good morning,a\ngood night,b\n")},
         ["h.csv", "no column 'text'"],
     ),
+    "CSV with semicolons": (
+        lambda t: {"data.train": binary(t, "s.csv", b"text;label\nx, and so on;a\ny;b\n")},
+        ["s.csv: has one column, 'text;label'", "separated by ;?", 'delimiter: ";"'],
+    ),
+    "CSV with tabs": (
+        lambda t: {"data.train": binary(t, "t.csv", b"text\tlabel\nx\ta\n")},
+        ["separated by tab?", r'delimiter: "\t"'],
+    ),
+    "TSV with commas": (
+        lambda t: {"data.train": binary(t, "t.tsv", b"text,label\nx,a\n")},
+        ["t.tsv: has one column", "separated by ,?"],
+    ),
     "CSV with a cell too many": (
         lambda t: {"data.train": binary(t, "c.csv", b"text,label\nx,a\ny,b,c\n")},
         ["c.csv:3"],
@@ -316,6 +328,54 @@ COMMANDS: dict[str, tuple] = {
     "override of a value's part": (lambda t: ["train", t / "c.yaml", "task.name=x"], 1, ["'task.name=x'", "section"]),
     "override that is no YAML": (lambda t: ["train", t / "c.yaml", "optim.lr=[1"], 1, ["not valid YAML"]),
     "override of an unknown key": (lambda t: ["train", t / "c.yaml", "optim.ir=1"], 1, ["optim.ir: unknown key"]),
+    "settings as options": (
+        lambda t: ["train", t / "c.yaml", "--optim.lr=5e-5"],
+        1,
+        ["--optim.lr=5e-5: a setting is given without --", "optim.lr=5e-5"],
+    ),
+    "settings as two options": (lambda t: ["train", t / "c.yaml", "--optim.lr", "5e-5"], 1, ["example: optim.lr=5e-5"]),
+    "another trainer's option": (
+        lambda t: ["train", t / "c.yaml", "--learning_rate", "5e-5"],
+        1,
+        ["no such option: --learning_rate. Here it is optim.lr."],
+    ),
+    "another trainer's option of launch": (
+        lambda t: ["launch", "train", t / "c.yaml", "--num-train-epochs=3"],
+        1,
+        ["Here it is train.epochs."],
+    ),
+    "a folder as configuration": (lambda t: ["validate", t], 1, ["is a folder, not a configuration file", "c.yaml"]),
+    "a run as configuration": (
+        lambda t: ["train", _run(t, "old")],
+        1,
+        ["old: is a folder", "fastft resume", "config.yaml is its configuration"],
+    ),
+    "eval of nothing": (
+        lambda t: ["eval", t / "nothing", _run(t, "old")][:2],
+        1,
+        ["nothing: not a run folder (it is not there)", "Runs near it", "old"],
+    ),
+    "eval of a configuration that is not there": (
+        lambda t: ["eval", t / "d.yaml"],
+        1,
+        ["d.yaml: no such configuration file", "Did you mean 'c.yaml'"],
+    ),
+    "eval of a run without a model": (
+        lambda t: ["eval", _run(t, "old")],
+        1,
+        ["old: holds no exported model", "fastft resume", "fastft export"],
+    ),
+    "trace of nothing": (lambda t: ["trace", t / "nothing"], 1, ["nothing: not a run folder (it is not there)"]),
+    "resume of a folder of runs": (
+        lambda t: ["resume", Path(_run(t, "old")).parent],
+        1,
+        ["not a run folder (no config.yaml)", "Runs near it", "old"],
+    ),
+    "launch's options after train": (
+        lambda t: ["launch", "train", t / "c.yaml", "--nproc", 2],
+        1,
+        ["--nproc is an option of launch: options go before train", "fastft launch --nproc 2 train"],
+    ),
     "resume of nothing": (lambda t: ["resume", t / "nothing"], 1, ["nothing: not a run folder"]),
     "export of nothing": (lambda t: ["export", t / "nothing", t / "out"], 1, ["nothing: not a run folder"]),
     "replay of nothing": (lambda t: ["replay", t / "nothing", "--step", "1"], 1, ["nothing"]),
@@ -356,6 +416,14 @@ def _folder(t: Path, name: str, *files: str) -> str:
     return str(t / name)
 
 
+def _run(t: Path, name: str) -> str:
+    """A folder that looks like an interrupted run's, of the configuration beside it."""
+    (t / name).mkdir()
+    (t / name / "config.yaml").write_text((t / "c.yaml").read_text())
+    (t / name / "metrics.jsonl").touch()
+    return str(t / name)
+
+
 def _pipe(t: Path, name: str) -> str:
     os.mkfifo(t / name)
     return str(t / name)
@@ -392,6 +460,7 @@ def test_no_configuration(tmp_path, capsys, name):
     (tmp_path / "c.yaml").write_text(text)
     code, err = said(capsys, "validate", tmp_path / "c.yaml")
     check(code, err, ["c.yaml", *parts], tmp_path)
+    assert "<unicode string>" not in err
 
 
 @pytest.mark.parametrize("name", DATA)

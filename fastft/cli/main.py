@@ -56,6 +56,9 @@ def _run(verb: str, arguments: list[str]) -> None:
     module = import_module(f"fastft.cli.verbs.{known[verb].stem}")
     app = getattr(module, "app", None)
     if app is None:
+        from fastft.cli.arguments import check
+
+        check(verb, module.run, arguments)
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         app.command(context_settings=getattr(module, "CONTEXT", None))(module.run)
     app(arguments, prog_name=f"fastft {verb}")

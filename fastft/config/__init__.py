@@ -3,7 +3,8 @@ no torch.
 """
 
 from fastft.config.base import InputPath, OutputPath, Section
-from fastft.config.loading import absolute, dump, full_class, inputs, load, load_run, run_dir, section, validate
+from fastft.config.loading import absolute, dump, inputs, load, load_either, load_run, run_dir, section, validate
+from fastft.config.schema import json_schema
 from fastft.config.sections import (
     Batch,
     Checkpoint,
@@ -37,9 +38,10 @@ __all__ = [
     "Train",
     "absolute",
     "dump",
-    "full_class",
     "inputs",
+    "json_schema",
     "load",
+    "load_either",
     "load_run",
     "run_dir",
     "section",

@@ -46,4 +46,6 @@ def _checked(value: Any) -> Any:
     return value
 
 
-Every = Annotated[Annotated[int, Field(ge=1)] | str, BeforeValidator(_checked)]
+Steps = Annotated[int, Field(ge=1)]
+Written = Annotated[str, Field(pattern=r"^ *([0-9]*\.?[0-9]+ *(s|m|min|h|d)|([0-9]*\.?[0-9]+ *)?[Ee]pochs?) *$")]
+Every = Annotated[Steps | str, BeforeValidator(_checked, json_schema_input_type=Steps | Written)]

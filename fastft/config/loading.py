@@ -1,26 +1,26 @@
 """From a YAML file and dotted overrides to a checked configuration, and back."""
 
+import glob
 import logging
 import os
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError
 
 from fastft import rooms
-from fastft.config.base import PathKind, Section, extended, member_field, short_list, specialized
-from fastft.config.sections import Config, Data, Loss, Optim, Run, Trackers
+from fastft.config.base import PathKind, Section, extended, specialized
+from fastft.config.keys import NAMES
+from fastft.config.reading import read
+from fastft.config.reference import instead
+from fastft.config.sections import Config, Data, Loss, Optim, Run, Source
 from fastft.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Section)
-
-# PyYAML lets through what int(), datetime() and Python's stack say of a value; UnicodeDecodeError is a ValueError.
-BROKEN_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 # What fastft 0.1.0 stored in every run's config.yaml, whatever the task and the optimizer were.
 STORED_BY_0_1 = {
@@ -50,34 +50,32 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = Fals
     return validate(raw, str(path))
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> dict:
-    """The mapping in a YAML file with its overrides, not validated. Raises UserError."""
-    path = Path(path)
-    if not path.is_file():
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-        raise UserError(f"{path}: no such configuration file.", near)
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except BROKEN_YAML as e:
-        raise UserError(f"{path}: not valid YAML: {e}") from None
-    if not isinstance(raw, dict):
-        raise UserError(
-            f"{path}: expected a mapping of sections, got {type(raw).__name__}.", "See configs/ for examples."
-        )
-    for override in overrides:
-        _apply_override(raw, override)
-    return raw
-
-
 def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of the run in a folder, wherever the folder was moved to. UserError when it holds no run."""
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
+        why = "no config.yaml" if folder.is_dir() else "it is not there"
+        near = [str(run) for run in (*_runs_in(folder), *_runs_in(folder.parent))]
+        hint = f"Runs near it: {', '.join(near[:10])}." if near else ""
         raise UserError(
-            f"{folder}: not a run folder (no config.yaml).", "Give the run.dir of a run that `fastft train` began."
+            f"{folder}: not a run folder ({why}).", hint or "Give the run.dir of a run that `fastft train` began."
         )
     config = load(folder / "config.yaml", overrides, stored=True)
     return config.changed(run=config.run.changed(dir=str(folder)))
+
+
+def load_either(target: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, bool]:
+    """The configuration of a run folder or of a YAML file, and whether it is a run's. UserError when it is neither."""
+    path = Path(target)
+    if path.is_file() or (path.suffix in (".yaml", ".yml") and not path.is_dir()):
+        return load(path, overrides), False
+    return load_run(path, overrides), True
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The runs in a folder, newest first."""
+    files = [file for file in folder.glob("*/config.yaml") if (file.parent / "metrics.jsonl").is_file()]
+    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)]
 
 
 def run_dir(path: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -94,7 +92,9 @@ def validate(raw: dict, where: str = "config") -> Config:
     problems: list[str] = []
     cls = config_class(raw, problems)
     raw = _renamed(cls, raw)
-    return expanded(_validated(cls, raw, where, problems), where)
+    found = expanded(_validated(cls, raw, where, problems), where)
+    sets = {name: globbed(sources, f"{where}: data.eval.{name}") for name, sources in found.data.eval.items()}
+    return found.changed(data=found.data.changed(train=globbed(found.data.train, f"{where}: data.train"), eval=sets))
 
 
 def expanded(found: S, where: str) -> S:
@@ -115,6 +115,25 @@ def expanded(found: S, where: str) -> S:
     return found.with_paths(whole) if any("$" in path or path.startswith("~") for path in keys) else found
 
 
+def globbed(sources: list[Source], where: str) -> list[Source]:
+    """Each source whose path is a pattern (``data/*.jsonl``) as those of the files and folders that it matches, sorted.
+
+    They are what a run keeps: files that come later are no part of it. Raises UserError for a pattern without a match.
+    """
+    found = []
+    for source in sources:
+        if not glob.has_magic(source.path) or Path(source.path).exists():
+            found.append(source)
+            continue
+        paths = sorted(glob.glob(source.path, recursive=True))
+        if not paths:
+            raise UserError(
+                f"{where}: {source.path}: no file matches.", "In it, * is any text, ? a character, ** folders."
+            )
+        found += [source.changed(path=path) for path in paths]
+    return found
+
+
 def section(kind: type[S], raw: dict, where: str) -> S:
     """One section of a configuration from a plain mapping; errors as in ``validate``."""
     return _validated(kind, raw, where, [])
@@ -129,7 +148,7 @@ def _validated(cls: type[S], raw: dict, where: str, problems: list[str]) -> S:
         lines = "\n".join(f"  {line}" for line in problems)
         raise UserError(
             f"{where}: {len(problems)} mistake{'s' * (len(problems) > 1)}:\n{lines}",
-            "`fastft config schema` lists every key with its meaning.",
+            "`fastft config explain KEY` says what a key means.",
         )
     return found
 
@@ -187,30 +206,6 @@ def _named(registry, name: Any, key: str, problems: list[str]):
         return None
 
 
-@lru_cache
-def full_class() -> type[Config]:
-    """``Config`` with everything that there is, for the schema."""
-
-    def every(base: type[Section]) -> type[Section]:
-        names = base.members.names() if base.members else []
-        fields = {name: member_field(base.members, name) for name in names if base.members}
-        return extended(base, **fields) if fields else base
-
-    tasks = [rooms.TASKS.get(name) for name in rooms.TASKS.names()]
-    optimizers = [rooms.OPTIMIZERS.get(name) for name in rooms.OPTIMIZERS.names()]
-    either = Union.__getitem__  # of as many as there are
-    fields: dict[str, Any] = {
-        "data": (either(tuple(task.Data for task in tasks)), Data()),
-        "loss": (either(tuple(every(task.Loss) for task in tasks)), Loss()),
-        "optim": (either(tuple(every(optimizer.Settings) for optimizer in optimizers)), Optim()),
-    }
-    for key in ("model", "train", "run"):
-        field = Config.model_fields[key]
-        kind = every(field.annotation)  # type: ignore[arg-type]
-        fields[key] = (kind, field.default if not field.is_required() else ...)
-    return create_model("Config", __base__=Config, **fields)
-
-
 def dump(config: Config) -> str:
     """The whole configuration, defaults included, as YAML that ``load`` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -266,73 +261,13 @@ def _without_stored_defaults(raw: dict) -> dict:
     return raw
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """yaml.SafeLoader that refuses a key written twice (YAML itself would keep the last in silence), and reads 2e-5
-    as a number.
-    """
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (dict, list, set)):
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"a {type(key).__name__} stands where a key belongs (a template's braces?)",
-                    key_node.start_mark,
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 takes 2e-5 for a string, since it wants a dot and a sign; every fine-tuning file has one.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _apply_override(raw: dict, override: str) -> None:
-    key, eq, text = override.partition("=")
-    if not eq or not key:
-        raise UserError(f"Override {override!r} is not of the form section.key=value.", "For example: optim.lr=2e-5")
-    try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except BROKEN_YAML as e:
-        raise UserError(f"Override {override!r}: the value is not valid YAML: {e}") from None
-    *parents, last = key.split(".")
-    node = raw
-    for name in parents:
-        child = node.setdefault(name, {})
-        if name == "trackers" and isinstance(child, (str, list)):
-            child = node[name] = short_list(Trackers, child)
-        if child is None or child is True:
-            child = node[name] = {}
-        if not isinstance(child, dict):
-            shown = child if isinstance(child, (str, int, float)) else f"a {type(child).__name__}"
-            raise UserError(
-                f"Override {override!r}: {name!r} is {shown} in the file, not a section.",
-                f"Write it there as a mapping: {name}: {{{last}: ...}}",
-            )
-        node = child
-    if parents == ["data"]:  # an override by an older name beside the file's newer one, or the other way round
-        for names in Data.aliases.items():
-            if last in names:
-                node.pop(names[0], None)
-                node.pop(names[1], None)
-    node[last] = value
-
-
 def _explain(error: Any, cls: type[Section]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key. {did_you_mean(str(error['loc'][-1]), _keys_at(error['loc'][:-1], cls))}"
+        return f"{key}: unknown key. {instead(key, _keys_at(error['loc'][:-1], cls))}"
     if error["type"] == "missing":
-        return f"{key}: required, but not there."
+        known = f" Known: {', '.join(NAMES[key].names())}." if key in NAMES else ""
+        return f"{key}: required, but not there.{known}"
     message = error["msg"].removeprefix("Value error, ")
     shown = repr(error.get("input"))
     if error["type"] == "value_error" or len(shown) > 80:

@@ -5,9 +5,9 @@ Field descriptions are the documentation: ``fastft config schema`` prints them a
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from fastft import rooms
 from fastft.config.base import InputPath, OutputPath, Section
@@ -55,7 +55,9 @@ class Model(Section):
 class Source(Section):
     """Where rows are read from."""
 
-    path: InputPath = Field(description="File, folder of files, or a data set saved by Hugging Face datasets.")
+    path: InputPath = Field(
+        description="File, folder of files, or a data set saved by Hugging Face datasets; or a pattern: data/*.jsonl."
+    )
     format: str = Field(
         "auto", description="txt, jsonl, json, csv, tsv, parquet, conll, hf; auto goes by the name (.gz allowed)."
     )
@@ -67,9 +69,40 @@ class Source(Section):
     header: list[str] | None = Field(
         None, description="csv, tsv, conll: column names of a file that has no header line."
     )
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="csv, tsv: what separates cells; default: a comma, a tab."
+    )
     quoting: Literal["standard", "none"] = Field(
         "standard", description="csv/tsv: 'none' takes quote characters as text."
     )
+
+
+def _sources(value: Any) -> Any:
+    """A path, a source, or a list of either, as a list of sources."""
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    return [{"path": v} if isinstance(v, str) else v for v in values]
+
+
+def _eval_sets(evals: Any) -> Any:
+    """Sets by name; sources without a name are the set 'eval'."""
+    if evals is None:
+        return {}
+    if isinstance(evals, (str, list)):
+        evals = {"eval": evals}
+    if isinstance(evals, dict):
+        if isinstance(evals.get("path"), str):  # one source written out, not a dict of sets
+            evals = {"eval": evals}
+        evals = {name: _sources(value) for name, value in evals.items()}
+    return evals
+
+
+_Given = str | Source | list[str | Source] | None  # what a file may say for a list of sources
+Sources = Annotated[list[Source], BeforeValidator(_sources, json_schema_input_type=_Given)]
+EvalSets = Annotated[
+    dict[str, list[Source]], BeforeValidator(_eval_sets, json_schema_input_type=_Given | dict[str, _Given])
+]
 
 
 class Order(Section):
@@ -87,8 +120,8 @@ class Data(Section):
 
     aliases: ClassVar = {"overlength": "truncation"}
 
-    train: list[Source] = Field([], description="Training sources: a path, a list of paths, or a list of sources.")
-    eval: dict[str, list[Source]] = Field({}, description="Evaluation sets by name (a bare path is named 'eval').")
+    train: Sources = Field([], description="Training sources: a path, a list of paths, or a list of sources.")
+    eval: EvalSets = Field({}, description="Evaluation sets by name (a bare path is named 'eval').")
     max_length: int | None = Field(
         None, ge=2, description="Longest sequence in tokens; default: the model's limit, at most 1024."
     )
@@ -98,32 +131,6 @@ class Data(Section):
     cache: OutputPath | None = Field(None, description="Where prepared data goes; default: <run.dir>/prepared.")
     order: SerializeAsAny[Order] = Field(Order(), description="The sample order, by name, with its settings.")
     seed: int = Field(17, ge=0, lt=1 << 63, description="Seed of the sample order.")
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _train_sources(cls, value: Any) -> Any:
-        return _sources(value)
-
-    @field_validator("eval", mode="before")
-    @classmethod
-    def _eval_sources(cls, evals: Any) -> Any:
-        if evals is None:
-            return {}
-        if isinstance(evals, (str, list)):
-            evals = {"eval": evals}
-        if isinstance(evals, dict):
-            if isinstance(evals.get("path"), str):  # one source written out, not a dict of sets
-                evals = {"eval": evals}
-            evals = {name: _sources(value) for name, value in evals.items()}
-        return evals
-
-
-def _sources(value: Any) -> Any:
-    """A path, a source, or a list of either, as a list of sources."""
-    if value is None:
-        return []
-    values = value if isinstance(value, list) else [value]
-    return [{"path": v} if isinstance(v, str) else v for v in values]
 
 
 class Batch(Section):
@@ -218,10 +225,6 @@ class Train(Section):
     )
     max_skipped: int = Field(
         10, ge=0, description="Stop after more than this many consecutive steps skipped for NaN or Inf gradients."
-    )
-
-    pad_to_multiple_of: int = Field(
-        1, ge=1, description="Rows are padded to a multiple of so many tokens; some models need it (Reformer)."
     )
 
     @model_validator(mode="after")

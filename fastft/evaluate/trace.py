@@ -30,8 +30,7 @@ def trace(path: Path, overrides: list[str], step: int) -> list[dict]:
     UserError
         A step that the run does not have; data that is not what this run has learned from.
     """
-    is_run = path.is_dir()
-    config = configuration.load_run(path, overrides) if is_run else configuration.load(path, overrides)
+    config, is_run = configuration.load_either(path, overrides)
     job, samples = samples_of(config, step, path if is_run else None)
     assert job.train is not None
     return [{"sample": int(i), "documents": job.task.documents(job.train, int(i))} for i in samples.ids]

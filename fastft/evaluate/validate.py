@@ -5,6 +5,8 @@ from __future__ import annotations
 from fastft import assemble
 from fastft.config import Config
 from fastft.data import prepared
+from fastft.train.advice import advice
+from fastft.train.footprint import footprint
 from fastft.train.record import parameters
 from fastft.train.schedule import Schedule
 from fastft.zero import engine
@@ -17,7 +19,8 @@ def validate_run(config: Config) -> dict:
     Returns
     -------
     dict
-        ``splits`` (by name: sequences, tokens, fill, counts), ``data`` (sentences on the training set), ``steps``,
+        ``splits`` (by name: sequences, tokens, fill, counts), ``data`` (sentences on the training set), ``advice``
+        (sentences on settings that make little sense), ``footprint`` (bytes, see ``Footprint``), ``steps``,
         ``sequences_per_step``, ``max_length``,
         ``parameters``, ``trained``, ``newly_initialized``.
     """
@@ -36,6 +39,8 @@ def validate_run(config: Config) -> dict:
     return {
         "splits": report,
         "data": job.task.describe(job.train),
+        "advice": advice(job, schedule),
+        "footprint": footprint(job, schedule).as_dict(),
         "steps": schedule.total,
         "sequences_per_step": schedule.size,
         "max_length": job.task.max_length,

@@ -11,14 +11,13 @@ no formula gives are in `Constants`; fit.py gets them from published measurement
 
 from dataclasses import dataclass
 
+from fastft.train.footprint import ACTIVATION_BYTES, CHECKPOINT_BYTES
+
 WEIGHT_BYTES = 2  # bf16
 MASTER_BYTES = 12  # fp32 master weights and Adam's two moments
 OPTIMIZER_BYTES = (
     28  # read and written per parameter of the shard: fp32 weight, moments and their stores, bf16 gradient and weight
 )
-# held per token, layer and hidden unit for the backward pass, with flash attention (Korthikanti et al., equation 2)
-ACTIVATION_BYTES = 34
-CHECKPOINT_BYTES = 2  # the same with full recomputation: each layer's input
 RESERVED_BYTES = 4e9  # CUDA context, NCCL's buffers, fragmentation: an allowance, not a measurement
 
 

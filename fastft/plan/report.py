@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,13 +83,24 @@ def _check(name: str, value: float | None, good, rule: str) -> None:
         raise UserError(f"--{name.replace('_', '-')} {value}: {rule}.")
 
 
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+
+
+def count(text: str) -> float:
+    """A number of parameters as people write it: 7B, 350M, 7e9. UserError for another text."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([kmbt]?)\s*", text.lower().replace("_", ""))
+    if found is None:
+        raise UserError(f"--params {text}: is no number of parameters.", "For example: 7B, 350M, 7e9.")
+    return float(found[1]) * UNITS[found[2]]
+
+
 def shape(model: str | None, params: float | None) -> Shape:
     """Of a model folder or hub id (its config.json, on the meta device: no weights are read),
     or of a number of parameters.
     """
     if (model is None) == (params is None):
         raise UserError(
-            "Give either a model (folder or hub id) or --params.", "For example: fastft plan --params 7e9 --gpus 8"
+            "Give either a model (folder or hub id) or --params.", "For example: fastft plan --params 7B --gpus 8"
         )
     if params is not None:
         _check("params", params, lambda v: v >= 1e6, "must be at least 1e6")

@@ -22,6 +22,7 @@ from fastft.ranks import environment
 from fastft.tasks.base import Batch, Draw
 from fastft.track import Telemetry
 from fastft.train import export, health, resuming, run_folder
+from fastft.train.advice import advice
 from fastft.train.evaluation import evaluate
 from fastft.train.heartbeat import Heartbeat
 from fastft.train.observers._standard import STANDARD, Best, Skips, Stragglers, upgraded
@@ -101,6 +102,8 @@ def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) ->
     log.record("run", zero_step=engine.fastft_step, resumed_from=found and found.record(), **record)
     for sentence in job.task.describe(job.train):
         log.say(sentence)
+    for sentence in advice(job, schedule):
+        log.say(f"warning: {sentence}")
     return loop.run()
 
 

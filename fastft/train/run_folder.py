@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fastft import config as configuration
+from fastft import track
 from fastft.config import Config
 from fastft.errors import UserError
 from fastft.files import fsync, remove, replacing
@@ -79,6 +80,28 @@ def claim(run_dir: Path, config: Config, resume: bool) -> None:
     with replacing(run_dir / "config.yaml") as scratch:  # never a part of it: nothing could go on from that
         scratch.write_text(configuration.dump(configuration.absolute(config)), encoding="utf-8")
         fsync(scratch)
+
+
+def finished(run_dir: Path, config: Config) -> UserError | None:
+    """What to say of a run that has come to its last step, so that resuming it as ``config`` says would do nothing;
+    None: there is something to do, or it ended otherwise.
+    """
+    if not (run_dir / "metrics.jsonl").is_file() or not (run_dir / "model").is_dir():
+        return None
+    last = [r for r in track.read(run_dir) if r["kind"] in ("run", "end")][-1:]
+    if not last or last[0]["kind"] == "run" or last[0].get("stopped"):
+        return None
+    before = configuration.load_run(run_dir)  # what the last start wrote
+    if any(getattr(before, name) != getattr(config, name) for name in ("task", "model", "data", "batch")):
+        return None  # refused, or not, by what the checkpoint says
+    if (before.train.steps, before.train.epochs) != (config.train.steps, config.train.epochs):
+        return None
+    steps, epochs = config.train.steps, config.train.epochs or 1
+    more = f"train.epochs={epochs + 1:g}" if steps is None else f"train.steps={steps * 2}"
+    return UserError(
+        f"{run_dir}: finished: all {last[0]['step']:,} steps are done. Model: {run_dir / 'model'}",
+        f"For more: fastft resume {run_dir} {more}",
+    )
 
 
 def check_data(written: Path, then: str, now: str) -> None:

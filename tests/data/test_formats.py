@@ -103,6 +103,12 @@ def test_folder_is_read_through_links(tmp_path):
         read(tmp_path / "corpus")
 
 
+def test_another_delimiter(tmp_path):
+    (tmp_path / "a.csv").write_text('text;label\n"x; y, z";a\n')
+    source = Source(path=str(tmp_path / "a.csv"), delimiter=";")
+    assert [dict(record) for _, record in formats.read(source)] == [{"text": "x; y, z", "label": "a"}]
+
+
 def test_rows_of_csv_are_known_by_their_first_line(tmp_path):
     """Blank lines, also before the header, are no rows, but are counted."""
     path = tmp_path / "a.csv"

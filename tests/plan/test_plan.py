@@ -274,7 +274,8 @@ def test_a_config_without_its_class(capsys, tmp_path, tiny_llama):
 
 
 @pytest.mark.parametrize(("arguments", "option"), [
-    (["--params", "0"], "--params"), (["--params", "nan"], "--params"), (["--params", "7e9", "--gpus", "0"], "--gpus"),
+    (["--params", "0"], "--params"), (["--params", "seven"], "--params seven: is no number"),
+    (["--params", "nan"], "--params"), (["--params", "7e9", "--gpus", "0"], "--gpus"),
     (["--params", "7e9", "--zero", "4"], "--zero"), (["--params", "7e9", "--hardware", "h1000"], "--hardware"),
     (["--params", "7e9", "--micro-batch", "-1"], "--micro-batch"),
     (["--params", "7e9", "--sequence-length", "0"], "--sequence-length"),
@@ -309,3 +310,10 @@ def test_durations():
         "12.3 ms",
         "2 us",
     ]
+
+
+@pytest.mark.parametrize(
+    "text, number", [("7B", 7e9), ("350m", 350e6), ("1.5 b", 1.5e9), ("7e9", 7e9), ("1_000_000", 1e6)]
+)
+def test_numbers_of_parameters_as_people_write_them(text, number):
+    assert report.count(text) == number

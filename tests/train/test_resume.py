@@ -177,6 +177,14 @@ def test_an_unfinished_save_is_not_a_checkpoint(finished):
     assert checkpoint.steps(folder) == [2]
 
 
+def test_a_finished_run_says_so_at_once(finished):
+    before = (finished / "metrics.jsonl").read_bytes()
+    _, output = launch.fastft("resume", finished)
+    assert "finished: all 4 steps are done" in output and f"fastft resume {finished} train.steps=8" in output
+    launch.fastft("resume", finished, "optim.lr=1e-5")  # nothing to use it for
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
 def test_resume_refuses_what_cannot_be_exact(finished, tmp_path):
     code, output = launch.fastft("resume", finished, "data.max_length=32", check=False)
     assert code == 1 and "changed since this was written" in output

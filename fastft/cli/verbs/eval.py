@@ -8,6 +8,7 @@ import typer
 
 from fastft import config as configuration
 from fastft.cli.options import JsonOpt, OverridesArg
+from fastft.errors import UserError
 
 
 def run(
@@ -31,10 +32,13 @@ def run(
 
 def _config_of(target: str, overrides: list[str]) -> configuration.Config:
     """A YAML file's configuration; of a run folder that of its exported model."""
-    if not Path(target).is_dir():
-        return configuration.load(target, overrides)
-    config = configuration.load_run(target, overrides)
-    if any(o.startswith("model.path=") for o in overrides):
+    config, is_run = configuration.load_either(target, overrides)
+    if not is_run or any(o.startswith("model.path=") for o in overrides):
         return config
+    if not (Path(target) / "model").is_dir():
+        raise UserError(
+            f"{target}: holds no exported model: the run has not come to its end.",
+            f"fastft resume {target} goes on; fastft export {target} FOLDER makes a model of its newest checkpoint.",
+        )
     model = config.model.changed(path=str(Path(target) / "model"), init="pretrained", tokenizer=None)
     return config.changed(model=model)

@@ -1,5 +1,6 @@
 """Train on many ranks, here or on many hosts, restarted from the newest checkpoint after a failure."""
 
+import inspect
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,12 @@ def run(
 
 def _run_dir_of(arguments: list[str]) -> Path:
     verb, *rest = arguments
+    own = {"--" + name.replace("_", "-") for name in inspect.signature(run).parameters}
+    if late := [argument for argument in rest if argument.partition("=")[0] in own]:
+        raise UserError(
+            f"fastft launch: {late[0]} is an option of launch: options go before {verb}.",
+            f"For example: fastft launch --nproc 2 {verb} {' '.join(rest[:1])}",
+        )
     given = [a for a in rest if not a.startswith("-")]
     if verb not in ("train", "resume") or not given:
         raise UserError(

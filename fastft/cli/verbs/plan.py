@@ -11,7 +11,7 @@ from fastft.cli.options import JsonOpt, console
 def run(
     model: Annotated[str | None, typer.Argument(help="Model folder or hub id; or give --params.")] = None,
     params: Annotated[
-        float | None, typer.Option(help="Number of parameters, such as 7e9, of a dense decoder of usual shape.")
+        str | None, typer.Option(help="Number of parameters, such as 7B or 7e9, of a dense decoder of usual shape.")
     ] = None,
     gpus: Annotated[int, typer.Option(help="GPUs, all data-parallel.")] = 8,
     zero: Annotated[
@@ -54,7 +54,7 @@ def run(
         gpus_per_node,
         node_gbits,
     )
-    result = report.plan(report.shape(model, params), request)
+    result = report.plan(report.shape(model, None if params is None else report.count(params)), request)
     if as_json:
         print(json.dumps(result))
         return

@@ -20,6 +20,8 @@ def run(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt = Fa
         return
     from rich.table import Table
 
+    from fastft.train.footprint import Footprint
+
     table = Table("set", *COUNTED, "sequences", "longest", "tokens", "targets")
     for name, s in report["splits"].items():
         numbers = [*(s["counts"][c] for c in COUNTED), s["sequences"], s["longest"], s["tokens"], s["targets"]]
@@ -39,3 +41,7 @@ def run(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt = Fa
         f"{report['trained']:,} trained.{new}",
         highlight=False,
     )
+    for sentence in Footprint(**report["footprint"]).sentences():
+        out.print(sentence, highlight=False)
+    for sentence in report["advice"]:
+        out.print(f"warning: {sentence}", highlight=False, markup=False)

@@ -1,0 +1,52 @@
+"""What validate says of memory and disk, beside what a run takes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import launch
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model": {"dtype": "bf16"}, "parallel": {"zero": 2}, "optim": {"master": "remainder", "state_dtype": "int8"}},
+    ],
+    ids=["fp32", "bf16-zero2-int8"],
+)
+def test_disk_is_what_a_checkpoint_takes(lm_config, tmp_path, changes):
+    """Within a fifth: the model is tiny, and file headers and quantization scales are not."""
+    for section, values in changes.items():
+        lm_config.setdefault(section, {}).update(values)
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    _, output = launch.fastft("validate", path, "--json")
+    found = json.loads(output.strip().splitlines()[-1])["footprint"]
+    launch.fastft("train", path, "train.steps=1")
+    run = Path(lm_config["run"]["dir"])
+    taken = sum(file.stat().st_size for file in (run / "checkpoints" / "step-1").rglob("*") if file.is_file())
+    assert found["checkpoint"] == pytest.approx(taken, rel=0.2)
+    assert found["disk"] == 3 * found["checkpoint"] + found["weights"]  # two kept, one being written, the model
+    assert found["tokens"] == 6 * 64 and found["activations"] > 0
+
+
+def test_what_is_sharded_is_divided(lm_config, tmp_path):
+    """On two ranks at ZeRO 3, and with an adapter, whose checkpoints hold it alone."""
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    script = tmp_path / "validate.py"
+    script.write_text(
+        "import json, sys\nfrom fastft import config\nfrom fastft.evaluate.validate import validate_run\n"
+        "print(json.dumps(validate_run(config.load(sys.argv[1], sys.argv[2:]))['footprint']))\n"
+    )
+
+    def footprints(ranks: int, *changes: str) -> dict:
+        return json.loads(launch.ranks(ranks, [script, path, *changes])[0].strip().splitlines()[-1])
+
+    alone, two = footprints(1, "parallel.zero=3"), footprints(2, "parallel.zero=3")
+    for part in ("weights", "gradients", "optimizer"):
+        assert two[part] == alone[part] // 2
+    assert two["checkpoint"] == alone["checkpoint"] and two["ranks"] == 2
+    adapter = footprints(1, "model.lora={r: 2}", "checkpoint.best_by=eval.loss")
+    assert adapter["gradients"] < adapter["weights"] / 10 and adapter["checkpoint"] == 3 * adapter["gradients"]
+    assert adapter["disk"] == 4 * adapter["checkpoint"] + adapter["weights"]
