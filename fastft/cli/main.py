@@ -2,9 +2,10 @@
 
 import io
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ABOUT = """Usage: fastft VERB [OPTIONS] ...
 
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _run(arguments[0], arguments[1:])
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as e:
         _end(e)
@@ -117,6 +119,8 @@ def _explain(error) -> None:
 
 def command() -> None:
     """``main`` as a process of its own."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, _interrupt)
     if "FASTFT_AGENT" in os.environ:
         from fastft.launch.rank import settle
 
@@ -125,6 +129,18 @@ def command() -> None:
         main()
     except SystemExit as e:
         leave(e.code if isinstance(e.code, int) else int(e.code is not None))
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    """Ctrl-C: KeyboardInterrupt, as ever; but at once while something is imported, where there is nothing to clean up,
+    and libraries turn it into errors of theirs or swallow it.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def leave(code: int) -> NoReturn:

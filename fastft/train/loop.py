@@ -93,7 +93,8 @@ def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) ->
         loop.resume(found)
     if ranks.main:
         run_folder.claim(run_dir, config, resume)
-    log = loop.open(Telemetry(run_dir, ranks.main, schedule.total, trackers))
+    log = loop.open(Telemetry(run_dir, ranks.main, schedule.total, trackers, loop.step))
+    stop.say = log.warn
     cleanup.callback(log.close)
     log.open_trackers(run_dir, config)
     record = run_record(job, schedule, loop.step)
@@ -237,7 +238,7 @@ class Loop:
             self._save(wait=bool(signum) or last or not config.checkpoint.background)
         if reason is not None:
             self.log.record("stopped", step=self.step, reason=reason)
-            self.log.say(f"step {self.step}: stopped: {reason}")
+            self.log.warn(f"step {self.step}: stopped: {reason}")
         elif signum and not last:
             self.log.record("interrupted", step=self.step, signal=signum)
             raise Interrupted(signum, self.step, config.run.dir)
@@ -270,7 +271,8 @@ class Loop:
             memory=memory,
             **rates,
         )
-        self.log.progress(self.step, loss=loss, lr=self.lr, rate=rates["tokens_per_second"], memory=memory)
+        more = {"grad_norm": float(self.stepper.grad_norm), "padding": rates["padding"]}
+        self.log.progress(self.step, loss=loss, lr=self.lr, rate=rates["tokens_per_second"], memory=memory, **more)
 
     def _evaluate(self) -> list[Action]:
         with self.throughput.paused():

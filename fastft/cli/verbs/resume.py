@@ -7,10 +7,16 @@ import typer
 
 from fastft import config as configuration
 from fastft.cli.options import OverridesArg
+from fastft.cli.training import QuietOpt, SummaryOpt, VerboseOpt, run_training
 
 
-def run(run_dir: Annotated[Path, typer.Argument(help="run.dir of the run.")], overrides: OverridesArg = None) -> None:
+def run(
+    run_dir: Annotated[Path, typer.Argument(help="run.dir of the run.")],
+    overrides: OverridesArg = None,
+    as_json: SummaryOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
     """Go on from the newest usable checkpoint, exactly where the run stopped."""
-    from fastft.cli.training import run_training
-
-    run_training(configuration.load_run(run_dir, overrides or []), resume=True)
+    loaded = configuration.load_run(run_dir, overrides or [])
+    run_training(loaded, resume=True, as_json=as_json, quiet=quiet, verbose=verbose)

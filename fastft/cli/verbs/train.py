@@ -6,6 +6,7 @@ import typer
 
 from fastft import config as configuration
 from fastft.cli.options import ConfigArg, OverridesArg
+from fastft.cli.training import QuietOpt, SummaryOpt, VerboseOpt, run_training
 
 
 def run(
@@ -14,8 +15,10 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start over when run.dir already holds a run.")
     ] = False,
+    as_json: SummaryOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
 ) -> None:
     """Train a model as a configuration says."""
-    from fastft.cli.training import run_training
-
-    run_training(configuration.load(config, overrides or []), overwrite=overwrite)
+    loaded = configuration.load(config, overrides or [])
+    run_training(loaded, overwrite=overwrite, as_json=as_json, quiet=quiet, verbose=verbose)
