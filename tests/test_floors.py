@@ -9,6 +9,7 @@ FLOORS = {
     "errors": -2,
     "files": -2,
     "lazy": -1,
+    "terminal": -1,
     "versions": -1,
     "registry": -1,
     "launch": 0,

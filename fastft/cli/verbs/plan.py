@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastft.cli.options import JsonOpt, console
+from fastft.cli.options import JsonOpt
 
 
 def run(
@@ -58,13 +58,10 @@ def run(
     if as_json:
         print(json.dumps(result))
         return
-    from rich.table import Table
+    from fastft import terminal
 
-    table = Table(*report.COLUMNS)
-    for row in result["stages"]:
-        table.add_row(*report.cells(row, gpus))
-    out = console()
-    out.print(table)
+    out = terminal.console()
+    terminal.print_table(out, report.COLUMNS, [report.cells(row, gpus) for row in result["stages"]])
     shape = result["model"]
     out.print(
         f"{shape['parameters']:,} parameters, {shape['layers']} layers of {shape['hidden']:,}; "

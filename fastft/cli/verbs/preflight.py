@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastft import config as configuration
-from fastft.cli.options import ConfigArg, JsonOpt, OverridesArg, console, gpus
+from fastft.cli.options import ConfigArg, JsonOpt, OverridesArg, gpus
 
 
 def run(
@@ -36,11 +36,11 @@ def run(
     if as_json:
         print(json.dumps({"hosts": found, "problems": wrong}))
     else:
-        from rich.table import Table
+        from rich.markup import escape
 
-        table = Table(*checks.COLUMNS)
-        for row in checks.describe(found):
-            table.add_row(*row)
-        console().print(table)
+        from fastft import terminal
+
+        rows = [list(map(escape, row)) for row in checks.describe(found)]
+        terminal.print_table(terminal.console(), checks.COLUMNS, rows)
         print("\n".join(wrong) if wrong else f"{len(hosts)} host{'s' * (len(hosts) > 1)}: nothing is wrong.")
     raise typer.Exit(1 if wrong else 0)
