@@ -24,6 +24,10 @@ class UserError(ValueError):
         self.hint = hint
         super().__init__(f"{message}\n{hint}" if hint else message)
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: a user's mistake needs no traceback."""
+        return f"{type(self).__name__}: {self}".splitlines()
+
 
 class Interrupted(Exception):
     """A signal ended the run early; the checkpoint is written.

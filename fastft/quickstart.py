@@ -74,7 +74,7 @@ def quickstart(run_dir: Path, configs: Path) -> dict:
     )
     console.print("1. a small decoder learns the general text, from scratch", style="bold")
     first = train(general, overwrite=True)
-    before = evaluate_model(domain)
+    before = {name: found.metrics for name, found in evaluate_model(domain).items()}
     console.print("2. the same model is adapted to the domain", style="bold")
     second = train(domain, overwrite=True)
 

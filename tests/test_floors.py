@@ -33,6 +33,7 @@ FLOORS = {
     "plan": 8,
     "doctor": 8,
     "quickstart": 9,
+    "api": 9,
     "cli": 10,
     "__main__": 11,
 }

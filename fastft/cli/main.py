@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastft.lazy import before_imports
+
 ABOUT = """Usage: fastft VERB [OPTIONS] ...
 
 Fine-tune language models at the hardware's limit. `fastft VERB --help` says more of each:
@@ -32,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         _overview()
         sys.exit(0 if arguments else 2)
-    _environment()
+    before_imports()
     for stream in (sys.stdout, sys.stderr):  # a shell in another encoding gets escapes, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -69,15 +71,6 @@ def _overview() -> None:
         first = file.read_text(encoding="utf-8").split('"""', 2)[1].splitlines()[0]
         print(f"  {verb:<14} {first.strip()}")
     print("\nfastft --version prints the version.")
-
-
-def _environment() -> None:
-    # Read when torch and transformers are imported, which every verb does for itself. The spin count: OpenMP threads
-    # that wait in a busy loop take the core from the thread they wait for when something else runs too (30 times
-    # slower, seen on 2 busy cores).
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:

@@ -3,7 +3,18 @@ no torch.
 """
 
 from fastft.config.base import InputPath, OutputPath, Section
-from fastft.config.loading import absolute, dump, full_class, inputs, load, load_run, run_dir, section, validate
+from fastft.config.loading import (
+    absolute,
+    dump,
+    full_class,
+    inputs,
+    load,
+    load_run,
+    run_dir,
+    section,
+    validate,
+)
+from fastft.config.runs import changes, configured, of_trained
 from fastft.config.sections import (
     Batch,
     Checkpoint,
@@ -36,11 +47,14 @@ __all__ = [
     "Source",
     "Train",
     "absolute",
+    "changes",
+    "configured",
     "dump",
     "full_class",
     "inputs",
     "load",
     "load_run",
+    "of_trained",
     "run_dir",
     "section",
     "validate",

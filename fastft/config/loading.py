@@ -304,6 +304,13 @@ def _apply_override(raw: dict, override: str) -> None:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
     except BROKEN_YAML as e:
         raise UserError(f"Override {override!r}: the value is not valid YAML: {e}") from None
+    set_value(raw, key, value, f"Override {override!r}")
+
+
+def set_value(raw: dict, key: str, value: Any, where: str) -> None:
+    """Set a dotted key of a plain mapping, its sections made as needed. UserError, which begins with ``where``, when
+    one of them is no section.
+    """
     *parents, last = key.split(".")
     node = raw
     for name in parents:
@@ -315,7 +322,7 @@ def _apply_override(raw: dict, override: str) -> None:
         if not isinstance(child, dict):
             shown = child if isinstance(child, (str, int, float)) else f"a {type(child).__name__}"
             raise UserError(
-                f"Override {override!r}: {name!r} is {shown} in the file, not a section.",
+                f"{where}: {name!r} is {shown} in the file, not a section.",
                 f"Write it there as a mapping: {name}: {{{last}: ...}}",
             )
         node = child

@@ -59,7 +59,7 @@ class Bar:
     """
 
     def __init__(self, total: int, start: int = 0):
-        self.console = Console(stderr=True, quiet=_verbosity == QUIET)
+        self.console = Console(stderr=True, quiet=_verbosity == QUIET, force_jupyter=False)  # a notebook is no terminal
         self.total = total
         self.bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
