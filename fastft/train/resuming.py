@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from fastft import config as configuration
 from fastft.assemble import Job
 from fastft.config import Config
 from fastft.errors import UserError
@@ -38,6 +39,12 @@ class Found:
     schedule: Schedule  # of the rest of the run
     passed_over: list[str]  # what is wrong with newer ones
     converted: Path | None  # its form for this number of ranks and ZeRO stage, when it was written by another
+
+    def describe(self, config: Config) -> str:
+        """Where the run goes on, and what of its configuration changed since."""
+        before = yaml.safe_load(self.manifest["state"]["config"])
+        changed = configuration.changes(before, config.model_dump(mode="json"))
+        return "; ".join([f"from step {self.manifest['step']}", *changed])
 
     def record(self) -> dict:
         return {
