@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,30 @@ def test_a_notebook(tiny_bert, tmp_path, monkeypatch, place):
     assert fastft.Run(tmp_path / "run").summary.step == 3 and (tmp_path / "run" / "exported").is_dir()
     printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
     assert "step 3/3  loss" in printed and "accelerator" not in printed, printed
+
+
+def test_the_page_about_python(tiny_bert, tmp_path, monkeypatch, place):
+    """Every line of docs/python.md runs, in its order."""
+    rows = "text,label\n" + "".join(
+        f"{'card stolen' if i % 2 else 'money back'} {i},{'theft' if i % 2 else 'refund'}\n" for i in range(16)
+    )
+    (tmp_path / "rows.csv").write_text(rows)
+    config = {
+        "task": "classification",
+        "model": {"path": str(tiny_bert)},
+        "data": {"train": "rows.csv", "eval": {"test": "rows.csv"}},
+        "batch": {"size": 8},
+        "run": {"dir": "runs/my", "offline": True, "device": "cpu", "threads": 1},
+    }
+    launch.write_config(tmp_path / "my.yaml", config)
+    monkeypatch.chdir(tmp_path)
+    page = (launch.ROOT / "docs" / "python.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    assert names["run"].summary.step == 4 and (tmp_path / "exported" / "config.json").is_file()
+    for name in fastft.__all__:
+        assert name in page or name in ("Best",), name
 
 
 def test_the_notebook_is_kept_without_output():
