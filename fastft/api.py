@@ -243,6 +243,7 @@ def fit(
     overrides: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = False,
+    verbosity: int = 0,
     **sections: Any,
 ) -> Run:
     """Train as a configuration says, in this process, and return the run.
@@ -255,6 +256,8 @@ def fit(
         Values by dotted key: ``{"optim.lr": 1e-4, "train.steps": 50}``.
     overwrite : bool
         Start over when ``run.dir`` already holds a run.
+    verbosity : int
+        -1: warnings only, 0: progress, 1: more of it; for this process from here on.
     **sections
         The same by section: ``optim={"lr": 1e-4}, train={"steps": 50}``; the section's other keys stay.
 
@@ -273,6 +276,7 @@ def fit(
     from fastft.train.loop import train
 
     found = configuration.configured(config, {**(overrides or {}), **sections})
+    track.set_verbosity(verbosity)
     _train(found, lambda config: train(config, overwrite=overwrite))
     return Run(found.run.dir)
 

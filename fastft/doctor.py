@@ -17,6 +17,7 @@ import fastft
 from fastft import terminal
 from fastft.ops import backends, native, selfcheck
 from fastft.ops.selfcheck import TOLERANCE
+from fastft.streams import results_only
 
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "datasets", "peft", "safetensors", "numpy")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -59,7 +60,8 @@ def report() -> dict:
 
 def main(json: bool = False) -> int:
     """Print the report, as JSON or as tables. Returns the exit code: 1 when a self-check failed."""
-    found = report()
+    with results_only():
+        found = report()
     if json:
         print(dumps(found, indent=2))
     else:

@@ -41,6 +41,10 @@ class Interrupted(Exception):
             f"{signal.Signals(signum).name}: saved at step {step} and stopped. Continue with: fastft resume {run_dir}"
         )
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows, as for UserError."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that offers the nearest of the known names, or lists them all when none is near."""

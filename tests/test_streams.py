@@ -70,7 +70,7 @@ def test_validate_eval_trace_and_export(run, tmp_path, capfd):
 
 
 def test_what_libraries_print_goes_to_standard_error(capfd):
-    from fastft.cli.streams import results_only
+    from fastft.streams import results_only
 
     with results_only():
         print("from Python")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fastft.cli.streams import results_only
 from fastft.config import Config
+from fastft.streams import results_only
 
 SummaryOpt = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress: warnings, errors and the summary only.")]

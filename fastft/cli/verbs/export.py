@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fastft.cli.streams import results_only
 from fastft.errors import UserError
+from fastft.streams import results_only
 
 
 def run(

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fastft.cli.options import JsonOpt
+from fastft.streams import results_only
 
 
 def run(
@@ -54,7 +55,8 @@ def run(
         gpus_per_node,
         node_gbits,
     )
-    result = report.plan(report.shape(model, params), request)
+    with results_only():
+        result = report.plan(report.shape(model, params), request)
     if as_json:
         print(json.dumps(result))
         return

@@ -8,8 +8,8 @@ import typer
 
 from fastft import config as configuration
 from fastft.cli.lines import KeepOpt, OutOpt, OverwriteOpt, check_out, names_in, write_lines
-from fastft.cli.streams import results_only
 from fastft.errors import UserError
+from fastft.streams import results_only
 
 
 def run(

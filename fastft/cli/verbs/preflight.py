@@ -8,6 +8,7 @@ import typer
 
 from fastft import config as configuration
 from fastft.cli.options import ConfigArg, JsonOpt, OverridesArg, gpus
+from fastft.streams import results_only
 
 
 def run(
@@ -28,11 +29,9 @@ def run(
     loaded = configuration.load(config, overrides or [])
     hosts = hosts_of.read(hostfile) if hostfile else [hosts_of.Host("localhost", gpus() or 1)]
     chosen = launcher.plan([], hosts, Path(loaded.run.dir), master_addr=master_addr, master_port=master_port)
-    found, wrong = checks.preflight(
-        chosen,
-        checks.checkpoint_bytes(Path(loaded.model.path), loaded.model.dtype, loaded.checkpoint.keep),
-        list(dict.fromkeys(configuration.inputs(loaded).values())),
-    )
+    size = checks.checkpoint_bytes(Path(loaded.model.path), loaded.model.dtype, loaded.checkpoint.keep)
+    with results_only():
+        found, wrong = checks.preflight(chosen, size, list(dict.fromkeys(configuration.inputs(loaded).values())))
     if as_json:
         print(json.dumps({"hosts": found, "problems": wrong}))
     else:

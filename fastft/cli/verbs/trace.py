@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastft.cli.options import JsonOpt, OverridesArg
-from fastft.cli.streams import results_only
+from fastft.streams import results_only
 
 
 def run(

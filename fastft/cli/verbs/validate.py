@@ -4,7 +4,7 @@ import json
 
 from fastft import config as configuration
 from fastft.cli.options import ConfigArg, JsonOpt, OverridesArg
-from fastft.cli.streams import results_only
+from fastft.streams import results_only
 
 COUNTED = ("rows", "empty", "truncated", "split", "dropped")
 SHOWN = (*COUNTED, "overlong", "overlong_total", "longest")  # what the table says already

@@ -8,7 +8,7 @@ import typer
 
 from fastft import config as configuration
 from fastft.cli.options import ConfigArg, JsonOpt, OverridesArg
-from fastft.cli.streams import results_only
+from fastft.streams import results_only
 
 
 def run(
