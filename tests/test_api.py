@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,27 @@ def test_two_runs_in_one_process_and_an_earlier_one(classification_config, tmp_p
     assert [record["loss"] for record in third.history] == losses[0]
     resumed = opened.resume(train={"steps": 6})
     assert resumed.summary.step == 6 and [r["step"] for r in resumed.history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_interrupted_and_resumed(classification_config, tmp_path, place):
+    """A notebook's stop button: SIGINT to this process, while it takes steps."""
+
+    def stop_when_it_runs() -> None:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop_when_it_runs).start()
+    with pytest.raises(fastft.Interrupted, match="SIGINT: saved at step"):
+        fastft.fit(classification_config, train={"steps": 100_000})
+    run = fastft.Run(tmp_path / "run")
+    reached = run.history[-1]["step"]
+    assert run.summary is None and reached < 100_000
+    with pytest.raises(fastft.UserError, match="the run has not ended"):
+        run.predictor()
+    assert run.resume({"train.steps": reached + 2}).summary.step == reached + 2
 
 
 MISTAKES = {
