@@ -11,11 +11,13 @@ from json import dumps
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 import fastft
+from fastft import terminal
 from fastft.ops import backends, native, selfcheck
 from fastft.ops.selfcheck import TOLERANCE
+from fastft.streams import results_only
 
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "datasets", "peft", "safetensors", "numpy")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -58,11 +60,12 @@ def report() -> dict:
 
 def main(json: bool = False) -> int:
     """Print the report, as JSON or as tables. Returns the exit code: 1 when a self-check failed."""
-    found = report()
+    with results_only():
+        found = report()
     if json:
         print(dumps(found, indent=2))
     else:
-        _print_tables(found, Console())
+        _print_tables(found, terminal.console())
     return 0 if all(row["passed"] for row in found["self_check"]) else 1
 
 
@@ -114,10 +117,7 @@ def _checked(op: str, backend: str, device: str, dtype: torch.dtype) -> dict:
 
 
 def _print_tables(found: dict, console: Console) -> None:
-    versions = Table("package", "version", title="Versions")
-    for package, version in found["versions"].items():
-        versions.add_row(package, version)
-    console.print(versions)
+    terminal.print_table(console, ("package", "version"), list(found["versions"].items()), title="Versions")
 
     module = found["native"]
     if module["built"]:
@@ -130,15 +130,18 @@ def _print_tables(found: dict, console: Console) -> None:
     devices = ", ".join(found["machine"]["cuda_devices"]) or "no CUDA device"
     console.print(f"{found['machine']['cores']} cores, {found['machine']['torch_threads']} torch threads; {devices}")
 
-    choices = Table("op", "device", "dtype", "picked", "not available", title="Backends")
+    choices = []
     for row in found["backends"]:
-        reasons = "\n".join(f"{name}: {reason}" for name, reason in row["unavailable"].items())
-        choices.add_row(row["op"], row["device"], row["dtype"], row["picked"], reasons)
-    console.print(choices)
+        reasons = escape("\n".join(f"{name}: {reason}" for name, reason in row["unavailable"].items()))
+        choices.append([row["op"], row["device"], row["dtype"], row["picked"], reasons])
+    columns = ("op", "device", "dtype", "picked", "not available")
+    terminal.print_table(console, columns, choices, title="Backends", text=("not available",))
 
-    checks = Table("op", "backend", "device", "dtype", "error", "allowed", "result", title="Self-check against float64")
+    checks = []
     for row in found["self_check"]:
-        error = row["problem"] if row["error"] is None else f"{row['error']:.2g}"
+        error = escape(row["problem"]) if row["error"] is None else f"{row['error']:.2g}"
         result = "[green]pass[/green]" if row["passed"] else "[bold red]FAIL[/bold red]"
-        checks.add_row(row["op"], row["backend"], row["device"], row["dtype"], error, f"{row['tolerance']:.2g}", result)
-    console.print(checks)
+        allowed = f"{row['tolerance']:.2g}"
+        checks.append([row["op"], row["backend"], row["device"], row["dtype"], error, allowed, result])
+    names = ("op", "backend", "device", "dtype", "error", "allowed", "result")
+    terminal.print_table(console, names, checks, title="Self-check against float64", text=("error",))

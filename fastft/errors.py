@@ -24,6 +24,10 @@ class UserError(ValueError):
         self.hint = hint
         super().__init__(f"{message}\n{hint}" if hint else message)
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: a user's mistake needs no traceback."""
+        return f"{type(self).__name__}: {self}".splitlines()
+
 
 class Interrupted(Exception):
     """A signal ended the run early; the checkpoint is written.
@@ -36,6 +40,10 @@ class Interrupted(Exception):
         super().__init__(
             f"{signal.Signals(signum).name}: saved at step {step} and stopped. Continue with: fastft resume {run_dir}"
         )
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows, as for UserError."""
+        return [f"{type(self).__name__}: {self}"]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from fastft import config as configuration
+from fastft import terminal
 from fastft.errors import UserError
 
 GENERAL_BYTES, DOMAIN_BYTES = 1_200_000, 1_600_000  # what two cores can read in the time given
@@ -74,7 +74,7 @@ def quickstart(run_dir: Path, configs: Path) -> dict:
     )
     console.print("1. a small decoder learns the general text, from scratch", style="bold")
     first = train(general, overwrite=True)
-    before = evaluate_model(domain)
+    before = {name: found.metrics for name, found in evaluate_model(domain).items()}
     console.print("2. the same model is adapted to the domain", style="bold")
     second = train(domain, overwrite=True)
 
@@ -174,11 +174,12 @@ def _within(documents: list[tuple[str, str]], budget: int) -> list[tuple[str, st
 
 
 def _print(console: Console, report: dict) -> None:
-    table = Table("held-out text", "perplexity before", "after", "change", title="adaptation to the domain")
+    rows = []
     for name in ("domain", "general"):
         before, after = report["before"][name]["perplexity"], report["after"][name]["perplexity"]
-        table.add_row(name, f"{before:.1f}", f"{after:.1f}", f"{after / before - 1:+.0%}")
-    console.print(table)
+        rows.append([name, f"{before:.1f}", f"{after:.1f}", f"{after / before - 1:+.0%}"])
+    columns = ("held-out text", "perplexity before", "after", "change")
+    terminal.print_table(console, columns, rows, title="adaptation to the domain")
     for name, text in report["samples"].items():
         console.print(f"[bold]{name}:[/bold]")
         console.print(PROMPT + text, markup=False, highlight=False)

@@ -1,11 +1,16 @@
 """Starting real ranks and commands with a time limit, and leaving nothing behind."""
 
+import fcntl
 import os
+import pty
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -90,6 +95,31 @@ def fastft(*arguments, timeout: float = 180, env: dict | None = None, check: boo
     if check:
         assert process.returncode == 0, output[-4000:]
     return process.returncode, output
+
+
+def on_terminal(width: int, *arguments, timeout: float = 180) -> tuple[int, str]:
+    """Run the command line on a pseudo-terminal so many columns wide: (exit code, what was written to it)."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    env = {name: value for name, value in ENV.items() if name not in ("COLUMNS", "NO_COLOR", "CI")}
+    process = Warm(["-m", "fastft", *arguments], {**env, "TERM": "xterm-256color"}, terminal=os.ttyname(theirs))
+    written = []
+
+    def read() -> None:
+        with suppress(OSError):  # how Linux says that a terminal's last writer has gone
+            while data := os.read(ours, 1 << 16):
+                written.append(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        process.wait(timeout)
+    finally:
+        kill_group(process)
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+    return process.returncode, b"".join(written).decode(errors="replace").replace("\r\n", "\n")
 
 
 def ranks(count: int, arguments: list, timeout: float = 240) -> list[str]:

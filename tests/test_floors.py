@@ -8,7 +8,9 @@ from pathlib import Path
 FLOORS = {
     "errors": -2,
     "files": -2,
+    "streams": -2,
     "lazy": -1,
+    "terminal": -1,
     "versions": -1,
     "registry": -1,
     "launch": 0,
@@ -32,6 +34,7 @@ FLOORS = {
     "plan": 8,
     "doctor": 8,
     "quickstart": 9,
+    "api": 9,
     "cli": 10,
     "__main__": 11,
 }

@@ -37,11 +37,14 @@ ROOM = 4096  # bytes for the command line that /proc shows
 class Warm:
     """A forked process, with the part of subprocess.Popen that tests use.
 
-    pipe: its output is read from ``stdout``, while it runs.
+    pipe: its output is read from ``stdout``, while it runs. terminal: it goes to this one.
     """
 
-    def __init__(self, arguments: list, env: dict[str, str], pipe: bool = False):
+    def __init__(self, arguments: list, env: dict[str, str], pipe: bool = False, terminal: str | None = None):
         self.args, self.returncode = [str(a) for a in arguments], None
+        if terminal:
+            self.pid = _server().start({"argv": self.args, "env": env, "cwd": os.getcwd(), "output": terminal})
+            return
         handle, name = tempfile.mkstemp(dir=_server().folder.name)
         os.close(handle)
         self.output = Path(name)

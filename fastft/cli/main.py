@@ -2,9 +2,12 @@
 
 import io
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from fastft.lazy import before_imports
 
 ABOUT = """Usage: fastft VERB [OPTIONS] ...
 
@@ -31,13 +34,14 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         _overview()
         sys.exit(0 if arguments else 2)
-    _environment()
+    before_imports()
     for stream in (sys.stdout, sys.stderr):  # a shell in another encoding gets escapes, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         _run(arguments[0], arguments[1:])
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as e:
         _end(e)
@@ -70,15 +74,6 @@ def _overview() -> None:
         first = file.read_text(encoding="utf-8").split('"""', 2)[1].splitlines()[0]
         print(f"  {verb:<14} {first.strip()}")
     print("\nfastft --version prints the version.")
-
-
-def _environment() -> None:
-    # Read when torch and transformers are imported, which every verb does for itself. The spin count: OpenMP threads
-    # that wait in a busy loop take the core from the thread they wait for when something else runs too (30 times
-    # slower, seen on 2 busy cores).
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
@@ -124,6 +119,8 @@ def _explain(error) -> None:
 
 def command() -> None:
     """``main`` as a process of its own."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, _interrupt)
     if "FASTFT_AGENT" in os.environ:
         from fastft.launch.rank import settle
 
@@ -132,6 +129,18 @@ def command() -> None:
         main()
     except SystemExit as e:
         leave(e.code if isinstance(e.code, int) else int(e.code is not None))
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    """Ctrl-C: KeyboardInterrupt, as ever; but at once while something is imported, where there is nothing to clean up,
+    and libraries turn it into errors of theirs or swallow it.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def leave(code: int) -> NoReturn:

@@ -10,15 +10,6 @@ OverridesArg = Annotated[list[str] | None, typer.Argument(help="Overrides, such 
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def console():
-    """For tables: a pipe has no width, and numbers must not be cut."""
-    import sys
-
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=160)
-
-
 def gpus() -> int:
     """GPUs of this machine, without importing torch."""
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))

@@ -1,19 +1,46 @@
-"""What train and resume share: the run in its process group, and what is printed at its end."""
+"""What train and resume share: their options, the run in its process group, and what is printed at its end."""
 
+import json
 import os
+from typing import Annotated
+
+import typer
 
 from fastft.config import Config
+from fastft.streams import results_only
+
+SummaryOpt = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress: warnings, errors and the summary only.")]
+VerboseOpt = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Also gradient norms, padding, and which kernels were picked and why.")
+]
 
 
-def run_training(config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
-    from fastft.train import loop
-    from fastft.zero.engine import stop_process_group
+def run_training(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    as_json: bool = False,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> None:
+    """Train, and print the summary on standard output; everything else goes to standard error."""
+    from fastft import track
 
-    try:
-        result = loop.resumed(config) if resume else loop.train(config, overwrite=overwrite)
-    finally:
-        stop_process_group()
+    track.set_verbosity(-1 if quiet else 1 if verbose else 0)
+    with results_only():
+        from fastft.train import loop
+        from fastft.zero.engine import stop_process_group
+
+        try:
+            result = loop.resumed(config) if resume else loop.train(config, overwrite=overwrite)
+        finally:
+            stop_process_group()
     if os.environ["RANK"] != "0":
+        return
+    if as_json:
+        print(json.dumps(track.finite(result)))
         return
     for name, metrics in result["eval"].items():
         print(f"{name}: {format_metrics(metrics)}")

@@ -4,6 +4,7 @@ no torch.
 
 from fastft.config.base import InputPath, OutputPath, Section
 from fastft.config.loading import absolute, dump, inputs, load, load_either, load_run, run_dir, section, validate
+from fastft.config.runs import changes, configured, of_trained
 from fastft.config.schema import json_schema
 from fastft.config.sections import (
     Batch,
@@ -37,12 +38,15 @@ __all__ = [
     "Source",
     "Train",
     "absolute",
+    "changes",
+    "configured",
     "dump",
     "inputs",
     "json_schema",
     "load",
     "load_either",
     "load_run",
+    "of_trained",
     "run_dir",
     "section",
     "validate",

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from fastft.config.base import short_list
-from fastft.config.sections import Data, Trackers
+from fastft.config.sections import Data, Model, Trackers
 from fastft.errors import UserError, did_you_mean
 
 # PyYAML lets through what int(), datetime() and Python's stack say of a value; UnicodeDecodeError is a ValueError.
@@ -97,18 +97,27 @@ def _apply_override(raw: dict, override: str) -> None:
         value = _parsed(text, f"{key}=")
     except BROKEN_YAML as e:
         raise UserError(f"Override {override!r}: the value is not valid YAML: {e}") from None
+    set_value(raw, key, value, f"Override {override!r}")
+
+
+def set_value(raw: dict, key: str, value: Any, where: str) -> None:
+    """Set a dotted key of a plain mapping, its sections made as needed. UserError, which begins with ``where``, when
+    one of them is no section.
+    """
     *parents, last = key.split(".")
     node = raw
     for name in parents:
         child = node.setdefault(name, {})
         if name == "trackers" and isinstance(child, (str, list)):
             child = node[name] = short_list(Trackers, child)
+        if name == "model" and node is raw and isinstance(child, str):
+            child = node[name] = {Model.scalar: child}
         if child is None or child is True:
             child = node[name] = {}
         if not isinstance(child, dict):
             shown = child if isinstance(child, (str, int, float)) else f"a {type(child).__name__}"
             raise UserError(
-                f"Override {override!r}: {name!r} is {shown} in the file, not a section.",
+                f"{where}: {name!r} is {shown} in the file, not a section.",
                 f"Write it there as a mapping: {name}: {{{last}: ...}}",
             )
         node = child

@@ -217,6 +217,9 @@ class Train(Section):
         description="Evaluate every N steps, every epoch (epoch, 0.5 epochs) or after a time (30m), and at the end; "
         "null: only at the end.",
     )
+    eval_at_start: bool = Field(
+        False, description="Evaluate before the first step, too; checkpoint.best_by and early stopping pass it over."
+    )
     log_every: int = Field(10, ge=1, description="Telemetry every N steps.")
     spike_factor: float | None = Field(
         None,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 
 from fastft import assemble
 from fastft import config as configuration
 from fastft.data import formats
-from fastft.errors import UserError
+from fastft.errors import UserError, did_you_mean
 from fastft.inference.base import Predictor, Row
+
+SCORE_DIGITS, DIGITS = 6, 9  # significant ones of a probability, and of any other number
+SCORES = ("score", "scores", "gold_score")
 
 
 def predictor(path: str, options: dict) -> Predictor:
@@ -33,26 +37,60 @@ def predictor(path: str, options: dict) -> Predictor:
     return job.task.predictor(job.model, job.learned, section)
 
 
-def predict(predictor: Predictor, rows: Iterable[tuple[str, Row]], batch_size: int = 32) -> Iterator[dict]:
+def predict(
+    predictor: Predictor, rows: Iterable[tuple], batch_size: int = 32, top_k: int | None = None
+) -> Iterator[dict]:
     """One record per row, in order.
 
     Parameters
     ----------
-    rows : iterable of (where, row)
-        A row maps the predictor's ``fields`` to values.
+    rows : iterable of (where, row) or (where, row, kept)
+        A row maps the predictor's ``fields`` to values; kept: columns that are copied into the record, as
+        ``kept_beside`` names them.
+    top_k : int, optional
+        Keep so many of the ``scores``, the highest.
+
+    Raises
+    ------
+    UserError
+        A row that the predictor refuses, named; ``top_k`` where the task gives no scores.
     """
     rows = iter(rows)
     while chunk := list(islice(rows, batch_size)):
-        prepared = [predictor.prepare(where, row) for where, row in chunk]
+        prepared = [predictor.prepare(where, row) for where, row, *_ in chunk]
         with torch.inference_mode():
             records = predictor.run(prepared)
-        yield from records
+        for record, (_, _, *kept) in zip(records, chunk, strict=True):
+            if top_k is not None:
+                _keep_top(record, top_k)
+            yield kept_beside(kept[0] if kept else {}, rounded(record))
+
+
+def _keep_top(record: dict, top_k: int) -> None:
+    if "scores" not in record:
+        raise UserError("--top-k: this model's task gives no scores.", f"It gives: {', '.join(record)}.")
+    best = sorted(record["scores"].items(), key=lambda pair: -pair[1])
+    record["scores"] = dict(best[:top_k])
+
+
+def kept_beside(columns: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """The record behind columns of its row; one whose name the record has, too, becomes ``input_NAME``."""
+    return {**{f"input_{name}" if name in record else name: value for name, value in columns.items()}, **record}
+
+
+def rounded(value: Any, digits: int = DIGITS) -> Any:
+    """A record as people read it: what float32 computed has no 17 digits."""
+    if isinstance(value, dict):
+        return {name: rounded(item, SCORE_DIGITS if name in SCORES else digits) for name, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def read(
-    predictor: Predictor, source: configuration.Source, columns: dict[str, str | None]
-) -> Iterator[tuple[str, Row]]:
-    """Rows of a data file.
+    predictor: Predictor, source: configuration.Source, columns: dict[str, str | None], keep: Sequence[str] = ()
+) -> Iterator[tuple[str, Row, dict[str, Any]]]:
+    """Rows of a data file: where each was read, its fields, and the columns to ``keep``.
 
     ``columns``: instead of the predictor's own, for some of its fields. Raises UserError, naming the row.
     """
@@ -70,4 +108,6 @@ def read(
                     f"Columns: {', '.join(record)}. Give {name.replace('_', '-')}'s column.",
                 )
             row[name] = record[column]
-        yield where, row
+        if missing := [column for column in keep if column not in record]:
+            raise UserError(f"{where}: no column {missing[0]!r} to keep.", did_you_mean(missing[0], record))
+        yield where, row, {column: record[column] for column in keep}

@@ -333,6 +333,9 @@ class _Attempt:
     def _pass_signal_on(self) -> None:
         if self.stop.count > self.passed_on:
             self.passed_on = self.stop.count
+            name, again = signal.Signals(self.stop.signum).name, self.stop.count > 1
+            what = "the ranks are ended" if again else "the ranks stop after this step and save; again: end now"
+            print(f"launch: {name}: {what}", file=sys.stderr)
             self._tell(protocol.signal_order(self.stop.signum if self.stop.count == 1 else signal.SIGKILL))
             self.deadline = time.monotonic() + STOP_LIMIT
 

@@ -119,6 +119,14 @@ class Metrics(ABC):
     def finish(self, states: list) -> dict[str, float]:
         """The numbers, from the states of all ranks."""
 
+    def judged(self, learned: Learned) -> list[tuple[int, dict]] | None:
+        """Of one rank: what each sample was judged by (_judged.py); None: nothing is kept."""
+        return None
+
+    def by_class(self, learned: Learned) -> dict[str, dict[str, float]]:
+        """Of one rank: precision, recall, f1 and support by class."""
+        return {}
+
 
 @dataclass(frozen=True)
 class ModelSpec:

@@ -23,6 +23,7 @@ from fastft.errors import UserError, did_you_mean
 from fastft.inference.base import Predictor, Row
 from fastft.lazy import torch
 from fastft.objectives.base import Objective, OutputsObjective
+from fastft.tasks import _judged
 from fastft.tasks._sequence import HEADS, SequenceEncoder, SequenceTask
 from fastft.tasks.base import IGNORE, Batch, Draw, Metric, Metrics, ModelSpec
 
@@ -298,6 +299,12 @@ class ClassificationMetrics(Metrics):
         predicted = logits > 0  # probability above one half
         accuracy = float((predicted == (labels > 0.5)).all(-1).mean())
         return {**result, "accuracy": accuracy, "f1_micro": f1(predicted, "micro"), "f1_macro": f1(predicted, "macro")}
+
+    def judged(self, learned: Learned) -> _judged.Judged:
+        return _judged.classified(np.concatenate(self.logits), np.concatenate(self.labels), learned["labels"])
+
+    def by_class(self, learned: Learned) -> dict[str, dict[str, float]]:
+        return _judged.class_scores(np.concatenate(self.logits), np.concatenate(self.labels), learned["labels"])
 
 
 class Classifier(Predictor):

@@ -19,6 +19,7 @@ from fastft.errors import UserError, did_you_mean
 from fastft.inference.base import Predictor, Row
 from fastft.lazy import torch
 from fastft.objectives.base import Objective, OutputsObjective
+from fastft.tasks import _judged
 from fastft.tasks._sequence import HEADS, SequenceEncoder, SequenceTask
 from fastft.tasks.base import Batch, Draw, Metric, Metrics, ModelSpec
 
@@ -237,6 +238,9 @@ class RegressionMetrics(Metrics):
             for target, found in zip(self.names, each, strict=True):
                 result |= {f"{name}_{target}": value for name, value in found.items()}
         return result
+
+    def judged(self, learned: Learned) -> _judged.Judged:
+        return _judged.rated(np.concatenate(self.predicted), np.concatenate(self.values), self.names)
 
 
 class Rater(Predictor):

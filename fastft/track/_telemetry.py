@@ -24,11 +24,15 @@ class Telemetry:
     ----------
     trackers : sequence of Tracker
         Where records go beside the file; one that fails is logged and left out from then on.
+    start : int
+        Steps that a resumed run took before.
     """
 
-    def __init__(self, folder: Path, main: bool, total_steps: int = 0, trackers: Sequence[Tracker] = ()):
+    def __init__(
+        self, folder: Path, main: bool, total_steps: int = 0, trackers: Sequence[Tracker] = (), start: int = 0
+    ):
         self.file = _append(folder / "metrics.jsonl") if main else None
-        self.bar = Bar(total_steps) if main else None
+        self.bar = Bar(total_steps, start) if main else None
         self.chosen = list(trackers) if main else []
         self.trackers: list[Tracker] = []  # those that are open and have not failed
 
@@ -41,7 +45,7 @@ class Telemetry:
     def record(self, kind: str, **fields: Any) -> None:
         if self.file is None:
             return
-        record = Record(kind, round(time.time(), 3), _finite(fields))
+        record = Record(kind, round(time.time(), 3), finite(fields))
         self.file.write(json.dumps({"kind": kind, "time": record.time, **record.fields}) + "\n")
         self.file.flush()
         for tracker in list(self.trackers):
@@ -55,6 +59,11 @@ class Telemetry:
         """A line above the progress bar."""
         if self.bar:
             self.bar.print(text)
+
+    def warn(self, text: str) -> None:
+        """The same, also where progress is not shown."""
+        if self.bar:
+            self.bar.print(text, warning=True)
 
     def close(self) -> None:
         if self.bar:
@@ -103,9 +112,10 @@ def _append(path: Path):
     return open(path, "a", encoding="utf-8")
 
 
-def _finite(value):
+def finite(value: Any) -> Any:
+    """The same as JSON can hold it: NaN and Inf become None."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value

@@ -12,13 +12,23 @@ import torch
 from fastft.assemble import Job
 from fastft.data import batches
 from fastft.data.split import Split
-from fastft.tasks.base import Batch, Draw
+from fastft.tasks.base import Batch, Draw, Metrics
 
 WINDOW = 1024  # sequences planned at a time: enough to sort by length, small enough for the planner's quadratic cost
 
 
 def evaluate(job: Job, split: Split, forward: Any = None, beat: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """The task's metrics over every sequence of the split, the same numbers on every rank.
+    """The task's metrics over every sequence of the split, the same numbers on every rank; parameters as ``measure``
+    has them.
+    """
+    metrics, _ = measure(job, split, forward, beat)
+    return metrics.finish(job.ranks.gather(metrics.state()))
+
+
+def measure(
+    job: Job, split: Split, forward: Any = None, beat: Callable[[], None] = lambda: None
+) -> tuple[Metrics, np.ndarray]:
+    """What this rank's share of the split adds to the task's metrics, and its samples in that order.
 
     Parameters
     ----------
@@ -48,7 +58,7 @@ def evaluate(job: Job, split: Split, forward: Any = None, beat: Callable[[], Non
             metrics.update(forward, batch)
             beat()
     forward.train(was_training)
-    return metrics.finish(job.ranks.gather(metrics.state()))
+    return metrics, np.concatenate(plan)
 
 
 def _plan(job: Job, split: Split, start: int) -> batches.Plan:

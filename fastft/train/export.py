@@ -78,6 +78,8 @@ def save(
                 _compare(scratch, whole, model)
             job.task.processor.save_pretrained(scratch)
             model_card.write(scratch, job, results or {})
+            for file in filter(Path.is_file, scratch.rglob("*")):  # safetensors lets nobody but the owner read its own
+                file.chmod(scratch.stat().st_mode & 0o666)
         except (SafetensorError, OSError) as e:
             raise UserError(
                 f"{folder}: could not be written: {e}.",

@@ -95,12 +95,13 @@ def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) ->
         loop.resume(found)
     if ranks.main:
         run_folder.claim(run_dir, config, resume)
-    log = loop.open(Telemetry(run_dir, ranks.main, schedule.total, trackers))
+    log = loop.open(Telemetry(run_dir, ranks.main, schedule.total, trackers, loop.step))
+    stop.say = log.warn
     cleanup.callback(log.close)
     log.open_trackers(run_dir, config)
     record = run_record(job, schedule, loop.step)
     log.record("run", zero_step=engine.fastft_step, resumed_from=found and found.record(), **record)
-    for sentence in job.task.describe(job.train):
+    for sentence in [*([found.describe(config)] if found else []), *job.task.describe(job.train)]:
         log.say(sentence)
     for sentence in advice(job, schedule):
         log.say(f"warning: {sentence}")
@@ -156,6 +157,9 @@ class Loop:
     log: Telemetry
 
     def run(self) -> dict:
+        if self.step == 0 and self.job.config.train.eval_at_start:
+            self._measure()
+            self.metrics = {}  # of no step: nothing is best or improves by it
         self.engine.train()
         with ThreadPoolExecutor(1) as ahead:  # collates the next step while this one computes
             coming = ahead.submit(self.collate_step, self.step)
@@ -241,7 +245,7 @@ class Loop:
             self._save(wait=bool(signum) or last or not config.checkpoint.background)
         if reason is not None:
             self.log.record("stopped", step=self.step, reason=reason)
-            self.log.say(f"step {self.step}: stopped: {reason}")
+            self.log.warn(f"step {self.step}: stopped: {reason}")
         elif signum and not last:
             self.log.record("interrupted", step=self.step, signal=signum)
             raise Interrupted(signum, self.step, config.run.dir)
@@ -274,17 +278,21 @@ class Loop:
             memory=memory,
             **rates,
         )
-        self.log.progress(self.step, loss=loss, lr=self.lr, rate=rates["tokens_per_second"], memory=memory)
+        more = {"grad_norm": float(self.stepper.grad_norm), "padding": rates["padding"]}
+        self.log.progress(self.step, loss=loss, lr=self.lr, rate=rates["tokens_per_second"], memory=memory, **more)
 
     def _evaluate(self) -> list[Action]:
+        self._measure()
+        observers = self.observers.values()
+        return [action for o in observers for action in o.after_evaluation(self.step, self.metrics)]
+
+    def _measure(self) -> None:
         with self.throughput.paused():
             for name, split in self.job.evals.items():
                 self.metrics[name] = evaluate(self.job, split, self.engine, lambda: self.heart.beat(self.step))
                 self.log.record("eval", step=self.step, set=name, **self.metrics[name])
                 shown = "  ".join(f"{k} {v:.4g}" for k, v in self.metrics[name].items())
                 self.log.say(f"step {self.step}  {name}: {shown}")
-        observers = self.observers.values()
-        return [action for o in observers for action in o.after_evaluation(self.step, self.metrics)]
 
     def _save(self, wait: bool) -> None:
         start = time.perf_counter()

@@ -9,7 +9,6 @@ from typing import Literal
 import yaml
 
 from fastft import config as configuration
-from fastft import track
 from fastft.assemble import Job
 from fastft.config import Config
 from fastft.errors import UserError
@@ -42,6 +41,12 @@ class Found:
     passed_over: list[str]  # what is wrong with newer ones
     converted: Path | None  # its form for this number of ranks and ZeRO stage, when it was written by another
 
+    def describe(self, config: Config) -> str:
+        """Where the run goes on, and what of its configuration changed since."""
+        before = yaml.safe_load(self.manifest["state"]["config"])
+        changed = configuration.changes(before, config.model_dump(mode="json"))
+        return "; ".join([f"from step {self.manifest['step']}", *changed])
+
     def record(self) -> dict:
         return {
             "path": str(self.path),
@@ -62,8 +67,7 @@ def begun(config: Config) -> Literal["new", "not saved", "saved", "finished"]:
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
         return "new"
     same = configuration.load_run(folder) == configuration.absolute(config)
-    ended = any(record["kind"] == "end" for record in track.read(folder)[-1:])
-    if same and ended and (folder / "model").is_dir():
+    if same and run_folder.finished(folder, config):
         return "finished"
     if checkpoint.steps(folder / "checkpoints"):
         return "saved"

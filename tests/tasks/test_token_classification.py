@@ -4,12 +4,15 @@ import re
 import jobs
 import numpy as np
 import pytest
+import seqeval.metrics
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import launch
+from fastft import config as configuration
 from fastft import track
 from fastft.errors import UserError
+from fastft.evaluate.metrics import evaluate_model
 from fastft.evaluate.predict import predict, predictor
 from fastft.tasks.token_classification import alignment, schemes
 
@@ -322,6 +325,21 @@ def test_metrics_are_of_whole_sentences(trained):
     found = [r for r in track.read(trained / "one") if r["kind"] == "eval"][-1]
     assert found["sentences"] == 8 and found["words"] == 2 * (4 + 4 + 5 + 16)
     assert found["f1"] > 0.9 and found["accuracy"] > 0.9 and found["loss"] < 1
+
+
+def test_sentences_are_judged_whole(trained):
+    """Rows of an evaluation, in the files' order, and entities by type: what seqeval says of the same tags."""
+    found = evaluate_model(configuration.of_trained(trained / "one"), rows=True)["dev"]
+    data = [json.loads(line) for line in (trained / "train.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in found.rows] == [row["tokens"] for row in data]
+    assert [row["gold"] for row in found.rows] == [row["tags"] for row in data]
+    words = [a == b for row in found.rows for a, b in zip(row["gold"], row["predicted"], strict=True)]
+    assert np.mean(words) == pytest.approx(found.metrics["accuracy"])
+    gold, tags = ([row[key] for row in found.rows] for key in ("gold", "predicted"))
+    report = seqeval.metrics.classification_report(gold, tags, output_dict=True, zero_division=0)
+    for kind, scores in found.classes.items():
+        assert scores == pytest.approx({name.replace("f1-score", "f1"): v for name, v in report[kind].items()})
+    assert sum(scores["support"] for scores in found.classes.values()) == report["micro avg"]["support"]
 
 
 def test_predictions_of_the_exported_model(trained):

@@ -1,14 +1,15 @@
 """Metrics of a model on the evaluation sets."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fastft import config as configuration
+from fastft.cli.lines import KeepOpt, OutOpt, OverwriteOpt, check_out, names_in, write_lines
 from fastft.cli.options import JsonOpt, OverridesArg
 from fastft.errors import UserError
+from fastft.streams import results_only
 
 
 def run(
@@ -17,28 +18,43 @@ def run(
     ],
     overrides: OverridesArg = None,
     as_json: JsonOpt = False,
+    out: OutOpt = None,
+    overwrite: OverwriteOpt = False,
+    keep: KeepOpt = None,
 ) -> None:
-    """Metrics of a model on the evaluation sets."""
-    config = _config_of(target, overrides or [])
-    from fastft.cli.training import format_metrics
-    from fastft.evaluate.metrics import evaluate_model  # imports torch, which a wrong key need not wait for
+    """Metrics of a model on the evaluation sets, also by class; with --out what each row was judged by."""
+    check_out(out, overwrite)
+    if keep and out is None:
+        raise UserError("--keep: belongs to --out.", "For example: --out rows.jsonl --keep id")
+    config = configuration.of_trained(target, overrides or [])
+    with results_only():
+        from fastft.evaluate.metrics import evaluate_model  # imports torch, which a wrong key need not wait for
 
-    results = evaluate_model(config)
+        found = evaluate_model(config, rows=out is not None, keep=names_in(keep))
+    if out is not None:
+        write_lines((row for evaluation in found.values() for row in evaluation.rows or []), out)
     if as_json:
-        print(json.dumps(results))
-    for name, metrics in {} if as_json else results.items():
-        print(f"{name}: {format_metrics(metrics)}")
+        by_class = {name: {"classes": e.classes} if e.classes else {} for name, e in found.items()}
+        print(json.dumps({name: {**e.metrics, **by_class[name]} for name, e in found.items()}))
+        return
+    from fastft.cli.training import format_metrics
+
+    for name, evaluation in found.items():
+        print(f"{name}: {format_metrics(evaluation.metrics)}")
+        if evaluation.classes:
+            _print_classes(evaluation.classes)
 
 
-def _config_of(target: str, overrides: list[str]) -> configuration.Config:
-    """A YAML file's configuration; of a run folder that of its exported model."""
-    config, is_run = configuration.load_either(target, overrides)
-    if not is_run or any(o.startswith("model.path=") for o in overrides):
-        return config
-    if not (Path(target) / "model").is_dir():
-        raise UserError(
-            f"{target}: holds no exported model: the run has not come to its end.",
-            f"fastft resume {target} goes on; fastft export {target} FOLDER makes a model of its newest checkpoint.",
-        )
-    model = config.model.changed(path=str(Path(target) / "model"), init="pretrained", tokenizer=None)
-    return config.changed(model=model)
+def _print_classes(classes: dict[str, dict[str, float]]) -> None:
+    """The weakest first."""
+    from rich.markup import escape
+
+    from fastft import terminal
+
+    weakest = sorted(classes.items(), key=lambda pair: pair[1]["f1"])
+    rows = [
+        [escape(name), *(f"{scores[k]:.4f}" for k in ("precision", "recall", "f1")), f"{scores['support']:,}"]
+        for name, scores in weakest
+    ]
+    columns = ("class", "precision", "recall", "f1", "support")
+    terminal.print_table(terminal.console(), columns, rows, text=("class",))

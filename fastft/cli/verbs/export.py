@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fastft.errors import UserError
+from fastft.streams import results_only
 
 
 def run(
@@ -17,8 +18,10 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default: the run's.")] = None,
 ) -> None:
     """A Hugging Face folder from a training checkpoint."""
-    from fastft.evaluate.export import export_checkpoint
-
     if dtype not in (None, "fp32", "bf16"):
         raise UserError(f"--dtype {dtype}: unknown.", "Known: fp32, bf16.")
-    print(export_checkpoint(run_dir, to, step, dtype, merge, best))
+    with results_only():
+        from fastft.evaluate.export import export_checkpoint
+
+        folder = export_checkpoint(run_dir, to, step, dtype, merge, best)
+    print(folder)

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fastft.cli.options import JsonOpt, console
+from fastft.cli.options import JsonOpt
+from fastft.streams import results_only
 
 
 def run(
@@ -54,17 +55,15 @@ def run(
         gpus_per_node,
         node_gbits,
     )
-    result = report.plan(report.shape(model, None if params is None else report.count(params)), request)
+    with results_only():
+        result = report.plan(report.shape(model, None if params is None else report.count(params)), request)
     if as_json:
         print(json.dumps(result))
         return
-    from rich.table import Table
+    from fastft import terminal
 
-    table = Table(*report.COLUMNS)
-    for row in result["stages"]:
-        table.add_row(*report.cells(row, gpus))
-    out = console()
-    out.print(table)
+    out = terminal.console()
+    terminal.print_table(out, report.COLUMNS, [report.cells(row, gpus) for row in result["stages"]])
     shape = result["model"]
     out.print(
         f"{shape['parameters']:,} parameters, {shape['layers']} layers of {shape['hidden']:,}; "

@@ -1,17 +1,15 @@
 """Predictions of a trained model, a JSON object a line."""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastft import config as configuration
+from fastft.cli.lines import KeepOpt, OutOpt, OverwriteOpt, check_out, names_in, write_lines
 from fastft.errors import UserError
-from fastft.files import replacing
+from fastft.streams import results_only
 
 
 def run(
@@ -29,7 +27,10 @@ def run(
         str | None, typer.Option(help="csv/tsv without a header line: its columns, separated by commas.")
     ] = None,
     quoting: Annotated[str, typer.Option(help="csv/tsv: standard, or none: quote characters are text.")] = "standard",
-    out: Annotated[Path | None, typer.Option(help="Write JSON lines here instead of standard output.")] = None,
+    out: OutOpt = None,
+    overwrite: OverwriteOpt = False,
+    keep: KeepOpt = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Only the so many highest of the scores.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Longest text in tokens; default: the run's.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest generated text in tokens.")] = None,
@@ -42,12 +43,15 @@ def run(
         raise UserError(
             "Give either a data file or --text.", "For example: fastft predict runs/x --text 'My card was stolen'"
         )
-    if out is not None and out.is_dir():
-        raise UserError(f"--out {out}: is a folder.", "Name a file in it.")
-    from fastft.evaluate.predict import predict, predictor, read
-
+    kept = names_in(keep)
+    if kept and source in (None, "-"):
+        raise UserError("--keep: only a data file has columns.", "Give one, or leave --keep away.")
+    check_out(out, overwrite)
     shorthands = {"max_length": max_length, "max_new_tokens": max_new_tokens, "temperature": temperature}
-    ready = predictor(model, {**shorthands, **_parsed(options or [])})
+    with results_only():
+        from fastft.evaluate.predict import predict, predictor, read
+
+        ready = predictor(model, {**shorthands, **_parsed(options or [])})
     first = next(iter(ready.fields))
     if source == "-":
         rows: Iterable = _lines(first)
@@ -68,8 +72,8 @@ def run(
         }
         wanted["header"] = header.split(",") if header else None
         chosen = configuration.section(configuration.Source, wanted, "fastft predict")
-        rows = read(ready, chosen, {first: column, "text_pair": pair_column})
-    _write(predict(ready, rows, batch_size), out)
+        rows = read(ready, chosen, {first: column, "text_pair": pair_column}, kept)
+    write_lines(predict(ready, rows, batch_size, top_k), out)
 
 
 def _parsed(options: list[str]) -> dict[str, Any]:
@@ -82,19 +86,6 @@ def _parsed(options: list[str]) -> dict[str, Any]:
             raise UserError(f"{option!r} is not of the form option=value.", "For example: max_new_tokens=64")
         found[name] = yaml.safe_load(value)
     return found
-
-
-def _write(records: Iterator[dict], out: Path | None) -> None:
-    if out is None:
-        escaped = (sys.stdout.encoding or "").lower().replace("-", "") not in ("utf8", "utf16", "utf32")
-        for record in records:
-            print(json.dumps(record, ensure_ascii=escaped))
-        return
-    out = out.resolve()  # a link stays one, and what it points to is written
-    ordinary = out.is_file() or not out.exists()  # a pipe or a device is written as it is
-    with replacing(out) if ordinary else nullcontext(out) as scratch, open(scratch, "w", encoding="utf-8") as stream:
-        for record in records:
-            print(json.dumps(record, ensure_ascii=False), file=stream)
 
 
 def _lines(field: str) -> Iterator[tuple[str, dict]]:

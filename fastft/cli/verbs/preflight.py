@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from fastft import config as configuration
-from fastft.cli.options import ConfigArg, JsonOpt, OverridesArg, console, gpus
+from fastft.cli.options import ConfigArg, JsonOpt, OverridesArg, gpus
+from fastft.streams import results_only
 
 
 def run(
@@ -28,19 +29,17 @@ def run(
     loaded = configuration.load(config, overrides or [])
     hosts = hosts_of.read(hostfile) if hostfile else [hosts_of.Host("localhost", gpus() or 1)]
     chosen = launcher.plan([], hosts, Path(loaded.run.dir), master_addr=master_addr, master_port=master_port)
-    found, wrong = checks.preflight(
-        chosen,
-        checks.checkpoint_bytes(Path(loaded.model.path), loaded.model.dtype, loaded.checkpoint.keep),
-        list(dict.fromkeys(configuration.inputs(loaded).values())),
-    )
+    size = checks.checkpoint_bytes(Path(loaded.model.path), loaded.model.dtype, loaded.checkpoint.keep)
+    with results_only():
+        found, wrong = checks.preflight(chosen, size, list(dict.fromkeys(configuration.inputs(loaded).values())))
     if as_json:
         print(json.dumps({"hosts": found, "problems": wrong}))
     else:
-        from rich.table import Table
+        from rich.markup import escape
 
-        table = Table(*checks.COLUMNS)
-        for row in checks.describe(found):
-            table.add_row(*row)
-        console().print(table)
+        from fastft import terminal
+
+        rows = [list(map(escape, row)) for row in checks.describe(found)]
+        terminal.print_table(terminal.console(), checks.COLUMNS, rows)
         print("\n".join(wrong) if wrong else f"{len(hosts)} host{'s' * (len(hosts) > 1)}: nothing is wrong.")
     raise typer.Exit(1 if wrong else 0)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fastft.cli.options import JsonOpt
+from fastft.streams import results_only
 
 
 def run(
@@ -15,9 +16,10 @@ def run(
     as_json: JsonOpt = False,
 ) -> None:
     """Loss and gradient norm of every sample of a step, with the weights of the checkpoint before it."""
-    from fastft.evaluate.replay import replay
+    with results_only():
+        from fastft.evaluate.replay import replay
 
-    found = replay(run_dir, step)
+        found = replay(run_dir, step)
     if as_json:
         print(json.dumps(found))
         return

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fastft.cli.options import JsonOpt, OverridesArg
+from fastft.streams import results_only
 
 
 def run(
@@ -16,9 +17,10 @@ def run(
     as_json: JsonOpt = False,
 ) -> None:
     """Which documents a training step learns from."""
-    from fastft.evaluate.trace import trace as find
+    with results_only():
+        from fastft.evaluate.trace import trace as find
 
-    samples = find(target, overrides or [], step)
+        samples = find(target, overrides or [], step)
     if as_json:
         print(json.dumps(samples))
         return

@@ -1,11 +1,15 @@
 """Train a model as a configuration says."""
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fastft import config as configuration
 from fastft.cli.options import ConfigArg, OverridesArg
+from fastft.cli.training import QuietOpt, SummaryOpt, VerboseOpt, run_training
+from fastft.streams import results_only
 
 
 def run(
@@ -22,17 +26,21 @@ def run(
             "over where this run ended before its first, end with 0 where it is finished.",
         ),
     ] = False,
+    as_json: SummaryOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
 ) -> None:
     """Train a model as a configuration says."""
-    from fastft.cli.training import run_training
-
     loaded, resume = configuration.load(config, overrides or []), False
     if go_on:
-        from fastft.train.resuming import begun
+        with results_only():
+            from fastft.train import run_folder
+            from fastft.train.resuming import begun
 
-        state = begun(loaded)
+            state = begun(loaded)
         if state == "finished":
-            print(f"{loaded.run.dir}: finished; its model is in model/.")
+            if os.environ.get("RANK", "0") == "0":
+                print(run_folder.finished(Path(loaded.run.dir), loaded))
             return
         resume, overwrite = state == "saved", overwrite or state == "not saved"
-    run_training(loaded, resume=resume, overwrite=overwrite)
+    run_training(loaded, resume=resume, overwrite=overwrite, as_json=as_json, quiet=quiet, verbose=verbose)

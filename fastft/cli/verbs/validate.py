@@ -3,7 +3,8 @@
 import json
 
 from fastft import config as configuration
-from fastft.cli.options import ConfigArg, JsonOpt, OverridesArg, console
+from fastft.cli.options import ConfigArg, JsonOpt, OverridesArg
+from fastft.streams import results_only
 
 COUNTED = ("rows", "empty", "truncated", "split", "dropped")
 SHOWN = (*COUNTED, "overlong", "overlong_total", "longest")  # what the table says already
@@ -12,22 +13,24 @@ SHOWN = (*COUNTED, "overlong", "overlong_total", "longest")  # what the table sa
 def run(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOpt = False) -> None:
     """Check configuration, data and model without training."""
     loaded = configuration.load(config, overrides or [])
-    from fastft.evaluate.validate import validate_run  # imports torch, which a wrong key need not wait for
+    with results_only():
+        from fastft.evaluate.validate import validate_run  # imports torch, which a wrong key need not wait for
 
-    report = validate_run(loaded)
+        report = validate_run(loaded)
     if as_json:
         print(json.dumps(report))
         return
-    from rich.table import Table
+    from rich.markup import escape
 
+    from fastft import terminal
     from fastft.train.footprint import Footprint
 
-    table = Table("set", *COUNTED, "sequences", "longest", "tokens", "targets")
+    rows = []
     for name, s in report["splits"].items():
         numbers = [*(s["counts"][c] for c in COUNTED), s["sequences"], s["longest"], s["tokens"], s["targets"]]
-        table.add_row(name, *(f"{number:,}" for number in numbers))
-    out = console()
-    out.print(table)
+        rows.append([escape(name), *(f"{number:,}" for number in numbers)])
+    out = terminal.console()
+    terminal.print_table(out, ("set", *COUNTED, "sequences", "longest", "tokens", "targets"), rows)
     for name, s in report["splits"].items():
         more = [f"{count.replace('_', ' ')} {n:,}" for count, n in s["counts"].items() if count not in SHOWN]
         if more:  # what only this task counts

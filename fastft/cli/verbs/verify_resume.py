@@ -8,6 +8,7 @@ import typer
 
 from fastft import config as configuration
 from fastft.cli.options import ConfigArg, JsonOpt, OverridesArg
+from fastft.streams import results_only
 
 
 def run(
@@ -20,9 +21,10 @@ def run(
     as_json: JsonOpt = False,
 ) -> None:
     """Run twice, once interrupted, and compare losses and weights bit for bit."""
-    from fastft.evaluate.verify_resume import verify_resume
+    with results_only():
+        from fastft.evaluate.verify_resume import verify_resume
 
-    found = verify_resume(configuration.load(config, overrides or []), folder, nproc, at, kill)
+        found = verify_resume(configuration.load(config, overrides or []), folder, nproc, at, kill)
     if as_json:
         print(json.dumps(found))
     else:

@@ -225,19 +225,35 @@ class EntityMetrics(Metrics):
         return self.loss, self.targets, self.windows
 
     def finish(self, states: list) -> dict[str, float]:
-        truth: dict[int, np.ndarray] = {}
-        guess: dict[int, np.ndarray] = {}
-        for sentence, words, predicted, tags in (window for state in states for window in state[2]):
-            truth[sentence] = tags
-            guess.setdefault(sentence, np.full(len(tags), -1))[words] = predicted
-        names = [*self.names, schemes.OUTSIDE]  # the last for -1
-        order = sorted(truth)
-        expected, found = ([[names[i] for i in rows[s]] for s in order] for rows in (truth, guess))
+        order, expected, found = self._sentences([window for state in states for window in state[2]])
         pairs = [(a, b) for one, other in zip(expected, found, strict=True) for a, b in zip(one, other, strict=True)]
         targets = sum(state[1] for state in states)
         result = {"loss": sum(state[0] for state in states) / targets, "sentences": len(order), "words": len(pairs)}
         accuracy = sum(a == b for a, b in pairs) / len(pairs)
         return {**result, **schemes.scores(expected, found, self.scheme), "accuracy": accuracy}
+
+    def _sentences(self, windows: list) -> tuple[list[int], list[list[str]], list[list[str]]]:
+        """Their numbers, ascending, and the tags of each: expected, predicted."""
+        truth: dict[int, np.ndarray] = {}
+        guess: dict[int, np.ndarray] = {}
+        for sentence, words, predicted, tags in windows:
+            truth[sentence] = tags
+            guess.setdefault(sentence, np.full(len(tags), -1))[words] = predicted
+        names = [*self.names, schemes.OUTSIDE]  # the last for -1
+        order = sorted(truth)
+        expected, found = ([[names[i] for i in rows[s]] for s in order] for rows in (truth, guess))
+        return order, expected, found
+
+    def judged(self, learned: Learned) -> list[tuple[int, dict]]:
+        """``gold`` and ``predicted``: the tags of a sentence's words."""
+        first = {sentence: place for place, (sentence, *_) in reversed(list(enumerate(self.windows)))}
+        sentences = zip(*self._sentences(self.windows), strict=True)
+        return [(first[sentence], {"gold": gold, "predicted": tags}) for sentence, gold, tags in sentences]
+
+    def by_class(self, learned: Learned) -> dict[str, dict[str, float]]:
+        """Of entities, by their type."""
+        _, expected, found = self._sentences(self.windows)
+        return schemes.scores_by_type(expected, found, self.scheme)
 
 
 class Tagger(Predictor):

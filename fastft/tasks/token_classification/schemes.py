@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fastft.errors import UserError
+from fastft.tasks._judged import by_class
 
 OUTSIDE = "O"
 LOOK_LIKE_O = {"0": "the digit 0", "o": "a small o", "\u041e": "the Cyrillic O", "\u039f": "the Greek Omicron"}
@@ -98,8 +99,18 @@ def entities(tags: Sequence[str], scheme: str) -> list[tuple[str, int, int]]:
 
 def scores(truth: list[list[str]], predicted: list[list[str]], scheme: str) -> dict[str, float]:
     """precision, recall and f1 over all entities (micro), as seqeval's default mode counts them."""
+    precision, recall, f1, _ = _scores(truth, predicted, scheme, "micro")
+    return {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
+
+
+def scores_by_type(truth: list[list[str]], predicted: list[list[str]], scheme: str) -> dict[str, dict[str, float]]:
+    """precision, recall, f1 and support (entities that are there) by the entities' type."""
+    types = sorted({kind for tags in (*truth, *predicted) for kind, *_ in entities(tags, scheme)})
+    return by_class(types, *_scores(truth, predicted, scheme, None)) if types else {}
+
+
+def _scores(truth: list[list[str]], predicted: list[list[str]], scheme: str, average: str | None) -> tuple:
     from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
     both = ([[readable(tag, scheme) for tag in tags] for tags in sentences] for sentences in (truth, predicted))
-    precision, recall, f1, _ = precision_recall_fscore_support(*both, average="micro", zero_division=0)
-    return {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
+    return precision_recall_fscore_support(*both, average=average, zero_division=0)

@@ -38,7 +38,7 @@ class Skips(Observer):
         if result.skipped:
             ids = self.view.schedule.samples(result.step - 1).ids.tolist()
             self.view.log.record("skipped", step=result.step, samples=ids)
-            self.view.log.say(f"step {result.step}: NaN or Inf gradients; the step was skipped")
+            self.view.log.warn(f"step {result.step}: NaN or Inf gradients; the step was skipped")
         if self.in_a_row > self.view.job.config.train.max_skipped:
             raise UserError(
                 f"{self.in_a_row} steps in a row had NaN or Inf gradients (the last at step {result.step}).",
@@ -93,7 +93,7 @@ class Stragglers(Observer):
         if result.logging and not ranks.alone and (slow := self.timer.slow_ranks(ranks)):
             self.view.log.record("slow_ranks", step=result.step, times=slow)
             named = ", ".join(f"rank {rank} takes {times:.1f} times the others' time" for rank, times in slow.items())
-            self.view.log.say(f"step {result.step}: slow: {named}")
+            self.view.log.warn(f"step {result.step}: slow: {named}")
         return []
 
 
