@@ -300,6 +300,8 @@ def _train(config: Config, start: Callable[[Config], object]) -> None:
     _device = device
     with _own_place():
         start(config)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # rank 0 writes the end of the run's record, which all are about to read
 
 
 @contextmanager

@@ -96,6 +96,24 @@ def test_two_runs_in_one_process_and_an_earlier_one(classification_config, tmp_p
     assert resumed.summary.step == 6 and [r["step"] for r in resumed.history] == [1, 2, 3, 4, 5, 6]
 
 
+def test_two_ranks(classification_config, tmp_path):
+    """As torchrun starts a script: every rank sees the whole run, and a second one can follow."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, sys, fastft\n"
+        "for name in ('first', 'second'):\n"
+        "    run = fastft.fit(sys.argv[1], {'run.dir': f'{sys.argv[2]}/{name}', 'parallel.zero': 2})\n"
+        "    print('found', json.dumps([os.environ['RANK'], run.summary.step, run.history[-1]['loss']]))\n"
+    )
+    config = launch.write_config(tmp_path / "c.yaml", classification_config)
+    outputs = launch.ranks(2, [script, config, tmp_path])
+    found = [re.findall(r"^found (.*)$", output, re.MULTILINE) for output in outputs]
+    first, second = ([json.loads(text) for text in texts] for texts in found)
+    assert [r[:2] for r in first] == [["0", 4]] * 2 and [r[:2] for r in second] == [["1", 4]] * 2
+    assert len({loss for _, _, loss in (*first, *second)}) == 1
+    assert not [output for output in outputs if "untested optimizer" in output or "is deprecated" in output]
+
+
 def test_interrupted_and_resumed(classification_config, tmp_path, place):
     """A notebook's stop button: SIGINT to this process, while it takes steps."""
 

@@ -2,8 +2,12 @@
 
 import logging
 import sys
+import warnings
 
-NOISE = ("Setting accelerator to CPU",)  # said at every import on a machine without a GPU
+NOISE = (
+    "Setting accelerator to CPU",  # said at every import on a machine without a GPU
+    "**** You are using ZeRO with an untested optimizer",  # ours, which tests/train/test_equivalence.py tests
+)
 
 
 class _Logger(logging.Logger):
@@ -36,3 +40,5 @@ def settle() -> None:
         off_standard_output(handler)
     if _worth_saying not in logger.filters:
         logger.addFilter(_worth_saying)
+    # Of collectives that DeepSpeed calls by names that torch has since replaced.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
