@@ -180,7 +180,9 @@ def test_predict_does_not_replace_a_folder(trained, tmp_path, capsys):
 def test_predict_keeps_the_file_that_is_there(trained, tmp_path, capsys):
     keep = tmp_path / "keep.jsonl"
     keep.write_text("mine\n")
-    code, output = in_process(capsys, "predict", trained[1] / "model", tmp_path / "nothing.jsonl", "--out", keep)
+    code, output = in_process(
+        capsys, "predict", trained[1] / "model", tmp_path / "nothing.jsonl", "--out", keep, "--overwrite"
+    )
     assert code == 1 and keep.read_text() == "mine\n" and "no such file" in output
     assert in_process(capsys, "predict", trained[1], "--text", "x", "--batch-size", "0")[0] == 2
     code, output = in_process(capsys, "predict", trained[1], "--text", " ")

@@ -91,6 +91,9 @@ def finished(run_dir: Path, config: Config) -> UserError | None:
     last = [r for r in track.read(run_dir) if r["kind"] in ("run", "end")][-1:]
     if not last or last[0]["kind"] == "run" or last[0].get("stopped"):
         return None
+    saved = [int(p.name.removeprefix("step-")) for p in (run_dir / "checkpoints").glob("step-*[0-9]")]
+    if saved and max(saved) < last[0]["step"]:
+        return None  # the last checkpoint was taken away: it is made again
     before = configuration.load_run(run_dir)  # what the last start wrote
     if any(getattr(before, name) != getattr(config, name) for name in ("task", "model", "data", "batch")):
         return None  # refused, or not, by what the checkpoint says
