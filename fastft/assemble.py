@@ -40,6 +40,8 @@ class Job:
         What the training data taught (label names), or the checkpoint or the model that it was taken from.
     model : Module
         The Hugging Face model, edited; inside the engine where there is one.
+    came_in : str
+        Dtype of the folder that the model was read from, fp32 or bf16; other dtypes count as fp32.
     initialized : list of str
         Names of its weights that were newly initialized.
     frozen : int
@@ -58,6 +60,7 @@ class Job:
     evals: dict[str, Split] = field(default_factory=dict)
     order: Order | None = None
     model: Any = None
+    came_in: str = "fp32"
     initialized: list[str] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
     frozen: int = 0
@@ -109,6 +112,7 @@ def add_model(job: Job, weights: Weights = "start") -> None:
     """
     config, task = job.config, job.task
     spec = task.model(job.learned)
+    job.came_in = load.dtype_in(config.model)
     if weights == "trained":
         _open_trained(job, spec)
         return

@@ -187,3 +187,21 @@ def test_export_in_another_dtype(classifier, tmp_path):
 def test_several_texts(classifier):
     _, output = run("predict", classifier[1], "--text", "apple number 3", "--text", "bear number 4")
     assert [json.loads(line)["label"] for line in output.splitlines() if line.startswith("{")] == ["a", "b"]
+
+
+def test_a_model_is_exported_in_the_dtype_that_it_came_in(classifier, tmp_path, tiny_bert):
+    """A bf16 folder that is trained in fp32; --dtype fp32 gives what was trained."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoTokenizer
+
+    AutoModel.from_pretrained(tiny_bert, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "m")
+    path = broken(tmp_path, classifier, model__path=str(tmp_path / "m"), train__steps=2, train__epochs=None)
+    code, output = run("train", path)
+    assert code == 0, output
+    short = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {t.dtype for t in short.values()} == {torch.bfloat16}
+    assert run("export", tmp_path / "run", tmp_path / "whole", "--dtype", "fp32")[0] == 0
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert all(t.dtype == torch.float32 and torch.equal(t.bfloat16(), short[n]) for n, t in whole.items())

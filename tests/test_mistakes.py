@@ -526,8 +526,9 @@ for path in sys.argv[1:]:
 )
 def test_environment(place, tmp_path, env, part):
     config = changed(place[1], {"run.dir": str(tmp_path / "run")})
-    code, output = launch.fastft("train", launch.write_config(tmp_path / "c.yaml", config), env=env, check=False)
-    check(code, output, [part], tmp_path)
+    process = launch.start_python(["-m", "fastft", "train", launch.write_config(tmp_path / "c.yaml", config)], env)
+    output = launch.finish(process, 90)
+    check(process.returncode, output, [part], tmp_path)
 
 
 def test_a_port_that_is_taken(place, tmp_path):

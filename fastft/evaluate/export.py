@@ -9,7 +9,7 @@ from fastft import assemble, rooms
 from fastft import config as configuration
 from fastft.errors import UserError
 from fastft.train import checkpoint
-from fastft.train.export import save
+from fastft.train.export import own_dtype, save
 from fastft.zero import weights
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def export_checkpoint(
         raise UserError(
             f"{path}: holds no {', '.join(missing[:5])}.", "Export the run's own folder instead: <run.dir>/model."
         )
-    return save(job, state, to, dtype or config.model.dtype, {"step": manifest["step"]}, merge)
+    return save(job, state, to, dtype or own_dtype(job), {"step": manifest["step"]}, merge)
 
 
 def _exports_best(config: configuration.Config) -> bool:

@@ -20,6 +20,11 @@ def dtype_of(name: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
+def dtype_in(settings: Model) -> str:
+    """The dtype of a model folder's weights, by its config: bf16, or fp32 for all others."""
+    return "bf16" if config(settings).dtype == torch.bfloat16 else "fp32"
+
+
 def kept_in_fp32(model: torch.nn.Module, dtype: torch.dtype) -> re.Pattern | None:
     """Names of weights that transformers holds in float32 whatever dtype is asked for, by the lists that its classes
     carry (routers of DeepSeek-V3, GLM-4 MoE and others); None: there are none.

@@ -27,9 +27,18 @@ def save_engine(engine: Any, job: Job, folder: Path, results: dict | None = None
     state = weights.consolidated(engine, job.ranks.main)
     if job.ranks.main:
         assert state is not None
-        save(job, state, folder, job.config.model.dtype, results)
+        save(job, state, folder, own_dtype(job), results)
     job.ranks.barrier()
     return folder
+
+
+def own_dtype(job: Job) -> str:
+    """What a model is exported in unless asked otherwise: the dtype that it came in, or the run's if that is shorter.
+
+    An adapter, which is new, has the run's.
+    """
+    own = job.config.model.dtype
+    return own if job.adapter_only else "bf16" if "bf16" in (job.came_in, own) else "fp32"
 
 
 def save(

@@ -15,7 +15,9 @@ def run(
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
     best: Annotated[bool, typer.Option("--best", help="The best checkpoint (checkpoint.best_by).")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default: the run's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32 or bf16; default: that of the folder that the run began with.")
+    ] = None,
 ) -> None:
     """A Hugging Face folder from a training checkpoint."""
     if dtype not in (None, "fp32", "bf16"):
