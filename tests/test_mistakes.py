@@ -463,19 +463,9 @@ def test_no_configuration(tmp_path, capsys, name):
     assert "<unicode string>" not in err
 
 
-@pytest.mark.parametrize("name", DATA)
-def test_data(place, tmp_path, capsys, name):
-    make, parts = DATA[name]
-    rows(tmp_path, "good.jsonl", GOOD)
-    own = {"data.train": str(tmp_path / "good.jsonl"), "run.dir": str(tmp_path / "run")}
-    path = launch.write_config(tmp_path / "c.yaml", changed(place[1], {**own, **make(tmp_path)}))
-    code, err = said(capsys, "validate", path)
-    check(code, err, parts, tmp_path)
-
-
-@pytest.mark.parametrize("name", MODEL)
-def test_model(place, tmp_path, capsys, name):
-    make, parts = MODEL[name]
+@pytest.mark.parametrize(("table", "name"), [*(("data", n) for n in DATA), *(("model", n) for n in MODEL)])
+def test_data_and_model(place, tmp_path, capsys, table, name):
+    make, parts = {"data": DATA, "model": MODEL}[table][name]
     rows(tmp_path, "good.jsonl", GOOD)
     own = {"data.train": str(tmp_path / "good.jsonl"), "run.dir": str(tmp_path / "run")}
     path = launch.write_config(tmp_path / "c.yaml", changed(place[1], {**own, **make(tmp_path)}))
