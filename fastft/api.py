@@ -120,15 +120,19 @@ class Predictions:
         """
         from fastft.evaluate.predict import predict
 
-        single = isinstance(inputs, (str, Mapping))
+        single = isinstance(inputs, (str, Mapping)) or not isinstance(inputs, Iterable)
         rows = [self._row(i, one) for i, one in enumerate([inputs] if single else inputs)]
         found = list(predict(self._predictor, rows, batch_size, top_k))
         return found[0] if single else found
 
     def _row(self, i: int, one: Any) -> tuple[str, dict[str, Any]]:
         first, *_ = self.fields
-        if not isinstance(one, Mapping):
+        if isinstance(one, str) or (isinstance(one, list) and first != "text"):
             return f"row {i}", {first: one}
+        if not isinstance(one, Mapping):
+            raise UserError(
+                f"row {i}: {one!r} is a {type(one).__name__}.", f"Give a text, or {', '.join(self.fields)}."
+            )
         if first not in one:
             raise UserError(f"row {i}: no {first}.", f"A row has {', '.join(self.fields)}.")
         return f"row {i}", {name: one[name] for name in self.fields if one.get(name) is not None}

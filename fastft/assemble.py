@@ -146,7 +146,8 @@ def _open_trained(job: Job, spec: ModelSpec) -> None:
         job.model, _ = load.build(settings, spec.auto_class, (), job.config.run.seed)
         return
     path, revision = kinds[0].base(folder)
-    base = settings.changed(path=path, revision=revision, tokenizer=str(folder))
+    # The edit brings the head, whatever the base has in its place.
+    base = settings.changed(path=path, revision=revision, tokenizer=str(folder), new_head=True)
     job.model, _ = load.build(base, spec.auto_class, spec.new_parameters, job.config.run.seed, **spec.overrides)
     for kind in kinds:
         kind.open(folder, job.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -174,6 +175,13 @@ def _take(env: Any, starter: str, size: str, rank: str, local: str, local_size: 
         env["LOCAL_WORLD_SIZE"] = env[local_size]
 
 
+def _check_address(name: str) -> None:
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as e:
+        raise UserError(f"MASTER_ADDR={name}: {e.strerror or e}.", f"Give the first host's address. {UNSET}") from None
+
+
 def _number(env: Any, name: str) -> int:
     try:
         return int(env[name])
@@ -188,6 +196,10 @@ def environment(config: Config) -> Ranks:
     env = os.environ
     _settle(env)
     rank, world, local_rank = (_number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not 0 < _number(env, "MASTER_PORT") < 1 << 16:
+        raise UserError(f"MASTER_PORT={env['MASTER_PORT']} in the environment is no port (1 to 65535).", UNSET)
+    if world > 1:
+        _check_address(env["MASTER_ADDR"])
     if not 0 <= rank < world:
         raise UserError(f"RANK={rank} is not one of the {world} ranks of WORLD_SIZE={world}.", UNSET)
     alone = world if env["MASTER_ADDR"] in ("127.0.0.1", "localhost") else 1

@@ -23,14 +23,19 @@ def names_in(keep: str | None) -> list[str]:
     return [name.strip() for name in keep.split(",") if name.strip()] if keep else []
 
 
-def check_out(out: Path | None, overwrite: bool) -> None:
-    """UserError when ``--out`` is a folder, in none, or a file that is not to be replaced. Pipes and devices pass."""
+def check_out(out: Path | None, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """UserError when ``--out`` is a folder, in none, one of ``inputs`` or in one, or a file that is not to be replaced.
+    Pipes and devices pass.
+    """
     if out is None:
         return
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder.", "Name a file in it.")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}.", f"mkdir -p {out.parent}")
+    whole = out.resolve()
+    if held := next((path for path in inputs if path.resolve() in (whole, *whole.parents)), None):
+        raise UserError(f"--out {out}: is data that is read ({held}).", "Choose another file.")
     if out.is_file() and not overwrite:
         raise UserError(f"--out {out}: exists already.", "Choose another file, or replace it with --overwrite.")
 

@@ -87,8 +87,11 @@ def open_split(
     split = Split(name, prepare(cache / name, settings, files, build))
     if not split.totals["targets"]:
         counts = split.data.meta["counts"]
+        said = (
+            ", ".join(f"{k.replace('_', ' ')} {n:,}" for k, n in counts.items() if n and isinstance(n, int)) or "none"
+        )
         read = f"{counts['rows']} rows read from {', '.join(files[:3])}"
-        raise UserError(f"data set {name!r} is empty: {read}, nothing left to learn from.", f"Counts: {counts}.")
+        raise UserError(f"data set {name!r} is empty: {read}, nothing left to learn from.", f"Of them were: {said}.")
     return split
 
 

@@ -28,6 +28,7 @@ def export_checkpoint(
     config = configuration.load_run(run_dir)
     if to.exists():
         raise UserError(f"{to}: exists already.", "Choose another folder, or remove it.")
+    to.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(run_dir) / "checkpoints"
     if step is None and (best or _exports_best(config)) and (found := checkpoint.best(folder)):
         step = found["step"]

@@ -55,7 +55,8 @@ def check_path(path: str, what: str) -> None:
         return
     if folder.exists():
         raise UserError(f"{what} path {path}: is a file; expected a folder written by save_pretrained.")
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+    # "runs/x" has the form of a hub id, but where there is a folder runs/, it is meant.
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and folder.parent.is_dir()):
         near = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         hint = (
             f"In {folder.parent} there are: {', '.join(sorted(near)[:20])}."

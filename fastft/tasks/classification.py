@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -339,9 +340,9 @@ def doubtful(names: list[str], counts: list[int]) -> list[str]:
     found = []
     by_fold: dict[str, list[str]] = {}
     for name in names:
-        by_fold.setdefault(" ".join(name.casefold().split()), []).append(name)
+        by_fold.setdefault(_plain(name), []).append(name)
     for same in filter(lambda same: len(same) > 1, by_fold.values()):
-        found.append(f"labels {' and '.join(map(repr, same))} are the same but for case")
+        found.append(f"labels {' and '.join(map(repr, same))} are the same but for case or signs that are not seen")
     rows = dict(zip(names, counts, strict=True))
     common = [name for name in names if rows[name] > 2]
     for name in [name for name in names if 0 < rows[name] <= 2][:20]:
@@ -355,6 +356,12 @@ def doubtful(names: list[str], counts: list[int]) -> list[str]:
     return found
 
 
+def _plain(name: str) -> str:
+    """What a reader sees of a name: compatible characters are one, format characters and case are none."""
+    seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+    return " ".join(seen.casefold().split())
+
+
 def _name(value: object) -> str:
     """Labels are strings, without blanks around them; whole numbers lose a trailing .0 (Parquet and JSON write 3.0 for
     3).
@@ -365,7 +372,7 @@ def _name(value: object) -> str:
 def _label_names(found: list[tuple[str, list[str]]]) -> list[str]:
     """All labels, sorted; numerically when all are whole numbers, so that index and name agree."""
     names = {label for _, labels in found for label in labels}
-    return sorted(names, key=int) if all(map(_is_number, names)) else sorted(names)
+    return sorted(names, key=lambda name: (int(name), name)) if all(map(_is_number, names)) else sorted(names)
 
 
 def _is_number(name: str) -> bool:

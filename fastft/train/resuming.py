@@ -66,8 +66,9 @@ def begun(config: Config) -> Literal["new", "not saved", "saved", "finished"]:
     folder = Path(config.run.dir)
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
         return "new"
-    same = configuration.load_run(folder) == configuration.absolute(config)
-    if same and run_folder.finished(folder, config):
+    before, now = (c.model_dump(mode="json") for c in (configuration.load_run(folder), configuration.absolute(config)))
+    same = not configuration.changes(before, now)
+    if run_folder.finished(folder, config):
         return "finished"
     if checkpoint.steps(folder / "checkpoints"):
         return "saved"

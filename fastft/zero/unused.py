@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastft.errors import UserError
 from fastft.optim.optimizers.base import ClientOptimizer
 
 
@@ -23,21 +24,38 @@ class Unused:
 
     def __init__(self, engine: Any, optimizer: ClientOptimizer):
         self.zero, self.optimizer = engine.optimizer, optimizer
-        self.params = [p for p in engine.module.parameters() if p.requires_grad]
+        self.names = {p: name for name, p in engine.module.named_parameters() if p.requires_grad}
+        self.params = list(self.names)
+        self.sharded = bool(engine.zero_optimization_stage())
         self.device = engine.device
         self.used: set[int] = set()
         for i, param in enumerate(self.params):
             param.register_post_accumulate_grad_hook(lambda _, i=i: self.used.add(i))
 
     def take(self) -> list[torch.nn.Parameter]:
-        """Those without a gradient on any rank since the last call. All ranks take part."""
-        flags = torch.zeros(len(self.params), dtype=torch.uint8)
-        flags[list(self.used)] = 1
+        """Those without a gradient on any rank since the last call. All ranks take part.
+
+        Raises
+        ------
+        UserError
+            On every rank, where a sharded stage is asked for what some ranks used and others did not: ZeRO fills its
+            buckets in the order of the gradients, and would have added up those of different parameters. (At stage 3
+            such ranks mostly wait for each other in the forward, where they gather: the watchdog ends them.)
+        """
+        counts, world = torch.zeros(len(self.params), dtype=torch.int32), dist.get_world_size()
+        counts[list(self.used)] = 1
         self.used.clear()
-        if dist.get_world_size() > 1:
-            flags = flags.to(self.device)
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return [self.params[i] for i in (flags == 0).nonzero().flatten().tolist()]
+        if world > 1:
+            counts = counts.to(self.device)
+            dist.all_reduce(counts)
+        if self.sharded and (some := ((counts > 0) & (counts < world)).nonzero().flatten().tolist()):
+            names = [self.names[self.params[i]] for i in some[:3]]
+            raise UserError(
+                f"{len(some)} parameters got a gradient on some ranks and none on others, which ZeRO 1 to 3 cannot "
+                f"reduce: {', '.join(names)}{', ...' if len(some) > 3 else ''}.",
+                "Set parallel.zero: 0. The checkpoints hold nothing of this step.",
+            )
+        return [self.params[i] for i in (counts == 0).nonzero().flatten().tolist()]
 
     @contextmanager
     def kept(self, params: list[torch.nn.Parameter]) -> Iterator[None]:

@@ -75,3 +75,13 @@ def test_length_groups_take_every_sample_once_and_hold_little_padding(n, window,
         tops = lengths.max(1)[: window // block]
         assert not np.array_equal(tops, np.sort(tops)), "blocks come in a random order"
         assert not np.array_equal(epochs[0].ids, epochs[1].ids)
+
+
+@pytest.mark.parametrize("n", [10, 33, 70])
+def test_few_samples_come_in_no_order_of_length(n):
+    from fastft.data.orders.length_groups import LengthGroups, LengthGroupsSettings
+
+    split = Lengths(np.arange(n) + 1)
+    found = LengthGroups(LengthGroupsSettings(), split, seed=3)
+    lengths = [split.lengths[found.samples(e * n, (e + 1) * n).ids] for e in range(3)]
+    assert all((np.diff(one) < 0).sum() > n // 4 for one in lengths)

@@ -65,6 +65,7 @@ def test_an_adapter_that_is_used_by_some_steps_only(tmp_path):
         model = torch.nn.ParameterList([torch.ones(3), torch.ones(3)])
         optimizer = FusedAdamW(model.parameters(), lr=0.1, weight_decay=0.5)
         engine = SimpleNamespace(module=model, optimizer=optimizer, device=torch.device("cpu"))
+        engine.zero_optimization_stage = lambda: 0
         unused = Unused(engine, optimizer)
         model[0].sum().backward()
         assert unused.take() == [model[1]]
@@ -74,3 +75,57 @@ def test_an_adapter_that_is_used_by_some_steps_only(tmp_path):
     finally:
         if own:
             torch.distributed.destroy_process_group()
+
+
+EXPERTS = """
+import sys, torch, torch.distributed as dist
+from fastft import config as configuration
+from fastft.cli import leave
+from fastft.errors import UserError
+from fastft.optim import FusedAdamW
+from fastft.ranks import environment
+from fastft.zero import engine
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x, chosen):
+        return sum(self.experts[i](x) for i in chosen)
+
+stage = int(sys.argv[1])
+raw = {"task": "causal_lm", "model": {"path": "x"}, "parallel": {"zero": stage}, "run": {"device": "cpu"}}
+config = configuration.validate(raw)
+ranks = environment(config)
+engine.start_process_group()
+torch.manual_seed(0)
+net = Net()
+first = [p.detach().clone() for p in net.parameters()]
+optimizer = FusedAdamW(net.parameters(), lr=0.1, weight_decay=0.5)
+built = engine.build_engine(net, optimizer, engine.deepspeed_config(config, ranks))
+stepper = engine.Stepper(built, optimizer, None)
+
+def step(chosen):
+    stepper.boundary(True)
+    stepper.backward(built(torch.ones(2, 4), chosen).sum(), True)
+
+step([0, 1])  # alike on all ranks: the third stays as it was
+after = [p.detach().clone() for p in net.parameters()]
+assert [torch.equal(a, b) for a, b in zip(first, after)] == [False] * 4 + [True] * 2
+try:
+    step([0, 1] if ranks.rank else [0, 2])
+    assert stage == 0, "parameters of different ranks were added up"
+except UserError as e:
+    assert stage and "parallel.zero: 0" in str(e), e
+leave(0)
+"""
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_what_some_ranks_use_and_others_do_not(tmp_path, zero):
+    """Stage 0 reduces every parameter; 1 and 2, whose buckets fill in the order of the gradients, refuse. (At 3 such
+    ranks wait for each other in the forward already, which is for the watchdog.)
+    """
+    (tmp_path / "experts.py").write_text(EXPERTS)
+    launch.ranks(2, [tmp_path / "experts.py", str(zero)])

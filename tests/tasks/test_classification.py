@@ -146,7 +146,7 @@ def test_doubtful_labels_are_named(task_of, tmp_path, caplog):
     split = task.train_split()
     task.learned(split)
     assert "label 'card_arival' (1 of 18 rows) is nearly 'card_arrival' (9)" in caplog.text
-    assert "labels 'Lost_card' and 'lost_card' are the same but for case" in caplog.text
+    assert "labels 'Lost_card' and 'lost_card' are the same but for case or signs that are not seen" in caplog.text
     (said,) = task.describe(split)
     assert said.startswith("4 classes, rarest: card_arival (1 row)") and said.endswith("most common: card_arrival (9)")
 

@@ -27,6 +27,7 @@ def run(
     if keep and out is None:
         raise UserError("--keep: belongs to --out.", "For example: --out rows.jsonl --keep id")
     config = configuration.of_trained(target, overrides or [])
+    check_out(out, overwrite, configuration.inputs(config).values())
     with results_only():
         from fastft.evaluate.metrics import evaluate_model  # imports torch, which a wrong key need not wait for
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,7 +47,7 @@ def run(
     kept = names_in(keep)
     if kept and source in (None, "-"):
         raise UserError("--keep: only a data file has columns.", "Give one, or leave --keep away.")
-    check_out(out, overwrite)
+    check_out(out, overwrite, [Path(source)] if source not in (None, "-") else [])
     shorthands = {"max_length": max_length, "max_new_tokens": max_new_tokens, "temperature": temperature}
     with results_only():
         from fastft.evaluate.predict import predict, predictor, read

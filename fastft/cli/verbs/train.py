@@ -9,6 +9,7 @@ import typer
 from fastft import config as configuration
 from fastft.cli.options import ConfigArg, OverridesArg
 from fastft.cli.training import QuietOpt, SummaryOpt, VerboseOpt, run_training
+from fastft.errors import UserError
 from fastft.streams import results_only
 
 
@@ -31,6 +32,8 @@ def run(
     verbose: VerboseOpt = False,
 ) -> None:
     """Train a model as a configuration says."""
+    if go_on and overwrite:
+        raise UserError("--continue and --overwrite exclude each other.", "--overwrite starts over what is there.")
     loaded, resume = configuration.load(config, overrides or []), False
     if go_on:
         with results_only():

@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from fastft.config import Source
+from fastft.errors import UserError
 from fastft.registry import Registry
 
 Record = Mapping[str, object]
@@ -32,7 +35,10 @@ def format_of(path: Path) -> str | None:
 def open_text(path: Path, newline: str | None = None) -> TextIO:
     """UTF-8 text (a byte-order mark is dropped), decompressed when the file is gzip, whatever its name."""
     with open(path, "rb") as f:
-        zipped = f.read(2) == b"\x1f\x8b"
+        start = f.read(2)
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: is UTF-16, not UTF-8.", f"Convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE")
+    zipped = start == b"\x1f\x8b"
     return (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline=newline)
 
 
@@ -65,6 +71,8 @@ class Columns:
 
     @staticmethod
     def _convert(column: Any) -> list:
+        if str(column.type) in ("float", "halffloat"):  # 0.1, and not 0.10000000149011612, which no file says
+            return [None if value is None else float(str(np.float32(value))) for value in column.to_pylist()]
         try:
             return column.to_pylist()
         except (ValueError, OverflowError, ArithmeticError):  # pyarrow's own errors are ValueErrors

@@ -23,7 +23,7 @@ class LengthGroupsSettings(OrderSettings):
 @rooms.ORDERS.register("length_groups")
 class LengthGroups(Order):
     """Every sample once an epoch. Those of a window, drawn at random, are sorted by length and cut into blocks, which
-    come in a random order: a batch holds texts of about one length, but successive batches any.
+    come in a random order, as the samples in each do: a batch holds texts of about one length, but successive ones any.
 
     transformers' group_by_length sorts windows of 50 batches in the same way and leaves the blocks sorted: its learning
     rate then meets long texts first and short ones last, over and over.
@@ -49,7 +49,11 @@ class LengthGroups(Order):
         n, block = len(self.split), self.settings.block  # type: ignore[attr-defined]
         drawn = order.permute(n, self.seed, epoch, np.arange(first, last))
         by_length = drawn[np.argsort(self.split.lengths[drawn], kind="stable")]
-        whole = len(drawn) // block  # what is left over, the longest, comes last
-        shuffled = order.permute(whole, self.seed + first + 1, epoch, np.arange(whole)) if whole else np.zeros(0, int)
-        blocks = by_length[: whole * block].reshape(whole, block)[shuffled]
-        return np.concatenate([blocks.reshape(-1), by_length[whole * block :]])
+        cuts = [by_length[at : at + block] for at in range(0, len(by_length), block)]  # the last may be a part of one
+        cuts = [
+            cut[order.permute(len(cut), self.seed + first + at, epoch, np.arange(len(cut)))]
+            for at, cut in enumerate(cuts)
+        ]
+        return np.concatenate(
+            [cuts[i] for i in order.permute(len(cuts), self.seed + first + 1, epoch, np.arange(len(cuts)))]
+        )

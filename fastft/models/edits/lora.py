@@ -54,6 +54,13 @@ class LoRASettings(Section):
         description="What <run.dir>/model holds: the adapter (peft's files), or the whole model with it merged in.",
     )
 
+    def check(self, config: Config) -> None:
+        if config.model.resize_embeddings:
+            raise ValueError(
+                "model.resize_embeddings: an adapter holds no rows of the embedding, so the new ones would be lost: "
+                "save a model with the larger embedding first (resize_token_embeddings) and start from that folder"
+            )
+
 
 @rooms.EDITS.register("lora")
 class LoRA(Edit):
