@@ -205,3 +205,27 @@ def test_a_model_is_exported_in_the_dtype_that_it_came_in(classifier, tmp_path, 
     assert run("export", tmp_path / "run", tmp_path / "whole", "--dtype", "fp32")[0] == 0
     whole = load_file(tmp_path / "whole" / "model.safetensors")
     assert all(t.dtype == torch.float32 and torch.equal(t.bfloat16(), short[n]) for n, t in whole.items())
+
+
+def test_an_output_is_not_written_onto_data(classifier):
+    data = classifier[0].parent / "test.jsonl"
+    before = data.read_text()
+    for command in (("predict", classifier[1], data), ("eval", classifier[1])):
+        code, output = run(*command, "--out", data, "--overwrite")
+        assert code == 1 and "is data that is read" in output and data.read_text() == before
+
+
+def test_an_adapter_over_a_head_of_another_size(classifier, tmp_path, tiny_bert):
+    """The adapter brings its own head: evaluation and predictions need nothing said."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=5)
+    model.save_pretrained(tmp_path / "m")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "m")
+    changes = {"model__path": str(tmp_path / "m"), "model__new_head": True, "model__lora": {"r": 4}}
+    path = broken(tmp_path, classifier, **changes, train__steps=2, train__epochs=None)
+    code, output = run("train", path)
+    assert code == 0, output
+    assert run("eval", tmp_path / "run")[0] == 0
+    _, output = run("predict", tmp_path / "run", "--text", "apple")
+    assert json.loads(output.strip().splitlines()[-1])["label"] in "ab"

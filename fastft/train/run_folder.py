@@ -94,7 +94,7 @@ def finished(run_dir: Path, config: Config) -> UserError | None:
     saved = [int(p.name.removeprefix("step-")) for p in (run_dir / "checkpoints").glob("step-*[0-9]")]
     if saved and max(saved) < last[0]["step"]:
         return None  # the last checkpoint was taken away: it is made again
-    before = configuration.load_run(run_dir)  # what the last start wrote
+    before, config = configuration.load_run(run_dir), configuration.absolute(config)  # as the last start wrote it
     if any(getattr(before, name) != getattr(config, name) for name in ("task", "model", "data", "batch")):
         return None  # refused, or not, by what the checkpoint says
     if (before.train.steps, before.train.epochs) != (config.train.steps, config.train.epochs):

@@ -270,3 +270,19 @@ def test_a_pipe_is_said_to_be_one(tmp_path):
     os.mkfifo(tmp_path / "x.jsonl")
     with pytest.raises(UserError, match="pipe"):
         read(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf_16_is_told_from_a_broken_file(tmp_path, encoding):
+    start = b"" if encoding == "utf-16" else b"\xfe\xff"
+    (tmp_path / "x.jsonl").write_bytes(start + '{"text": "x"}\n'.encode(encoding))
+    with pytest.raises(UserError, match=r"x.jsonl: is UTF-16(.|\n)*iconv"):
+        read(tmp_path / "x.jsonl")
+
+
+def test_short_floats_are_read_as_they_were_written(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"x": pa.array([0.1, None, 2.0], pa.float32())}), tmp_path / "x.parquet")
+    assert [r["x"] for _, r in read(tmp_path / "x.parquet")] == [0.1, None, 2.0]

@@ -189,3 +189,10 @@ def test_a_text_that_begins_with_bos(classification_config, tmp_path):
     assert all(row[0] == bos and row[1] != bos for row in tokens) and tokens[0] == tokens[2]
     inputs, lengths = task.encode_texts(["<eos>one two", "one two"], [None, None], 32)
     assert inputs["input_ids"].tolist() == tokens[:1] * 2 and lengths == [len(tokens[0])] * 2
+
+
+def test_labels_that_look_the_same(task_of, tmp_path, caplog):
+    labels = ["caf\u00e9", "cafe\u0301", "neg", "neg\u200b"]
+    task = task_of(train=write(tmp_path / "n.jsonl", [{"text": "x", "label": label} for label in labels * 4]))
+    task.learned(task.train_split())
+    assert caplog.text.count("are the same but for case or signs that are not seen") == 2

@@ -11,8 +11,11 @@ from fastft.train import loop
 from fastft.train.resuming import begun
 
 
-def test_a_job_that_is_started_again(lm_config, tmp_path):
+def test_a_job_that_is_started_again(lm_config, tmp_path, monkeypatch):
     lm_config["checkpoint"] = {"every": 2}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").symlink_to(lm_config["data"]["train"])
+    lm_config["data"]["train"], lm_config["run"]["dir"] = "text.jsonl", "run"  # as most configurations say it
     path, run = launch.write_config(tmp_path / "c.yaml", lm_config), tmp_path / "run"
     config = configuration.load(path)
     assert begun(config) == "new"
