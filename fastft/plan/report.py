@@ -4,9 +4,11 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastft.config import Model
+from fastft.config.reading import read
 from fastft.errors import UserError, did_you_mean
 from fastft.plan.failures import reliability
 from fastft.plan.fit import calibrated
@@ -65,17 +67,37 @@ class Request:
         _check("efficiency", self.efficiency, lambda v: 0 < v <= 1, "is a share of the peak, in (0, 1]")
         for stage in self.zero:
             _check("zero", stage, lambda v: v in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
-        if self.hardware not in HARDWARE:
-            raise UserError(f"--hardware {self.hardware}: unknown.", did_you_mean(self.hardware, HARDWARE))
+        hardware_of(self.hardware)
 
     def machine(self) -> Hardware:
         """The hardware, with what the options say of its nodes."""
-        known = HARDWARE[self.hardware]
+        known = hardware_of(self.hardware)
         changes: dict[str, Any] = {
             "gpus_per_node": self.gpus_per_node,
             "inter_node_bandwidth": self.node_gbits and self.node_gbits * 1e9 / 8,
         }
         return dataclasses.replace(known, **{name: value for name, value in changes.items() if value is not None})
+
+
+def hardware_of(name: str) -> Hardware:
+    """A known kind of GPU, or that of a YAML file with ``Hardware``'s fields (bytes, FLOP, seconds). Raises UserError."""
+    if name in HARDWARE:
+        return HARDWARE[name]
+    if not Path(name).is_file():
+        hint = (
+            "Or a YAML file: flops, hbm_bandwidth, memory, intra_node_bandwidth, inter_node_bandwidth, gpus_per_node."
+        )
+        raise UserError(f"--hardware {name}: unknown.", f"{did_you_mean(name, HARDWARE)} {hint}")
+    values, fields = read(name), {field.name: field for field in dataclasses.fields(Hardware)}
+    needed = {field for field, f in fields.items() if f.default is dataclasses.MISSING}
+    for wrong, what in ((values.keys() - fields.keys(), "knows no"), (needed - values.keys(), "lacks")):
+        if wrong:
+            raise UserError(f"--hardware {name}: {what} {min(wrong)}.", f"Its keys: {', '.join(fields)}.")
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or not math.isfinite(value):
+            raise UserError(f"--hardware {name}: {key}: {value!r} is no positive number.")
+    numbers: dict[str, Any] = {k: int(v) if k == "gpus_per_node" else float(v) for k, v in values.items()}
+    return Hardware(**numbers)
 
 
 def _check(name: str, value: float | None, good, rule: str) -> None:

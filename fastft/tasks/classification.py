@@ -15,7 +15,7 @@ from pydantic import Field
 
 from fastft import rooms
 from fastft.config import Config, Data, InputPath, Loss, Section
-from fastft.data.encoder import Learned, write_sizes
+from fastft.data.encoder import Counts, Learned, write_sizes
 from fastft.data.formats import Record
 from fastft.data.formats.base import Unreadable, open_text
 from fastft.data.split import Split
@@ -205,13 +205,23 @@ class LabelEncoder(SequenceEncoder):
         data = task.config.data
         super().__init__(task, data.text, data.text_pair, [data.label])
         self.data, self.names = data, names
+        self.unlabelled: list[str] = []  # where rows without a label are
+
+    def settle(self, counts: Counts) -> None:
+        super().settle(counts)
+        if self.unlabelled:
+            more = f" (so is that of {len(self.unlabelled) - 1:,} more rows)" if self.unlabelled[1:] else ""
+            raise UserError(
+                f"{self.unlabelled[0]}: the label is empty{more}.", "Every row needs a label; remove the row or fix it."
+            )
 
     def extra(self, where: str, record: Record) -> list[str]:
         """The label names of a row: one, or any number when multi_label."""
         value, data = record[self.data.label], self.data
         nothing = isinstance(value, str) and not value.strip() and not data.multi_label
         if value is None or value != value or nothing:  # NaN
-            raise UserError(f"{where}: the label is empty.", "Every row needs a label; remove the row or fix it.")
+            self.unlabelled.append(where)
+            return []
         if isinstance(value, Unreadable):
             raise UserError(f"{where}: the label cannot be read: {value.reason}.", "Fix or remove the row.")
         if not data.multi_label:
@@ -247,15 +257,18 @@ class LabelEncoder(SequenceEncoder):
         nameless = all(name == f"LABEL_{i}" for i, name in enumerate(names))
         if nameless or (from_file and not any(map(_is_number, names))):
             index = {**{str(i): i for i in range(len(names))}, **index}
+        unknown = [(where, label) for where, labels in found for label in labels if label not in index]
+        if unknown:
+            (where, label), rows = unknown[0], len({where for where, _ in unknown})
+            origin = "the labels file" if from_file else "the training data"
+            more = f"; {rows - 1:,} more rows have such labels" if rows > 1 else ""
+            raise UserError(
+                f"{where}: label {label!r} does not occur in {origin} ({len(names)} labels){more}.",
+                did_you_mean(label, names),
+            )
         out = np.zeros((len(found), len(names)) if many else len(found), dtype=np.float32 if many else np.int64)
-        for row, (where, labels) in enumerate(found):
+        for row, (_, labels) in enumerate(found):
             for label in labels:
-                if label not in index:
-                    origin = "the labels file" if from_file else "the training data"
-                    raise UserError(
-                        f"{where}: label {label!r} does not occur in {origin} ({len(names)} labels).",
-                        did_you_mean(label, names),
-                    )
                 if many:
                     out[row, index[label]] = 1
                 else:

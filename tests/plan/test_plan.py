@@ -317,3 +317,19 @@ def test_durations():
 )
 def test_numbers_of_parameters_as_people_write_them(text, number):
     assert report.count(text) == number
+
+
+def test_hardware_of_ones_own(tmp_path):
+    from fastft.plan.report import hardware_of
+
+    (tmp_path / "my.yaml").write_text(
+        "flops: 5e14\nhbm_bandwidth: 2e12\nmemory: 48e9\nintra_node_bandwidth: 1e11\ninter_node_bandwidth: 5e10\n"
+    )
+    found = hardware_of(str(tmp_path / "my.yaml"))
+    assert (found.flops, found.memory, found.gpus_per_node) == (5e14, 48e9, 8)
+    for text, part in (("flops: 5e14\n", "lacks hbm_bandwidth"), ("flop: 1\n", "knows no flop")):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(UserError, match=part):
+            hardware_of(str(tmp_path / "x.yaml"))
+    with pytest.raises(UserError, match="Or a YAML file"):
+        hardware_of("h1000")

@@ -196,3 +196,13 @@ def test_labels_that_look_the_same(task_of, tmp_path, caplog):
     task = task_of(train=write(tmp_path / "n.jsonl", [{"text": "x", "label": label} for label in labels * 4]))
     task.learned(task.train_split())
     assert caplog.text.count("are the same but for case or signs that are not seen") == 2
+
+
+def test_all_bad_rows_are_counted(task_of, tmp_path):
+    rows = [{"text": "x", "label": label} for label in ("a", "", "b", None, " ")]
+    unknown = [{"text": "x", "label": label} for label in ("a", "z", "y", "z")]
+    task = task_of(eval={"test": write(tmp_path / "e.jsonl", unknown)})
+    with pytest.raises(UserError, match=r"e.jsonl:2: label 'z' does not occur .*; 2 more rows have such labels"):
+        task.eval_splits(task.learned(task.train_split()))
+    with pytest.raises(UserError, match=r"n.jsonl:2: the label is empty \(so is that of 2 more rows\)"):
+        task_of(train=write(tmp_path / "n.jsonl", rows)).train_split()

@@ -18,7 +18,9 @@ def run(
     zero: Annotated[
         list[int] | None, typer.Option(help="ZeRO stage; can be given several times; default: all.")
     ] = None,
-    hardware: Annotated[str, typer.Option(help="a100, h100, h200, b200.")] = "h100",
+    hardware: Annotated[
+        str, typer.Option(help="a100, h100, h200, b200, or a YAML file of your own (docs/measured.md).")
+    ] = "h100",
     micro_batch: Annotated[int, typer.Option(help="Sequences per GPU and micro-step.")] = 1,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 2048,
     accumulation: Annotated[int, typer.Option(help="Micro-steps per optimizer step.")] = 1,
