@@ -80,7 +80,7 @@ class Request:
 
 
 def hardware_of(name: str) -> Hardware:
-    """A known kind of GPU, or that of a YAML file with ``Hardware``'s fields (bytes, FLOP, seconds). Raises UserError."""
+    """A known kind of GPU, or that of a YAML file with ``Hardware``'s fields. Raises UserError."""
     if name in HARDWARE:
         return HARDWARE[name]
     if not Path(name).is_file():
