@@ -226,7 +226,7 @@ class Run:
         merge : bool
             An adapter is merged into its base.
         dtype : str, optional
-            fp32 or bf16; default: the run's.
+            fp32 or bf16; default: that of the folder that the run began with.
         """
         from fastft.evaluate.export import export_checkpoint
 

@@ -112,10 +112,10 @@ def add_model(job: Job, weights: Weights = "start") -> None:
     """
     config, task = job.config, job.task
     spec = task.model(job.learned)
-    job.came_in = load.dtype_in(config.model)
     if weights == "trained":
         _open_trained(job, spec)
         return
+    job.came_in = load.dtype_in(config.model)
     if weights == "start" and any(rooms.EDITS.get(n).wrote(Path(config.model.path)) for n in rooms.EDITS.names()):
         raise UserError(
             f"model.path: {config.model.path} holds an adapter, not a whole model.",

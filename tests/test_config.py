@@ -182,6 +182,9 @@ def test_paths_are_expanded_as_a_shell_does(monkeypatch, tmp_path):
         "data": {"train": ["~/${CORPUS}/a.jsonl", {"path": "$CORPUS/b.jsonl"}], "eval": "~/e.jsonl", "cache": "~/c"},
         "run": {"dir": "$HOME/runs/x"},
     }
+    (tmp_path / "a$b").touch()  # a name that is there is taken as it is
+    as_it_is = config.validate({**raw, "data": {"train": str(tmp_path / "a$b")}})
+    assert as_it_is.data.train[0].path == str(tmp_path / "a$b")
     found = config.validate(raw)
     assert found.model.path == f"{tmp_path}/model" and found.run.dir == f"{tmp_path}/runs/x"
     assert [s.path for s in found.data.train] == [f"{tmp_path}/texts/a.jsonl", "texts/b.jsonl"]

@@ -102,6 +102,8 @@ def expanded(found: S, where: str) -> S:
     keys = {path: key for key, path, _ in found.paths()}
 
     def whole(path: str, kind: PathKind) -> str:
+        if Path(path).exists():  # a $ may be part of a name
+            return path
         new = os.path.expandvars(os.path.expanduser(path))
         if path.startswith("~") and new.startswith("~"):
             raise UserError(f"{where}: {keys[path]}: {path}: no such user's home.", "Write the path in full.")
