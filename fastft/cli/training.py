@@ -31,8 +31,10 @@ def run_training(
     track.set_verbosity(-1 if quiet else 1 if verbose else 0)
     with results_only():
         from fastft.train import loop
+        from fastft.train.signals import end_with_run
         from fastft.zero.engine import stop_process_group
 
+        end_with_run()
         try:
             result = loop.resumed(config) if resume else loop.train(config, overwrite=overwrite)
         finally:

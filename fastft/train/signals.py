@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM ask the loop to save and leave; a second SIGINT leaves at once."""
 
+import os
 import signal
 import sys
 import threading
@@ -17,10 +18,14 @@ class StopRequest:
 
     Attributes
     ----------
+    obeyed : bool
+        Of the class: whether a signal has been taken in this process.
     say : callable
         Takes the text that acknowledges a signal as it comes; called in a thread of its own, for a handler may
         interrupt whatever holds a stream.
     """
+
+    obeyed = False
 
     def __init__(self) -> None:
         self.signum = 0
@@ -43,3 +48,20 @@ class StopRequest:
             text = f"{signal.Signals(signum).name}: stopping after this step and saving{again}"
             threading.Thread(target=self.say, args=(text,), daemon=True).start()
         self.signum = signum
+        StopRequest.obeyed = True
+
+
+def end_with_run() -> None:
+    """For a process that ends with the run it trains: once a signal was obeyed, SIGTERM does nothing more.
+
+    The end of a job often comes to a rank twice, from whoever ends all processes of the job and from the launcher that
+    passes it on. The second may come late, when all is saved but not yet said.
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(signum: int, frame) -> None:
+    if not StopRequest.obeyed:
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)

@@ -93,7 +93,10 @@ def test_resume_is_bit_exact(lm_config, tmp_path, monkeypatch, zero, dtype, worl
     [pytest.param(signal.SIGTERM, 1, marks=pytest.mark.long), (signal.SIGINT, 1), (signal.SIGTERM, 2)],
 )
 def test_signal_saves_and_leaves_then_resume_finishes(lm_config, tmp_path, signum, world):
-    """One rank is told; all save and leave with 128 + signal; resuming gives the undisturbed curve."""
+    """One rank is told; all save and leave with 128 + signal; resuming gives the undisturbed curve.
+
+    SIGTERM is said again and again until it has ended, as by a launcher and a service manager that both pass it on.
+    """
     lm_config["train"] = {"steps": 400, "log_every": 1}
     run = Path(lm_config["run"]["dir"])
     config = launch.write_config(tmp_path / "c.yaml", lm_config)
@@ -119,6 +122,9 @@ def test_signal_saves_and_leaves_then_resume_finishes(lm_config, tmp_path, signu
             assert time.monotonic() < deadline and processes[0].poll() is None, "no third step"
             time.sleep(0.05)
         processes[-1].send_signal(signum)
+        while signum == signal.SIGTERM and processes[-1].poll() is None:
+            time.sleep(0.005)
+            processes[-1].send_signal(signum)
         outputs = [launch.finish(p, 60) for p in processes]
     finally:
         for p in processes:
