@@ -31,6 +31,7 @@ FLOORS = {
     "assemble": 6,
     "train": 7,
     "evaluate": 8,
+    "bench": 8,
     "plan": 8,
     "doctor": 8,
     "quickstart": 9,

@@ -46,6 +46,10 @@ class Counts:
         return counts | counts.pop("more")
 
 
+class RowError(UserError):
+    """One row cannot be used. The rows behind it are read all the same, so that the message counts those like it."""
+
+
 @dataclass
 class Example:
     """What one row, or a part of one, becomes.
@@ -78,11 +82,11 @@ class Encoder(ABC):
 
     @abstractmethod
     def accepts(self, where: str, record: Record) -> bool:
-        """Whether the row is used; False: it is empty. Raises UserError, naming the row, when it cannot be read."""
+        """Whether the row is used; False: it is empty. Raises RowError, naming the row, when it cannot be read."""
 
     @abstractmethod
     def encode(self, rows: list[tuple[str, Record]], counts: Counts) -> list[Example]:
-        """Examples of some rows, in order. Raises UserError, naming the row."""
+        """Examples of some rows, in order. Raises RowError, naming the row."""
 
     @abstractmethod
     def finish(self, store: Store, learned: Learned | None) -> dict:
@@ -107,14 +111,14 @@ def write_sizes(store: Store, lengths: np.ndarray, targets: np.ndarray) -> dict:
 
 
 def check_text(where: str, column: str, value: object) -> None:
-    """UserError unless the value is text that can be written as UTF-8."""
+    """RowError unless the value is text that can be written as UTF-8."""
     if isinstance(value, Unreadable):
-        raise UserError(f"{where}: column {column!r} cannot be read: {value.reason}.", "Fix or remove the row.")
+        raise RowError(f"{where}: column {column!r} cannot be read: {value.reason}.", "Fix or remove the row.")
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise UserError(f"{where}: column {column!r} holds {kind}, not text: {value!r}.", "Fix or remove the row.")
+        raise RowError(f"{where}: column {column!r} holds {kind}, not text: {value!r}.", "Fix or remove the row.")
     try:
         value.encode()
     except UnicodeEncodeError as e:
         half = f"({e.object[e.start]!r} at position {e.start})"
-        raise UserError(f"{where}: column {column!r} holds half a character {half}.", "Fix the row.") from None
+        raise RowError(f"{where}: column {column!r} holds half a character {half}.", "Fix the row.") from None

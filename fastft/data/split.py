@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastft.config import Data, Run, Source
 from fastft.data import formats
-from fastft.data.encoder import Counts, Encoder, Learned
+from fastft.data.encoder import Counts, Encoder, Example, Learned, RowError
 from fastft.data.prepared import Prepared, prepare
 from fastft.data.sources import holds
 from fastft.data.store import Store
@@ -20,6 +20,7 @@ from fastft.files import digest
 
 log = logging.getLogger(__name__)
 
+REFUSED = 1000  # rows that cannot be used, until reading on tells nothing more
 ROWS = 1000  # handed to an encoder at a time: enough for a tokenizer's threads, small enough for memory
 
 
@@ -97,10 +98,11 @@ def open_split(
 
 def encode(folder: Path, encoder: Encoder, sources: list[Source], learned: Learned | None) -> dict:
     """Write the columns of a split into a folder; returns its meta."""
-    counts, store = Counts(), Store(folder, encoder.columns)
-    for rows in _chunks(_accepted(sources, encoder, counts)):
-        for example in encoder.encode(rows, counts):
+    counts, store, refused = Counts(), Store(folder, encoder.columns), _Refused()
+    for rows in _chunks(_accepted(sources, encoder, counts, refused)):
+        for example in _encoded(rows, encoder, counts, refused):
             store.append(example.where, example.columns, example.extra)
+    refused.check()
     origins = store.close()
     encoder.settle(counts)
     meta = encoder.finish(store, learned)
@@ -108,14 +110,55 @@ def encode(folder: Path, encoder: Encoder, sources: list[Source], learned: Learn
     return {"counts": counts.as_dict(), "origins": origins, **dtypes, **meta}
 
 
-def _accepted(sources: list[Source], encoder: Encoder, counts: Counts) -> Iterator[tuple[str, formats.Record]]:
+class _Refused:
+    """Rows that cannot be used: the first is told, and how many more there are."""
+
+    def __init__(self) -> None:
+        self.first: RowError | None = None
+        self.count = 0
+
+    def add(self, error: RowError) -> None:
+        """Raises UserError when there are so many that reading on tells nothing."""
+        self.first = self.first or error
+        self.count += 1
+        if self.count == REFUSED:
+            self.check("at least ")
+
+    def check(self, least: str = "") -> None:
+        if self.first is not None:
+            more = f" ({least}{self.count - 1:,} more rows cannot be used)." if self.count > 1 else "."
+            raise UserError(self.first.message.removesuffix(".") + more, self.first.hint) from None
+
+
+def _accepted(
+    sources: list[Source], encoder: Encoder, counts: Counts, refused: _Refused
+) -> Iterator[tuple[str, formats.Record]]:
     for source in sources:
         for where, record in formats.read(source):
             counts.rows += 1
-            if encoder.accepts(where, record):
+            try:
+                accepted = encoder.accepts(where, record)
+            except RowError as e:
+                refused.add(e)
+                continue
+            if accepted:
                 yield where, record
             else:
                 counts.empty += 1
+
+
+def _encoded(
+    rows: list[tuple[str, formats.Record]], encoder: Encoder, counts: Counts, refused: _Refused
+) -> list[Example]:
+    try:
+        return encoder.encode(rows, counts)
+    except RowError as e:
+        if len(rows) == 1:
+            refused.add(e)
+        else:  # which of them: nothing of this is used any more
+            for row in rows:
+                _encoded([row], encoder, Counts(), refused)
+        return []
 
 
 def _chunks(rows: Iterator) -> Iterator[list]:

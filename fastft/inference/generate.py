@@ -28,9 +28,15 @@ class Generator(Predictor):
         self.fields = {"text": column}
 
     def run(self, rows: list[Row]) -> list[dict]:
-        texts, tokenizer = [row["text"] for row in rows], self.tokenizer
-        prompts = [{"input_ids": ids} for ids in self._prompts(texts)]
-        encoded = tokenizer.pad(prompts, padding=True, padding_side="left", return_tensors="pt").to(self.model.device)
+        texts = [row["text"] for row in rows]
+        continued = self.continued(self._prompts(texts))
+        return [{"text": text, "generated": more} for text, more in zip(texts, continued, strict=True)]
+
+    def continued(self, prompts: list[list[int]]) -> list[str]:
+        """What the model writes behind each prompt. Raises UserError when the longest leaves no room for it."""
+        tokenizer = self.tokenizer
+        padded = [{"input_ids": ids} for ids in prompts]
+        encoded = tokenizer.pad(padded, padding=True, padding_side="left", return_tensors="pt").to(self.model.device)
         width, limit = encoded["input_ids"].shape[1], load.length_limit(self.model.config)
         if limit is not None and width + self.max_new_tokens > limit:
             raise UserError(
@@ -41,8 +47,7 @@ class Generator(Predictor):
         how = {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}
         pad = tokenizer.pad_token_id
         out = self.model.generate(**encoded, max_new_tokens=self.max_new_tokens, pad_token_id=pad, **how)
-        continued = [tokenizer.decode(row[width:], skip_special_tokens=True) for row in out]
-        return [{"text": text, "generated": more} for text, more in zip(texts, continued, strict=True)]
+        return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in out]
 
     def _prompts(self, texts: list[str]) -> list[list[int]]:
         """Tokens of texts that go on: with what the tokenizer puts before a text, without what ends one."""

@@ -105,7 +105,7 @@ class SequenceEncoder(TextEncoder):
 
     @abstractmethod
     def extra(self, where: str, record: Record) -> object:
-        """Raises UserError, naming the row."""
+        """Raises RowError, naming the row."""
 
     def encode(self, rows: list[tuple[str, Record]], counts: Counts) -> list[Example]:
         encoded = self._tokenize([record for _, record in rows])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastft.data.encoder import Counts, Encoder, check_text
+from fastft.data.encoder import Counts, Encoder, RowError, check_text
 from fastft.data.formats import Record
 from fastft.data.prepared import Ragged
 from fastft.errors import UserError, did_you_mean
@@ -104,7 +104,7 @@ class TextEncoder(Encoder):
     def accepts(self, where: str, record: Record) -> bool:
         for column in [*self.texts, *self.others]:
             if column not in record:
-                raise UserError(
+                raise RowError(
                     f"{where}: no column {column!r}.",
                     f"{did_you_mean(column, record)} Set data.text / data.label to the columns of your data.",
                 )

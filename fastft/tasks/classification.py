@@ -15,7 +15,7 @@ from pydantic import Field
 
 from fastft import rooms
 from fastft.config import Config, Data, InputPath, Loss, Section
-from fastft.data.encoder import Counts, Learned, write_sizes
+from fastft.data.encoder import Learned, RowError, write_sizes
 from fastft.data.formats import Record
 from fastft.data.formats.base import Unreadable, open_text
 from fastft.data.split import Split
@@ -205,28 +205,18 @@ class LabelEncoder(SequenceEncoder):
         data = task.config.data
         super().__init__(task, data.text, data.text_pair, [data.label])
         self.data, self.names = data, names
-        self.unlabelled: list[str] = []  # where rows without a label are
-
-    def settle(self, counts: Counts) -> None:
-        super().settle(counts)
-        if self.unlabelled:
-            more = f" (so is that of {len(self.unlabelled) - 1:,} more rows)" if self.unlabelled[1:] else ""
-            raise UserError(
-                f"{self.unlabelled[0]}: the label is empty{more}.", "Every row needs a label; remove the row or fix it."
-            )
 
     def extra(self, where: str, record: Record) -> list[str]:
         """The label names of a row: one, or any number when multi_label."""
         value, data = record[self.data.label], self.data
         nothing = isinstance(value, str) and not value.strip() and not data.multi_label
         if value is None or value != value or nothing:  # NaN
-            self.unlabelled.append(where)
-            return []
+            raise RowError(f"{where}: the label is empty.", "Every row needs a label; remove the row or fix it.")
         if isinstance(value, Unreadable):
-            raise UserError(f"{where}: the label cannot be read: {value.reason}.", "Fix or remove the row.")
+            raise RowError(f"{where}: the label cannot be read: {value.reason}.", "Fix or remove the row.")
         if not data.multi_label:
             if isinstance(value, (list, dict)):
-                raise UserError(
+                raise RowError(
                     f"{where}: the label is a {type(value).__name__}.",
                     "Set data.multi_label: true for several labels per row.",
                 )
@@ -237,7 +227,7 @@ class LabelEncoder(SequenceEncoder):
         if wrong := [
             v for v in labels if v is None or v != v or isinstance(v, (list, dict, Unreadable)) or not str(v).strip()
         ]:
-            raise UserError(
+            raise RowError(
                 f"{where}: {wrong[0]!r} among the labels is no label.",
                 "A label is a string or a number; fix or remove the row.",
             )

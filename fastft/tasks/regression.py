@@ -11,7 +11,7 @@ from pydantic import Field
 
 from fastft import rooms
 from fastft.config import Config, Data, Section
-from fastft.data.encoder import Counts, Example, Learned, write_sizes
+from fastft.data.encoder import Counts, Example, Learned, RowError, write_sizes
 from fastft.data.formats import Record
 from fastft.data.split import Split
 from fastft.data.store import Store
@@ -162,7 +162,7 @@ class TargetEncoder(SequenceEncoder):
     def accepts(self, where: str, record: Record) -> bool:
         if absent := [name for name in self.names if name not in record]:
             hint = f"{did_you_mean(absent[0], record)} Set data.target / data.targets to the columns of the numbers."
-            raise UserError(f"{where}: no column {absent[0]!r}.", hint)
+            raise RowError(f"{where}: no column {absent[0]!r}.", hint)
         return super().accepts(where, record)
 
     def encode(self, rows: list[tuple[str, Record]], counts: Counts) -> list[Example]:
@@ -171,7 +171,7 @@ class TargetEncoder(SequenceEncoder):
             values = [self._number(where, name, record[name]) for name in self.names]
             empty = [name for name, value in zip(self.names, values, strict=True) if math.isnan(value)]
             if empty and self.missing == "error":
-                raise UserError(
+                raise RowError(
                     f"{where}: target {empty[0]!r} is empty.",
                     "Fix the row, or set data.missing: drop (the row) or ignore (that target).",
                 )
@@ -186,7 +186,7 @@ class TargetEncoder(SequenceEncoder):
         return [self._number(where, name, record[name]) for name in self.names]
 
     def _number(self, where: str, name: str, value: Any) -> float:
-        """NaN for what is missing. Raises UserError, naming the row."""
+        """NaN for what is missing. Raises RowError, naming the row."""
         if value is None or (isinstance(value, str) and not value.strip()):
             return math.nan
         try:
@@ -194,7 +194,7 @@ class TargetEncoder(SequenceEncoder):
         except (TypeError, ValueError, OverflowError):
             number = math.inf
         if math.isinf(number):
-            raise UserError(f"{where}: target {name!r} is no number: {value!r}.", "Write it like 3.5; fix the row.")
+            raise RowError(f"{where}: target {name!r} is no number: {value!r}.", "Write it like 3.5; fix the row.")
         return number
 
     def finish(self, store: Store, learned: Learned | None) -> dict:

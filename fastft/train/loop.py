@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -65,15 +66,52 @@ def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) ->
     trackers = [rooms.TRACKERS.get(name)(settings) for name, settings in config.run.trackers.chosen().items()]
     if ranks.main:
         cleanup.callback(run_folder.lock(run_dir).close)
+    loop = build(config, cleanup, resume)
+    found, job, schedule = loop.found, loop.job, loop.schedule
+    assert job.train is not None
+    if ranks.main:
+        run_folder.claim(run_dir, config, resume)
+    log = loop.open(Telemetry(run_dir, ranks.main, schedule.total, trackers, loop.step))
+    loop.saver.stop.say = log.warn
+    cleanup.callback(log.close)
+    log.open_trackers(run_dir, config)
+    record = run_record(job, schedule, loop.step)
+    log.record("run", zero_step=loop.engine.fastft_step, resumed_from=found and found.record(), **record)
+    for sentence in [*([found.describe(config)] if found else []), *job.task.describe(job.train)]:
+        log.say(sentence)
+    for sentence in advice(job, schedule):
+        log.say(f"warning: {sentence}")
+    return loop.run()
+
+
+def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: bool = False) -> Loop:
+    """All that a run needs before its first step.
+
+    Parameters
+    ----------
+    cleanup : ExitStack
+        Gets what is to be undone when the run is over.
+    resume : bool
+        Take over the newest checkpoint of ``run.dir``.
+    steps_only : bool
+        Neither evaluation sets nor a run folder: the steps are taken for their own sake (`fastft bench`).
+
+    Raises
+    ------
+    UserError
+        Bad configuration, data or model.
+    """
+    ranks = environment(config)
     job = assemble.start(config)
-    assemble.add_data(job)
+    assemble.add_data(job, evals=not steps_only)
     assert job.order is not None and job.train is not None
     Schedule.of(config, job.order, job.task.max_length)  # of a run that begins; refused now if it cannot be
     heart = Heartbeat()
     heart.beat(0)  # from here on ranks wait for each other
     zero.start_process_group()
     health.check_agreement(config, job.train.data.key, ranks)
-    health.check_shared(run_dir, ranks)
+    if not steps_only:
+        health.check_shared(Path(config.run.dir), ranks)
     assemble.add_model(job)
     zero.check_layers(job.model, config, ranks)
     assemble.add_optimizer(job)
@@ -87,29 +125,29 @@ def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) ->
     engine = zero.build_engine(job.model, job.optimizer, settings, config.parallel.fused_step)
     assemble.add_objective(job, engine)
     ranks.seed(config.run.seed)
-    stop = cleanup.enter_context(StopRequest())
+    stop = StopRequest()
+    if not steps_only:
+        cleanup.enter_context(stop)
     saver = Saver(job, engine, schedule, layout, stop, heart)
     cleanup.callback(saver.close)
     loop = Loop(job, engine, schedule, saver, heart)
+    loop.found = found
     if found:
         loop.resume(found)
-    if ranks.main:
-        run_folder.claim(run_dir, config, resume)
-    log = loop.open(Telemetry(run_dir, ranks.main, schedule.total, trackers, loop.step))
-    stop.say = log.warn
-    cleanup.callback(log.close)
-    log.open_trackers(run_dir, config)
-    record = run_record(job, schedule, loop.step)
-    log.record("run", zero_step=engine.fastft_step, resumed_from=found and found.record(), **record)
-    for sentence in [*([found.describe(config)] if found else []), *job.task.describe(job.train)]:
-        log.say(sentence)
-    for sentence in advice(job, schedule):
-        log.say(f"warning: {sentence}")
-    return loop.run()
+    return loop
 
 
 class Loop:
-    """Steps, and what is between them."""
+    """Steps, and what is between them.
+
+    Attributes
+    ----------
+    found : Found or None
+        The checkpoint that it goes on from.
+    mark : callable
+        Called with the name of each part of a step as it ends: "data" (waiting for the batches), "forward", "backward",
+        "optimizer"; `fastft bench` takes the time.
+    """
 
     def __init__(self, job: Job, engine: Any, schedule: Schedule, saver: Saver, heart: Heartbeat):
         self.job, self.engine, self.schedule, self.saver, self.heart = job, engine, schedule, saver, heart
@@ -119,6 +157,8 @@ class Loop:
         self.throughput = Throughput()
         self.step = 0
         self.metrics: Metrics = {}
+        self.found: Found | None = None
+        self.mark: Callable[[str], object] = lambda part: None
         self.stopped: str | None = None  # why the run ended before its last step
         self.chosen: list | dict = []
         now = time.monotonic()
@@ -161,17 +201,25 @@ class Loop:
             self._measure()
             self.metrics = {}  # of no step: nothing is best or improves by it
         self.engine.train()
+        for loss in self.steps():
+            self.after_step(loss)
+            self.heart.beat(self.step)
+        return self._finish()
+
+    def steps(self) -> Iterator[torch.Tensor]:
+        """Take the steps that are left; what is due after one is for the caller. Yields this rank's share of the
+        loss.
+        """
         with ThreadPoolExecutor(1) as ahead:  # collates the next step while this one computes
             coming = ahead.submit(self.collate_step, self.step)
             while self.step < self.schedule.total and self.stopped is None:
                 step_batches, denominator = coming.result()
+                self.mark("data")
                 if self.step + 1 < self.schedule.total:
                     coming = ahead.submit(self.collate_step, self.step + 1)
                 loss = self.optimizer_step(step_batches, denominator)
                 self.step += 1
-                self._after_step(loss)
-                self.heart.beat(self.step)
-        return self._finish()
+                yield loss
 
     def optimizer_step(self, step_batches: list[Batch], denominator: float) -> torch.Tensor:
         """Forward and backward of every micro-step, then the update.
@@ -196,7 +244,9 @@ class Loop:
             with self.stragglers.timer:
                 loss = self.objective.compute_loss(self.engine, batch, scale)
             total += loss.detach()
+            self.mark("forward")
             self.stepper.backward(loss, last)
+            self.mark("optimizer" if last else "backward")
             self.throughput.add(batch)
         return total
 
@@ -216,10 +266,11 @@ class Loop:
         return made, float(self.split.targets[ids].sum())
 
     def _before_update(self) -> None:
+        self.mark("backward")
         for observer in self.observers.values():
             observer.before_update(self.step + 1)
 
-    def _after_step(self, loss: torch.Tensor) -> None:
+    def after_step(self, loss: torch.Tensor) -> None:
         config, ranks = self.job.config, self.job.ranks
         last = self.step == self.schedule.total
         logging = self.step % config.train.log_every == 0 or last or self.step == 1

@@ -38,7 +38,7 @@ def losses(run: Path) -> list[float]:
     return [r["loss"] for r in track.read(run) if r["kind"] == "train"]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.long), "bf16"])
 def test_every_stage_learns_the_same(lora_config, tmp_path, dtype):
     """On two ranks; the base does not move, its weights are in no checkpoint, and every adapter moves."""
     lora_config["model"]["dtype"] = dtype
@@ -62,7 +62,7 @@ def test_every_stage_learns_the_same(lora_config, tmp_path, dtype):
         assert size < 1.2e6, size  # the base alone has 0.4 MB in fp32 on each of two ranks, with Adam 1.6 MB
 
 
-@pytest.mark.parametrize("zero, ranks", [(0, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("zero, ranks", [(0, 1), pytest.param(2, 2, marks=pytest.mark.long), (3, 2)])
 def test_resume_is_bit_exact(lora_config, tmp_path, zero, ranks):
     lora_config["train"]["steps"] = 6
     lora_config["checkpoint"] = {"every": 3, "keep": 9}

@@ -93,6 +93,6 @@ leave(0)
 """
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long), 3])
 def test_sharded_classes_equal_whole_rows(world):
     launch.ranks(world, ["-c", PROGRAM])

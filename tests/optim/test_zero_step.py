@@ -29,22 +29,28 @@ def config_of(
     return config
 
 
-CASES = [(zero, "bf16", {}) for zero in (1, 2, 3)] + [(2, "fp32", {}), (3, "fp32", {})]
-CASES += [(2, "bf16", {"state_dtype": "int8"}), (3, "bf16", {"state_dtype": "bf16"}),
-          (2, "bf16", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
-          (3, "bf16", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
-          (3, "bf16", {"zero_optimization": {"sub_group_size": 20000}})]  # fmt: skip
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+CASES = [(zero, "bf16", {}) for zero in (1, 2, 3)]
+SHARDED = [*CASES, (3, "fp32", {}), (2, "bf16", {"state_dtype": "int8"}), (3, "bf16", OFFLOAD)]
+MORE = [
+    (2, "fp32", {}),
+    (3, "bf16", {"state_dtype": "bf16"}),
+    (2, "bf16", OFFLOAD),
+    (3, "bf16", {"zero_optimization": {"sub_group_size": 20000}}),
+]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_fused_step_is_the_unfused_step(lm_config, tmp_path, world):
+@pytest.mark.parametrize(
+    "world, cases",
+    [(1, CASES), (2, SHARDED), pytest.param(2, MORE, marks=pytest.mark.long)],  # alone there is no padding, no neighbor
+    ids=["1", "2", "2-more"],
+)
+def test_fused_step_is_the_unfused_step(lm_config, tmp_path, world, cases):
     """Stages 1-3, bf16 and fp32, CPU offload, many sub-groups, low-byte state;
     clipping, decay groups, a schedule: weights, optimizer state, losses, norms.
     """
     paths, runs = [], []
-    for i, (zero, dtype, deepspeed) in enumerate(
-        CASES if world > 1 else CASES[:3]
-    ):  # alone, partitions have no padding and no neighbours
+    for i, (zero, dtype, deepspeed) in enumerate(cases):
         for fused in (True, False):
             name = f"{i}-z{zero}-{dtype}-{'fused' if fused else 'unfused'}"
             runs.append(name)

@@ -204,5 +204,5 @@ def test_all_bad_rows_are_counted(task_of, tmp_path):
     task = task_of(eval={"test": write(tmp_path / "e.jsonl", unknown)})
     with pytest.raises(UserError, match=r"e.jsonl:2: label 'z' does not occur .*; 2 more rows have such labels"):
         task.eval_splits(task.learned(task.train_split()))
-    with pytest.raises(UserError, match=r"n.jsonl:2: the label is empty \(so is that of 2 more rows\)"):
+    with pytest.raises(UserError, match=r"n.jsonl:2: the label is empty \(2 more rows cannot be used\)"):
         task_of(train=write(tmp_path / "n.jsonl", rows)).train_split()

@@ -91,6 +91,16 @@ def test_bad_targets_name_the_row(config, tmp_path, value, part):
         task_over(config, tmp_path, [ROWS[0], {"text": "x", "score": value}]).train_split()
 
 
+def test_all_bad_rows_are_counted(config, tmp_path):
+    """Whatever is wrong with them, up to as many as tell that it is not a few rows."""
+    bad = [{"text": "x", "score": "high"}, {"text": "x", "score": None}, {"text": 3, "score": 1.0}, {"text": "x"}]
+    with pytest.raises(UserError, match=r"rows.jsonl:3: column 'text' holds int.*\(3 more rows cannot be used\)\.\n"):
+        rows = [*ROWS[:2], bad[2], bad[0], ROWS[2], bad[1], bad[3]]
+        task_over(config, tmp_path, rows).train_split()
+    with pytest.raises(UserError, match=r"rows.jsonl:1: .*\(at least 999 more rows cannot be used\)"):
+        task_over(config, tmp_path, [bad[0]] * 1500).train_split()
+
+
 def test_bad_settings(config, tmp_path):
     with pytest.raises(UserError, match="exclude each other"):
         task_over(config, tmp_path, ROWS, target="score", targets=["other"])

@@ -221,6 +221,12 @@ def test_bad_rows_name_file_and_line(config, tmp_path, tags, data, part):
     assert re.search(part, str(e.value), re.DOTALL)
 
 
+def test_all_bad_rows_are_counted(config, tmp_path):
+    bad = [{"tokens": ["a", "b"], "tags": tags} for tags in (["O"], ["O", None], "O O")]
+    with pytest.raises(UserError, match=r"rows.jsonl:2: 2 tokens, but 1 tags \(2 more rows cannot be used\)"):
+        rows(config, tmp_path, [TRAIN[0], bad[0], TRAIN[1], *bad[1:]]).train_split()
+
+
 @pytest.mark.parametrize("tag, part", [("B-PRE", "Did you mean 'B-PER'"), ("0", "the digit 0, not the letter O")])
 def test_tags_not_seen_in_training(config, tmp_path, tag, part):
     config["data"]["eval"] = {"dev": write(tmp_path / "d.jsonl", [{"tokens": ["a", "b"], "tags": ["O", tag]}])}

@@ -104,7 +104,7 @@ def same_weights(model, folder, step: int, zero: int) -> bool:
     return all(torch.equal(state[name], tensor) for name, tensor in load_file(model / "model.safetensors").items())
 
 
-@pytest.mark.parametrize("world, zero", [(1, 0), (2, 1)])
+@pytest.mark.parametrize("world, zero", [pytest.param(1, 0, marks=pytest.mark.long), (2, 1)])
 def test_a_run_stops_exports_its_best_and_resumes_amid_the_count(diverging, tmp_path, world, zero):
     diverging["parallel"] = {"zero": zero}
     whole = tmp_path / "whole"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastft.data.encoder import Counts, Example, Learned, check_text, write_sizes
+from fastft.data.encoder import Counts, Example, Learned, RowError, check_text, write_sizes
 from fastft.data.formats import Record
 from fastft.data.store import Store
 from fastft.errors import UserError, did_you_mean
@@ -47,14 +47,14 @@ class TagEncoder(TextEncoder):
             column = getattr(self.data, key)
             if column not in record:
                 hint = f"{did_you_mean(column, record)} Set data.{key} to the column of the {key}."
-                raise UserError(f"{where}: no column {column!r}.", hint)
+                raise RowError(f"{where}: no column {column!r}.", hint)
             if not isinstance(record[column], list):
                 kind = type(record[column]).__name__
-                raise UserError(f"{where}: column {column!r} holds {kind}, not a list.", "Each row is a list of words.")
+                raise RowError(f"{where}: column {column!r} holds {kind}, not a list.", "Each row is a list of words.")
         words, tags = record[self.data.tokens], record[self.data.tags]
         assert isinstance(words, list) and isinstance(tags, list)
         if len(words) != len(tags):
-            raise UserError(
+            raise RowError(
                 f"{where}: {len(words)} tokens, but {len(tags)} tags.", "Every token needs one; fix the row."
             )
         for word in words:
@@ -114,7 +114,7 @@ class TagEncoder(TextEncoder):
         return parts
 
     def _names(self, where: str, record: Record) -> list[str]:
-        """The tags of a row. Raises UserError, naming the row."""
+        """The tags of a row. Raises RowError, naming the row."""
         names, tags = self.data.labels, record[self.data.tags]
         assert isinstance(tags, list)
         return [self._name(where, n, tag, names) for n, tag in enumerate(tags, 1)]
@@ -123,20 +123,20 @@ class TagEncoder(TextEncoder):
         here = f"{where}: tag {number}"
         if isinstance(tag, int) and not isinstance(tag, bool):
             if names is None:
-                raise UserError(
+                raise RowError(
                     f"{here} is the number {tag}, without a name.",
                     "Name the tags in the order of their numbers: data.labels: [O, B-PER, I-PER, ...].",
                 )
             if not 0 <= tag < len(names):
-                raise UserError(f"{here} is {tag}, but data.labels names {len(names)} tags.", "Numbers begin with 0.")
+                raise RowError(f"{here} is {tag}, but data.labels names {len(names)} tags.", "Numbers begin with 0.")
             tag = names[tag]
         if not isinstance(tag, str) or not tag.strip():
-            raise UserError(f"{here} is no tag: {tag!r}.", "A tag is a name such as B-PER, or O.")
+            raise RowError(f"{here} is no tag: {tag!r}.", "A tag is a name such as B-PER, or O.")
         tag = tag.strip()
         if self.known is not None and tag not in self.known:
             if schemes.OUTSIDE in self.known:
                 schemes.check_outside(where, [tag])
-            raise UserError(
+            raise RowError(
                 f"{here}: {tag!r} does not occur in {self.origin} ({len(self.known)} tags).",
                 did_you_mean(tag, self.known),
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from fastft.data.encoder import RowError
 from fastft.errors import UserError
 from fastft.tasks._judged import by_class
 
@@ -59,9 +60,9 @@ class Starts:
 
 
 def check_outside(where: str, tags: Iterable[str]) -> None:
-    """UserError when a tag looks like the letter O beside tags with prefixes, but is another sign."""
+    """RowError when a tag looks like the letter O beside tags with prefixes, but is another sign."""
     if (look := next((tag for tag in tags if tag in LOOK_LIKE_O), None)) is not None:
-        raise UserError(
+        raise RowError(
             f"{where}: tag {look!r} is {LOOK_LIKE_O[look]}, not the letter O.",
             "Words outside of entities have the tag O (the capital letter).",
         )

@@ -1,0 +1,241 @@
+"""Supervised fine-tuning on instructions: conversations, of which the answers are learned."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from fastft import rooms
+from fastft.config import Config, Data, InputPath
+from fastft.data.encoder import Counts, Example, Learned
+from fastft.data.formats import Record
+from fastft.data.split import Split
+from fastft.data.store import Store
+from fastft.errors import UserError, did_you_mean
+from fastft.inference.base import Predictor
+from fastft.lazy import torch
+from fastft.models import load
+from fastft.objectives.base import Objective
+from fastft.tasks._decoder import DecoderTask, GenerationOptions
+from fastft.tasks._documents import pack, pieces, write_packs
+from fastft.tasks._language import LanguageModelObjective, sample_inputs
+from fastft.tasks._text import TextEncoder
+from fastft.tasks.base import IGNORE, Batch, Draw
+from fastft.tasks.sft import conversations
+from fastft.tasks.sft.rendering import ChatTemplate, Plain, Sample
+
+log = logging.getLogger(__name__)
+
+
+class SFTData(Data):
+    """Conversations."""
+
+    columns: dict[str, str] = Field(
+        {}, description="Names of columns, where they are others: {prompt: question, completion: answer}."
+    )
+    train_on: Literal["all", "last"] = Field("all", description="Which answers are learned.")
+    chat_template: InputPath | None = Field(
+        None, description="File with a chat template (Jinja), instead of the tokenizer's; it is exported."
+    )
+    template_options: dict[str, Any] = Field(
+        {}, description="What the chat template gets beside the messages: {enable_thinking: false}."
+    )
+    plain: bool = Field(
+        False, description="No chat template: rows of prompt and completion, one behind the other, and the end token."
+    )
+    packing: Literal["isolated", "none"] = Field(
+        "isolated", description="Fill sequences with whole conversations that cannot see each other."
+    )
+
+    def check(self, config: Config) -> None:
+        if unknown := sorted(set(self.columns) - set(conversations.KNOWN)):
+            hint = did_you_mean(unknown[0], conversations.KNOWN)
+            raise ValueError(f"data.columns: {unknown[0]!r} is no column of a conversation. {hint}")
+        if self.plain and (self.chat_template or self.template_options):
+            raise ValueError("data.plain and data.chat_template, data.template_options exclude each other")
+        if self.truncation == "split":
+            raise ValueError(
+                "data.truncation: split makes no sense for sft (the rest of an answer would have no question): choose "
+                "truncate, drop or error"
+            )
+
+
+@dataclass
+class WeightedBatch(Batch):
+    """A batch whose targets count differently.
+
+    Attributes
+    ----------
+    weights : Tensor or None
+        (rows, width) float32, of each label; None: all count 1.
+    """
+
+    weights: torch.Tensor | None = None
+
+
+@rooms.TASKS.register("sft")
+class SFT(DecoderTask):
+    """Prepared columns: those of ``ConversationEncoder``; a document is a conversation, or a part that ends in an
+    answer."""
+
+    Data = SFTData
+    code_version = 1
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        tokenizer = load.tokenizer(self.config.model)
+        if (path := self.config.data.chat_template) is not None:
+            tokenizer.chat_template = _read(path)
+        return tokenizer
+
+    @cached_property
+    def template(self) -> ChatTemplate | Plain:
+        data = self.config.data
+        return Plain(self.tokenizer) if data.plain else ChatTemplate(self.tokenizer, data.template_options)
+
+    def processor_key(self) -> dict:
+        written = repr(self.tokenizer.chat_template).encode()
+        return {**super().processor_key(), "chat_template": hashlib.sha256(written).hexdigest()}
+
+    def encoder(self, learned: Learned | None) -> ConversationEncoder:
+        return ConversationEncoder(self)
+
+    def describe(self, split: Split) -> list[str]:
+        tokens, targets = split.totals["tokens"], split.totals["targets"]
+        said = [f"{split.data.meta['documents']:,} conversations; {targets / tokens:.1%} of their tokens are learned"]
+        if self.template.end_of_turn() is None:
+            said.append(
+                "warning: the chat template ends an answer with no token of its own: the model does not learn to stop"
+            )
+        return said
+
+    def collate(self, split: Split, ids: np.ndarray, draw: Draw) -> WeightedBatch:
+        batch = super().collate(split, ids, draw)
+        weights = torch.zeros(batch.labels.numel(), dtype=torch.float32)
+        width = batch.labels.numel() // max(len(ids), 1)  # of a row, before flash attention's rows become one
+        for r, sample in enumerate(ids):
+            at = r * width
+            for piece in pack(split.data, int(sample), "weights"):
+                weights[at : at + len(piece) - 1] = torch.from_numpy(np.array(piece[1:], np.float32))
+                at += len(piece)
+        weights = weights.view_as(batch.labels)
+        labels = batch.labels.masked_fill(weights == 0, IGNORE)
+        even = bool(((weights == 0) | (weights == 1)).all())
+        counts = (batch.samples, batch.tokens, batch.padded)
+        return WeightedBatch(batch.inputs, labels, *counts, weights=None if even else weights)
+
+    @classmethod
+    def fits(cls, model_config: Any) -> bool:
+        return False  # nothing in a config tells it from causal_lm, but what an export writes there
+
+    def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
+        _stop_at(model, self.template.end_of_turn())
+        sample = {**sample_inputs(model, self.max_length, device), "use_cache": False}
+        return WeightedObjective(self.config.loss, forward, model, sample)
+
+    def predictor(self, model: torch.nn.Module, learned: Learned, options: GenerationOptions) -> Predictor:
+        from fastft.inference.chat import Chat
+
+        tokenizer = load.tokenizer(self.config.model)  # the exported one: it has the template that was trained
+        data = self.config.data
+        template = Plain(tokenizer) if data.plain else ChatTemplate(tokenizer, data.template_options)
+        _stop_at(model, template.end_of_turn())
+        return Chat(model, template, data.columns, options.max_new_tokens, options.temperature)
+
+
+class WeightedObjective(LanguageModelObjective):
+    """Cross-entropy of the answers' tokens, each by its weight."""
+
+    def compute_loss(self, model: Callable, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        weights = getattr(batch, "weights", None)
+        return super().compute_loss(model, batch, scale if weights is None else scale * weights)
+
+
+class ConversationEncoder(TextEncoder):
+    """Conversations to tokens and their weights, then to packs.
+
+    Columns: ``tokens`` and ``weights`` (a conversation per row; 0: not learned), and those of ``write_packs``.
+    """
+
+    columns = {"tokens": "ragged:<i4", "weights": "ragged:<f4"}
+    choices = ("truncate", "drop")
+
+    def __init__(self, task: SFT):
+        super().__init__(task, [])
+        self.data, self.template = task.config.data, task.template
+        self.learned: list[float] = []  # by example
+
+    def accepts(self, where: str, record: Record) -> bool:
+        return bool(record)
+
+    def encode(self, rows: list[tuple[str, Record]], counts: Counts) -> list[Example]:
+        examples = []
+        for where, record in rows:
+            conversation = conversations.read(where, record, self.data.columns, self.data.train_on)
+            if not conversation.trained:
+                counts.add("without_targets")
+                continue
+            samples = self.template.samples(where, conversation)
+            counts.add("cut_into_answers", len(samples) > 1)
+            found = [self._fitted(where, sample, counts) for sample in samples]
+            examples += [example for example in found if example is not None]
+        return examples
+
+    def _fitted(self, where: str, sample: Sample, counts: Counts) -> Example | None:
+        """The sample, or what the truncation policy makes of it; None: not used."""
+        tokens, weights = sample.tokens, sample.weights
+        if len(tokens) > self.max_length:
+            counts.too_long(where, len(tokens))
+            if self.truncation == "drop":
+                counts.dropped += 1
+                return None
+            counts.truncated += 1
+            tokens, weights = tokens[: self.max_length], weights[: self.max_length]
+        targets = float(weights[1:].sum())  # nothing predicts the first token
+        if targets == 0:
+            counts.add("without_targets")
+            return None
+        self.learned.append(targets)
+        return Example(where, {"tokens": tokens, "weights": weights})
+
+    def settle(self, counts: Counts) -> None:
+        super().settle(counts)
+        if more := counts.more.get("without_targets"):
+            log.warning(
+                "%d conversations are left out: nothing of an answer is in their first tokens, or no answer "
+                "has a weight",
+                more,
+            )
+
+    def finish(self, store: Store, learned: Learned | None) -> dict:
+        lengths = store.ragged("tokens").lengths()
+        parts = pieces(lengths, self.max_length, "truncate", overlap=0)
+        targets = np.array(self.learned, np.float64)
+        totals = write_packs(store, parts, self.max_length, self.data.packing == "isolated", 0, targets)
+        return {"totals": totals, "documents": len(lengths)}
+
+
+def _stop_at(model: Any, token: int | None) -> None:
+    """Have generation, here and from the exported folder, stop at the token that ends an answer, too."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None or token is None:
+        return
+    known = settings.eos_token_id
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    if token not in ends:
+        settings.eos_token_id = [token, *ends]
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"data.chat_template: {path}: {e}.", "Give a text file with a Jinja template.") from None

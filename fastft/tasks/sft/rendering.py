@@ -1,0 +1,254 @@
+"""Conversations to tokens by the tokenizer's chat template, and which of those are learned.
+
+What a template writes of an answer is found by rendering, never by looking for markers. The prompt of an answer is the
+conversation before it, rendered with the template's generation prompt: what the model is given when it is used. An
+answer is what the rendering of the conversation up to it has after that, and it ends with the token that ends a turn.
+Where the whole conversation's rendering holds every answer right behind its own prompt, it is one sample. Templates
+that write earlier turns otherwise once others follow (thinking that is dropped, tools that move to the last question)
+give a sample for each answer. A template that puts something else behind its generation prompt cannot be masked.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastft.data.encoder import RowError
+from fastft.errors import UserError
+from fastft.tasks.sft.conversations import Conversation, Message
+
+OTHER = "\u00a7"  # an answer that ends like no other
+MARKS = re.compile(r"\{%-?\s*generation\b")  # transformers' {% generation %} blocks
+NEAR = 64  # characters: longer than any token that ends a turn
+SHOWN = 60  # characters around a place that is shown
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens, and how much each counts as a target.
+
+    Attributes
+    ----------
+    tokens : (n,) int32
+    weights : (n,) float32
+        0: not learned.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+class ChatTemplate:
+    """The chat template of a fast tokenizer.
+
+    Parameters
+    ----------
+    options : dict
+        What the template gets beside the messages (enable_thinking).
+    """
+
+    def __init__(self, tokenizer: Any, options: dict[str, Any]):
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"{type(tokenizer).__name__}: is no fast tokenizer: which tokens are an answer's cannot be told.",
+                "Take one that has a tokenizer.json.",
+            )
+        if not tokenizer.chat_template:
+            raise UserError(
+                "The tokenizer has no chat template.",
+                "Set data.chat_template to a file with one; or data.plain: true for rows of prompt and completion.",
+            )
+        self.tokenizer, self.options = tokenizer, options
+        self.ends = set(tokenizer.added_tokens_decoder)  # what can end a turn
+
+    def render(self, messages: list[Message], tools: list[dict] | None, prompt: bool = False) -> str:
+        """Text. ``prompt``: with what the template puts before an answer."""
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
+        )
+
+    def prompt(self, messages: list[Message], tools: list[dict] | None) -> list[int]:
+        """Tokens of a conversation that is to be answered."""
+        return self.tokenizer(self.render(messages, tools, prompt=True), add_special_tokens=False)["input_ids"]
+
+    def end_of_turn(self) -> int | None:
+        """The token that ends an answer; None: the template writes none."""
+        asked = [{"role": "user", "content": "."}]
+        text = self.render([*asked, {"role": "assistant", "content": OTHER}], None)
+        encoded = self._encoded(text)
+        end = self._end(encoded, text.rindex(OTHER) + len(OTHER))
+        return None if end is None else int(encoded["input_ids"][end])
+
+    def samples(self, where: str, conversation: Conversation) -> list[Sample]:
+        """The conversation as one sample, or one for each answer. Raises RowError where the template refuses it, or
+        cannot be masked.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            if MARKS.search(self._source(conversation.tools)):
+                return [self._marked(where, conversation)]
+            return self._proven(where, conversation)
+        except TemplateError as e:
+            raise RowError(f"{where}: the chat template refuses the conversation: {e}.", "Fix the row.") from None
+
+    def _source(self, tools: list[dict] | None) -> str:
+        return self.tokenizer.get_chat_template(tools=tools)
+
+    def _proven(self, where: str, conversation: Conversation) -> list[Sample]:
+        messages, tools = conversation.messages, conversation.tools
+        whole = self.render(messages, tools)
+        _check_asked(where, conversation, whole)
+        answers = {i: self._answer(where, conversation, i) for i in conversation.trained}
+        if all(whole.startswith(prompt + answer) for prompt, answer in answers.values()):
+            spans = [(len(p), len(p) + len(a), conversation.weights[i]) for i, (p, a) in answers.items()]
+            return [self._sample(where, conversation, messages, whole, spans)]
+        found = []
+        for i, (prompt, answer) in answers.items():
+            text = self.render(messages[: i + 1], tools)
+            span = (len(prompt), len(prompt) + len(answer), conversation.weights[i])
+            found.append(self._sample(where, conversation, messages[: i + 1], text, [span]))
+        return found
+
+    def _answer(self, where: str, conversation: Conversation, index: int) -> tuple[str, str]:
+        """The prompt of an answer, and what the model is to write behind it, with the token that ends it."""
+        messages, tools = conversation.messages, conversation.tools
+        before, answer = messages[:index], messages[index]
+        prompt, answered = self.render(before, tools, prompt=True), self.render([*before, answer], tools)
+        if not answered.startswith(prompt):
+            at = _common(prompt, answered)
+            raise RowError(
+                f"{where}: message {index + 1}: the chat template does not write it behind its own generation prompt: "
+                f"that goes on with {prompt[at : at + SHOWN]!r}, the conversation with {answered[at : at + SHOWN]!r}.",
+                "Set data.template_options (enable_thinking: false, for example), or data.chat_template to a template "
+                "that writes answers as the model is to give them.",
+            )
+        other = self.render([*before, {"role": "assistant", "content": OTHER}], tools)
+        tail = _common(answered[::-1], other[::-1])
+        content_end = max(len(answered) - tail, len(prompt))
+        self._check_written(where, index, answer, answered[len(prompt) :])
+        near = max(content_end - NEAR, len(prompt))
+        encoded = self._encoded(answered[near:])
+        end = self._end(encoded, content_end - near)
+        stop = near + encoded["offset_mapping"][end][1] if end is not None else len(answered.rstrip())
+        return prompt, answered[len(prompt) : max(stop, content_end)]
+
+    def _check_written(self, where: str, index: int, answer: Message, written: str) -> None:
+        """RowError when the template leaves out what was to be learned."""
+        lost = [c["function"]["name"] for c in answer.get("tool_calls") or [] if c["function"]["name"] not in written]
+        content = answer["content"].rpartition("</think>")[2].strip()
+        if lost or content not in written:
+            what = f"the call of {lost[0]}" if lost else f"its content {content[:SHOWN]!r}"
+            raise RowError(
+                f"{where}: message {index + 1}: the chat template does not write {what}.",
+                "Set data.chat_template to a template that does, or leave such rows out.",
+            )
+
+    def _end(self, encoded: Any, content_end: int) -> int | None:
+        """Index of the first added token behind the content: it ends the turn."""
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return next((n for n, (i, (_, end)) in enumerate(pairs) if end > content_end and i in self.ends), None)
+
+    def _encoded(self, text: str) -> Any:
+        return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+
+    def _sample(
+        self,
+        where: str,
+        conversation: Conversation,
+        messages: list[Message],
+        text: str,
+        spans: list[tuple[int, int, float]],
+    ) -> Sample:
+        encoded = self._encoded(text)
+        tokens = np.asarray(encoded["input_ids"], np.int32)
+        self._check_tokens(where, messages, conversation.tools, tokens)
+        offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        weights = np.zeros(len(tokens), np.float32)
+        for start, end, weight in spans:
+            # A token that begins in the prompt is not the model's to write.
+            weights[(offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])] = weight
+        return Sample(tokens, weights)
+
+    def _check_tokens(self, where: str, messages: list[Message], tools: list[dict] | None, tokens: np.ndarray) -> None:
+        """The tokens are those that transformers' own call gives."""
+        theirs = self.tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=True, return_dict=True, **self.options
+        )["input_ids"]
+        if theirs != tokens.tolist():
+            raise RowError(f"{where}: apply_chat_template gives other tokens.", "Report this with the tokenizer.")
+
+    def _marked(self, where: str, conversation: Conversation) -> Sample:
+        """By the template's own {% generation %} blocks, which are its answers in order."""
+        messages, tools = conversation.messages, conversation.tools
+        found = self.tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self.options
+        )
+        mask = np.asarray(found["assistant_masks"], bool)
+        starts = np.flatnonzero(mask & ~np.concatenate([[False], mask[:-1]]))
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(starts) != len(answers):
+            raise RowError(
+                f"{where}: the chat template marks {len(starts)} answers ({{% generation %}}), the conversation has "
+                f"{len(answers)}.",
+                "Set data.chat_template to a template that marks each, or that has no marks.",
+            )
+        weights = np.zeros(len(mask), np.float32)
+        for start, end, i in zip(starts, [*starts[1:], len(mask)], answers, strict=True):
+            weights[start:end] = conversation.weights[i] * mask[start:end]
+        return Sample(np.asarray(found["input_ids"], np.int32), weights)
+
+
+def _common(a: str, b: str) -> int:
+    """Characters that both begin with."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _check_asked(where: str, conversation: Conversation, text: str) -> None:
+    """RowError when the template leaves out a question, a system message or a tool."""
+    for number, message in enumerate(conversation.messages, 1):
+        if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
+            raise RowError(
+                f"{where}: message {number}: the chat template does not write this {message['role']} message.",
+                "Set data.chat_template to a template that does, or leave such messages out.",
+            )
+    names = [tool["function"].get("name", "") for tool in conversation.tools or []]
+    if lost := [name for name in names if name not in text]:
+        raise RowError(
+            f"{where}: the chat template does not write the tool {lost[0]!r}.",
+            "Set data.chat_template to a template for tools, or leave the column tools out.",
+        )
+
+
+class Plain:
+    """Prompt and completion without a template: one behind the other, tokenized apart, and the end of the text."""
+
+    def __init__(self, tokenizer: Any):
+        if tokenizer.eos_token_id is None:
+            raise UserError("data.plain: the tokenizer has no token that ends a text.", "Give one that has.")
+        self.tokenizer = tokenizer
+
+    def prompt(self, messages: list[Message], tools: list[dict] | None) -> list[int]:
+        from fastft.models.load import starts_twice
+
+        text = messages[0]["content"]
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        ids = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        return ids[1:] if starts_twice(self.tokenizer, ids) else ids
+
+    def end_of_turn(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    def samples(self, where: str, conversation: Conversation) -> list[Sample]:
+        if not conversation.plain:
+            raise RowError(f"{where}: data.plain: true takes rows of prompt and completion, as text.", "Fix the row.")
+        asked, answer = conversation.messages
+        before = self.prompt([asked], None)
+        after = self.tokenizer(answer["content"], add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = np.array([*before, *after, self.tokenizer.eos_token_id], np.int32)
+        weights = np.full(len(tokens), conversation.weights[1], np.float32)
+        weights[: len(before)] = 0
+        return [Sample(tokens, weights)]
