@@ -138,7 +138,7 @@ def test_experts_count_as_far_as_a_token_goes_to_them():
     ],
 )
 def test_advice(lm_config, changes, part, monkeypatch):
-    monkeypatch.setattr(advice, "_fast_bf16", lambda: False)
+    monkeypatch.setattr(advice, "cpu_multiplies_bf16", lambda: False)
     config = configuration.validate({**lm_config, "parallel": {"zero": 3}})
     report = {
         "parts": {name: {"share": changes.get(name, 0.0)} for name in PARTS},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastft.config import Config
+from fastft.models.load import cpu_multiplies_bf16
 
 # Shares of a step, or of the tokens computed, from which on something is worth saying first.
 WAITING = 0.05
@@ -33,7 +34,7 @@ def advice(report: dict[str, Any], config: Config, step_seconds: float) -> str:
         stage = " A lower parallel.zero sends less, where memory allows it." if config.parallel.zero == 3 else ""
         return f"{shares['communication']:.0%} of a step waits for other ranks: a larger batch sends less often.{stage}"
     if report["machine"]["device"].startswith("CPU"):
-        if config.model.dtype == "fp32" and _fast_bf16():
+        if config.model.dtype == "fp32" and cpu_multiplies_bf16():
             return "This CPU multiplies bf16 in hardware: model.dtype: bf16 takes less time and memory."
     elif report["host_seconds"] > HOST * step_seconds:
         return (
@@ -46,9 +47,3 @@ def advice(report: dict[str, Any], config: Config, step_seconds: float) -> str:
         return f"{shares['other']:.0%} of a step is neither model nor update: raise train.log_every."
     used = report["flops"]["utilization"]
     return f"Matrix products take most of it: {used:.0%} of this machine's best rate. No setting stands out."
-
-
-def _fast_bf16() -> bool:
-    import torch
-
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

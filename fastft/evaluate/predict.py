@@ -103,6 +103,8 @@ def read(
             if column is None:
                 continue
             if record.get(column) is None:
+                if name in predictor.optional:
+                    continue
                 raise UserError(
                     f"{where}: no {name} in column {column!r}.",
                     f"Columns: {', '.join(record)}. Give {name.replace('_', '-')}'s column.",

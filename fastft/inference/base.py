@@ -17,18 +17,21 @@ class Predictor(ABC):
     ----------
     fields : dict of str
         What a row holds (text, text_pair, ...) -> the column of a data file that holds it; None: it has no such field.
+    optional : set of str
+        Those that a row may lack.
     """
 
     fields: dict[str, str | None]
+    optional: frozenset[str] = frozenset()
 
     def prepare(self, where: str, row: Row) -> Row:
         """A row, checked: ``fields``' names to values. Raises UserError, naming the row."""
         for name, column in list(self.fields.items())[1:]:  # the first, or another form of it, is what was given
-            if column is not None and row.get(name) is None:
+            if column is not None and row.get(name) is None and name not in self.optional:
                 wanted = ", ".join(field for field, column in self.fields.items() if column is not None)
                 raise UserError(f"{where}: no {name}.", f"This model was trained on rows with {wanted}.")
         for name, value in row.items():
-            if isinstance(value, str) and not value.strip():
+            if isinstance(value, str) and not value.strip() and name not in self.optional:
                 raise UserError(f"{where}: the {name} is empty.", "Remove it, or give it some text.")
         return row
 

@@ -63,11 +63,19 @@ class LanguageModelObjective(Objective):
 
     def compute_loss(self, model: Callable, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
         smoothing = {"label_smoothing": self.settings.label_smoothing, "z_loss": self.settings.z_loss}
-        loss = self._sum(model, batch, token_weight=scale, **smoothing)
+        loss = self._sum(model, batch, token_weight=self.token_weight(batch, scale), **smoothing)
         if self.balance and self.aux_loss is not None:
             # transformers adds it to the mean over a batch's targets: here it has the weight of those targets.
-            loss = loss + self.balance * self.aux_loss * (batch.labels != IGNORE).sum() * scale
+            loss = loss + self.balance * self.aux_loss * self.targets(batch) * scale
         return loss
+
+    def token_weight(self, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        """What each label's loss is multiplied by: 0-dim, or of the labels' shape."""
+        return scale
+
+    def targets(self, batch: Batch) -> torch.Tensor:
+        """0-dim: what the batch contributes to the step's denominator."""
+        return (batch.labels != IGNORE).sum()
 
     def negative_log_likelihood(self, model: Callable, batch: Batch) -> torch.Tensor:
         """0-dim: summed over the batch's targets, without smoothing."""

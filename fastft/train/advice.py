@@ -11,6 +11,7 @@ from fastft.config import Source
 from fastft.config.every import interval
 from fastft.data import formats
 from fastft.data.split import Split
+from fastft.models.load import cpu_multiplies_bf16
 from fastft.optim.optimizers.base import OptimizerSpec
 from fastft.optim.schedules import steps_of
 from fastft.train.schedule import Schedule
@@ -23,7 +24,21 @@ SMALLEST = 1e-8
 
 def advice(job: Job, schedule: Schedule) -> list[str]:
     """A sentence on each; none for what makes sense. ``job`` has its data."""
-    return [*_learning_rate(job, schedule), *_batch(job, schedule), *_intervals(job, schedule), *_evaluated(job)]
+    return [
+        *_dtype(job),
+        *_learning_rate(job, schedule),
+        *_batch(job, schedule),
+        *_intervals(job, schedule),
+        *_evaluated(job),
+    ]
+
+
+def _dtype(job: Job) -> Iterator[str]:
+    if job.config.model.dtype == "bf16" and job.ranks.device.type == "cpu" and not cpu_multiplies_bf16():
+        yield (
+            "model.dtype: bf16 on a CPU that has no instructions for it: matrix products take many times as long as in "
+            "fp32. model.dtype: fp32 is faster here."
+        )
 
 
 def _learning_rate(job: Job, schedule: Schedule) -> Iterator[str]:

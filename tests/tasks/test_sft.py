@@ -131,7 +131,7 @@ def test_answers_alone_are_learned(template, name):
     for sample, answer in zip(samples, wanted[-len(samples) :], strict=True):  # what is given when the model is used
         index = [i for i, m in enumerate(chat) if m["role"] == "assistant" and WRITTEN[name](m["content"]) == answer]
         if len(samples) > 1:
-            prompt = ready.prompt(chat[: index[0]], None)
+            prompt = ready.prompt(chat[: index[0]], None, "x")
             assert sample.tokens[: len(prompt)].tolist() == prompt and sample.weights[len(prompt)] == 1
             assert not sample.weights[: len(prompt)].any()
 
@@ -401,6 +401,33 @@ def test_it_learns_stops_and_is_exported_with_its_template(config, tmp_path):
         assert tokenizer.decode(written, skip_special_tokens=True) == answer and len(written) < 40
 
 
+@pytest.mark.parametrize(
+    "row, part",
+    [
+        ({"messages": [CHAT[0]]}, "asks nothing"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "unknown role"),
+        ({"messages": 3}, "messages is a int"),
+        ({"messages": " "}, "the messages is empty"),
+        ({"messages": "a", "tools": [TOOL]}, "does not write the tool 'add'"),
+        ({"messages": '[{"role": "user", "content": "Hi"}]', "system": ""}, None),
+        ({"messages": [*CHAT, {"role": "assistant", "content": "twice"}], "tools": None}, None),
+    ],
+)
+def test_rows_to_be_answered(chat_model, row, part):
+    ready = predictor(str(said_to_be_sft(chat_model)), {"max_new_tokens": 4})
+    if part is None:
+        assert ready.run([ready.prepare("f:1", row)])[0]["messages"][-1]["role"] == "user"
+        return
+    with pytest.raises(UserError, match=f"f:1: .*{part}"):
+        ready.prepare("f:1", row)
+
+
+def said_to_be_sft(folder: Path) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "fastft_task": "sft"}))
+    return folder
+
+
 def test_two_ranks_learn_what_one_does(config, tmp_path):
     losses = []
     for world, zero in ((1, 0), (2, 2)):
@@ -409,3 +436,39 @@ def test_two_ranks_learn_what_one_does(config, tmp_path):
         launch.ranks(world, ["-m", "fastft", "train", path, f"run.dir={folder}"])
         losses.append([r["loss"] for r in track.read(folder) if r["kind"] == "train"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def real_rows(folder: Path) -> list[tuple[dict, dict]]:
+    """Rows of the real sets, and the names of their columns."""
+    import gzip
+
+    found = []
+    for path in sorted((folder / "instruct").rglob("*.json*")):
+        text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
+        rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+        columns = {"prompt": "question", "completion": "answer"} if "question" in rows[0] else {}
+        found += [(row, columns) for row in rows]
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(WRITTEN))
+@pytest.mark.parametrize("step", [211, pytest.param(1, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
+def test_masks_of_real_conversations(shared_data, template, name, step):
+    """What is learned of chats, questions with answers and calls is what the template writes of each answer."""
+    ready, checked = template(name), 0
+    for row, columns in real_rows(shared_data)[::step]:
+        found = conversations.read("x", row, columns, "all")
+        if found.tools and name not in ("llama3", "qwen25", "mistral"):
+            continue  # their templates know no calls: refused
+        wanted = []
+        for message in (found.messages[i] for i in found.trained):
+            if "tool_calls" in message:
+                wanted.append(message["tool_calls"][0]["function"]["name"])
+            else:
+                wanted.append(WRITTEN[name](message["content"]))
+        written = [stretch for sample in ready.samples("x", found) for stretch in learned(ready, sample)]
+        assert len(written) == len(wanted)
+        for answer, text, i in zip(written, wanted, found.trained, strict=True):
+            assert text in answer if "tool_calls" in found.messages[i] else answer == text, (row, name)
+        checked += 1
+    assert checked > 20

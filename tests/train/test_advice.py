@@ -33,6 +33,16 @@ def test_what_makes_sense_is_not_told(classification_config):
     assert told(classification_config, optim__name="sgd", optim__lr=0.5, train__eval_every="0.1 epochs") == []
 
 
+def test_bf16_where_the_cpu_has_none(classification_config, monkeypatch):
+    from fastft.train import advice as module
+
+    for has, number in ((True, 0), (False, 1)):
+        monkeypatch.setattr(module, "cpu_multiplies_bf16", lambda has=has: has)
+        found = told(classification_config, model__dtype="bf16")
+        assert len(found) == number and all("model.dtype: fp32 is faster here" in sentence for sentence in found)
+    assert told(classification_config) == []
+
+
 NONSENSE = {
     "warm-up": ({"optim__warmup": 500}, "optim.warmup: 500 steps of warm-up in a run of 4"),
     "warm-up and decay": (

@@ -142,7 +142,7 @@ class SFT(DecoderTask):
         return WeightedObjective(self.config.loss, forward, model, sample)
 
     def predictor(self, model: torch.nn.Module, learned: Learned, options: GenerationOptions) -> Predictor:
-        from fastft.inference.chat import Chat
+        from fastft.tasks.sft.chat import Chat
 
         tokenizer = load.tokenizer(self.config.model)  # the exported one: it has the template that was trained
         data = self.config.data
@@ -154,9 +154,11 @@ class SFT(DecoderTask):
 class WeightedObjective(LanguageModelObjective):
     """Cross-entropy of the answers' tokens, each by its weight."""
 
-    def compute_loss(self, model: Callable, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        weights = getattr(batch, "weights", None)
-        return super().compute_loss(model, batch, scale if weights is None else scale * weights)
+    def token_weight(self, batch: Any, scale: torch.Tensor) -> torch.Tensor:
+        return scale if batch.weights is None else scale * batch.weights
+
+    def targets(self, batch: Any) -> torch.Tensor:
+        return super().targets(batch) if batch.weights is None else batch.weights.sum()
 
 
 class ConversationEncoder(TextEncoder):

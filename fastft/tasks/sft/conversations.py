@@ -98,20 +98,25 @@ def read(where: str, record: Record, columns: dict[str, str], train_on: str) -> 
     form = next((name for name, needed in FORMS.items() if all(column in row for column in needed)), None)
     if form is None:
         raise RowError(f"{where}: no conversation; its columns: {', '.join(record) or 'none'}.", KNOWN_FORMS)
-    raw = _as_list(where, row, form)
-    messages = [_message(where, number, one) for number, one in enumerate(raw, 1)]
-    if (system := row.get("system")) and not any(message["role"] == "system" for message in messages):
-        check_text(where, "system", system)
-        messages.insert(0, {"role": "system", "content": system})
+    messages = messages_of(where, _as_list(where, row, form), row.get("system"))
     weights = [message.pop("weight", 0.0) * (message["role"] == "assistant") for message in messages]
-    _check_order(where, messages)
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
         raise RowError(f"{where}: the conversation has no answer (assistant).", "There is nothing to learn; remove it.")
     if train_on == "last":
         weights = [weight if i == last else 0.0 for i, weight in enumerate(weights)]
     plain = form == "prompt" and isinstance(row["prompt"], str) and "tools" not in row
-    return Conversation(messages, _tools(where, row.get("tools")), weights, plain)
+    return Conversation(messages, tools_of(where, row.get("tools")), weights, plain)
+
+
+def messages_of(where: str, raw: list[Any], system: Any = None) -> list[Message]:
+    """Messages in one form, each with its ``weight``, behind a system message where there is none. Raises RowError."""
+    messages = [_message(where, number, one) for number, one in enumerate(raw, 1)]
+    if system and not any(message["role"] == "system" for message in messages):
+        check_text(where, "system", system)
+        messages.insert(0, {"role": "system", "content": system})
+    _check_order(where, messages)
+    return messages
 
 
 def _as_list(where: str, row: dict[str, Any], form: str) -> list[Any]:
@@ -202,7 +207,8 @@ def _calls(here: str, calls: Any) -> list[dict]:
     return found
 
 
-def _tools(where: str, tools: Any) -> list[dict] | None:
+def tools_of(where: str, tools: Any) -> list[dict] | None:
+    """Tools as chat templates take them, of a list or its JSON. Raises RowError."""
     if isinstance(tools, str):
         tools = _json(where, "tools", tools) if tools.strip() else None
     if not tools:

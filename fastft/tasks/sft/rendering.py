@@ -11,6 +11,8 @@ give a sample for each answer. A template that puts something else behind its ge
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +43,10 @@ class Sample:
     weights: np.ndarray
 
 
+class _Refusal(Exception):
+    """A template does not take a conversation."""
+
+
 class ChatTemplate:
     """The chat template of a fast tokenizer.
 
@@ -66,13 +72,21 @@ class ChatTemplate:
 
     def render(self, messages: list[Message], tools: list[dict] | None, prompt: bool = False) -> str:
         """Text. ``prompt``: with what the template puts before an answer."""
-        return self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
-        )
+        from jinja2 import TemplateError
 
-    def prompt(self, messages: list[Message], tools: list[dict] | None) -> list[int]:
-        """Tokens of a conversation that is to be answered."""
-        return self.tokenizer(self.render(messages, tools, prompt=True), add_special_tokens=False)["input_ids"]
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
+            )
+        except (TemplateError, TypeError, KeyError, AttributeError) as e:  # its own, or what its code runs into
+            raise _Refusal(e) from None
+
+    def prompt(self, messages: list[Message], tools: list[dict] | None, where: str) -> list[int]:
+        """Tokens of a conversation that is to be answered. Raises RowError where the template refuses it."""
+        with _refused(where):
+            text = self.render(messages, tools, prompt=True)
+        _check_asked(where, messages, tools, text)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def end_of_turn(self) -> int | None:
         """The token that ends an answer; None: the template writes none."""
@@ -86,14 +100,10 @@ class ChatTemplate:
         """The conversation as one sample, or one for each answer. Raises RowError where the template refuses it, or
         cannot be masked.
         """
-        from jinja2 import TemplateError
-
-        try:
+        with _refused(where):
             if MARKS.search(self._source(conversation.tools)):
                 return [self._marked(where, conversation)]
             return self._proven(where, conversation)
-        except TemplateError as e:
-            raise RowError(f"{where}: the chat template refuses the conversation: {e}.", "Fix the row.") from None
 
     def _source(self, tools: list[dict] | None) -> str:
         return self.tokenizer.get_chat_template(tools=tools)
@@ -101,7 +111,7 @@ class ChatTemplate:
     def _proven(self, where: str, conversation: Conversation) -> list[Sample]:
         messages, tools = conversation.messages, conversation.tools
         whole = self.render(messages, tools)
-        _check_asked(where, conversation, whole)
+        _check_asked(where, messages, tools, whole)
         answers = {i: self._answer(where, conversation, i) for i in conversation.trained}
         if all(whole.startswith(prompt + answer) for prompt, answer in answers.values()):
             spans = [(len(p), len(p) + len(a), conversation.weights[i]) for i, (p, a) in answers.items()]
@@ -207,15 +217,24 @@ def _common(a: str, b: str) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _check_asked(where: str, conversation: Conversation, text: str) -> None:
+@contextmanager
+def _refused(where: str) -> Iterator[None]:
+    """What a template raises, as a RowError."""
+    try:
+        yield
+    except _Refusal as e:
+        raise RowError(f"{where}: the chat template refuses the conversation: {e}.", "Fix the row.") from None
+
+
+def _check_asked(where: str, messages: list[Message], tools: list[dict] | None, text: str) -> None:
     """RowError when the template leaves out a question, a system message or a tool."""
-    for number, message in enumerate(conversation.messages, 1):
+    for number, message in enumerate(messages, 1):
         if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
             raise RowError(
                 f"{where}: message {number}: the chat template does not write this {message['role']} message.",
                 "Set data.chat_template to a template that does, or leave such messages out.",
             )
-    names = [tool["function"].get("name", "") for tool in conversation.tools or []]
+    names = [tool["function"].get("name", "") for tool in tools or []]
     if lost := [name for name in names if name not in text]:
         raise RowError(
             f"{where}: the chat template does not write the tool {lost[0]!r}.",
@@ -231,9 +250,11 @@ class Plain:
             raise UserError("data.plain: the tokenizer has no token that ends a text.", "Give one that has.")
         self.tokenizer = tokenizer
 
-    def prompt(self, messages: list[Message], tools: list[dict] | None) -> list[int]:
+    def prompt(self, messages: list[Message], tools: list[dict] | None, where: str) -> list[int]:
         from fastft.models.load import starts_twice
 
+        if len(messages) > 1 or tools:
+            raise RowError(f"{where}: without a chat template (data.plain) only one text can be asked.", "Fix the row.")
         text = messages[0]["content"]
         ids = self.tokenizer(text, verbose=False)["input_ids"]
         ids = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
@@ -246,7 +267,7 @@ class Plain:
         if not conversation.plain:
             raise RowError(f"{where}: data.plain: true takes rows of prompt and completion, as text.", "Fix the row.")
         asked, answer = conversation.messages
-        before = self.prompt([asked], None)
+        before = self.prompt([asked], None, where)
         after = self.tokenizer(answer["content"], add_special_tokens=False, verbose=False)["input_ids"]
         tokens = np.array([*before, *after, self.tokenizer.eos_token_id], np.int32)
         weights = np.full(len(tokens), conversation.weights[1], np.float32)

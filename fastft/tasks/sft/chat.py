@@ -1,0 +1,62 @@
+"""Answers to conversations."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastft.errors import UserError
+from fastft.inference.base import Row
+from fastft.inference.generate import Generator
+from fastft.tasks.sft.conversations import messages_of, tools_of
+from fastft.tasks.sft.rendering import ChatTemplate, Plain
+
+
+class Chat(Generator):
+    """``messages`` (those that were given) and ``generated``, the answer.
+
+    A row's ``messages`` are a list in the form of OpenAI or ShareGPT, as JSON or not, or one question as text; answers
+    at its end are given anew. ``tools`` and ``system`` are as in training data.
+
+    Parameters
+    ----------
+    columns : dict of str
+        Names of columns in data files, where they are others.
+    """
+
+    optional = frozenset({"tools", "system"})
+
+    def __init__(
+        self,
+        model: Any,
+        template: ChatTemplate | Plain,
+        columns: dict[str, str],
+        max_new_tokens: int,
+        temperature: float,
+    ):
+        names = ("messages", "conversations", "prompt", "instruction")
+        asked = next((columns[name] for name in names if name in columns), "messages")
+        super().__init__(model, template.tokenizer, asked, max_new_tokens, temperature)
+        self.template = template
+        self.fields = {"messages": asked, **{name: columns.get(name, name) for name in ("tools", "system")}}
+
+    def prepare(self, where: str, row: Row) -> Row:
+        row = super().prepare(where, row)
+        given = row["messages"]
+        if isinstance(given, str):
+            given = json.loads(given) if given.lstrip().startswith('[{"') else [{"role": "user", "content": given}]
+        if not isinstance(given, list):
+            raise UserError(f"{where}: messages is a {type(given).__name__}.", "Give a text, or a list of messages.")
+        messages = messages_of(where, given, row.get("system"))
+        for message in messages:
+            del message["weight"]
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages or messages[-1]["role"] in ("system", "developer"):
+            raise UserError(f"{where}: the conversation asks nothing.", "Its last message is a user's, or a tool's.")
+        tokens = self.template.prompt(messages, tools_of(where, row.get("tools")), where)
+        return {"messages": messages, "tokens": tokens}
+
+    def run(self, rows: list[Row]) -> list[dict]:
+        answers = self.continued([row["tokens"] for row in rows])
+        return [{"messages": row["messages"], "generated": more} for row, more in zip(rows, answers, strict=True)]
