@@ -185,10 +185,11 @@ def add_objective(job: Job, forward: Any = None) -> None:
     job.record |= objective.record
 
 
-def trained(path: str) -> Job:
+def trained(path: str, task: str | None = None) -> Job:
     """An exported model: a run's folder, a folder written by save_pretrained, or a hub id.
 
-    The config is that of the run that exported it or, where there is none, that of the task that the model fits.
+    The config is that of the run that exported it or, where there is none, that of ``task``, or else of the task that
+    the model fits.
     """
     from fastft import config as configuration
 
@@ -205,7 +206,7 @@ def trained(path: str) -> Job:
         found = load.config(model)
         said = getattr(found, "fastft_task", None)
         fitting = (name for name in rooms.TASKS.names() if rooms.TASKS.get(name).fits(found))
-        names = [said] if said in rooms.TASKS else list(fitting)
+        names = [said] if said in rooms.TASKS else [task] if task else list(fitting)
         if not names:
             kind = (found.architectures or ["(none)"])[0]
             known = ", ".join(rooms.TASKS.names())

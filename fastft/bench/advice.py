@@ -46,4 +46,4 @@ def advice(report: dict[str, Any], config: Config, step_seconds: float) -> str:
     if shares["other"] > OTHER:
         return f"{shares['other']:.0%} of a step is neither model nor update: raise train.log_every."
     used = report["flops"]["utilization"]
-    return f"Matrix products take most of it: {used:.0%} of this machine's best rate. No setting stands out."
+    return f"The model takes the time, at {used:.0%} of the best rate of matrix products here. No setting stands out."

@@ -18,20 +18,22 @@ SCORE_DIGITS, DIGITS = 6, 9  # significant ones of a probability, and of any oth
 SCORES = ("score", "scores", "gold_score")
 
 
-def predictor(path: str, options: dict) -> Predictor:
+def predictor(path: str, options: dict, task: str | None = None) -> Predictor:
     """That of an exported model, a run folder, or a hub id.
 
     Parameters
     ----------
     options : dict
         Values for the task's ``Predict`` section; None: its default.
+    task : str, optional
+        Of a model that no task has trained; default: the one that it fits.
 
     Raises
     ------
     UserError
         No such model, or an option that the task does not have.
     """
-    job = assemble.trained(path)
+    job = assemble.trained(path, task)
     given = {name: value for name, value in options.items() if value is not None}
     section = configuration.section(type(job.task).Predict, given, f"fastft predict ({job.config.task})")
     return job.task.predictor(job.model, job.learned, section)

@@ -32,8 +32,11 @@ class Generator(Predictor):
         continued = self.continued(self._prompts(texts))
         return [{"text": text, "generated": more} for text, more in zip(texts, continued, strict=True)]
 
-    def continued(self, prompts: list[list[int]]) -> list[str]:
-        """What the model writes behind each prompt. Raises UserError when the longest leaves no room for it."""
+    def continued(self, prompts: list[list[int]], streamer: Any = None) -> list[str]:
+        """What the model writes behind each prompt. Raises UserError when the longest leaves no room for it.
+
+        ``streamer``: of transformers; is given the tokens of a single prompt as they come.
+        """
         tokenizer = self.tokenizer
         padded = [{"input_ids": ids} for ids in prompts]
         encoded = tokenizer.pad(padded, padding=True, padding_side="left", return_tensors="pt").to(self.model.device)
@@ -46,7 +49,9 @@ class Generator(Predictor):
             )
         how = {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}
         pad = tokenizer.pad_token_id
-        out = self.model.generate(**encoded, max_new_tokens=self.max_new_tokens, pad_token_id=pad, **how)
+        out = self.model.generate(
+            **encoded, max_new_tokens=self.max_new_tokens, pad_token_id=pad, streamer=streamer, **how
+        )
         return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in out]
 
     def _prompts(self, texts: list[str]) -> list[list[int]]:

@@ -318,6 +318,18 @@ def test_packed_and_unpacked_are_transformers_loss(config, tmp_path, weights):
     assert job.train.totals["targets"] == pytest.approx(weighed)
 
 
+def test_trap_padding_that_is_the_end_of_a_turn(config, chat_model):
+    """The end of every answer is learned, and no padding is, also where both are one token (trl#1623, #3091)."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.pad_token = "<|im_end|>"
+    tokenizer.save_pretrained(chat_model)
+    task = jobs.task_of(config)
+    split = task.train_split()
+    batch = jobs.collate(task, split, range(len(split)))
+    ends = int((batch.labels == tokenizer.pad_token_id).sum())
+    assert ends == 4 * (1 + 2 + 3) and batch.inputs["input_ids"][0, -1] == tokenizer.pad_token_id
+
+
 def test_a_cut_leaves_no_conversation_without_targets(config, tmp_path, caplog):
     rows = [
         {"messages": [{"role": "user", "content": "why " * 200}, CHAT[2]]},
@@ -472,3 +484,20 @@ def test_masks_of_real_conversations(shared_data, template, name, step):
             assert text in answer if "tool_calls" in found.messages[i] else answer == text, (row, name)
         checked += 1
     assert checked > 20
+
+
+def test_chat_answers_line_by_line(chat_model):
+    process = launch.start(
+        ["python", "-m", "fastft", "chat", chat_model, "--max-new-tokens", "5", "--system", "Be brief."], stdin=-1
+    )
+    lines = ["Hello?", "", "And " * 200, "/new", "Again?"]
+    output, _ = process.communicate("".join(line + "\n" for line in lines), timeout=120)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    assert output.count("error: The longest prompt") == 1 and "/new begins anew" in output
+
+
+def test_chat_takes_models_with_a_template(tiny_llama, tiny_bert):
+    for model, part in ((tiny_llama, "no chat template"), (tiny_bert, "")):
+        code, output = launch.fastft("chat", model, check=False)
+        assert code == 1 and part in output and "Traceback" not in output

@@ -221,6 +221,8 @@ class ConversationEncoder(TextEncoder):
         lengths = store.ragged("tokens").lengths()
         parts = pieces(lengths, self.max_length, "truncate", overlap=0)
         targets = np.array(self.learned, np.float64)
+        if (targets % 1 == 0).all():  # no weights but 0 and 1: counted as tokens are
+            targets = targets.astype(np.int64)
         totals = write_packs(store, parts, self.max_length, self.data.packing == "isolated", 0, targets)
         return {"totals": totals, "documents": len(lengths)}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from fastft.errors import UserError
 from fastft.inference.base import Row
 from fastft.inference.generate import Generator
+from fastft.lazy import torch
 from fastft.tasks.sft.conversations import messages_of, tools_of
 from fastft.tasks.sft.rendering import ChatTemplate, Plain
 
@@ -49,13 +51,25 @@ class Chat(Generator):
             raise UserError(f"{where}: messages is a {type(given).__name__}.", "Give a text, or a list of messages.")
         messages = messages_of(where, given, row.get("system"))
         for message in messages:
-            del message["weight"]
+            message.pop("weight", None)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages or messages[-1]["role"] in ("system", "developer"):
             raise UserError(f"{where}: the conversation asks nothing.", "Its last message is a user's, or a tool's.")
         tokens = self.template.prompt(messages, tools_of(where, row.get("tools")), where)
         return {"messages": messages, "tokens": tokens}
+
+    def answer(self, row: Row, say: Callable[[str], None]) -> str:
+        """The answer to one prepared row, of which every part is said as it is written."""
+        from transformers import TextStreamer
+
+        class Said(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                say(text)
+
+        with torch.inference_mode():
+            streamer = Said(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            return self.continued([row["tokens"]], streamer)[0]
 
     def run(self, rows: list[Row]) -> list[dict]:
         answers = self.continued([row["tokens"] for row in rows])
