@@ -106,7 +106,7 @@ def test_the_page_for_those_who_come_from_elsewhere():
         ("cutoff_len", 512, "data.max_length"),
         ("load_in_4bit", True, "no quantized base model"),
         ("train.lr", 1e-4, "Did you mean optim.lr?"),
-        ("data.packing", "none", "It is there only with task: causal_lm or masked_lm."),
+        ("data.packing", "none", "It is there only with task: causal_lm, masked_lm or sft."),
     ],
 )
 def test_another_trainers_key_in_a_file(key, value, part):

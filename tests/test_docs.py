@@ -80,15 +80,17 @@ def test_shipped_configs_train(path, tiny_bert, tiny_llama, tmp_path, monkeypatc
         assert all(s.startswith("runs/quickstart/corpus/") for s in sources)
         return
     assert all(Path(s).is_file() for s in sources)
-    model = tiny_llama if config.task == "causal_lm" else tiny_bert
+    model = tiny_llama if config.task in ("causal_lm", "sft") else tiny_bert
     if config.task == "masked_lm":
         model = masked(tiny_bert, tmp_path)
+    if config.task == "sft":
+        model = chatting(tiny_llama, tmp_path)
     changes = [
         "train.epochs=null",
         "train.steps=2",
         "train.eval_every=null",
         "checkpoint.every=null",
-        "data.max_length=32",
+        f"data.max_length={256 if config.task == 'sft' else 32}",  # which a question alone would fill
     ]
     changes += ["data.truncation=truncate", "batch.size=2", "run.device=cpu", "run.threads=1", "run.offline=true"]
     launch.fastft("train", path, f"model.path={model}", f"run.dir={tmp_path / 'run'}", *changes)
@@ -105,6 +107,20 @@ def masked(bert: Path, folder: Path) -> Path:
     tokenizer.add_special_tokens({"mask_token": "<pad>"})
     tokenizer.save_pretrained(folder / "model")
     transformers.AutoModel.from_pretrained(bert).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def chatting(llama: Path, folder: Path) -> Path:
+    """The tiny decoder with a chat template."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder / "model")
+    transformers.AutoModelForCausalLM.from_pretrained(llama).save_pretrained(folder / "model")
     return folder / "model"
 
 

@@ -112,12 +112,16 @@ def _listed(below: list[Key]) -> str:
 
 
 def _users(used: tuple[str, ...]) -> str:
-    """``task: classification or regression``."""
+    """``task: classification or regression``; ``task: causal_lm, masked_lm or sft``."""
     by: dict[str, list[str]] = {}
     for name in used:
         chooser, _, member = name.partition(": ")
         by.setdefault(chooser, []).append(member)
-    return "; ".join(f"{chooser}: {' or '.join(members)}" for chooser, members in by.items())
+
+    def listed(names: list[str]) -> str:
+        return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+    return "; ".join(f"{chooser}: {listed(members)}" for chooser, members in by.items())
 
 
 def page() -> str:
