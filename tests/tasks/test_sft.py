@@ -379,6 +379,15 @@ def test_no_template_is_said(config, tiny_llama):
         jobs.task_of(config).train_split()
 
 
+def test_templates_by_name_without_a_default(config, chat_model):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chat_model)
+    (chat_model / "chat_template.jinja").unlink()
+    tokenizer.chat_template = {"tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(chat_model)
+    with pytest.raises(UserError, match=r"no default(?s:.*)data.chat_template"):
+        jobs.task_of(config).train_split()
+
+
 def test_it_learns_stops_and_is_exported_with_its_template(config, tmp_path):
     """Overfits three answers: the folder, through transformers alone, answers as `fastft predict` does, and stops."""
     rows = [

@@ -67,6 +67,12 @@ class ChatTemplate:
                 "The tokenizer has no chat template.",
                 "Set data.chat_template to a file with one; or data.plain: true for rows of prompt and completion.",
             )
+        try:
+            tokenizer.get_chat_template()
+        except ValueError as e:  # several by name, and none that is the default
+            raise UserError(
+                f"The tokenizer's chat template: {e}", "Set data.chat_template to a file with one."
+            ) from None
         self.tokenizer, self.options = tokenizer, options
         self.ends = set(tokenizer.added_tokens_decoder)  # what can end a turn
 
