@@ -45,9 +45,10 @@ def bench(config: Config, warmup: int = 5, steps: int = 20) -> dict[str, Any]:
     dict
         As JSON, all times in seconds: ``machine``, ``model``, ``tokens_per_second``, ``samples_per_second`` and
         ``step_seconds`` (median, min, max over the steps; tokens are real ones, of all ranks), ``padding`` (share of
-        the tokens computed), ``parts`` (the same by part of a step, and its ``share``), ``host_seconds`` (until the
-        last launch of a step, on a GPU), ``start_seconds`` (until the first step has ended), ``peak_memory`` (bytes of
-        this rank), ``ceilings``, ``of_ceiling`` (1: as fast as they allow), ``flops`` and ``advice``.
+        the tokens computed), ``parts`` (the same by part of a step; medians need not add up to the step's; ``share`` is
+        of their sum), ``host_seconds`` (until the last launch of a step, on a GPU), ``start_seconds`` (until the first
+        step has ended), ``peak_memory`` (bytes of this rank), ``ceilings``, ``of_ceiling`` (``model``: forward and
+        backward together; 1: as fast as they allow), ``flops`` and ``advice``.
 
     Raises
     ------
@@ -133,10 +134,10 @@ def _report(
     whole = sum(part["median"] for part in parts.values())
     rate = _spread([n / s for n, s in zip(tokens, seconds, strict=True)])
     computed = sum(padded) / len(padded) / world  # tokens of one rank and step
-    floors = {
-        "forward": work.forward * computed / limits.matmul,
-        "backward": work.backward * computed / limits.matmul,
-        "optimizer": _optimizer_bytes(loop.job.optimizer) / limits.copy,
+    model_seconds = parts["forward"]["median"] + parts["backward"]["median"]
+    of_ceiling = {
+        "model": work.total * computed / limits.matmul / model_seconds,
+        "optimizer": _optimizer_bytes(loop.job.optimizer) / limits.copy / max(parts["optimizer"]["median"], 1e-9),
     }
     report: dict[str, Any] = {
         "machine": {
@@ -166,7 +167,7 @@ def _report(
             "matmul_flops": limits.matmul,
             "all_reduce_bytes_per_second": limits.all_reduce,
         },
-        "of_ceiling": {n: floor / parts[n]["median"] for n, floor in floors.items() if parts[n]["median"]},
+        "of_ceiling": of_ceiling,
         "flops": {
             "per_token": work.total,
             "formula": flops.FORMULA,

@@ -133,18 +133,27 @@ class _Refused:
 def _accepted(
     sources: list[Source], encoder: Encoder, counts: Counts, refused: _Refused
 ) -> Iterator[tuple[str, formats.Record]]:
+    for where, record in _read(sources, refused):
+        counts.rows += 1
+        try:
+            accepted = encoder.accepts(where, record)
+        except RowError as e:
+            refused.add(e)
+            continue
+        if accepted:
+            yield where, record
+        else:
+            counts.empty += 1
+
+
+def _read(sources: list[Source], refused: _Refused) -> Iterator[tuple[str, formats.Record]]:
+    """All rows. Where a file cannot be read on, the rows refused before are told first."""
     for source in sources:
-        for where, record in formats.read(source):
-            counts.rows += 1
-            try:
-                accepted = encoder.accepts(where, record)
-            except RowError as e:
-                refused.add(e)
-                continue
-            if accepted:
-                yield where, record
-            else:
-                counts.empty += 1
+        try:
+            yield from formats.read(source)
+        except UserError:
+            refused.check()
+            raise
 
 
 def _encoded(

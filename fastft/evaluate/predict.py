@@ -109,7 +109,7 @@ def read(
                     continue
                 raise UserError(
                     f"{where}: no {name} in column {column!r}.",
-                    f"Columns: {', '.join(record)}. Give {name.replace('_', '-')}'s column.",
+                    f"Columns: {', '.join(record)}. Name the column of {name.replace('_', ' ')}.",
                 )
             row[name] = record[column]
         if missing := [column for column in keep if column not in record]:

@@ -99,6 +99,8 @@ def test_all_bad_rows_are_counted(config, tmp_path):
         task_over(config, tmp_path, rows).train_split()
     with pytest.raises(UserError, match=r"rows.jsonl:1: .*\(at least 999 more rows cannot be used\)"):
         task_over(config, tmp_path, [bad[0]] * 1500).train_split()
+    with pytest.raises(UserError, match=r"rows.jsonl:1: column 'text' holds int"):  # and not what ends the reading
+        task_over(config, tmp_path, [bad[2], [1]]).train_split()
 
 
 def test_bad_settings(config, tmp_path):

@@ -189,6 +189,11 @@ def test_tool_calls_are_learned_and_results_are_not(template, name, call):
         ("zephyr", [ASKED, {"role": "assistant", "content": 3}], {}, "message 2: column 'content' holds int"),
         ("zephyr", "nothing", {}, "messages is broken JSON"),
         ("zephyr", [ASKED, {**ANSWERED, "weight": -1}], {}, "message 2: weight -1"),
+        ("zephyr", [ASKED, {**ANSWERED, "weight": 1e39}], {}, "message 2: weight 1e"),
+        ("zephyr", [ASKED, {**ANSWERED, "train": "false"}], {}, "message 2: train 'false'"),
+        ("zephyr", [ASKED, {**ANSWERED, "reasoning_content": "Hm."}], {}, "does not write its reasoning_content 'Hm.'"),
+        ("zephyr", [ASKED, ANSWERED], {"tools": [{"type": "function", "function": "x"}]}, "tools are no list"),
+        ("zephyr", [ASKED, ANSWERED], {"tools": [{"name": None}]}, "tools are no list"),
         ("zephyr", [ASKED, {"role": "assistant", "content": [{"type": "image_url"}]}], {}, "of type 'image_url'"),
     ],
 )
@@ -196,6 +201,64 @@ def test_what_cannot_be_learned_is_refused_by_place(template, name, messages, mo
     ready = template(name)
     with pytest.raises(RowError, match=f"(?s)rows:1.*{part}"):
         ready.samples("rows:1", conversation(messages, **more))
+
+
+BARE = (
+    "{% for m in messages if m.role in ('user', 'assistant') %}"
+    "{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+)
+PROMPT = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "source, messages, part",
+    [
+        (BARE + PROMPT, [{"role": "system", "content": "a"}, ASKED, ANSWERED], "message 1: .*this system message"),
+        (BARE + PROMPT, [*TOOL_CHAT[:1], ANSWERED, TOOL_CHAT[2], ANSWERED], "message 3: .*this tool message"),
+        ("{{ 1 // 0 }}", [ASKED, ANSWERED], ".*refuses the conversation: ZeroDivisionError"),
+    ],
+)
+def test_other_templates_are_refused_by_place(template, source, messages, part):
+    ready = template("zephyr")
+    ready.tokenizer.chat_template = source
+    with pytest.raises(RowError, match=f"rows:1: {part}"):
+        ready.samples("rows:1", conversation(messages))
+
+
+def test_a_broken_template_is_told_once(template):
+    ready = template("zephyr")
+    ready.tokenizer.chat_template = "{% for m in messages %}\n{{ m.content }"
+    with pytest.raises(UserError, match=r"The chat template is broken, in line 2"):
+        ready.samples("rows:1", conversation(CHAT))
+
+
+def test_a_prompt_that_ends_in_a_blank_keeps_its_tokens(template):
+    """A token that would span prompt and answer is two, as when the model is used; so the first word is learned."""
+    ready = template("zephyr")
+    ready.tokenizer.chat_template = BARE + PROMPT
+    (sample,) = ready.samples("x", conversation([ASKED, ANSWERED, ASKED, ANSWERED]))
+    assert learned(ready, sample) == ["It is 4.<|im_end|>"] * 2
+    prompt = ready.prompt([ASKED], None, "x")
+    assert sample.tokens[: len(prompt)].tolist() == prompt and sample.weights[len(prompt)] == 1
+    (sample,) = template("chatml").samples("x", conversation([ASKED, {"role": "assistant", "content": "\n\n  It is."}]))
+    assert learned(ready, sample) == ["\n\n  It is.<|im_end|>"]
+
+
+def test_a_template_that_needs_a_system_message(template):
+    ready = template("chatml")
+    need = "{% if messages[0].role != 'system' %}{{ raise_exception('system needed') }}{% endif %}"
+    ready.tokenizer.chat_template = need + ready.tokenizer.chat_template
+    assert ready.end_of_turn() == ready.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_an_answer_that_is_a_thought_alone(template):
+    chat = [
+        {"role": None, "from": "human", "value": "a?"},
+        {"role": "assistant", "content": None, "reasoning_content": "T"},
+    ]
+    ready = template("qwen3")
+    (sample,) = ready.samples("x", conversation(chat))
+    assert learned(ready, sample) == ["<think>\nT\n</think>\n\n<|im_end|>"]
 
 
 def test_a_template_that_moves_what_it_marks_is_refused(template):
@@ -219,6 +282,11 @@ FORMS = [
 @pytest.mark.parametrize("row", FORMS, ids=lambda row: "-".join(row))
 def test_all_forms_are_one(row):
     assert conversations.read("x", row, {}, "all").messages == CHAT[1:3]
+
+
+def test_a_history_that_is_none():
+    with pytest.raises(RowError, match="x: history is a int"):
+        conversations.read("x", {"instruction": "a", "output": "b", "history": 5}, {}, "all")
 
 
 def test_more_of_the_forms():
@@ -365,6 +433,9 @@ def test_plain_rows_end_with_the_end_of_the_text(config, tmp_path):
         ({"truncation": "split"}, "split makes no sense for sft"),
         ({"columns": {"promt": "q"}}, "'promt' is no column of a conversation. Did you mean 'prompt'"),
         ({"plain": True, "template_options": {"a": 1}}, "exclude each other"),
+        ({"template_options": {"tools": []}}, "'tools' is no option of a template"),
+        ({"chat_template": "nowhere.jinja"}, "data.chat_template: nowhere.jinja: No such file"),
+        ({"chat_template": __file__.replace("test_sft.py", "chat_templates/README.md")}, "holds no Jinja template"),
     ],
 )
 def test_bad_settings(config, data, part):
@@ -411,6 +482,8 @@ def test_it_learns_stops_and_is_exported_with_its_template(config, tmp_path):
     ready = predictor(str(run), {"max_new_tokens": 40})
     answers = [p["generated"] for p in predict(ready, [(w, ready.prepare(w, r)) for w, r in asked])]
     assert answers == [row["messages"][1]["content"] for row in rows]
+    marked.unlink()  # the run has its text
+    assert '"eval": {"loss"' in launch.fastft("eval", run, "--json")[1]
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     assert "generation" in tokenizer.chat_template
@@ -428,7 +501,7 @@ def test_it_learns_stops_and_is_exported_with_its_template(config, tmp_path):
         ({"messages": [CHAT[0]]}, "asks nothing"),
         ({"messages": [{"role": "narrator", "content": "a"}]}, "unknown role"),
         ({"messages": 3}, "messages is a int"),
-        ({"messages": " "}, "the messages is empty"),
+        ({"messages": " "}, "the question is empty"),
         ({"messages": "a", "tools": [TOOL]}, "does not write the tool 'add'"),
         ({"messages": '[{"role": "user", "content": "Hi"}]', "system": ""}, None),
         ({"messages": [*CHAT, {"role": "assistant", "content": "twice"}], "tools": None}, None),

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -27,6 +29,7 @@ def run(
         from fastft.bench import bench  # imports torch, which a wrong key need not wait for
         from fastft.zero.engine import stop_process_group
 
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of what is to be undone
         try:
             report = bench(loaded, warmup, steps)
         finally:
@@ -39,13 +42,13 @@ def run(
     from fastft import terminal
 
     out = terminal.console()
-    rows = [_row(name, part, report["of_ceiling"].get(name)) for name, part in report["parts"].items()]
-    rows.append(_row("step", {**report["step_seconds"], "share": 1.0}, None))
+    rows = [_row(name, part, f"{part['share']:.1%}") for name, part in report["parts"].items()]
+    rows.append(_row("step", report["step_seconds"], ""))
     machine, model, flops = report["machine"], report["model"], report["flops"]
     ranks = f"{machine['ranks']} rank{'s' if machine['ranks'] > 1 else ''}"
     title = f"{report['steps']} steps, {ranks} of {machine['threads']} threads"
-    terminal.print_table(out, ("part", "ms", "min", "max", "share", "of ceiling"), rows, title=title)
-    limits = report["ceilings"]
+    terminal.print_table(out, ("part", "ms", "min", "max", "share"), rows, title=title)
+    limits, of = report["ceilings"], report["of_ceiling"]
     reduced = limits["all_reduce_bytes_per_second"]
     for sentence in (
         f"{model['class']}: {model['parameters']:,} parameters, {model['trained']:,} trained, {model['dtype']}, "
@@ -56,7 +59,9 @@ def run(
         f"{flops['formula']})",
         f"ceilings, measured after the steps: copy {limits['copy_bytes_per_second'] / 1e9:,.1f} GB/s, "
         f"{model['dtype']} matrix product {limits['matmul_flops'] / 1e9:,.0f} GFLOP/s"
-        + (f", all-reduce {reduced / 1e9:,.2f} GB/s." if reduced else "."),
+        + (f", all-reduce {reduced / 1e9:,.2f} GB/s." if reduced else ".")
+        + f" Forward and backward are at {of['model']:.0%} of the product's rate, with padding; the optimizer is at "
+        f"{of['optimizer']:.0%} of the copy's.",
         f"peak memory {report['peak_memory'] / 1e9:.2f} GB; "
         f"{report['start_seconds']:.1f} s to the end of the first step.",
         f"{machine['device']}; torch {machine['torch']}, deepspeed {machine['deepspeed']}, "
@@ -66,9 +71,8 @@ def run(
         out.print(sentence, highlight=False, markup=False)
 
 
-def _row(name: str, part: dict, of_ceiling: float | None) -> list[str]:
-    times = [f"{part[key] * 1e3:,.1f}" for key in ("median", "min", "max")]
-    return [name, *times, f"{part['share']:.1%}", "" if of_ceiling is None else f"{of_ceiling:.0%}"]
+def _row(name: str, part: dict, share: str) -> list[str]:
+    return [name, *(f"{part[key] * 1e3:,.1f}" for key in ("median", "min", "max")), share]
 
 
 def _rate(spread: dict) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,15 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fastft import rooms
-from fastft.config import Config, Data, InputPath
+from fastft.config import Config, Data
 from fastft.data.encoder import Counts, Example, Learned
 from fastft.data.formats import Record
 from fastft.data.split import Split
 from fastft.data.store import Store
-from fastft.errors import UserError, did_you_mean
+from fastft.errors import did_you_mean
 from fastft.inference.base import Predictor
 from fastft.lazy import torch
 from fastft.models import load
@@ -34,6 +35,24 @@ from fastft.tasks.sft.rendering import ChatTemplate, Plain, Sample
 
 log = logging.getLogger(__name__)
 
+# Arguments of apply_chat_template that are not the template's.
+RESERVED = {
+    "conversation",
+    "messages",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}
+
 
 class SFTData(Data):
     """Conversations."""
@@ -42,8 +61,10 @@ class SFTData(Data):
         {}, description="Names of columns, where they are others: {prompt: question, completion: answer}."
     )
     train_on: Literal["all", "last"] = Field("all", description="Which answers are learned.")
-    chat_template: InputPath | None = Field(
-        None, description="File with a chat template (Jinja), instead of the tokenizer's; it is exported."
+    chat_template: str | None = Field(
+        None,
+        description="File with a chat template (Jinja), or its text, instead of the tokenizer's; it is kept in the "
+        "run's configuration, and exported.",
     )
     template_options: dict[str, Any] = Field(
         {}, description="What the chat template gets beside the messages: {enable_thinking: false}."
@@ -55,7 +76,26 @@ class SFTData(Data):
         "isolated", description="Fill sequences with whole conversations that cannot see each other."
     )
 
+    @field_validator("chat_template")
+    @classmethod
+    def _read(cls, value: str | None) -> str | None:
+        """The text, so that a run knows its template whatever becomes of the file."""
+        if value is None or "{{" in value or "{%" in value:
+            return value
+        path = Path(os.path.expandvars(value)).expanduser()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ValueError(f"data.chat_template: {value}: {e.strerror if isinstance(e, OSError) else e}") from None
+        if "{{" not in text and "{%" not in text:
+            raise ValueError(f"data.chat_template: {value} holds no Jinja template")
+        return text
+
     def check(self, config: Config) -> None:
+        if reserved := sorted(RESERVED & set(self.template_options)):
+            raise ValueError(
+                f"data.template_options: {reserved[0]!r} is no option of a template: fastft sets it itself"
+            )
         if unknown := sorted(set(self.columns) - set(conversations.KNOWN)):
             hint = did_you_mean(unknown[0], conversations.KNOWN)
             raise ValueError(f"data.columns: {unknown[0]!r} is no column of a conversation. {hint}")
@@ -92,8 +132,8 @@ class SFT(DecoderTask):
     @cached_property
     def tokenizer(self) -> Any:
         tokenizer = load.tokenizer(self.config.model)
-        if (path := self.config.data.chat_template) is not None:
-            tokenizer.chat_template = _read(path)
+        if (text := self.config.data.chat_template) is not None:
+            tokenizer.chat_template = text
         return tokenizer
 
     @cached_property
@@ -144,11 +184,9 @@ class SFT(DecoderTask):
     def predictor(self, model: torch.nn.Module, learned: Learned, options: GenerationOptions) -> Predictor:
         from fastft.tasks.sft.chat import Chat
 
-        tokenizer = load.tokenizer(self.config.model)  # the exported one: it has the template that was trained
-        data = self.config.data
-        template = Plain(tokenizer) if data.plain else ChatTemplate(tokenizer, data.template_options)
-        _stop_at(model, template.end_of_turn())
-        return Chat(model, template, data.columns, options.max_new_tokens, options.temperature)
+        _stop_at(model, self.template.end_of_turn())
+        columns = self.config.data.columns
+        return Chat(model, self.template, columns, options.max_new_tokens, options.temperature)
 
 
 class WeightedObjective(LanguageModelObjective):
@@ -236,10 +274,3 @@ def _stop_at(model: Any, token: int | None) -> None:
     ends = known if isinstance(known, list) else [] if known is None else [known]
     if token not in ends:
         settings.eos_token_id = [token, *ends]
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"data.chat_template: {path}: {e}.", "Give a text file with a Jinja template.") from None

@@ -43,8 +43,9 @@ class Chat(Generator):
         self.fields = {"messages": asked, **{name: columns.get(name, name) for name in ("tools", "system")}}
 
     def prepare(self, where: str, row: Row) -> Row:
-        row = super().prepare(where, row)
         given = row["messages"]
+        if isinstance(given, str) and not given.strip():
+            raise UserError(f"{where}: the question is empty.", "Remove it, or ask something.")
         if isinstance(given, str):
             given = json.loads(given) if given.lstrip().startswith('[{"') else [{"role": "user", "content": given}]
         if not isinstance(given, list):

@@ -32,6 +32,7 @@ ROLES = {
     "tool_response": "tool",
     "ipython": "tool",
 }
+HEAVIEST = 1000  # weight of an answer
 CALLS = ("function_call", "tool_call")  # ShareGPT's roles of an answer that is nothing but a call
 FORMS = {
     "messages": ("messages",),
@@ -134,8 +135,10 @@ def _as_list(where: str, row: dict[str, Any], form: str) -> list[Any]:
             *(first if isinstance(first, list) else [{"role": "user", "content": first}]),
             *(then if isinstance(then, list) else [{"role": "assistant", "content": then}]),
         ]
-    found = []
-    for turn in row.get("history") or []:
+    found, history = [], row.get("history") or []
+    if not isinstance(history, list):
+        raise RowError(f"{where}: history is a {type(history).__name__}, not a list of pairs.", "Fix the row.")
+    for turn in history:
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise RowError(f"{where}: history holds {turn!r}, not pairs of instruction and answer.", "Fix the row.")
         found += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -150,6 +153,7 @@ def _message(where: str, number: int, raw: Any) -> Message:
     here = f"{where}: message {number}"
     if not isinstance(raw, dict):
         raise RowError(f"{here} is a {type(raw).__name__}, not a role and a content.", KNOWN_FORMS)
+    raw = {name: value for name, value in raw.items() if value is not None}
     said = raw.get("role", raw.get("from"))
     content = raw.get("content", raw.get("value"))
     if not isinstance(said, str) or said.lower() not in ROLES:
@@ -169,18 +173,21 @@ def _message(where: str, number: int, raw: Any) -> Message:
     if content is None and (more.get("tool_calls") or more.get("reasoning_content")):
         content = ""
     check_text(here, "content", content)
-    if role == "assistant" and not str(content).strip() and not more.get("tool_calls"):
+    nothing = not str(content).strip() and not more.get("tool_calls") and not more.get("reasoning_content")
+    if role == "assistant" and nothing:
         raise RowError(f"{here}: the answer is empty.", "Remove the conversation, or write what is to be answered.")
     return {"role": role, "content": content, **more, "weight": _weight(here, raw)}
 
 
 def _weight(here: str, raw: dict[str, Any]) -> float:
-    weight = raw.get("weight")
-    if weight is None:
-        return float(raw.get("train") is not False)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        raise RowError(f"{here}: weight {weight!r}.", "A weight is a number of at least 0; 0 leaves the answer out.")
-    return float(weight)
+    weight, train = raw.get("weight", 1.0), raw.get("train", True)
+    if not isinstance(train, bool):
+        raise RowError(f"{here}: train {train!r}.", "It is true or false; false leaves the answer out.")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= HEAVIEST:
+        raise RowError(
+            f"{here}: weight {weight!r}.", f"A weight is a number from 0 to {HEAVIEST:,}; 0 leaves the answer out."
+        )
+    return float(weight) * train
 
 
 def _text_parts(here: str, parts: list[Any]) -> str:
@@ -213,9 +220,14 @@ def tools_of(where: str, tools: Any) -> list[dict] | None:
         tools = _json(where, "tools", tools) if tools.strip() else None
     if not tools:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError(f"{where}: tools are no list of JSON schemas.", "Fix the row.")
+    found = [tool.get("function", tool) if isinstance(tool, dict) else None for tool in _as_tools(tools)]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in found):
+        raise RowError(f"{where}: tools are no list of JSON schemas of functions, each with a name.", "Fix the row.")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _as_tools(tools: Any) -> list[Any]:
+    return tools if isinstance(tools, list) else [None]
 
 
 def _json(where: str, name: str, text: str) -> Any:

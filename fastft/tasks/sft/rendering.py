@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from fastft.data.encoder import RowError
 from fastft.errors import UserError
 from fastft.tasks.sft.conversations import Conversation, Message
 
-OTHER = "\u00a7"  # an answer that ends like no other
+OTHER = "Zqx7"  # an answer that ends like no other, and that no filter of a template changes
 MARKS = re.compile(r"\{%-?\s*generation\b")  # transformers' {% generation %} blocks
 NEAR = 64  # characters: longer than any token that ends a turn
 SHOWN = 60  # characters around a place that is shown
@@ -78,46 +79,54 @@ class ChatTemplate:
 
     def render(self, messages: list[Message], tools: list[dict] | None, prompt: bool = False) -> str:
         """Text. ``prompt``: with what the template puts before an answer."""
-        from jinja2 import TemplateError
+        from jinja2 import TemplateSyntaxError
 
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
             )
-        except (TemplateError, TypeError, KeyError, AttributeError) as e:  # its own, or what its code runs into
-            raise _Refusal(e) from None
+        except TemplateSyntaxError as e:
+            raise UserError(f"The chat template is broken, in line {e.lineno}: {e.message}.", "Fix it.") from None
+        except Exception as e:  # its own, or whatever its code runs into
+            raise _Refusal(f"{type(e).__name__}: {e}" if type(e).__module__ == "builtins" else e) from None
 
     def prompt(self, messages: list[Message], tools: list[dict] | None, where: str) -> list[int]:
         """Tokens of a conversation that is to be answered. Raises RowError where the template refuses it."""
         with _refused(where):
             text = self.render(messages, tools, prompt=True)
-        _check_asked(where, messages, tools, text)
+            self._check_asked(where, messages, tools, text)
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def end_of_turn(self) -> int | None:
-        """The token that ends an answer; None: the template writes none."""
-        asked = [{"role": "user", "content": "."}]
-        text = self.render([*asked, {"role": "assistant", "content": OTHER}], None)
-        encoded = self._encoded(text)
-        end = self._end(encoded, text.rindex(OTHER) + len(OTHER))
-        return None if end is None else int(encoded["input_ids"][end])
+        """The token that ends an answer; None: the template writes none that a simple conversation shows."""
+        asked, answer = {"role": "user", "content": "."}, {"role": "assistant", "content": OTHER}
+        for before in ([asked], [{"role": "system", "content": "."}, asked]):
+            try:
+                text = self.render([*before, answer], None)
+            except _Refusal:
+                continue
+            encoded = self._encoded(text)
+            end = self._end(encoded, text.rfind(OTHER) + len(OTHER)) if OTHER in text else None
+            return None if end is None else int(encoded["input_ids"][end])
+        return None
 
     def samples(self, where: str, conversation: Conversation) -> list[Sample]:
         """The conversation as one sample, or one for each answer. Raises RowError where the template refuses it, or
         cannot be masked.
         """
         with _refused(where):
-            if MARKS.search(self._source(conversation.tools)):
+            messages, tools = conversation.messages, conversation.tools
+            whole = self.render(messages, tools)
+            self._check_asked(where, messages, tools, whole)
+            if MARKS.search(self._source(tools)):
                 return [self._marked(where, conversation)]
-            return self._proven(where, conversation)
+            return self._proven(where, conversation, whole)
 
     def _source(self, tools: list[dict] | None) -> str:
         return self.tokenizer.get_chat_template(tools=tools)
 
-    def _proven(self, where: str, conversation: Conversation) -> list[Sample]:
+    def _proven(self, where: str, conversation: Conversation, whole: str) -> list[Sample]:
         messages, tools = conversation.messages, conversation.tools
-        whole = self.render(messages, tools)
-        _check_asked(where, messages, tools, whole)
         answers = {i: self._answer(where, conversation, i) for i in conversation.trained}
         if all(whole.startswith(prompt + answer) for prompt, answer in answers.values()):
             spans = [(len(p), len(p) + len(a), conversation.weights[i]) for i, (p, a) in answers.items()]
@@ -156,8 +165,10 @@ class ChatTemplate:
         """RowError when the template leaves out what was to be learned."""
         lost = [c["function"]["name"] for c in answer.get("tool_calls") or [] if c["function"]["name"] not in written]
         content = answer["content"].rpartition("</think>")[2].strip()
-        if lost or content not in written:
-            what = f"the call of {lost[0]}" if lost else f"its content {content[:SHOWN]!r}"
+        thought = str(answer.get("reasoning_content", "")).strip()
+        if lost or content not in written or thought not in written:
+            of = ("content", content) if content not in written else ("reasoning_content", thought)
+            what = f"the call of {lost[0]}" if lost else f"its {of[0]} {of[1][:SHOWN]!r}"
             raise RowError(
                 f"{where}: message {index + 1}: the chat template does not write {what}.",
                 "Set data.chat_template to a template that does, or leave such rows out.",
@@ -179,15 +190,49 @@ class ChatTemplate:
         text: str,
         spans: list[tuple[int, int, float]],
     ) -> Sample:
-        encoded = self._encoded(text)
-        tokens = np.asarray(encoded["input_ids"], np.int32)
+        tokens, offsets = self._placed(text, [])
         self._check_tokens(where, messages, conversation.tools, tokens)
-        offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        # A token that begins in the prompt is not the model's to write: it is given the prompt's own tokens.
+        if joined := [start for start, *_ in spans if ((offsets[:, 0] < start) & (offsets[:, 1] > start)).any()]:
+            whole = self.tokenizer.decode(tokens)
+            tokens, offsets = self._placed(text, joined)
+            if self.tokenizer.decode(tokens) != whole:
+                near = text[max(joined[0] - SHOWN, 0) : joined[0]]
+                raise RowError(
+                    f"{where}: an answer begins within a token of its prompt, which ends with {near!r}.",
+                    "Set data.chat_template to a template whose generation prompt does not end in a blank.",
+                )
         weights = np.zeros(len(tokens), np.float32)
         for start, end, weight in spans:
-            # A token that begins in the prompt is not the model's to write.
             weights[(offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])] = weight
         return Sample(tokens, weights)
+
+    def _placed(self, text: str, cuts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, and first and last character of each; tokenized apart before and behind each cut."""
+        tokens, offsets = [], []
+        for start, end in pairwise([0, *cuts, len(text)]):
+            encoded = self._encoded(text[start:end])
+            tokens += encoded["input_ids"]
+            offsets += [(start + a, start + b) for a, b in encoded["offset_mapping"]]
+        return np.asarray(tokens, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
+
+    def _check_asked(self, where: str, messages: list[Message], tools: list[dict] | None, text: str) -> None:
+        """RowError when the template leaves out a question, a system message, a tool's result or a tool."""
+        places = {f"{OTHER}{n}{OTHER}": n for n, m in enumerate(messages) if m["role"] != "assistant"}
+        named = {n: {**messages[n], "content": name} for name, n in places.items()}
+        shown = self.render([named.get(n, message) for n, message in enumerate(messages)], tools)
+        if lost := [n for name, n in places.items() if name not in shown]:
+            raise RowError(
+                f"{where}: message {lost[0] + 1}: the chat template does not write this {messages[lost[0]]['role']} "
+                "message.",
+                "Set data.chat_template to a template that does, or leave such messages out.",
+            )
+        names = [tool["function"]["name"] for tool in tools or []]
+        if absent := [name for name in names if name not in text]:
+            raise RowError(
+                f"{where}: the chat template does not write the tool {absent[0]!r}.",
+                "Set data.chat_template to a template for tools, or leave the column tools out.",
+            )
 
     def _check_tokens(self, where: str, messages: list[Message], tools: list[dict] | None, tokens: np.ndarray) -> None:
         """The tokens are those that transformers' own call gives."""
@@ -230,22 +275,6 @@ def _refused(where: str) -> Iterator[None]:
         yield
     except _Refusal as e:
         raise RowError(f"{where}: the chat template refuses the conversation: {e}.", "Fix the row.") from None
-
-
-def _check_asked(where: str, messages: list[Message], tools: list[dict] | None, text: str) -> None:
-    """RowError when the template leaves out a question, a system message or a tool."""
-    for number, message in enumerate(messages, 1):
-        if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
-            raise RowError(
-                f"{where}: message {number}: the chat template does not write this {message['role']} message.",
-                "Set data.chat_template to a template that does, or leave such messages out.",
-            )
-    names = [tool["function"].get("name", "") for tool in tools or []]
-    if lost := [name for name in names if name not in text]:
-        raise RowError(
-            f"{where}: the chat template does not write the tool {lost[0]!r}.",
-            "Set data.chat_template to a template for tools, or leave the column tools out.",
-        )
 
 
 class Plain:
