@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +12,10 @@ import pytest
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 if os.environ.get("FASTFT_TEST_SEED") != "random":
     hypothesis.settings.load_profile("repeatable")
+
+# A shell that starts tests in the background has SIGINT ignored, and all that they start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 # What tests start imports the fastft that they import, in whatever folder it runs and whichever one is installed.

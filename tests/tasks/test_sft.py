@@ -1,6 +1,7 @@
 """sft: which tokens are learned, for the chat templates that are about; training, prediction and export of it."""
 
 import json
+import sys
 from pathlib import Path
 
 import jobs
@@ -570,7 +571,7 @@ def test_masks_of_real_conversations(shared_data, template, name, step):
 
 def test_chat_answers_line_by_line(chat_model):
     process = launch.start(
-        ["python", "-m", "fastft", "chat", chat_model, "--max-new-tokens", "5", "--system", "Be brief."], stdin=-1
+        [sys.executable, "-m", "fastft", "chat", chat_model, "--max-new-tokens", "5", "--system", "Be brief."], stdin=-1
     )
     lines = ["Hello?", "", "And " * 200, "/new", "Again?"]
     output, _ = process.communicate("".join(line + "\n" for line in lines), timeout=120)
