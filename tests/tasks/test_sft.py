@@ -423,6 +423,10 @@ def test_plain_rows_end_with_the_end_of_the_text(config, tmp_path):
         and task.tokenizer.decode(tokens[weights == 0]) == "2 + 2 ="
     )
     assert isinstance(task.template, Plain)
+    rows = [{"prompt": "2 + 2 =", "completion": " 4", "system": "Be brief."}]
+    config["data"]["train"] = write(tmp_path / "s.jsonl", rows)
+    with pytest.raises(UserError, match=r"s.jsonl:1: data.plain: true takes rows of prompt and completion"):
+        jobs.task_of(config).train_split()
     config["data"]["train"] = write(tmp_path / "m.jsonl", [{"messages": CHAT}])
     with pytest.raises(UserError, match=r"m.jsonl:1: data.plain: true takes rows of prompt and completion"):
         jobs.task_of(config).train_split()
@@ -506,6 +510,7 @@ def test_it_learns_stops_and_is_exported_with_its_template(config, tmp_path):
         ({"messages": "a", "tools": [TOOL]}, "does not write the tool 'add'"),
         ({"messages": '[{"role": "user", "content": "Hi"}]', "system": ""}, None),
         ({"messages": [*CHAT, {"role": "assistant", "content": "twice"}], "tools": None}, None),
+        ({"messages": '[{"no JSON'}, None),
     ],
 )
 def test_rows_to_be_answered(chat_model, row, part):

@@ -34,9 +34,13 @@ def run(
             continue
         messages.append({"role": "user", "content": asked})
         said: list[str] = []
+
+        def say(text: str, said: list[str] = said) -> None:
+            said.append(text)
+            print(text, end="", flush=True)
+
         try:
-            row = ready.prepare("chat", {"messages": messages, "system": system})
-            answer(row, lambda text, said=said: said.append(text) or print(text, end="", flush=True))
+            answer(ready.prepare("chat", {"messages": messages, "system": system}), say)
         except KeyboardInterrupt:
             pass
         except UserError as e:  # it grew too long, or its template refuses it

@@ -47,7 +47,7 @@ class Chat(Generator):
         if isinstance(given, str) and not given.strip():
             raise UserError(f"{where}: the question is empty.", "Remove it, or ask something.")
         if isinstance(given, str):
-            given = json.loads(given) if given.lstrip().startswith('[{"') else [{"role": "user", "content": given}]
+            given = _messages_in(given) or [{"role": "user", "content": given}]
         if not isinstance(given, list):
             raise UserError(f"{where}: messages is a {type(given).__name__}.", "Give a text, or a list of messages.")
         messages = messages_of(where, given, row.get("system"))
@@ -75,3 +75,12 @@ class Chat(Generator):
     def run(self, rows: list[Row]) -> list[dict]:
         answers = self.continued([row["tokens"] for row in rows])
         return [{"messages": row["messages"], "generated": more} for row, more in zip(rows, answers, strict=True)]
+
+
+def _messages_in(text: str) -> list | None:
+    """The list of messages that a text is as JSON; None: it is a question."""
+    try:
+        found = json.loads(text) if text.lstrip().startswith('[{"') else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None

@@ -106,7 +106,7 @@ def read(where: str, record: Record, columns: dict[str, str], train_on: str) -> 
         raise RowError(f"{where}: the conversation has no answer (assistant).", "There is nothing to learn; remove it.")
     if train_on == "last":
         weights = [weight if i == last else 0.0 for i, weight in enumerate(weights)]
-    plain = form == "prompt" and isinstance(row["prompt"], str) and "tools" not in row
+    plain = form == "prompt" and isinstance(row["prompt"], str) and "tools" not in row and len(messages) == 2
     return Conversation(messages, tools_of(where, row.get("tools")), weights, plain)
 
 
@@ -159,11 +159,7 @@ def _message(where: str, number: int, raw: Any) -> Message:
     if not isinstance(said, str) or said.lower() not in ROLES:
         raise RowError(f"{here}: unknown role {said!r}.", f"Known: {', '.join(ROLES)}.")
     said, role = said.lower(), ROLES[said.lower()]
-    more = {
-        k: v
-        for k, v in raw.items()
-        if k not in ("role", "from", "content", "value", "weight", "train") and v is not None
-    }
+    more = {k: v for k, v in raw.items() if k not in ("role", "from", "content", "value", "weight", "train")}
     if said in CALLS:
         more["tool_calls"], content = _calls(here, content), ""
     elif "tool_calls" in more:
