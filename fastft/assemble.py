@@ -123,7 +123,9 @@ def add_model(job: Job, weights: Weights = "start") -> None:
         )
     settings = config.model.changed(init="random") if weights == "empty" else config.model
     new = spec.new_parameters if weights == "start" else ()
-    job.model, job.initialized = load.build(settings, spec.auto_class, new, config.run.seed, **spec.overrides)
+    job.model, job.initialized = load.build(
+        settings, spec.auto_class, new, config.run.seed, device=job.ranks.device, **spec.overrides
+    )
     if config.model.new_head and weights == "start":
         job.initialized = sorted({*job.initialized, *load.new_head(job.model, new)})
     if config.model.resize_embeddings:

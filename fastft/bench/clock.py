@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.steps: list[dict[str, float]] = []
+        self.taken: list[list[tuple[str, Any, float]]] = []  # the marks of every step
         self.host: list[float] = []
         self.waited = 0.0  # in collectives, since the last mark
         self.marks: list[tuple[str, Any, float]] = []
@@ -56,14 +57,24 @@ class Clock:
         """The step has ended, and the next one begins."""
         self.mark("other")
         self.host.append(time.perf_counter() - self.marks[0][2])
+        self.taken.append(self.marks)
+        last = self.marks[-1][1]
+        self.begin()
+        self.marks[0] = ("", last, self.marks[0][2])  # nothing lies between two steps
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """Seconds by part of every step. Waits for the device: to be asked for when all are taken."""
         if self.cuda:
             torch.cuda.synchronize()
-        found = dict.fromkeys(PARTS, 0.0)
-        for (_, before, _), (part, now, waited) in zip(self.marks, self.marks[1:], strict=False):
-            found[part] += (before.elapsed_time(now) / 1e3 if self.cuda else now - before) - waited
-            found["communication"] += waited
-        self.steps.append(found)
-        self.begin()
+        steps = []
+        for marks in self.taken:
+            found = dict.fromkeys(PARTS, 0.0)
+            for (_, before, _), (part, now, waited) in itertools.pairwise(marks):
+                found[part] += (before.elapsed_time(now) / 1e3 if self.cuda else now - before) - waited
+                found["communication"] += waited
+            steps.append(found)
+        return steps
 
     def _now(self) -> Any:
         if not self.cuda:

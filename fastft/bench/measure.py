@@ -77,7 +77,10 @@ def bench(config: Config, warmup: int = 5, steps: int = 20) -> dict[str, Any]:
             loop.heart.beat(loop.step)
             clock.end()
             counted.end()
-            started = started or time.perf_counter() - begun
+            if not started:
+                if ranks.device.type == "cuda":
+                    torch.cuda.synchronize()
+                started = time.perf_counter() - begun
             if loop.step == warmup + steps:
                 break
         memory = peak_memory(ranks.device)
@@ -152,6 +155,7 @@ def _report(
             "trained": sum(whole_numel(p) for p in parameters if p.requires_grad),
             "dtype": config.model.dtype,
             "zero": config.parallel.zero,
+            **{name: loop.job.record[name] for name in ("attention", "layers") if name in loop.job.record},
         },
         "steps": len(steps),
         "tokens_per_second": rate,

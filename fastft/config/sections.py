@@ -28,8 +28,16 @@ class Model(Section):
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="Dtype of parameters and gradients; Adam's state and master weights are fp32."
     )
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
-        "auto", description="transformers' attn_implementation."
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "varlen"] = Field(
+        "auto",
+        description="transformers' attn_implementation, or varlen: packed documents one by one instead of behind a "
+        "mask, in torch's flash attention on a GPU. auto: sdpa, and varlen on a GPU where a check on the model finds "
+        "the same logits.",
+    )
+    layers: Literal["auto", "plain"] = Field(
+        "auto",
+        description="auto: with varlen attention, decoder layers as one fused function each where a check on the model "
+        "finds the same gradients; plain: as transformers has them.",
     )
     revision: str | None = Field(None, description="Commit or tag of a hub id.")
     trust_remote_code: bool = Field(

@@ -224,13 +224,22 @@ def vocabulary_rows(model: torch.nn.Module) -> int:
     return whole_shape(embeddings().weight)[0]
 
 
-def build(settings: Model, auto_class: str, new_parameters: tuple[str, ...], seed: int, **overrides):
-    """The model, ready to train, on the CPU.
+def build(
+    settings: Model,
+    auto_class: str,
+    new_parameters: tuple[str, ...],
+    seed: int,
+    device: torch.device | str = "cpu",
+    **overrides: Any,
+):
+    """The model, ready to train.
 
     Parameters
     ----------
     auto_class : str
         Name of a transformers Auto class.
+    device : device
+        Where weights of model.init: random are drawn; others are loaded to the CPU.
     new_parameters : tuple of str
         Name parts of weights that may be newly initialized (a head); any other missing weight is an error.
     **overrides
@@ -249,10 +258,11 @@ def build(settings: Model, auto_class: str, new_parameters: tuple[str, ...], see
     for name, value in overrides.items():  # not by from_pretrained, which takes only names that the config has already
         setattr(model_config, name, value)
     common: dict[str, Any] = {"dtype": dtype_of(settings.dtype), "trust_remote_code": settings.trust_remote_code}
-    if settings.attention != "auto":
+    if settings.attention not in ("auto", "varlen"):  # which is put into the model (fastft.models.documents)
         common["attn_implementation"] = settings.attention
     if settings.init == "random":
-        return loader.from_config(model_config, **common), []
+        with torch.device(device):
+            return loader.from_config(model_config, **common), []
     options = {**common, "config": model_config, "revision": settings.revision, "output_loading_info": True}
     # Other sizes are reported, not raised: what the weights' own error says to do would be wrong here.
     model, info = _from_pretrained(loader, settings.path, "model", ignore_mismatched_sizes=True, **options)

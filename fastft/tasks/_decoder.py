@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -23,6 +24,8 @@ from fastft.tasks._language import (
 from fastft.tasks._text import TextTask
 from fastft.tasks.base import IGNORE, Batch, Draw, Metric, ModelSpec
 
+log = logging.getLogger(__name__)
+
 
 class GenerationOptions(Section):
     """How text is generated."""
@@ -38,6 +41,8 @@ class DecoderTask(TextTask):
 
     Loss: ClassVar[type[Loss]] = LanguageModelLoss
     Predict: ClassVar[type[Section]] = GenerationOptions
+    bounds = False  # whether batches say where documents begin: settled by check_model
+    settled: dict[str, str] | None = None  # how attention and layers are computed, and why, for the run's record
 
     def collate(self, split: Split, ids: np.ndarray, draw: Draw) -> Batch:
         rows = [pack(split.data, int(i)) for i in ids] or [[np.zeros(1, dtype=np.int32)]]
@@ -62,9 +67,16 @@ class DecoderTask(TextTask):
             positions[r, at:] = np.arange(width - at)  # padding is one more document, which nothing is learned from
         if self._flash():  # its variable-length kernels want one row
             tokens, labels, positions = (a.reshape(1, -1) for a in (tokens, labels, positions))
-        inputs = {"input_ids": torch.from_numpy(tokens)}
+        inputs: dict[str, Any] = {"input_ids": torch.from_numpy(tokens)}
         if self._flash() or self.config.data.packing == "isolated":  # else those that the model counts by itself
             inputs["position_ids"] = torch.from_numpy(positions)
+        if self.bounds:
+            starts = np.flatnonzero(positions.ravel() == 0)
+            ends = np.append(starts, positions.size)
+            inputs |= {
+                "cu_seq_lens_q": torch.from_numpy(ends.astype(np.int32)),
+                "max_length_q": int(np.diff(ends).max()),
+            }
         # use_cache: with a cache, transformers takes restarting positions for a continued sequence and masks nothing
         return Batch({**inputs, "use_cache": False}, torch.from_numpy(labels), samples, real, tokens.size)
 
@@ -84,11 +96,24 @@ class DecoderTask(TextTask):
         super().check_model(forward, model, device)
         length = min(self.max_length, 16)
         if self.config.data.packing == "isolated":
+            self._attend_by_document(forward, model, device)
             check_isolation(forward, model, length, device, flat=self._flash())
         else:
             width = self.width([range(min(SHORT, self.max_length))])
             check_runs(forward, model, self._trial_inputs, width, self.max_length, device)
         check_causality(forward, model, self.width([range(length)]), device)
+
+    def _attend_by_document(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
+        from fastft.models import documents, layers
+
+        found, why = documents.install(forward, model, self.config.model.attention, min(self.max_length, 64), device)
+        self.bounds = found is not None
+        fused = "plain: attention is by mask"
+        if found is not None:
+            asked = self.config.model.layers == "plain"
+            fused = "plain: asked for" if asked else layers.install(forward, model, found, device)
+        self.settled = {"attention": f"{'varlen' if found else 'by mask'}: {why}", "layers": fused}
+        log.info("attention %s; layers %s", self.settled["attention"], fused)
 
     def _trial_inputs(self, width: int) -> dict[str, Any]:
         row = [np.arange(width) % 8]
@@ -96,7 +121,9 @@ class DecoderTask(TextTask):
 
     def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
         sample = {**sample_inputs(model, self.max_length, device), "use_cache": False}
-        return LanguageModelObjective(self.config.loss, forward, model, sample)
+        objective = LanguageModelObjective(self.config.loss, forward, model, sample)
+        objective.record |= self.settled or {}
+        return objective
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

@@ -234,7 +234,8 @@ class Loop:
         progress = Progress(self.step, self.schedule.total, self.schedule.epoch(self.step))
         self.lr = self.job.groups.set_learning_rates(self.job.optimizer, progress)
         # DeepSpeed averages gradients over ranks, so the sum over all ranks and micro-steps wants world / targets.
-        scale = torch.tensor(ranks.world / (denominator or 1.0), dtype=torch.float32, device=ranks.device)
+        # full, not tensor: that one would wait for the device
+        scale = torch.full((), ranks.world / (denominator or 1.0), dtype=torch.float32, device=ranks.device)
         total = torch.zeros((), dtype=torch.float32, device=ranks.device)
         step_batches = self.objective.begin_step(self.engine, step_batches)
         for i, batch in enumerate(step_batches):

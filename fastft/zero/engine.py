@@ -15,6 +15,7 @@ import torch
 from fastft.config import Config
 from fastft.errors import UserError, did_you_mean
 from fastft.files import digest
+from fastft.ops import sum_squares
 from fastft.optim import set_offset
 from fastft.optim.optimizers.base import ClientOptimizer, OptimizerSpec
 from fastft.ranks import Ranks
@@ -110,8 +111,11 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
         parallel.deepspeed names a missing or broken file, or a key that fastft sets itself.
     """
     zero, spec = config.parallel.zero, OptimizerSpec.of(config)
-    # Stage 0 keeps gradients whole: the loop fuses clipping into the optimizer's pass instead.
-    clip = (config.optim.grad_clip or 0.0) if zero or config.model.dtype == "bf16" else 0.0
+    bf16 = config.model.dtype == "bf16"
+    # Stage 0 keeps gradients whole: where DeepSpeed needs no masters of its own, the optimizer takes the model's
+    # parameters and gradients as they are, and clips in its pass.
+    direct = not zero and (not bf16 or spec.replaces_masters)
+    clip = 0.0 if direct else config.optim.grad_clip or 0.0
     settings: dict[str, Any] = {
         # The loop sets the accumulation boundary itself and normalises the loss itself, so these only have to be
         # consistent.
@@ -124,7 +128,7 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
         "zero_optimization": {"stage": zero},
         "steps_per_print": 10**9,
     }
-    if config.model.dtype == "bf16":
+    if bf16 and not direct:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if spec.replaces_masters:
             # Without bf16_optimizer_states DeepSpeed insists on its own CPU optimizer; how the state is kept is ours
@@ -315,7 +319,7 @@ class Stepper:
 
     def __init__(self, engine, optimizer: ClientOptimizer, clip: float | None):
         self.engine, self.optimizer, self.clip = engine, optimizer, clip
-        # Stage 0 in fp32 hands gradients straight to our optimizer, and checks nothing.
+        # Stage 0 without masters hands gradients straight to our optimizer, and checks nothing.
         self.fused_clip = engine.optimizer is optimizer
         self.unused = Unused(engine, optimizer)
         self.grad_norm: torch.Tensor | float = 0.0
@@ -342,14 +346,23 @@ class Stepper:
         for param in unused:  # of several ranks DeepSpeed gave it zeros
             param.grad = None
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = _total_norm(grads)
         scale = (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else None
         with self.optimizer.scaled(grad_scale=scale, found_inf=(~norm.isfinite()).float()):
             self.engine.step()
         self.grad_norm = norm
 
-    def skipped(self) -> bool:
-        """Whether the last step changed nothing because of NaN or Inf gradients (synchronises with the device)."""
+    def skipped(self) -> bool | torch.Tensor:
+        """Whether the last step changed nothing because of NaN or Inf gradients; on the device where it is known there
+        alone: reading it waits.
+        """
         if self.fused_clip:
-            return not bool(torch.as_tensor(self.grad_norm).isfinite())
+            return ~torch.as_tensor(self.grad_norm).isfinite()
         return bool(getattr(self.engine.optimizer, "overflow", False))
+
+
+def _total_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    """L2 norm of all gradients, 0-dim float32. torch's would round each tensor's norm to its dtype."""
+    if any(grad.dtype == torch.bfloat16 for grad in grads):
+        return sum_squares(grads).sqrt().float()
+    return torch.nn.utils.get_total_norm(grads)

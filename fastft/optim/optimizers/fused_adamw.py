@@ -25,17 +25,16 @@ class FusedAdamWSettings(Optim):
     )
     master: Literal["fp32", "remainder", "stochastic"] = Field(
         "fp32",
-        description="model.dtype bf16, parallel.zero 1 to 3: the weights that the optimizer updates. fp32: a copy of 4 "
-        "bytes; remainder: the same number as bf16 and its 16-bit remainder; stochastic: bf16, rounded at random. The "
-        "last two also keep ZeRO's gradients in bf16.",
+        description="model.dtype bf16: the weights that the optimizer updates. fp32: a copy of 4 bytes; remainder: the "
+        "same number as bf16 and its 16-bit remainder; stochastic: bf16, rounded at random. The last two also keep "
+        "gradients in bf16.",
     )
 
     def check(self, config: Config) -> None:
-        if self.master != "fp32" and (config.model.dtype != "bf16" or config.parallel.zero == 0):
+        if self.master != "fp32" and config.model.dtype != "bf16":
             raise ValueError(
-                f"optim.master: {self.master} needs model.dtype: bf16 and parallel.zero: 1, 2 or 3 "
-                f"(here {config.model.dtype} and {config.parallel.zero}): nothing else has weights that it "
-                "could replace"
+                f"optim.master: {self.master} needs model.dtype: bf16 (here {config.model.dtype}): nothing else has "
+                "weights that it could replace"
             )
 
 

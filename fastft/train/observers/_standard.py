@@ -7,6 +7,8 @@ import statistics
 from collections import deque
 from typing import Any
 
+import torch
+
 from fastft.errors import UserError
 from fastft.train import health
 from fastft.train.observers.base import Action, Metrics, Observer, StepResult, View
@@ -26,27 +28,45 @@ class Weights(Observer):
 
 
 class Skips(Observer):
-    """Counts steps skipped for NaN or Inf gradients; ends the run after too many in a row (train.max_skipped)."""
+    """Counts steps skipped for NaN or Inf gradients; ends the run after too many in a row (train.max_skipped).
+
+    What is known on a GPU alone is read at logging steps, so that the others do not wait for it.
+    """
+
+    PENDING = 50  # steps that may be unread
 
     def __init__(self, settings: Any, view: View):
         super().__init__(settings, view)
         self.in_a_row = self.total = 0
+        self.pending: list[tuple[int, bool | torch.Tensor]] = []
 
     def after_step(self, result: StepResult) -> list[Action]:
-        self.in_a_row = self.in_a_row + 1 if result.skipped else 0
-        self.total += result.skipped
-        if result.skipped:
-            ids = self.view.schedule.samples(result.step - 1).ids.tolist()
-            self.view.log.record("skipped", step=result.step, samples=ids)
-            self.view.log.warn(f"step {result.step}: NaN or Inf gradients; the step was skipped")
-        if self.in_a_row > self.view.job.config.train.max_skipped:
-            raise UserError(
-                f"{self.in_a_row} steps in a row had NaN or Inf gradients (the last at step {result.step}).",
-                "Lower optim.lr, check the data (the samples are in metrics.jsonl), or raise train.max_skipped.",
-            )
+        self.pending.append((result.step, result.skipped))
+        on_device = isinstance(result.skipped, torch.Tensor) and result.skipped.is_cuda
+        if not on_device or result.logging or len(self.pending) >= self.PENDING:
+            self._read()
         return []
 
+    def _read(self) -> None:
+        pending, self.pending = self.pending, []
+        for step, skipped in pending:
+            self._count(step, bool(skipped))
+
+    def _count(self, step: int, skipped: bool) -> None:
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        self.total += skipped
+        if skipped:
+            ids = self.view.schedule.samples(step - 1).ids.tolist()
+            self.view.log.record("skipped", step=step, samples=ids)
+            self.view.log.warn(f"step {step}: NaN or Inf gradients; the step was skipped")
+        if self.in_a_row > self.view.job.config.train.max_skipped:
+            raise UserError(
+                f"{self.in_a_row} steps in a row had NaN or Inf gradients (the last at step {step}).",
+                "Lower optim.lr, check the data (the samples are in metrics.jsonl), or raise train.max_skipped.",
+            )
+
     def state(self) -> dict[str, Any]:
+        self._read()
         return {"skipped_in_a_row": self.in_a_row, "skipped_total": self.total}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -53,15 +53,16 @@ class StepResult:
         How many have been taken.
     loss : Tensor
         0-dim: this rank's share of the step's loss, times the number of ranks; ``mean_loss`` is that of all.
-    skipped : bool
-        Whether it changed nothing, for NaN or Inf gradients.
+    skipped : bool or Tensor
+        Whether it changed nothing, for NaN or Inf gradients; a 0-dim tensor where that is known on the device alone,
+        which only a logging step should wait for.
     logging : bool
         Whether this step is logged.
     """
 
     step: int
     loss: torch.Tensor
-    skipped: bool
+    skipped: bool | torch.Tensor
     logging: bool
     mean_loss: Callable[[], float]
 

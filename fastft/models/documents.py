@@ -1,0 +1,209 @@
+"""Attention by document as an attention implementation of transformers: packed documents without the mask that keeps
+them apart, and without the work that it would hide.
+
+A batch says where its documents begin (``cu_seq_lens_q``, ``max_length_q``: the names that transformers' models hand
+through to their attention). A forward without documents, of a generation or of logits, runs as before: the
+implementation is chosen forward by forward. That the model's logits are the same both ways is measured on the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastft.errors import UserError
+from fastft.models.load import vocabulary_rows
+from fastft.models.trial import REFUSALS, trial
+from fastft.ops.decoder.attention import DocumentAttention, refuses
+
+log = logging.getLogger(__name__)
+
+NAME = "fastft_varlen"
+MASKS = ("attention_mask", "past_key_values", "cache", "inputs_embeds")  # with one of them, rows are not packed
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (B, heads, S, dim), key and value (B, groups, S, dim); the result
+    (B, S, heads, dim).
+
+    Raises ValueError for what it cannot compute: dropout, a cap on the logits, attention sinks, an encoder's attention.
+    """
+    bounds, longest = options.get("cu_seq_lens_q"), options.get("max_length_q")
+    if bounds is None or longest is None:
+        raise ValueError("the model does not hand the documents' bounds to its attention")
+    for name in ("softcap", "s_aux", "position_bias", "head_mask"):
+        if options.get(name) is not None:
+            raise ValueError(f"its attention has {name}")
+    if dropout:
+        raise ValueError("its attention has dropout")
+    if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
+        raise ValueError("its attention is not causal")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("queries and keys are of different lengths")
+    rows, heads, length, dim = query.shape
+    q, k, v = (t.transpose(1, 2).reshape(rows * length, -1, dim) for t in (query, key, value))
+    scale = dim**-0.5 if scaling is None else scaling
+    out = DocumentAttention.apply(q, k, v, bounds, longest, scale, sliding_window)
+    return out.view(rows, length, heads, dim), None
+
+
+class ByDocument:
+    """A model whose attention is by document where a forward says where documents begin.
+
+    Attributes
+    ----------
+    on : bool
+        False: every forward runs as without it.
+    """
+
+    def __init__(self, model: nn.Module):
+        import transformers
+
+        transformers.AttentionInterface.register(NAME, attend)
+        self.on = True
+        found: dict[int, Any] = {}
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if getattr(config, "_attn_implementation", None) is not None:
+                found[id(config)] = config
+        self.configs = list(found.values())
+        self.plain = [config._attn_implementation for config in self.configs]
+        self.now = False
+        self.hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def remove(self) -> None:
+        self._switch(False)
+        self.hook.remove()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """While inside, every forward runs as without it."""
+        self.on = False
+        try:
+            yield
+        finally:
+            self.on = True
+
+    def _switch(self, now: bool) -> None:
+        """Not back after each forward: activation checkpointing runs layers again in the backward."""
+        if now != self.now:
+            self.now = now
+            for config, plain in zip(self.configs, self.plain, strict=True):
+                config._attn_implementation = NAME if now else plain
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        bounds, longest = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("max_length_q", None)
+        packed = self.on and kwargs.get("use_cache") is False and all(kwargs.get(name) is None for name in MASKS)
+        if packed and bounds is None and kwargs.get("position_ids") is not None:
+            bounds, longest = bounds_of(kwargs["input_ids"], kwargs["position_ids"])
+        packed = packed and bounds is not None
+        self._switch(packed)
+        if packed:
+            kwargs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            kwargs |= {"max_length_q": longest, "max_length_k": longest}
+        return args, kwargs
+
+
+def bounds_of(tokens: Tensor, positions: Tensor) -> tuple[Tensor, int]:
+    """Where documents begin in tokens (B, S), by their positions (B or 1, S), which restart at 0: (documents + 1,)
+    int32, and the longest one's tokens. Waits for the device.
+    """
+    starts = (positions == 0).expand(tokens.shape).clone()
+    starts[:, 0] = True
+    begin = starts.flatten().nonzero()[:, 0]
+    bounds = torch.cat([begin, begin.new_tensor([tokens.numel()])]).to(torch.int32)
+    return bounds, int(bounds.diff().max())
+
+
+def install(
+    forward: Callable, model: Any, choice: str, length: int, device: torch.device
+) -> tuple[ByDocument | None, str]:
+    """Attention by document where it gives the model's own logits, measured on two packed documents.
+
+    Parameters
+    ----------
+    forward : callable
+        The model, or the engine around it, on ``device``.
+    choice : str
+        model.attention: "varlen", or "auto", which takes it on a GPU.
+    length : int
+        Tokens of the row that it is tried on.
+
+    Returns
+    -------
+    (ByDocument or None, str)
+        What was put into the model, and why, or why not.
+
+    Raises
+    ------
+    UserError
+        "varlen" was asked for and cannot be had.
+    """
+    if choice not in ("auto", "varlen"):
+        return None, "asked for"
+    if choice == "auto" and device.type != "cuda":
+        return None, "automatic: on a GPU alone"
+    reason = _refused(model, device)
+    if not reason:
+        installed = ByDocument(model)
+        try:
+            difference = _difference(installed, forward, model, length, device)
+        except REFUSALS as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        else:
+            allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+            if difference <= allowed:
+                return installed, "automatic" if choice == "auto" else "asked for"
+            reason = f"logits differ from those of plain attention by {difference:.2g} (allowed {allowed:.0e})"
+        installed.remove()
+    if choice == "varlen":
+        raise UserError(
+            f"model.attention: varlen cannot be used for {type(model).__name__}: {reason}.",
+            "Set model.attention: auto or sdpa.",
+        )
+    return None, reason
+
+
+def _refused(model: Any, device: torch.device) -> str:
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    if not heads or not dim:
+        return "its config does not say how many heads it has"
+    if getattr(config, "attention_dropout", 0.0):
+        return "its attention has dropout"
+    return refuses(torch.empty(0, heads, dim, dtype=next(model.parameters()).dtype, device=device))
+
+
+def _difference(installed: ByDocument, forward: Callable, model: Any, length: int, device: torch.device) -> float:
+    """Largest difference of logits, relative to the largest one."""
+    inputs = packed_inputs(model, length, device)
+    with trial(model, device):
+        found = forward(**inputs).logits.float()
+        with installed.off():
+            expected = forward(**inputs).logits.float()
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+
+
+def packed_inputs(model: Any, length: int, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of a forward of two rows of random tokens, each of two documents."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary_rows(model), (2, length), generator=generator).to(device)
+    cut = max(length // 3, 1)
+    positions = torch.cat([torch.arange(cut), torch.arange(length - cut)]).expand_as(tokens).to(device)
+    return {"input_ids": tokens, "position_ids": positions, "use_cache": False}

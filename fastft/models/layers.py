@@ -1,0 +1,260 @@
+"""Decoder layers of the user's model as one function each, where they are of that form and it gives the same.
+
+A layer is matched by its structure, never by its name; what decides is a comparison on the model's own weights: output
+and every gradient of the fused function must be as near to float32 arithmetic as the plain layer's are. The module
+stays what it is (parameters, names, hooks of its parent). Only its ``forward`` is another one, which takes the fused
+function where a forward of the model says where documents begin.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastft.models.documents import ByDocument, packed_inputs
+from fastft.models.trial import REFUSALS, trial
+from fastft.ops.decoder import WEIGHTS, Documents, Shape, decoder_layer, rms_norm
+
+PARTS = {
+    "norm1": "input_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "o": "self_attn.o_proj.weight",
+    "norm2": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+CHILDREN = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj"},
+}
+LENGTH = 24  # tokens of the rows on which layers are compared
+ALLOWED = 2.0  # times the plain layer's own error
+
+
+@dataclass(frozen=True)
+class Match:
+    """A layer of the form of `fastft.ops.decoder`."""
+
+    layer: Any
+    shape: Shape
+
+    def weights(self) -> tuple[Tensor | None, ...]:
+        """In the order of ``WEIGHTS``."""
+        a, m = self.layer.self_attn, self.layer.mlp
+        q, k, v = a.q_proj, a.k_proj, a.v_proj
+        norms = self.layer.input_layernorm.weight, self.layer.post_attention_layernorm.weight
+        return (
+            norms[0], q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, a.o_proj.weight, norms[1],
+            m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight,
+        )  # fmt: skip
+
+
+def match(layer: Any) -> Match | str:
+    """The layer's form, or why it is another one."""
+    for name, expected in CHILDREN.items():
+        part = layer.get_submodule(name)
+        names = {child for child, module in part.named_children() if not _is_activation(module)}
+        if names != expected:
+            odd = sorted(names ^ expected)[0]
+            return f"{name + '.' if name else ''}{odd} is {'not there' if odd in expected else 'not known'}"
+    a = layer.self_attn
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        if type(getattr(a, name)) is not nn.Linear:
+            return f"self_attn.{name} is a {type(getattr(a, name)).__name__}"
+    for name in CHILDREN["mlp"]:
+        if type(module := getattr(layer.mlp, name)) is not nn.Linear or module.bias is not None:
+            return f"mlp.{name} is a {type(module).__name__}, or has a bias"
+    if a.o_proj.bias is not None:
+        return "self_attn.o_proj has a bias"
+    if len({a.q_proj.bias is None, a.k_proj.bias is None, a.v_proj.bias is None}) > 1:
+        return "some of query, key and value have a bias"
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    eps = [_epsilon(norm) for norm in norms]
+    if eps[0] is None or eps[0] != eps[1] or [n for n, _ in norms[0].named_parameters()] != ["weight"]:
+        return f"its {type(norms[0]).__name__} is not the RMS norm that is known"
+    config, dim = getattr(a, "config", None), getattr(a, "head_dim", None)
+    if config is None or dim is None or dim % 2:
+        return f"{type(a).__name__} does not say the size of its heads"
+    if getattr(a, "attention_dropout", 0.0):
+        return "its attention has dropout"
+    own = [p.dtype for p in layer.parameters()]
+    if len(set(own)) != 1:
+        return "its weights are of several dtypes"
+    heads, groups = a.q_proj.out_features // dim, a.k_proj.out_features // dim
+    shape = Shape(heads, groups, dim, float(getattr(a, "scaling", dim**-0.5)), float(eps[0]), _window(a, config))
+    return Match(layer, shape)
+
+
+def _window(attention: Any, config: Any) -> int | None:
+    """Tokens that each token sees, where a layer's attention is a sliding window."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[attention.layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return not any(True for _ in module.parameters()) and not any(True for _ in module.children())
+
+
+def install(forward: Callable, model: Any, documents: ByDocument, device: torch.device) -> str:
+    """Give the model's decoder layers, and the norm after them, the fused forward where that is proven.
+
+    Parameters
+    ----------
+    forward : callable
+        The model, or the engine around it, on ``device``.
+    documents : ByDocument
+        Installed in the model: what tells layers where documents begin.
+
+    Returns
+    -------
+    str
+        What was done, one sentence for the record.
+    """
+    layers = [m for m in model.modules() if hasattr(m, "self_attn") and hasattr(m, "mlp")]
+    if not layers:
+        return "plain: no layers of the known form"
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        return "plain: ZeRO 3 gathers the weights of a layer's modules as these are called"
+    matches = []
+    for layer in layers:
+        found = match(layer)
+        if isinstance(found, str):
+            return f"plain: {type(layer).__name__}: {found}"
+        matches.append(found)
+    if len({type(m.layer) for m in matches}) > 1:
+        return "plain: layers of several classes"
+    try:
+        seen, bounds, longest = _inputs_of(matches, forward, model, documents, device)
+        for found, given in zip(matches, seen, strict=True):  # all: a model may treat each its own way
+            if reason := _differs(found, given, bounds, longest, documents):
+                return f"plain: {type(found.layer).__name__} {layers.index(found.layer)}: {reason}"
+    except REFUSALS as error:
+        return f"plain: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}"
+    for found in matches:
+        found.layer.forward = types.MethodType(_forward_of(found), found.layer)
+    kind = type(matches[0].layer.input_layernorm)
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    for norm in (m for m in model.modules() if type(m) is kind and id(m) not in inside):
+        norm.forward = types.MethodType(_norm, norm)
+    return f"fused: {len(matches)} layers of {type(matches[0].layer).__name__}"
+
+
+def _norm(self: Any, hidden_states: Tensor) -> Tensor:
+    return rms_norm(hidden_states, self.weight, float(_epsilon(self) or 0.0))
+
+
+def _epsilon(norm: Any) -> float | None:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _forward_of(found: Match) -> Callable:
+    plain = found.layer.forward
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        bounds, rotation = kwargs.get("cu_seq_lens_q"), kwargs.get("position_embeddings")
+        other = args or any(kwargs.get(name) is not None for name in ("attention_mask", "past_key_values", "cache"))
+        if bounds is None or rotation is None or other:
+            return plain(hidden_states, *args, **kwargs)
+        return _fused(found, hidden_states, bounds, kwargs["max_length_q"], rotation, found.weights())
+
+    return forward
+
+
+def _fused(found: Match, x: Tensor, bounds: Tensor, longest: int, rotation: Any, weights: tuple) -> Tensor:
+    cos, sin = (t.flatten(0, -2) for t in rotation)
+    if cos.shape[-1] != found.shape.dim:
+        raise ValueError(f"its rotation is of {cos.shape[-1]} elements, its heads have {found.shape.dim}")
+    return decoder_layer(x, Documents(bounds, longest, cos, sin), found.shape, weights)
+
+
+def _inputs_of(
+    matches: list[Match], forward: Callable, model: Any, documents: ByDocument, device: torch.device
+) -> tuple[list[dict[str, Any]], Tensor, int]:
+    """What each layer is given in a plain forward of packed documents, by name, and the documents' bounds."""
+    seen: list[dict[str, Any]] = [{} for _ in matches]
+    hooks = []
+    for found, given in zip(matches, seen, strict=True):
+        names = list(inspect.signature(found.layer.forward).parameters)
+
+        def watch(module: nn.Module, args: tuple, kwargs: dict, names: list[str] = names, given: dict = given) -> None:
+            given.clear()
+            given.update(zip(names, args, strict=False))
+            given.update(kwargs)
+
+        hooks.append(found.layer.register_forward_pre_hook(watch, with_kwargs=True))
+    inputs = packed_inputs(model, LENGTH, device)
+    try:
+        with trial(model, device):
+            forward(**inputs)
+            bounds, longest = seen[0].get("cu_seq_lens_q"), seen[0].get("max_length_q")
+            if bounds is None or longest is None:
+                raise ValueError("layers are not told where documents begin")
+            with documents.off():
+                forward(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen, bounds, longest
+
+
+def _differs(found: Match, seen: dict[str, Any], bounds: Tensor, longest: int, documents: ByDocument) -> str:
+    """Why the fused layer is not the plain one; "" where its errors are no larger."""
+    x, rotation = seen["hidden_states"].detach(), seen.get("position_embeddings")
+    if rotation is None:
+        return "it is not given the rotation of its heads"
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(x.shape, generator=generator).to(x)  # an embedding alone is small
+    x = x + noise * x.float().std().clamp_min(0.02).to(x.dtype)
+    dout = torch.randn(x.shape, generator=generator).to(x)
+    parameters = {name: p.detach() for name, p in found.layer.named_parameters()}
+
+    def gradients(dtype: torch.dtype, run: Callable) -> list[Tensor]:
+        given = x.to(dtype).requires_grad_()
+        weights = {name: p.to(dtype, copy=True).requires_grad_() for name, p in parameters.items()}
+        with torch.enable_grad():
+            out = run(given, weights)
+            if not isinstance(out, Tensor):
+                raise ValueError("it returns more than hidden states")
+            return [out.detach(), *torch.autograd.grad(out, [given, *weights.values()], dout.to(dtype))]
+
+    def plain(given: Tensor, weights: dict[str, Tensor]) -> Any:
+        moved = {name: _as(value, given.dtype) for name, value in seen.items() if name != "hidden_states"}
+        with documents.off():
+            return functional_call(found.layer, weights, (given,), moved)
+
+    def fused(given: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        ordered = tuple(weights.get(PARTS[name]) for name in WEIGHTS)
+        return _fused(found, given, bounds, longest, rotation, ordered)
+
+    truth = gradients(torch.float32, plain)
+    own, ours = gradients(x.dtype, plain), gradients(x.dtype, fused)
+    for name, exact, one, other in zip(("output", "input", *parameters), truth, own, ours, strict=True):
+        norm = exact.norm().clamp_min(1e-12)
+        errors = [((t.float() - exact).norm() / norm).item() for t in (one, other)]
+        if not errors[1] <= ALLOWED * errors[0] + (1e-5 if x.dtype == torch.float32 else 2e-3):
+            return f"{name}: an error of {errors[1]:.2g} where the plain layer has {errors[0]:.2g}"
+    return ""
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_as(v, dtype) for v in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

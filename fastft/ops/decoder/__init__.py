@@ -1,0 +1,239 @@
+"""A decoder layer as one function with one backward.
+
+    h = x + attention(rotate(norm(x) Wq), rotate(norm(x) Wk), norm(x) Wv) Wo
+    y = h + (silu(norm(h) Wgate) * norm(h) Wup) Wdown
+
+This is the layer of Llama, Mistral, Qwen2 and those made after them. Taken apart into torch's operators it reads and
+writes memory some forty times beside its matrix products, keeps what the backward could compute again, and costs a
+hundred kernel launches. Here norms, rotation and gate are one pass each; query, key and value come from one product
+where their weights lie side by side in memory, so do gate and up; documents attend within themselves; and for the
+backward x, qkv, the attention's output, h, gate and up are kept, and three numbers a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.ops.decoder import attention, reference
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a layer's weights do not say.
+
+    Attributes
+    ----------
+    heads, groups, dim : int
+        Heads of queries, heads of keys and values, elements of a head.
+    scale : float
+        Factor of the attention's logits.
+    eps : float
+        Of both norms.
+    window : int or None
+        Tokens that each token sees, itself included.
+    """
+
+    heads: int
+    groups: int
+    dim: int
+    scale: float
+    eps: float
+    window: int | None = None
+
+
+@dataclass
+class Documents:
+    """How the tokens of a batch lie: rows one after the other, documents in them, and their rotation.
+
+    Attributes
+    ----------
+    bounds : (documents + 1,) int32
+        Where each document begins; the last is the number of tokens.
+    longest : int
+        Tokens of the longest document.
+    cos, sin : (tokens or a divisor of it, dim)
+        Rotation of each token, both halves equal; rows repeat.
+    """
+
+    bounds: Tensor
+    longest: int
+    cos: Tensor
+    sin: Tensor
+
+
+# In the order of decoder_layer's weights; biases may be None.
+WEIGHTS = ("norm1", "q", "k", "v", "q_bias", "k_bias", "v_bias", "o", "norm2", "gate", "up", "down")
+
+
+def decoder_layer(x: Tensor, documents: Documents, shape: Shape, weights: tuple[Tensor | None, ...]) -> Tensor:
+    """A decoder layer, differentiable once.
+
+    Parameters
+    ----------
+    x : (..., d)
+        Hidden states; all but the last dimension together are the tokens of ``documents``.
+    weights : tuple
+        As ``WEIGHTS`` names them: norms (d,), q (heads * dim, d), k and v (groups * dim, d), o (d, heads * dim), gate
+        and up (f, d), down (d, f), biases of q, k and v or None. All of x's dtype.
+
+    Returns
+    -------
+    Tensor
+        Of x's shape and dtype.
+    """
+    return _DecoderLayer.apply(x, documents, shape, *weights)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32, of x's dtype; differentiable once."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def kernels(x: Tensor) -> ModuleType:
+    """The element-wise kernels for tensors like x: Triton's on a GPU."""
+    if x.is_cuda:
+        from fastft.ops.triton import decoder
+
+        return decoder
+    return reference
+
+
+def side_by_side(tensors: tuple[Tensor, ...]) -> Tensor | None:
+    """The same memory as one tensor, stacked along the first dimension, where they lie one after the other; or None."""
+    first = tensors[0]
+    end = first.storage_offset()
+    for tensor in tensors:
+        if (
+            not tensor.is_contiguous()
+            or tensor.storage_offset() != end
+            or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or tensor.shape[1:] != first.shape[1:]
+        ):
+            return None
+        end += tensor.numel()
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def _products(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...] = ()) -> Tensor:
+    """x W^T (+ b) of several weights, side by side: (n, sum of their rows)."""
+    given = tuple(b for b in biases if b is not None)
+    whole = side_by_side(weights)
+    if whole is not None and not given:
+        return torch.mm(x, whole.t())
+    out = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
+    at = 0
+    for i, w in enumerate(weights):
+        part = out[:, at : at + w.shape[0]]
+        if given:
+            torch.addmm(given[i], x, w.t(), out=part)
+        else:
+            torch.mm(x, w.t(), out=part)
+        at += w.shape[0]
+    return out
+
+
+def _input_gradient(grad: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+    """grad W, summed over several weights whose outputs lie side by side in grad (n, sum of their rows)."""
+    whole = side_by_side(weights)
+    if whole is not None:
+        return torch.mm(grad, whole)
+    parts = grad.split([w.shape[0] for w in weights], 1)
+    out = torch.mm(parts[0], weights[0])
+    for part, w in zip(parts[1:], weights[1:], strict=True):
+        out.addmm_(part, w)
+    return out
+
+
+class _DecoderLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, documents: Documents, shape: Shape, *weights: Any) -> Tensor:
+        n1, wq, wk, wv, bq, bk, bv, wo, n2, wg, wu, wd = weights
+        ops = kernels(x)
+        rows = x.reshape(-1, x.shape[-1])
+        _, y, r1 = ops.rms_forward(rows, None, n1, shape.eps)
+        qkv = _products(y, (wq, wk, wv), (bq, bk, bv))
+        ops.rope_forward(qkv, documents.cos, documents.sin, shape.heads + shape.groups, shape.dim)
+        q, k, v = _heads(qkv, shape)
+        o, kept = attention.forward(q, k, v, documents.bounds, documents.longest, shape.scale, shape.window)
+        t = torch.mm(o.flatten(1), wo.t())
+        h, y, r2 = ops.rms_forward(rows, t, n2, shape.eps)
+        del t
+        gu = _products(y, (wg, wu))
+        del y
+        out = torch.addmm(h, ops.swiglu_forward(gu), wd.t())
+        ctx.save_for_backward(
+            rows, r1, qkv, o, h, r2, gu, documents.bounds, documents.cos, documents.sin, *weights, *kept
+        )
+        ctx.settings = documents.longest, shape, x.shape
+        return out.view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        rows, r1, qkv, o, h, r2, gu, bounds, cos, sin, *rest = ctx.saved_tensors
+        weights, kept = rest[: len(WEIGHTS)], tuple(rest[len(WEIGHTS) :])
+        n1, wq, wk, wv, *_, wo, n2, wg, wu, wd = weights
+        longest, shape, given = ctx.settings
+        need = dict(zip(WEIGHTS, ctx.needs_input_grad[3:], strict=True))
+        ops = kernels(rows)
+        dout = dout.reshape(rows.shape).contiguous()
+        grads: dict[str, Tensor | None] = dict.fromkeys(WEIGHTS)
+
+        a = torch.mm(dout, wd)
+        ops.swiglu_backward(gu, a)  # a is the activation now, gu the gradients of gate and up
+        if need["down"]:
+            grads["down"] = torch.mm(dout.t(), a)
+        del a
+        dy = _input_gradient(gu, (wg, wu))
+        y = torch.empty_like(rows)
+        dh, d = ops.rms_backward(dy, h, n2, r2, extra=dout, y=y)
+        if need["norm2"]:
+            grads["norm2"] = d.to(n2.dtype)
+        if need["gate"] or need["up"]:
+            grads["gate"], grads["up"] = torch.mm(gu.t(), y).split([wg.shape[0], wu.shape[0]])
+        do = torch.mm(dh, wo)
+        if need["o"]:
+            grads["o"] = torch.mm(dh.t(), o.flatten(1))
+        q, k, v = _heads(qkv, shape)
+        dqkv = attention.backward(do.view_as(o), q, k, v, o, kept, bounds, longest, shape.scale, shape.window)
+        dqkv = ops.rope_backward(*dqkv, cos, sin)
+        del do
+        dy = _input_gradient(dqkv, (wq, wk, wv))
+        dx, d = ops.rms_backward(dy, rows, n1, r1, extra=dh, y=y, out=dh)
+        if need["norm1"]:
+            grads["norm1"] = d.to(n1.dtype)
+        sizes = [w.shape[0] for w in (wq, wk, wv)]
+        if need["q"] or need["k"] or need["v"]:
+            grads["q"], grads["k"], grads["v"] = torch.mm(dqkv.t(), y).split(sizes)
+        if need["q_bias"] or need["k_bias"] or need["v_bias"]:
+            grads["q_bias"], grads["k_bias"], grads["v_bias"] = dqkv.sum(0).split(sizes)
+        return (dx.view(given), None, None, *(grads[name] if need[name] else None for name in WEIGHTS))
+
+
+def _heads(qkv: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (n, heads, dim) of query, key and value."""
+    sizes = [shape.heads * shape.dim, shape.groups * shape.dim, shape.groups * shape.dim]
+    q, k, v = (part.unflatten(1, (-1, shape.dim)) for part in qkv.split(sizes, 1))
+    return q, k, v
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        _, y, rstd = kernels(x).rms_forward(rows, None, weight, eps)
+        ctx.save_for_backward(rows, weight, rstd)
+        return y.view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        rows, weight, rstd = ctx.saved_tensors
+        dx, dweight = kernels(rows).rms_backward(dy.reshape(rows.shape).contiguous(), rows, weight, rstd)
+        return dx.view(dy.shape), dweight.to(weight.dtype), None

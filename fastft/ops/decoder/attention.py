@@ -1,0 +1,125 @@
+"""Causal attention within documents of any length that lie one after the other: nothing is computed that a mask would
+hide.
+
+On a GPU it is the flash attention that torch carries (the operators behind `torch.nn.attention.varlen`, called as they
+are, for the signature of that module changes from version to version); elsewhere, and in float32, one document after
+the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def refuses(query: Tensor) -> str:
+    """Why attention by document cannot be had for tensors like ``query`` (..., heads, dim); "" when it can."""
+    if not query.is_cuda:
+        return ""
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention takes bf16 and fp16, not {str(query.dtype).removeprefix('torch.')}"
+    if query.shape[-1] > 256 or query.shape[-1] % 8:
+        return f"flash attention takes heads of up to 256 elements, a multiple of 8, not {query.shape[-1]}"
+    if torch.cuda.get_device_capability(query.device)[0] < 8:
+        return "flash attention needs an Ampere GPU or a later one"
+    return ""
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, window: int | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Attention of q (n, heads, dim) to k and v (n, groups, dim), each token to those before it in its document.
+
+    Parameters
+    ----------
+    bounds : (documents + 1,) int32
+        Where documents begin, and the end of the last one: 0 to n.
+    longest : int
+        Tokens of the longest document.
+    window : int or None
+        Tokens that each sees, itself included.
+
+    Returns
+    -------
+    (Tensor, tuple of Tensor)
+        (n, heads, dim), and what ``backward`` wants besides.
+    """
+    if q.is_cuda:
+        out, *rest = torch.ops.aten._flash_attention_forward(
+            q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale, **_window(window)
+        )
+        return out, tuple(rest[:3])  # lse, random state, and one more of it
+    return _by_document(q, k, v, bounds, scale, window), ()
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    kept: tuple[Tensor, ...],
+    bounds: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous, from that of ``forward``'s result."""
+    if q.is_cuda:
+        lse, state, more = kept
+        return torch.ops.aten._flash_attention_backward(
+            grad, q, k, v, out, lse, bounds, bounds, longest, longest, 0.0, True, state, more, scale=scale,
+            **_window(window),
+        )  # fmt: skip
+    inputs = q, k, v = q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_()
+    with torch.enable_grad():
+        again = _by_document(q, k, v, bounds, scale, window)
+    dq, dk, dv = torch.autograd.grad(again, inputs, grad)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _window(window: int | None) -> dict[str, int]:
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+
+
+def _by_document(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, window: int | None) -> Tensor:
+    parts = []
+    ends = bounds.tolist()
+    for begin, end in itertools.pairwise(ends):
+        one = tuple(t[begin:end].transpose(0, 1)[None] for t in (q, k, v))  # (1, heads, length, dim)
+        mask = None
+        if window is not None and window < end - begin:
+            ones = torch.ones(end - begin, end - begin, dtype=torch.bool, device=q.device)
+            mask = ones.tril().triu(1 - window)
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            one[0], one[1], one[2], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+class DocumentAttention(torch.autograd.Function):
+    """``forward`` and ``backward`` as one differentiable function of q, k and v."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, window):
+        out, kept = forward(q, k, v, bounds, longest, scale, window)
+        ctx.save_for_backward(q, k, v, out, bounds, *kept)
+        ctx.settings = longest, scale, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        q, k, v, out, bounds, *kept = ctx.saved_tensors
+        return (
+            *backward(grads[0].contiguous(), q, k, v, out, tuple(kept), bounds, *ctx.settings),
+            None,
+            None,
+            None,
+            None,
+        )

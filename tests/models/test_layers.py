@@ -1,0 +1,182 @@
+"""Attention by document and fused decoder layers in the user's model: proven on it, or left out with the reason."""
+
+import json
+import shutil
+
+import jobs
+import pytest
+import torch
+import transformers
+
+import launch
+from fastft import track
+from fastft.errors import UserError
+from fastft.models import documents, layers
+
+RUNS = launch.ROOT / "tests" / "train" / "runs.py"
+CPU = torch.device("cpu")
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32, **more):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=48,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+        vocab_size=99,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        **more,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def put_into(model) -> tuple[documents.ByDocument, str]:
+    found, _ = documents.install(model, model, "varlen", 16, CPU)
+    return found, layers.install(model, model, found, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_families(dtype):
+    for name, more, done in (
+        ("Llama", {}, "fused: 4 layers of LlamaDecoderLayer"),
+        ("Qwen2", {}, "fused: 4 layers"),
+        ("Mistral", {"sliding_window": 6}, "fused: 4 layers"),
+        ("Granite", {"residual_multiplier": 1.0}, "fused: 4 layers"),
+        ("Granite", {"residual_multiplier": 0.5}, "GraniteDecoderLayer 0: output: an error of"),
+        ("SmolLM3", {}, "SmolLM3DecoderLayer 3: "),  # without rotation, as every fourth
+        ("Gemma", {}, "GemmaDecoderLayer 0: output: an error of"),  # its norm multiplies by 1 + weight
+        ("Qwen3", {"head_dim": 12}, "Qwen3DecoderLayer: self_attn.k_norm is not known"),
+        ("Phi3", {}, "self_attn.k_proj is not there"),
+        ("Cohere", {}, "post_attention_layernorm is not there"),
+        ("GPTNeoX", {}, "no layers of the known form"),
+    ):
+        assert done in put_into(model_of(name, dtype, **more))[1], name
+
+
+def test_what_attention_by_document_cannot_compute_is_refused_with_the_reason():
+    for name, more, reason in (
+        ("Gemma2", {"head_dim": 12}, "softcap"),
+        ("Llama", {"attention_dropout": 0.1}, "dropout"),
+        ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 12}, "s_aux"),
+    ):
+        model = model_of(name, **more)
+        with pytest.raises(UserError, match=reason):
+            documents.install(model, model, "varlen", 16, CPU)
+        assert model.config._attn_implementation != documents.NAME
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))  # it is as it was
+    assert documents.install(model, model, "auto", 16, CPU) == (None, "automatic: on a GPU alone")
+    assert documents.install(model, model, "sdpa", 16, CPU) == (None, "asked for")
+
+
+def test_other_forwards_run_as_before():
+    model = model_of("Llama").eval()
+    tokens = torch.arange(24).view(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    calls = ({}, {"attention_mask": mask}, {"use_cache": False})
+    before = [model(input_ids=tokens, **given).logits for given in calls]
+    generated = model.generate(tokens[:1], max_new_tokens=5, do_sample=False)
+    put_into(model)
+    for given, expected in zip(calls, before, strict=True):
+        assert torch.equal(model(input_ids=tokens, **given).logits, expected)
+    assert torch.equal(model.generate(tokens[:1], max_new_tokens=5, do_sample=False), generated)
+
+
+def test_gradients_of_the_model_with_checkpointing_too():
+    grads = []
+    for fused, again in ((False, False), (True, False), (True, True)):
+        model = model_of("Qwen2").train()
+        if fused:
+            put_into(model)
+        if again:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inputs = documents.packed_inputs(model, 20, CPU)
+        model(**inputs).logits.square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for plain, one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, plain, rtol=1e-4, atol=1e-6)
+        assert torch.equal(one, other)
+
+
+def test_plain_layers_with_attention_by_document_and_checkpointing():
+    """Layers run again in the backward, when the forward is over."""
+    grads = []
+    for varlen, again in ((False, False), (True, False), (True, True)):
+        model = model_of("Qwen3", head_dim=12).train()
+        if varlen:
+            documents.install(model, model, "varlen", 16, CPU)
+        if again:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(**documents.packed_inputs(model, 20, CPU)).logits.square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for plain, one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, plain, rtol=1e-4, atol=1e-6)
+        assert torch.equal(one, other)
+
+
+def test_bounds():
+    positions = torch.tensor([[0, 1, 0, 1, 2, 0], [3, 4, 0, 1, 0, 1]])
+    bounds, longest = documents.bounds_of(torch.zeros(2, 6), positions)
+    assert bounds.tolist() == [0, 2, 5, 6, 8, 10, 12] and bounds.dtype == torch.int32 and longest == 3
+
+
+@pytest.fixture
+def no_dropout(lm_config, tmp_path) -> dict:
+    folder = tmp_path / "model"
+    shutil.copytree(lm_config["model"]["path"], folder)
+    settings = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.0}
+    (folder / "config.json").write_text(json.dumps(settings))
+    lm_config["model"]["path"] = str(folder)
+    return lm_config
+
+
+def test_batches_say_where_documents_begin(no_dropout):
+    lm_config = no_dropout
+    lm_config["model"]["attention"] = "varlen"
+    job = jobs.job_of(lm_config)
+    batch = jobs.batch_of(job, [0, 1, 2])
+    bounds, longest = documents.bounds_of(batch.inputs["input_ids"], batch.inputs["position_ids"])
+    assert torch.equal(batch.inputs["cu_seq_lens_q"], bounds) and batch.inputs["max_length_q"] == longest
+    assert job.record["attention"] == "varlen: asked for" and job.record["layers"].startswith("fused: ")
+    lm_config["model"]["layers"] = "plain"
+    assert jobs.job_of(lm_config).record["layers"] == "plain: asked for"
+
+
+def test_training_is_the_same_at_every_stage(no_dropout, tmp_path):
+    """Losses of a few steps, by masks and by document, with the plain step and where the optimizer takes bf16 weights
+    and gradients as they are.
+    """
+    lm_config = no_dropout
+    lm_config["train"]["steps"] = 6
+    paths = {}
+    for name, model, optim, zero in (
+        ("mask", {}, {}, 0),
+        ("varlen", {"attention": "varlen"}, {}, 0),
+        ("plain layers", {"attention": "varlen", "layers": "plain"}, {}, 0),
+        ("ZeRO 2", {"attention": "varlen"}, {}, 2),
+        ("ZeRO 3", {"attention": "varlen"}, {}, 3),
+        ("bf16 ZeRO 1", {"dtype": "bf16"}, {}, 1),
+        ("bf16 varlen remainder", {"dtype": "bf16", "attention": "varlen"}, {"master": "remainder"}, 0),
+    ):
+        config = {**lm_config, "model": {**lm_config["model"], **model}, "optim": {**lm_config["optim"], **optim}}
+        config |= {"parallel": {"zero": zero}, "run": {**lm_config["run"], "dir": str(tmp_path / name)}}
+        paths[name] = launch.write_config(tmp_path / f"{name}.yaml", config)
+    launch.ranks(1, [RUNS, "train", *paths.values()])
+    curves, done = {}, {}
+    for name in paths:
+        records = track.read(tmp_path / name)
+        curves[name] = torch.tensor([r["loss"] for r in records if r["kind"] == "train"])
+        done[name] = next(r for r in records if r["kind"] == "run").get("layers", "")
+    assert [name for name, layers in done.items() if layers.startswith("fused")] == [
+        "varlen",
+        "ZeRO 2",
+        "bf16 varlen remainder",
+    ]
+    assert curves["mask"][-1] < curves["mask"][0] - 0.1
+    for name, curve in curves.items():
+        tolerance = 2e-2 if "bf16" in name else 2e-4
+        torch.testing.assert_close(curve, curves["mask"], rtol=tolerance, atol=tolerance)
