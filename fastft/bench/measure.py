@@ -48,7 +48,7 @@ def bench(config: Config, warmup: int = 5, steps: int = 20) -> dict[str, Any]:
         the tokens computed), ``parts`` (the same by part of a step; medians need not add up to the step's; ``share`` is
         of their sum), ``host_seconds`` (until the last launch of a step, on a GPU), ``start_seconds`` (until the first
         step has ended), ``peak_memory`` (bytes of this rank), ``ceilings``, ``of_ceiling`` (``model``: forward and
-        backward together; 1: as fast as they allow), ``flops`` and ``advice``.
+        backward together; 1: as fast as they allow), ``flops``, ``advice`` and ``losses`` (by step).
 
     Raises
     ------
@@ -71,12 +71,14 @@ def bench(config: Config, warmup: int = 5, steps: int = 20) -> dict[str, Any]:
         loop.engine.train()
         started = 0.0
         cleanup.enter_context(clock.collectives())
+        losses: list[torch.Tensor] = []
         clock.begin()
         for loss in loop.steps():
             loop.after_step(loss)
             loop.heart.beat(loop.step)
             clock.end()
             counted.end()
+            losses.append(loss)
             if not started:
                 if ranks.device.type == "cuda":
                     torch.cuda.synchronize()
@@ -86,7 +88,9 @@ def bench(config: Config, warmup: int = 5, steps: int = 20) -> dict[str, Any]:
         memory = peak_memory(ranks.device)
         limits = ceilings(ranks, dtype_of(config.model.dtype))
         tokens, padded, samples = (ranks.sum(column) for column in zip(*counted.steps[warmup:], strict=True))
-        return _report(loop, clock, (tokens, padded, samples), limits, warmup, started, memory)
+        report = _report(loop, clock, (tokens, padded, samples), limits, warmup, started, memory)
+        report["losses"] = ranks.sum([float(loss) / ranks.world for loss in losses[warmup:]])
+        return report
 
 
 class _Counted(Throughput):
@@ -136,6 +140,7 @@ def _report(
     parts = {part: _spread([step[part] for step in steps]) for part in PARTS}
     whole = sum(part["median"] for part in parts.values())
     rate = _spread([n / s for n, s in zip(tokens, seconds, strict=True)])
+    rate["mean"] = sum(tokens) / sum(seconds)
     computed = sum(padded) / len(padded) / world  # tokens of one rank and step
     model_seconds = parts["forward"]["median"] + parts["backward"]["median"]
     of_ceiling = {
@@ -182,7 +187,8 @@ def _report(
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    usual = {"median": statistics.median(values), "mean": statistics.fmean(values)}
+    return {**usual, "min": min(values), "max": max(values)}
 
 
 def _optimizer_bytes(optimizer: Any) -> int:

@@ -1,0 +1,86 @@
+"""Steps of Hugging Face Trainer on packed rows of tokens, with or without Liger's kernels.
+
+    python benchmarks/peers/decoder.py SPEC.json
+
+The last line printed is a JSON object: ``tokens_per_second`` after the warm-up, ``peak_gib``, ``start_s`` until the
+first step ended, ``losses`` (thirds of the steps), ``versions``.
+"""
+
+import json
+import sys
+import time
+from importlib import metadata
+
+BEGUN = time.perf_counter()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+
+def main():
+    with open(sys.argv[1]) as f:
+        spec = json.load(f)
+    rows = np.load(spec["rows"])
+    cuda = torch.cuda.is_available()
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    with torch.device("cuda" if cuda else "cpu"):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.from_pretrained(spec["model"])
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec["dtype"]))
+    times = {}
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in (1, spec["warmup"], spec["warmup"] + spec["steps"]):
+                wait()
+                times[state.global_step] = time.perf_counter()
+
+    arguments = transformers.TrainingArguments(
+        output_dir=spec["folder"],
+        per_device_train_batch_size=spec["sequences"],
+        max_steps=spec["warmup"] + spec["steps"],
+        bf16=spec["dtype"] != "bfloat16",
+        optim="adamw_torch_fused",
+        use_liger_kernel=spec["liger"],
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+        dataloader_num_workers=2,
+        disable_tqdm=True,
+        use_cpu=not cuda,
+    )
+
+    def collate(features):
+        ids = torch.from_numpy(np.stack([f["input_ids"] for f in features]).astype(np.int64))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        data_collator=collate,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    last, first = times[spec["warmup"] + spec["steps"]], times[spec["warmup"]]
+    losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
+    found = {
+        "tokens_per_second": spec["sequences"] * rows.shape[1] * spec["steps"] / (last - first),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        "start_s": times[1] - BEGUN,
+        "losses": [round(float(np.mean(part)), 4) for part in np.array_split(losses, min(3, len(losses)))],
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "versions": {n: metadata.version(n) for n in ("torch", "transformers", "accelerate")},
+    }
+    if spec["liger"]:
+        found["versions"]["liger-kernel"] = metadata.version("liger-kernel")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
