@@ -18,7 +18,7 @@ PROGRAM = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from fastft.ops.triton import adamw, cross_entropy, sum_squares
+from fastft.ops.triton import adamw, cross_entropy, decoder, sum_squares
 
 target = GPUTarget("cuda", int(sys.argv[1]), 32)
 
@@ -51,6 +51,22 @@ for dtype in ("*fp32", "*bf16"):
         build(cross_entropy._scale_kernel, types, dict(IN_PLACE=in_place, BLOCK=4096))
 
     build(sum_squares._partial_sums, dict(x_ptr=dtype, out_ptr="*fp64", n="i64"), dict(BLOCK=4096, PER_PROGRAM=65536))
+
+    types = dict(x=dtype, residual=dtype, weight=dtype, total=dtype, y=dtype, rstd=F, columns="i32", eps="fp32")
+    build(decoder._rms_forward, types, dict(BLOCK=4096), 8)
+    build(decoder._rms_forward, types, dict(BLOCK=1024, residual=None, total=None))
+    types = dict(dy=dtype, x=dtype, weight=dtype, rstd=F, extra=dtype, dx=dtype, y=dtype, dweight=F, rows="i32",
+                 columns="i32", each="i32")
+    build(decoder._rms_backward, types, dict(BLOCK=4096), 8)
+    build(decoder._rms_backward, types, dict(BLOCK=1024, extra=None, y=None, each=1))
+    types = dict(qkv=dtype, cos=dtype, sin=dtype, stride="i32", heads="i32", dim="i32", period="i32")
+    build(decoder._rope_forward, types, dict(HEADS=64, HALF=32))
+    types = dict(dq=dtype, dk=dtype, dv=dtype, out=dtype, cos=dtype, sin=dtype, heads="i32", groups="i32", dim="i32",
+                 period="i32")
+    build(decoder._rope_backward, types, dict(HEADS=32, GROUPS=4, HALF=64))
+    build(decoder._rope_backward, types, dict(HEADS=8, GROUPS=1, HALF=32, groups=1))
+    build(decoder._swiglu_forward, dict(gu=dtype, a=dtype, width="i32"), dict(BLOCK=1024))
+    build(decoder._swiglu_backward, dict(gu=dtype, da=dtype, width="i32"), dict(BLOCK=1024))
 
     types = dict(param=dtype, grad="*bf16", exp_avg=F, exp_avg_sq=F, max_exp_avg_sq=F, copy="*bf16", remainder="*i16",
                  exp_avg_scale=F, exp_avg_sq_scale=F, factors=F, grad_scale=F, found_inf=F, numel="i64", beta2="fp32",
