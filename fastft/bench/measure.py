@@ -48,7 +48,8 @@ def bench(config: Config, warmup: int = 5, steps: int = 20) -> dict[str, Any]:
         the tokens computed), ``parts`` (the same by part of a step; medians need not add up to the step's; ``share`` is
         of their sum), ``host_seconds`` (until the last launch of a step, on a GPU), ``start_seconds`` (until the first
         step has ended), ``peak_memory`` (bytes of this rank), ``ceilings``, ``of_ceiling`` (``model``: forward and
-        backward together; 1: as fast as they allow), ``flops``, ``advice`` and ``losses`` (by step).
+        backward together; 1: as fast as they allow), ``flops``, ``advice`` and ``losses`` (of every
+        step, the warm-up's too).
 
     Raises
     ------
@@ -89,7 +90,7 @@ def bench(config: Config, warmup: int = 5, steps: int = 20) -> dict[str, Any]:
         limits = ceilings(ranks, dtype_of(config.model.dtype))
         tokens, padded, samples = (ranks.sum(column) for column in zip(*counted.steps[warmup:], strict=True))
         report = _report(loop, clock, (tokens, padded, samples), limits, warmup, started, memory)
-        report["losses"] = ranks.sum([float(loss) / ranks.world for loss in losses[warmup:]])
+        report["losses"] = ranks.sum([float(loss) / ranks.world for loss in losses])
         return report
 
 

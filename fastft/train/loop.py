@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
 def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) -> dict:
     run_dir = Path(config.run.dir)
     ranks = environment(config)
+    config = settled(config, ranks.device)
     if not resume:
         run_folder.check(run_dir, config, overwrite)
     trackers = [rooms.TRACKERS.get(name)(settings) for name, settings in config.run.trackers.chosen().items()]
@@ -84,6 +86,14 @@ def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) ->
     return loop.run()
 
 
+def settled(config: Config, device: torch.device) -> Config:
+    """The configuration with what "auto" comes to on this device, so that a resumed run goes on as it began."""
+    if getattr(config.optim, "master", None) != "auto":
+        return config
+    direct = device.type == "cuda" and config.model.dtype == "bf16" and config.parallel.zero == 0
+    return config.changed(optim=config.optim.changed(master="remainder" if direct else "fp32"))
+
+
 def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: bool = False) -> Loop:
     """All that a run needs before its first step.
 
@@ -102,6 +112,7 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
         Bad configuration, data or model.
     """
     ranks = environment(config)
+    config = settled(config, ranks.device)
     job = assemble.start(config)
     assemble.add_data(job, evals=not steps_only)
     assert job.order is not None and job.train is not None
@@ -135,6 +146,19 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
     if found:
         loop.resume(found)
     return loop
+
+
+@contextmanager
+def _quiet_collector() -> Iterator[None]:
+    """While inside, Python's garbage collector passes over all that is there now: a pass over every module takes
+    longer than a step on a GPU.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Loop:
@@ -210,7 +234,7 @@ class Loop:
         """Take the steps that are left; what is due after one is for the caller. Yields this rank's share of the
         loss.
         """
-        with ThreadPoolExecutor(1) as ahead:  # collates the next step while this one computes
+        with ThreadPoolExecutor(1) as ahead, _quiet_collector():  # collates the next step while this one computes
             coming = ahead.submit(self.collate_step, self.step)
             while self.step < self.schedule.total and self.stopped is None:
                 step_batches, denominator = coming.result()

@@ -192,6 +192,9 @@ def test_triton_kernels_equal_the_reference(dtype):
         ops.rope_forward(one, cos, sin, heads + groups, dim)
         reference.rope_forward(other, cos, sin, heads + groups, dim)
         same(one, other)
+        ops.rope_forward(one, cos, sin, heads + groups, dim, back=True)
+        reference.rope_forward(other, cos, sin, heads + groups, dim, back=True)
+        same(one, other)
         grads = rand(10, heads, dim), rand(10, groups, dim), rand(10, groups, dim)
         same(ops.rope_backward(*grads, cos, sin), reference.rope_backward(*grads, cos, sin))
     for width in (8, 33, 1025):

@@ -60,7 +60,7 @@ for dtype in ("*fp32", "*bf16"):
     build(decoder._rms_backward, types, dict(BLOCK=4096), 8)
     build(decoder._rms_backward, types, dict(BLOCK=1024, extra=None, y=None, each=1))
     types = dict(qkv=dtype, cos=dtype, sin=dtype, stride="i32", heads="i32", dim="i32", period="i32")
-    build(decoder._rope_forward, types, dict(HEADS=64, HALF=32))
+    build(decoder._rope_forward, types, dict(HEADS=64, HALF=32, SIGN=-1.0))
     types = dict(dq=dtype, dk=dtype, dv=dtype, out=dtype, cos=dtype, sin=dtype, heads="i32", groups="i32", dim="i32",
                  period="i32")
     build(decoder._rope_backward, types, dict(HEADS=32, GROUPS=4, HALF=64))

@@ -201,8 +201,12 @@ class _DecoderLayer(torch.autograd.Function):
         if need["o"]:
             grads["o"] = torch.mm(dh.t(), o.flatten(1))
         q, k, v = _heads(qkv, shape)
-        dqkv = attention.backward(do.view_as(o), q, k, v, o, kept, bounds, longest, shape.scale, shape.window)
-        dqkv = ops.rope_backward(*dqkv, cos, sin)
+        parts = attention.backward(do.view_as(o), q, k, v, o, kept, bounds, longest, shape.scale, shape.window)
+        dqkv = _whole(*parts)
+        if dqkv is None:
+            dqkv = ops.rope_backward(*parts, cos, sin)
+        else:
+            ops.rope_forward(dqkv, cos, sin, shape.heads + shape.groups, shape.dim, back=True)
         del do
         dy = _input_gradient(dqkv, (wq, wk, wv))
         dx, d = ops.rms_backward(dy, rows, n1, r1, extra=dh, y=y, out=dh)
@@ -221,6 +225,18 @@ def _heads(qkv: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     sizes = [shape.heads * shape.dim, shape.groups * shape.dim, shape.groups * shape.dim]
     q, k, v = (part.unflatten(1, (-1, shape.dim)) for part in qkv.split(sizes, 1))
     return q, k, v
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """The tensor (n, all elements of a token) whose parts these (n, heads, dim) are, side by side; None: no such."""
+    width = sum(part.shape[1] * part.shape[2] for part in (q, k, v))
+    at = q.storage_offset()
+    for part in (q, k, v):
+        same = part.untyped_storage().data_ptr() == q.untyped_storage().data_ptr()
+        if not same or part.stride() != (width, part.shape[2], 1) or part.storage_offset() != at:
+            return None
+        at += part.shape[1] * part.shape[2]
+    return q.as_strided((q.shape[0], width), (width, 1), q.storage_offset())
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """Causal attention within documents of any length that lie one after the other: nothing is computed that a mask would
 hide.
 
-On a GPU it is the flash attention that torch carries (the operators behind `torch.nn.attention.varlen`, called as they
-are, for the signature of that module changes from version to version); elsewhere, and in float32, one document after
-the other.
+On a Hopper GPU it is cuDNN's, where nvidia-cudnn-frontend is installed (extra ``gpu``); on others the flash attention
+that torch carries (the operators behind `torch.nn.attention.varlen`, called as they are, for the signature of that
+module changes from version to version); elsewhere one document after the other.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastft.ops.decoder import cudnn
 
 
 def refuses(query: Tensor) -> str:
@@ -48,12 +50,11 @@ def forward(
     (Tensor, tuple of Tensor)
         (n, heads, dim), and what ``backward`` wants besides.
     """
-    if q.is_cuda:
-        out, *rest = torch.ops.aten._flash_attention_forward(
-            q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale, **_window(window)
-        )
-        return out, tuple(rest[:3])  # lse, random state, and one more of it
-    return _by_document(q, k, v, bounds, scale, window), ()
+    if not q.is_cuda:
+        return _by_document(q, k, v, bounds, scale, window), ()
+    if _by_cudnn(q, k, window):
+        return cudnn.forward(q, k, v, bounds, longest, scale)
+    return flash_forward(q, k, v, bounds, longest, scale, window)
 
 
 def backward(
@@ -68,18 +69,48 @@ def backward(
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous, from that of ``forward``'s result."""
+    """Gradients of q, k and v from that of ``forward``'s result; they may be parts of one tensor, as those are."""
     if q.is_cuda:
-        lse, state, more = kept
-        return torch.ops.aten._flash_attention_backward(
-            grad, q, k, v, out, lse, bounds, bounds, longest, longest, 0.0, True, state, more, scale=scale,
-            **_window(window),
-        )  # fmt: skip
+        if _by_cudnn(q, k, window):
+            return cudnn.backward(grad, q, k, v, out, kept, longest, scale)
+        return flash_backward(grad, q, k, v, out, kept, bounds, longest, scale, window)
     inputs = q, k, v = q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_()
     with torch.enable_grad():
         again = _by_document(q, k, v, bounds, scale, window)
     dq, dk, dv = torch.autograd.grad(again, inputs, grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _by_cudnn(q: Tensor, k: Tensor, window: int | None) -> bool:
+    return window is None and not cudnn.refuses(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2])
+
+
+def flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, window: int | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``forward`` by the flash attention that torch carries."""
+    out, *rest = torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale, **_window(window)
+    )
+    return out, tuple(rest[:3])  # lse, random state, and one more of it
+
+
+def flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    kept: tuple[Tensor, ...],
+    bounds: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``backward`` by the flash attention that torch carries."""
+    lse, state, more = kept
+    same = bounds, bounds, longest, longest, 0.0, True, state, more
+    return torch.ops.aten._flash_attention_backward(grad, q, k, v, out, lse, *same, scale=scale, **_window(window))
 
 
 def _window(window: int | None) -> dict[str, int]:

@@ -42,7 +42,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
 
 
-def rope_forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, dim: int) -> None:
+def rope_forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, dim: int, back: bool = False) -> None:
+    sin = -sin if back else sin
     part = qkv[:, : heads * dim]
     part.copy_(_rotated(part.unflatten(1, (heads, dim)), cos, sin).flatten(1))
 

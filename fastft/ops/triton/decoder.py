@@ -74,11 +74,13 @@ def _rotate(source, out, cos, sin, heads, dim, SIGN: tl.constexpr, HEADS: tl.con
 
 
 @triton.jit
-def _rope_forward(qkv, cos, sin, stride, heads, dim, period, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _rope_forward(
+    qkv, cos, sin, stride, heads, dim, period, SIGN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     row = qkv + token * stride
     at = (token % period) * dim
-    _rotate(row, row, cos + at, sin + at, heads, dim, 1.0, HEADS, HALF)
+    _rotate(row, row, cos + at, sin + at, heads, dim, SIGN, HEADS, HALF)
 
 
 @triton.jit
@@ -175,10 +177,13 @@ def rms_backward(
     return dx, dweight.sum(0)
 
 
-def rope_forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, dim: int) -> None:
-    """Rotate the first ``heads`` heads of every row of qkv (n, ...) in place. cos, sin: (n or a divisor of n, dim)."""
+def rope_forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, dim: int, back: bool = False) -> None:
+    """Rotate the first ``heads`` heads of every row of qkv (n, ...) in place. cos, sin: (n or a divisor of n, dim).
+    ``back``: the other way round, which is the gradient.
+    """
+    sign = -1.0 if back else 1.0
     _rope_forward[(qkv.shape[0],)](
-        qkv, cos, sin, qkv.stride(0), heads, dim, cos.shape[0], _power(heads), _power(dim // 2), num_warps=4
+        qkv, cos, sin, qkv.stride(0), heads, dim, cos.shape[0], sign, _power(heads), _power(dim // 2), num_warps=4
     )
 
 

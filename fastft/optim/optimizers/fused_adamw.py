@@ -23,15 +23,16 @@ class FusedAdamWSettings(Optim):
         description="How Adam's two moments are kept: 8, 4 or 2 bytes per parameter; bf16 and int8 are rounded "
         "stochastically.",
     )
-    master: Literal["fp32", "remainder", "stochastic"] = Field(
-        "fp32",
+    master: Literal["auto", "fp32", "remainder", "stochastic"] = Field(
+        "auto",
         description="model.dtype bf16: the weights that the optimizer updates. fp32: a copy of 4 bytes; remainder: the "
         "same number as bf16 and its 16-bit remainder; stochastic: bf16, rounded at random. The last two also keep "
-        "gradients in bf16.",
+        "gradients in bf16. auto: remainder on a GPU at parallel.zero 0, where it is faster and as exact, else fp32; "
+        "the run's config.yaml says which.",
     )
 
     def check(self, config: Config) -> None:
-        if self.master != "fp32" and config.model.dtype != "bf16":
+        if self.master in ("remainder", "stochastic") and config.model.dtype != "bf16":
             raise ValueError(
                 f"optim.master: {self.master} needs model.dtype: bf16 (here {config.model.dtype}): nothing else has "
                 "weights that it could replace"
@@ -48,7 +49,7 @@ class FusedAdamWSpec(OptimizerSpec):
 
     def __init__(self, settings: Any, config: Config):
         super().__init__(settings, config)
-        self.replaces_masters = settings.master != "fp32"
+        self.replaces_masters = settings.master in ("remainder", "stochastic")
         self.blockwise_state = settings.state_dtype == "int8"
 
     def build(self, groups: list[dict[str, Any]]) -> ClientOptimizer:

@@ -1,0 +1,309 @@
+"""Attention by document through cuDNN (package nvidia-cudnn-frontend): on a Hopper GPU its kernels are half again as
+fast as the flash attention that torch carries, and torch itself chooses them for rows without documents.
+
+A graph is built for a bucket of documents and of lengths, and kept; documents that are not there have length 0. Query,
+key and value may be parts of one buffer, and so are their gradients then.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SMALLEST = 16, 256  # documents and length of the smallest graph; then powers of two
+
+
+class Key(NamedTuple):
+    """What a graph is built for. Strides are of tokens, in elements."""
+
+    device: int
+    dtype: torch.dtype
+    documents: int
+    longest: int
+    tokens: int
+    heads: int
+    groups: int
+    dim: int
+    strides: tuple[int, int, int, int]  # of query, key, value, and the result
+    scale: float
+
+
+@functools.cache
+def library() -> Any:
+    """The package, or None where it cannot be had."""
+    try:
+        return importlib.import_module("cudnn")
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        log.debug("no cudnn: %s", error)
+        return None
+
+
+@functools.cache
+def refuses(device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
+    """Why cuDNN is not used for attention by document; "" where it is: measured against torch's on a small case."""
+    if library() is None:
+        return "nvidia-cudnn-frontend is not installed"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "it was not measured on this GPU"  # Hopper alone
+    if dim % 8 or dim > 128:
+        return f"heads of {dim} elements"
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms are asked for"
+    try:
+        return _differs(device, dtype, heads, groups, dim)
+    except Exception as error:  # whatever this version of it cannot do
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+
+
+def _differs(device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
+    from fastft.ops.decoder import attention
+
+    lengths = [130, 1, 61, 320]
+    n = sum(lengths)
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(n, (heads + 2 * groups) * dim, generator=generator).to(device, dtype)
+    q, k, v = (part.unflatten(1, (-1, dim)) for part in qkv.split([heads * dim, groups * dim, groups * dim], 1))
+    grad = torch.randn(n, heads, dim, generator=generator).to(device, dtype)
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    scale = dim**-0.5
+    found, kept = forward(q, k, v, ends, max(lengths), scale)
+    results = [found, *backward(grad, q, k, v, found, kept, max(lengths), scale)]
+    out, rest = attention.flash_forward(q, k, v, ends, max(lengths), scale, None)
+    expected = [out, *attention.flash_backward(grad, q, k, v, out, rest, ends, max(lengths), scale, None)]
+    for name, one, other in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
+        error = ((one.float() - other.float()).norm() / other.float().norm()).item()
+        if not error < 2e-2:
+            return f"{name} differs by {error:.2g} from torch's"
+    return ""
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As `fastft.ops.decoder.attention.forward`, without a window."""
+    n, heads, dim = q.shape
+    out = torch.empty(n, heads, dim, dtype=q.dtype, device=q.device)
+    key = _key(q, k, v, out, bounds.numel() - 1, longest, scale)
+    tables = _tables(bounds, key)
+    stats = torch.empty(n, heads, dtype=torch.float32, device=q.device)
+    graph, uids, size = _forward_graph(key)
+    _execute(
+        graph,
+        size,
+        q.device,
+        {uids["q"]: q, uids["k"]: k, uids["v"]: v, uids["o"]: out, uids["stats"]: stats},
+        uids,
+        tables,
+    )
+    return out, (stats, *tables)
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    kept: tuple[Tensor, ...],
+    longest: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fastft.ops.decoder.attention.backward`, without a window; gradients lie as q, k and v do."""
+    stats, *tables = kept
+    n, heads, dim = q.shape
+    groups = k.shape[1]
+    if len({t.untyped_storage().data_ptr() for t in (q, k, v)}) == 1 and q.stride(0) == (heads + 2 * groups) * dim:
+        buffer = torch.empty(n, q.stride(0), dtype=q.dtype, device=q.device)
+        parts = buffer.split([heads * dim, groups * dim, groups * dim], 1)
+        dq, dk, dv = (part.unflatten(1, (-1, dim)) for part in parts)
+    else:
+        dq, dk, dv = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in (q, k, v))
+    key = _key(q, k, v, out, tables[0].numel(), longest, scale, bucketed=True)
+    graph, uids, size = _backward_graph(key)
+    given = {"q": q, "k": k, "v": v, "o": out, "do": grad, "stats": stats, "dq": dq, "dk": dk, "dv": dv}
+    _execute(graph, size, q.device, {uids[name]: t for name, t in given.items()}, uids, tuple(tables))
+    return dq, dk, dv
+
+
+def _key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    documents: int,
+    longest: int,
+    scale: float,
+    bucketed: bool = False,
+) -> Key:
+    if not bucketed:
+        documents = max(SMALLEST[0], 1 << (documents - 1).bit_length())
+    strides = q.stride(0), k.stride(0), v.stride(0), out.stride(0)
+    return Key(
+        q.device.index or 0,
+        q.dtype,
+        documents,
+        max(SMALLEST[1], 1 << (longest - 1).bit_length()),
+        q.shape[0],
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        strides,
+        scale,
+    )
+
+
+def _tables(bounds: Tensor, key: Key) -> tuple[Tensor, ...]:
+    """Lengths (documents,) int32, and where documents begin in query, key, value, result and stats, in elements
+    (documents + 1,) int64. The same for all layers: kept with the bounds.
+    """
+    kept = getattr(bounds, "_fastft_tables", None)
+    if kept is not None and kept[0] == key[:4] + key.strides:
+        return kept[1]
+    begin = bounds.long()
+    missing = key.documents + 1 - begin.numel()
+    if missing:
+        begin = torch.cat([begin, begin[-1:].expand(missing)])
+    lengths = begin.diff().to(torch.int32)
+    offsets = {stride: begin * stride for stride in {*key.strides, key.heads}}
+    tables = (lengths, *(offsets[stride] for stride in (*key.strides, key.heads)))
+    bounds._fastft_tables = (key[:4] + key.strides, tables)  # type: ignore[attr-defined]
+    return tables
+
+
+TABLES = ("lengths", "q_at", "k_at", "v_at", "o_at", "stats_at")
+
+
+@functools.cache
+def _handle(device: int) -> Any:
+    with torch.cuda.device(device):
+        return library().create_handle()
+
+
+def _execute(
+    graph: Any, size: int, device: torch.device, given: dict[int, Tensor], uids: dict[str, int], tables: tuple
+) -> None:
+    handle = _handle(device.index or 0)
+    library().set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
+    pointers = {uid: tensor.data_ptr() for uid, tensor in given.items()}
+    pointers |= {uids[name]: table.data_ptr() for name, table in zip(TABLES, tables, strict=True)}
+    workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+    graph.execute(pointers, workspace.data_ptr(), handle=handle)
+
+
+class _Builder:
+    """A graph under way, its tensors by name."""
+
+    def __init__(self, key: Key, handle: Any):
+        self.cudnn, self.key = library(), key
+        kinds = self.cudnn.data_type
+        self.io = kinds.BFLOAT16 if key.dtype == torch.bfloat16 else kinds.HALF
+        self.graph = self.cudnn.pygraph(
+            io_data_type=self.io,
+            intermediate_data_type=kinds.FLOAT,
+            compute_data_type=kinds.FLOAT,
+            sm_version=90,
+            **({} if handle is None else {"handle": handle}),
+        )
+        self.handle = handle
+        self.uids: dict[str, int] = {}
+        b = key.documents
+        self.lengths = self.add("lengths", (b, 1, 1, 1), (1, 1, 1, 1), kinds.INT32)
+        self.at = {
+            name: self.add(f"{name}_at", (b + 1, 1, 1, 1), (1, 1, 1, 1), kinds.INT64)
+            for name in ("q", "k", "v", "o", "stats")
+        }
+
+    def add(self, name: str, dim: tuple, stride: tuple, kind: Any) -> Any:
+        self.uids[name] = len(self.uids) + 1
+        return self.graph.tensor(name=name, dim=list(dim), stride=list(stride), data_type=kind, uid=self.uids[name])
+
+    def layout(self, part: str) -> tuple[tuple, tuple]:
+        """Dimensions (documents, heads, longest, dim) and strides of query, key, value or result."""
+        key = self.key
+        heads = key.heads if part in ("q", "o") else key.groups
+        stride = key.strides[("q", "k", "v", "o").index(part)]
+        return (key.documents, heads, key.longest, key.dim), (key.longest * stride, key.dim, stride, 1)
+
+    def ragged(self, name: str, part: str) -> Any:
+        tensor = self.add(name, *self.layout(part), self.io)
+        tensor.set_ragged_offset(self.at[part])
+        return tensor
+
+    def result(self, tensor: Any, name: str, part: str) -> None:
+        dim, stride = self.layout(part)
+        self.uids[name] = len(self.uids) + 1
+        tensor.set_output(True).set_dim(list(dim)).set_stride(list(stride)).set_uid(self.uids[name])
+        tensor.set_data_type(self.io)
+        tensor.set_ragged_offset(self.at[part])
+
+    @property
+    def stats_layout(self) -> tuple[tuple, tuple]:
+        key = self.key
+        return (key.documents, key.heads, key.longest, 1), (key.longest * key.heads, 1, key.heads, 1)
+
+    @property
+    def mask(self) -> dict[str, Any]:
+        return {
+            "use_padding_mask": True,
+            "seq_len_q": self.lengths,
+            "seq_len_kv": self.lengths,
+            "diagonal_alignment": self.cudnn.diagonal_alignment.TOP_LEFT,
+            "diagonal_band_right_bound": 0,
+        }
+
+    def built(self) -> tuple[Any, dict[str, int], int]:
+        graph, modes = self.graph, self.cudnn.heur_mode
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([modes.A, modes.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+        return graph, self.uids, graph.get_workspace_size()
+
+
+@functools.cache
+def _forward_graph(key: Key) -> tuple[Any, dict[str, int], int]:
+    return _forward_builder(key, _handle(key.device)).built()
+
+
+def _forward_builder(key: Key, handle: Any) -> _Builder:
+    builder = _Builder(key, handle)
+    q, k, v = (builder.ragged(name, name) for name in ("q", "k", "v"))
+    o, stats = builder.graph.sdpa(
+        name="attention", q=q, k=k, v=v, generate_stats=True, attn_scale=key.scale, **builder.mask
+    )
+    builder.result(o, "o", "o")
+    dim, stride = builder.stats_layout
+    builder.uids["stats"] = len(builder.uids) + 1
+    stats.set_output(True).set_dim(list(dim)).set_stride(list(stride)).set_uid(builder.uids["stats"])
+    stats.set_data_type(builder.cudnn.data_type.FLOAT)
+    stats.set_ragged_offset(builder.at["stats"])
+    return builder
+
+
+@functools.cache
+def _backward_graph(key: Key) -> tuple[Any, dict[str, int], int]:
+    return _backward_builder(key, _handle(key.device)).built()
+
+
+def _backward_builder(key: Key, handle: Any) -> _Builder:
+    builder = _Builder(key, handle)
+    q, k, v, o = (builder.ragged(name, name) for name in ("q", "k", "v", "o"))
+    do = builder.ragged("do", "o")
+    stats = builder.add("stats", *builder.stats_layout, builder.cudnn.data_type.FLOAT)
+    stats.set_ragged_offset(builder.at["stats"])
+    total = -(-key.tokens // 64) * 64
+    dq, dk, dv = builder.graph.sdpa_backward(
+        name="attention_backward", q=q, k=k, v=v, o=o, dO=do, stats=stats, attn_scale=key.scale,
+        max_total_seq_len_q=total, max_total_seq_len_kv=total, **builder.mask,
+    )  # fmt: skip
+    for tensor, part in ((dq, "q"), (dk, "k"), (dv, "v")):
+        builder.result(tensor, f"d{part}", part)
+    return builder
