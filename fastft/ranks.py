@@ -218,6 +218,9 @@ def environment(config: Config) -> Ranks:
         torch.set_num_threads(config.run.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     else:
         torch.cuda.set_device(device)
+        if config.run.deterministic:
+            env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins
+            torch.use_deterministic_algorithms(True, warn_only=True)
     return Ranks(rank, world, local_rank, local_world, device)
 
 

@@ -300,6 +300,11 @@ class Run(Section):
     seed: int = Field(17, ge=0, lt=1 << 63, description="Seed of weights and dropout.")
     offline: bool = Field(False, description="Never ask the hub.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when there is one.")
+    deterministic: bool = Field(
+        False,
+        description="GPU: the same bits in every run of one configuration, by slower kernels (attention adds up "
+        "gradients in the order in which they come). A CPU always gives them.",
+    )
     threads: int | None = Field(
         None, ge=1, description="CPU threads per rank; default: the cores, divided among the ranks of this node."
     )

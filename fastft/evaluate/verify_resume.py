@@ -19,7 +19,7 @@ LIMIT = 24 * 3600  # seconds for a run; whoever verifies longer ones sets train.
 
 def verify_resume(config: Config, folder: Path, ranks: int, at: int | None, kill: bool) -> dict:
     """Run the configuration twice under ``folder``, the second time interrupted, and compare losses and weights bit
-    for bit.
+    for bit (with run.deterministic, without which a GPU gives other bits at every run).
 
     Parameters
     ----------
@@ -46,7 +46,8 @@ def verify_resume(config: Config, folder: Path, ranks: int, at: int | None, kill
     for run in (whole, broken):
         settings = absolute(config)
         settings = settings.changed(
-            run=settings.run.changed(dir=str(run.absolute())), train=settings.train.changed(log_every=1)
+            run=settings.run.changed(dir=str(run.absolute()), deterministic=True),
+            train=settings.train.changed(log_every=1),
         )
         (folder / f"{run.name}.yaml").write_text(dump(settings), encoding="utf-8")
     _finish(_start(ranks, "train", folder / "whole.yaml"), "the undisturbed run")
