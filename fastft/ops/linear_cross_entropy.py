@@ -19,14 +19,13 @@ from fastft.ops.cross_entropy_common import (
     CUDA,
     NOTHING,
     LossOptions,
-    any_bad,
     bad_row_op,
     compute_dtype,
     inverse_denominator,
     scaled_gradient,
     sum_rows,
 )
-from fastft.ops.cross_entropy_reference import logsumexp
+from fastft.ops.cross_entropy_reference import is_bad, logsumexp
 from fastft.ops.linear_cross_entropy_check import autocast, check
 from fastft.ops.transforms import transformed
 
@@ -135,18 +134,18 @@ def linear_cross_entropy(
 def _reference(tensors, labels, scale, options, reduction, return_lse) -> tuple[Tensor, Tensor]:
     """The reference, through torch's own autograd."""
     target, vocab = labels[0], tensors[1].shape[0]
-    if transformed(*tensors, target):  # whose rules a custom op does not have
-        bad = any_bad(target, options[0], vocab)
-    else:
-        bad = bad_row_op(target, options[0], vocab) >= 0
+    bad = is_bad(target, options[0], vocab)  # (N,)
+    if not transformed(*tensors, target):  # whose rules a custom op does not have
+        bad = bad & (bad_row_op(target, options[0], vocab) >= 0)  # used, or a compiler would leave the op out
     loss = backends.implementation(OP, "reference")(*tensors, *labels, *options)
+    loss = torch.where(bad, math.nan, loss)
     lse = loss.new_empty(0)
     if return_lse:
         with torch.no_grad():
             lse = logsumexp(linear_cross_entropy_reference.logits(*tensors), *options[3:])
     if reduction != "none":
         loss = loss.sum() if scale is None else loss.sum() * scale
-    return torch.where(bad, math.nan, loss), lse
+    return loss, lse
 
 
 def _outputs(hidden: Tensor, want_lse: bool) -> tuple[Tensor, Tensor]:
