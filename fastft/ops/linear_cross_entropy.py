@@ -77,9 +77,10 @@ def linear_cross_entropy(
                   2106.09685) on this layer hidden2 = scale * dropout(hidden) A^T and weight2 = B, and neither W + scale
                   B A nor its gradient is ever made.
     class_weight  (V,) floating: torch's `weight` of each class.
-    chunk_bytes   most bytes of logits at a time, at least one row; default 128 MiB but at least 512 rows on the CPU, 1
-                  GiB on CUDA; and all rows at once where that takes less than a chunk and the float32 sum of weight's
-                  gradient, which only chunks need.
+    chunk_bytes   most bytes of logits at a time, at least one row. Default on the CPU: 128 MiB but at least 512 rows,
+                  and all rows at once where that takes less than a chunk and the float32 sum of weight's gradient,
+                  which only chunks need. On CUDA: what the model of time and memory in linear_cross_entropy_plan.py
+                  finds, with up to 2.5 GiB for logits and that sum.
     Everything else is as in `fastft.ops.cross_entropy`, which also says what the terms of the loss are.
 
     Returns the loss in float32 (float64 for float64 weights): 0-dim, or target's shape for "none"; with return_lse also
