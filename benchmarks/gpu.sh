@@ -24,9 +24,10 @@ build() {  # for this GPU only: a third of the time of a wheel's
 }
 
 run_tests() {  # every op and backend on the GPU; what only a GPU can show is marked gpu: huge indices, graph capture
-  workers=()
-  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "$WORKERS") || echo "no pytest-xdist here: one process"
-  "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" --timeout 120 -m "not slow and not long" -k "not deepspeed" \
+  options=()
+  "$PYTHON" -c 'import xdist' 2>/dev/null && options+=(-n "$WORKERS") || echo "no pytest-xdist here: one process"
+  "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout 120)
+  "$PYTHON" -m pytest -q -p no:cacheprovider "${options[@]}" -m "not slow and not long" -k "not deepspeed" \
     tests/ops tests/optim/test_adamw.py
 }
 
@@ -42,7 +43,7 @@ kernels() {  # a process for each op: one that crashes takes no other's rows alo
 }
 
 step() {  # whole training steps beside their peers
-  "$PYTHON" benchmarks/gpu_step.py --out "$OUT/step.jsonl" --limit 60
+  "$PYTHON" benchmarks/gpu_step.py --out "$OUT/step.jsonl" --limit 44
 }
 
 profile() {  # where a step's time goes
@@ -62,7 +63,8 @@ sanitize() {
   return $status
 }
 
-short=()
+short=() running=
+trap '[ -z "$running" ] || kill "$running"; exit 143' INT TERM  # timeout hands it on to all that the part started
 for part in "${parts[@]}"; do
   name=$part
   [ "$part" = test ] && name=run_tests
@@ -72,8 +74,10 @@ for part in "${parts[@]}"; do
   start=$SECONDS
   # A shell of its own, so that timeout can end the part with all it started.
   (export -f build run_tests kernels step profile sanitize; export PYTHON OUT WORKERS
-   exec timeout -k 10 "$LIMIT" bash -uo pipefail -c "$name") >"$log" 2>&1
-  status=$?
+   exec timeout -k 10 "$LIMIT" bash -uo pipefail -c "$name") >"$log" 2>&1 &
+  running=$!
+  wait "$running"
+  status=$? running=
   tail -n "$([ "$part" = kernels ] && echo 120 || echo 15)" "$log" | cut -c1-200
   echo "== $part: status $status after $((SECONDS - start)) s; $log"
   while IFS= read -r line; do short+=("$part: ${line#SHORT }"); done < <(grep -aE '^(SHORT|FAILED|ERROR) ' "$log" | cut -c1-300)

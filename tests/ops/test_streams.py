@@ -2,11 +2,15 @@
 for nothing, and a replay computes from the inputs' present values.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 
 from fastft.ops import cross_entropy, linear_cross_entropy, sum_squares
+from fastft.ops import linear_cross_entropy_chunks as chunks
 from fastft.ops.adamw import adamw
+from fastft.ops.linear_cross_entropy_plan import Plan
 from tests.ops.common import BACKENDS, DEVICE, seeded
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -37,13 +41,14 @@ def of_logits(vocab, dtype, **options):
     return lambda seed: draw(seed, (ROWS, vocab), dtype=dtype), run
 
 
-def of_a_head(vocab, **options):
+def of_a_head(vocab, plan=None, **options):
     target = target_of(vocab)
 
     def run(inputs, backend):
         leaves = [t.detach().requires_grad_() for t in inputs]
-        loss = 2.0 * linear_cross_entropy(*leaves, target, backend=backend, **options)
-        return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
+        with mock.patch.object(chunks, "_plan", (lambda *_: plan) if plan else chunks._plan):
+            loss = 2.0 * linear_cross_entropy(*leaves, target, backend=backend, **options)
+            return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
     return lambda seed: draw(seed, (ROWS, 64), (vocab, 64), dtype=BF16), run
 
@@ -70,6 +75,7 @@ CASES = {
     "linear_cross_entropy": of_a_head(512),
     "linear_cross_entropy, odd": of_a_head(507),
     "linear_cross_entropy, chunks": of_a_head(507, chunk_bytes=7 * 512 * 2),
+    "linear_cross_entropy, parked": of_a_head(507, Plan(12, parked=12)),
     "linear_cross_entropy, none": of_a_head(507, reduction="none"),
     "sum_squares": (
         lambda seed: draw(seed, (70_001,), (33, 17)),
