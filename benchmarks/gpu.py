@@ -2,13 +2,14 @@
 then each case checked against float64, then timed beside its peers.
 
     python benchmarks/gpu.py [ceilings adamw sum_squares cross_entropy linear_cross_entropy] [--machine NAME] [--quick]
-    [--device cpu] [--out FILE]
+    [--device cpu] [--out FILE] [--plans]
 
 benchmarks/gpu.sh runs it, after a build and the tests. Times are medians over repeats with the device's own clock
 (triton.testing.do_bench, which empties the L2 cache before each). Peers take part where they can be imported. Rows go
 to FILE (benchmarks/results/gpu.jsonl) as they come, with device and versions, and as a table to the output; a contender
 or a case that fails is a row with its error. Lines that begin with SHORT name what missed its goal or failed, and make
-the exit status 1. --device cpu and --quick only show that the script runs.
+the exit status 3. --plans: linear_cross_entropy in many ways of dividing its rows instead of beside its peers, to hold
+the model of linear_cross_entropy_plan.py to. --device cpu and --quick only show that the script runs.
 """
 
 import argparse
@@ -18,12 +19,14 @@ import statistics
 import time
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from fastft.ops import backends, cross_entropy, linear_cross_entropy, sum_squares
+from fastft.ops import backends, cross_entropy, linear_cross_entropy, linear_cross_entropy_chunks, sum_squares
 from fastft.ops.adamw import adamw
+from fastft.ops.linear_cross_entropy_plan import Plan
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 BF16, F32 = torch.bfloat16, torch.float32
@@ -38,13 +41,14 @@ HEADS = (  # rows, width, classes
 GOALS = {"adamw": 0.95, "sum_squares": 0.95, "cross_entropy": 0.85, "linear_cross_entropy": 0.85}  # of the ceiling
 PEERS = ("liger_kernel", "cut_cross_entropy", "quack", "apex", "transformer_engine", "bitsandbytes", "triton")
 DO_BENCH_MS = (25, 100)  # warm-up and repeats
+SHORT = 3  # exit status where something missed its goal or failed, and was said
 
 
 class Bench:
     """Where it runs, the ceilings measured there, and the rows found so far."""
 
-    def __init__(self, device: str, quick: bool, machine: str | None, out: Path):
-        self.device, self.quick, self.out = torch.device(device), quick, out
+    def __init__(self, device: str, quick: bool, machine: str | None, out: Path, plans: bool):
+        self.device, self.quick, self.out, self.plans = torch.device(device), quick, out, plans
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.run = {"date": time.strftime("%Y-%m-%d"), "device": machine or name, "versions": _versions()}
         self.copy_rate = self.gemm_rate = float("nan")  # bytes/s, flops/s
@@ -329,6 +333,10 @@ def _bench_head(b: Bench, case: dict, rows: int, width: int, vocab: int) -> None
     _check_linear(hidden, weight, target, plain)
     calls = {f"fastft {name}": ours(name) for name in names}
     _check_whole_gradients(calls, lambda: both(plain))
+    if b.plans:
+        calls |= {f"fastft, {plan}": _with_plan(plan, calls[f"fastft {names[0]}"]) for plan in _plans(rows, width)}
+        b.contenders(case, calls, flops=6.0 * rows * width * vocab, output_bytes=2 * width * (rows + vocab))
+        return
     # What the plan of chunks passed over, of either kind: is its model right?
     calls["fastft, all rows at once"] = ours(names[0], chunk_bytes=2**62)
     calls["fastft, 1 GiB of logits"] = ours(names[0], chunk_bytes=2**30)
@@ -340,6 +348,20 @@ def _bench_head(b: Bench, case: dict, rows: int, width: int, vocab: int) -> None
     if cce := importable("cut_cross_entropy"):
         calls["cut_cross_entropy"] = lambda: both(lambda h, w, y: cce.linear_cross_entropy(h, w, y))
     b.contenders(case, calls, flops=6.0 * rows * width * vocab, output_bytes=2 * width * (rows + vocab))
+
+
+def _plans(rows: int, width: int) -> list[Plan]:
+    sizes = [-(-rows // chunks // 128) * 128 for chunks in (1, 2, 3, 4, 5, 6, 8)]
+    last = max(sizes[1], rows - width)
+    return [Plan(size) for size in sizes] + ([Plan(last, parked=rows - last)] if last < rows else [])
+
+
+def _with_plan(plan: Plan, call):
+    def planned():
+        with mock.patch.object(linear_cross_entropy_chunks, "_plan", lambda *_: plan):
+            return call()
+
+    return planned
 
 
 def _check_linear(hidden, weight, target, plain) -> None:
@@ -412,13 +434,14 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--machine", help="how the record names the device")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--plans", action="store_true", help="many divisions of linear_cross_entropy's rows")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where rows are appended")
     parser.add_argument("--quick", action="store_true", help="small sizes, nothing recorded: does it run?")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(unknown)}; known: {', '.join(PARTS)}")
     torch.manual_seed(0)
-    bench = Bench(args.device, args.quick, args.machine, args.out)
+    bench = Bench(args.device, args.quick, args.machine, args.out, args.plans)
     ceilings(bench)
     for name, part in PARTS.items():
         if name != "ceilings" and (not args.parts or name in args.parts):
@@ -429,7 +452,7 @@ def main() -> None:
     print(table(bench.rows))
     if found := short(bench.rows) if not args.quick else [line for line in short(bench.rows) if "goal" not in line]:
         print("\n".join(found))
-        raise SystemExit(1)
+        raise SystemExit(SHORT)
 
 
 if __name__ == "__main__":

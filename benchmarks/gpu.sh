@@ -32,12 +32,13 @@ run_tests() {  # every op and backend on the GPU; what only a GPU can show is ma
 }
 
 kernels() {  # a process for each op: one that crashes takes no other's rows along
-  local status=0 op
-  for op in linear_cross_entropy:75 cross_entropy:60 adamw:25 sum_squares:15; do
-    timeout -k 5 "${op#*:}" "$PYTHON" benchmarks/gpu.py --out "$OUT/kernels.jsonl" "${op%:*}" || {
-      echo "SHORT ${op%:*}: ended with $? (124: ran past ${op#*:} s)"
-      status=1
-    }
+  local status=0 op code
+  for op in linear_cross_entropy:70 cross_entropy:55 adamw:35 sum_squares:18; do
+    timeout -k 5 "${op#*:}" "$PYTHON" benchmarks/gpu.py --out "$OUT/kernels.jsonl" "${op%:*}"
+    code=$?
+    [ $code -eq 0 ] || status=1
+    # 3: it has said itself what falls short
+    case $code in 0 | 3) ;; *) echo "SHORT ${op%:*}: ended with $code (124: ran past ${op#*:} s)" ;; esac
   done
   return $status
 }
