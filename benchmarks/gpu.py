@@ -2,12 +2,14 @@
 then each case checked against float64, then timed beside its peers.
 
     python benchmarks/gpu.py [ceilings adamw sum_squares cross_entropy linear_cross_entropy] [--machine NAME] [--quick]
-    [--device cpu]
+    [--device cpu] [--out FILE] [--plans]
 
 benchmarks/gpu.sh runs it, after a build and the tests. Times are medians over repeats with the device's own clock
-(triton.testing.do_bench, which empties the L2 cache before each). Peers take part where they can be imported; a peer
-that fails is named with its error. Rows go to benchmarks/results/gpu.jsonl with device and versions, and as a table to
-the output. --device cpu and --quick only show that the script runs.
+(triton.testing.do_bench, which empties the L2 cache before each). Peers take part where they can be imported. Rows go
+to FILE (benchmarks/results/gpu.jsonl) as they come, with device and versions, and as a table to the output; a contender
+or a case that fails is a row with its error. Lines that begin with SHORT name what missed its goal or failed, and make
+the exit status 3. --plans: linear_cross_entropy in many ways of dividing its rows instead of beside its peers, to hold
+the model of linear_cross_entropy_plan.py to. --device cpu and --quick only show that the script runs.
 """
 
 import argparse
@@ -17,33 +19,36 @@ import statistics
 import time
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from fastft.ops import backends, cross_entropy, linear_cross_entropy, sum_squares
+from fastft.ops import backends, cross_entropy, linear_cross_entropy, linear_cross_entropy_chunks, sum_squares
 from fastft.ops.adamw import adamw
+from fastft.ops.linear_cross_entropy_plan import Plan
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 BF16, F32 = torch.bfloat16, torch.float32
 LOGITS = ((8192, 32000), (8192, 50257), (4096, 128256), (4096, 151936), (2048, 256000))  # rows, classes
-HEADS = (
-    (8192, 768, 50257),
-    (8192, 896, 151936),
-    (8192, 4096, 32000),
+HEADS = (  # rows, width, classes
     (8192, 4096, 128256),
-    (8192, 3584, 152064),
     (8192, 2304, 256000),
+    (8192, 896, 151936),
+    (8192, 2048, 32000),
+    (8192, 768, 50257),
 )
+GOALS = {"adamw": 0.95, "sum_squares": 0.95, "cross_entropy": 0.85, "linear_cross_entropy": 0.85}  # of the ceiling
 PEERS = ("liger_kernel", "cut_cross_entropy", "quack", "apex", "transformer_engine", "bitsandbytes", "triton")
 DO_BENCH_MS = (25, 100)  # warm-up and repeats
+SHORT = 3  # exit status where something missed its goal or failed, and was said
 
 
 class Bench:
     """Where it runs, the ceilings measured there, and the rows found so far."""
 
-    def __init__(self, device: str, quick: bool, machine: str | None):
-        self.device, self.quick = torch.device(device), quick
+    def __init__(self, device: str, quick: bool, machine: str | None, out: Path, plans: bool):
+        self.device, self.quick, self.out, self.plans = torch.device(device), quick, out, plans
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.run = {"date": time.strftime("%Y-%m-%d"), "device": machine or name, "versions": _versions()}
         self.copy_rate = self.gemm_rate = float("nan")  # bytes/s, flops/s
@@ -75,29 +80,38 @@ class Bench:
         call()
         return torch.cuda.max_memory_allocated() - before
 
-    def contenders(self, case: dict, calls: dict, floor_bytes: float = 0.0, flops: float = 0.0) -> None:
-        """Times each call and records a row: against the first (ours) and the floor by the measured ceilings."""
+    def contenders(
+        self, case: dict, calls: dict, floor_bytes: float = 0.0, flops: float = 0.0, output_bytes: int = 0
+    ) -> None:
+        """Times each call and records a row: against the first (ours) and the floor by the measured ceilings.
+
+        output_bytes: of what a call returns, which beyond_mib leaves out.
+        """
         floor = max(floor_bytes / self.copy_rate, flops / self.gemm_rate) if floor_bytes or flops else float("nan")
-        ours = None
+        ours = float("nan")
         for name, call in calls.items():
             row = {**case, "contender": name}
             try:
                 call()
-                row["peak_mib"] = round(self.peak(call) / 2**20, 1)
+                peak = self.peak(call)
+                row |= {"peak_mib": round(peak / 2**20, 1), "beyond_mib": round((peak - output_bytes) / 2**20, 1)}
                 seconds = self.time(call)
             except Exception as error:
-                if ours is None:
-                    raise
-                self.add({**row, "error": f"{type(error).__name__}: {error}"[:200]})
+                self.failed(row, error)
                 continue
-            ours = ours or seconds
+            ours = seconds if ours != ours else ours
             self.add({**row, "ms": seconds * 1e3, "x_ours": seconds / ours, "of_ceiling": floor / seconds})
+
+    def failed(self, row: dict, error: BaseException) -> None:
+        self.add({"contender": "", **row, "error": f"{type(error).__name__}: {error}"[:300]})
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
         if not self.quick:
-            RESULTS.parent.mkdir(exist_ok=True)
-            with open(RESULTS, "a") as file:  # at once: a run that is cut off keeps what it has
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.out, "a") as file:  # at once: a run that is cut off keeps what it has
                 file.write(json.dumps({**self.run, **row}) + "\n")
 
 
@@ -293,33 +307,61 @@ def _check_cross_entropy(b: Bench, logits: torch.Tensor, target: torch.Tensor) -
 def bench_linear_cross_entropy(b: Bench) -> None:
     for rows, width, vocab in HEADS:
         rows, width, vocab = (13, 32, 997) if b.quick else (rows, width, vocab)
-        hidden = torch.randn(rows, width, device=b.device, dtype=BF16).requires_grad_()
-        weight = (torch.randn(vocab, width, device=b.device, dtype=BF16) / width**0.5).requires_grad_()
-        target = torch.randint(vocab, (rows,), device=b.device)
+        case = {"op": "linear_cross_entropy", "rows": rows, "width": width, "vocab": vocab}
+        try:
+            _bench_head(b, case, rows, width, vocab)
+        except (Exception, SystemExit) as error:
+            b.failed(case, error)
 
-        def both(loss_of, hidden=hidden, weight=weight, target=target):
-            return torch.autograd.grad(loss_of(hidden, weight, target), (hidden, weight))
 
-        def plain(h, w, y):
-            return F.cross_entropy(F.linear(h, w), y)
+def _bench_head(b: Bench, case: dict, rows: int, width: int, vocab: int) -> None:
+    """One head, in a function of its own: its tensors are freed before those of the next."""
+    hidden = torch.randn(rows, width, device=b.device, dtype=BF16).requires_grad_()
+    weight = (torch.randn(vocab, width, device=b.device, dtype=BF16) / width**0.5).requires_grad_()
+    target = torch.randint(vocab, (rows,), device=b.device)
 
-        _check_linear(hidden, weight, target, plain)
-        calls = {"fastft": lambda: both(linear_cross_entropy), "torch": lambda: both(plain)}
-        if hasattr(F, "linear_cross_entropy"):
-            calls["torch linear_cross_entropy"] = lambda: both(F.linear_cross_entropy)
-        if liger := importable("liger_kernel.transformers.functional"):
-            calls["liger"] = lambda: both(lambda h, w, y: liger.liger_fused_linear_cross_entropy(h, w, y))
-        if cce := importable("cut_cross_entropy"):
-            calls["cut_cross_entropy"] = lambda: both(lambda h, w, y: cce.linear_cross_entropy(h, w, y))
-        case = {
-            "op": "linear_cross_entropy",
-            "rows": rows,
-            "width": width,
-            "vocab": vocab,
-            "logits_mib": round(2 * rows * vocab / 2**20, 1),
-        }
-        b.contenders(case, calls, flops=6.0 * rows * width * vocab)
-        del hidden, weight, calls
+    def both(loss_of):
+        return torch.autograd.grad(loss_of(hidden, weight, target), (hidden, weight))
+
+    def plain(h, w, y):
+        return F.cross_entropy(F.linear(h, w), y)
+
+    def ours(name, **options):
+        return lambda: both(lambda h, w, y: linear_cross_entropy(h, w, y, backend=name, **options))
+
+    names = ours_on(b.device, "linear_cross_entropy")
+    _check_linear(hidden, weight, target, plain)
+    calls = {f"fastft {name}": ours(name) for name in names}
+    _check_whole_gradients(calls, lambda: both(plain))
+    if b.plans:
+        calls |= {f"fastft, {plan}": _with_plan(plan, calls[f"fastft {names[0]}"]) for plan in _plans(rows, width)}
+        b.contenders(case, calls, flops=6.0 * rows * width * vocab, output_bytes=2 * width * (rows + vocab))
+        return
+    # What the plan of chunks passed over, of either kind: is its model right?
+    calls["fastft, all rows at once"] = ours(names[0], chunk_bytes=2**62)
+    calls["fastft, 1 GiB of logits"] = ours(names[0], chunk_bytes=2**30)
+    calls["torch"] = lambda: both(plain)
+    if hasattr(F, "linear_cross_entropy"):
+        calls["torch linear_cross_entropy"] = lambda: both(F.linear_cross_entropy)
+    if liger := importable("liger_kernel.transformers.functional"):
+        calls["liger"] = lambda: both(lambda h, w, y: liger.liger_fused_linear_cross_entropy(h, w, y))
+    if cce := importable("cut_cross_entropy"):
+        calls["cut_cross_entropy"] = lambda: both(lambda h, w, y: cce.linear_cross_entropy(h, w, y))
+    b.contenders(case, calls, flops=6.0 * rows * width * vocab, output_bytes=2 * width * (rows + vocab))
+
+
+def _plans(rows: int, width: int) -> list[Plan]:
+    sizes = [-(-rows // chunks // 128) * 128 for chunks in (1, 2, 3, 4, 5, 6, 8)]
+    last = max(sizes[1], rows - width)
+    return [Plan(size) for size in sizes] + ([Plan(last, parked=rows - last)] if last < rows else [])
+
+
+def _with_plan(plan: Plan, call):
+    def planned():
+        with mock.patch.object(linear_cross_entropy_chunks, "_plan", lambda *_: plan):
+            return call()
+
+    return planned
 
 
 def _check_linear(hidden, weight, target, plain) -> None:
@@ -330,6 +372,16 @@ def _check_linear(hidden, weight, target, plain) -> None:
         loss_of(leaf, w.to(dtype), y).backward()
         found.append(leaf.grad)
     check("linear_cross_entropy", *found)
+
+
+def _check_whole_gradients(calls: dict, plain) -> None:
+    """All rows, divided as they will be timed: within bfloat16's noise of torch's own gradients."""
+    expected = plain()
+    for name, call in calls.items():
+        for what, got, other in zip(("hidden", "weight"), call(), expected, strict=True):
+            far = ((got.float() - other.float()).norm() / other.float().norm()).item()
+            if not far <= 0.02:
+                raise SystemExit(f"{name}: gradient of {what} is {far:.3g} of its size away from torch's; not timed")
 
 
 PARTS = {
@@ -355,10 +407,26 @@ def table(rows: list[dict]) -> str:
         figures = (
             row.get("error")
             or f"{row['ms']:9.3f} ms  {row['x_ours']:6.2f} x ours  {row['of_ceiling']:5.0%} of ceiling  "
-            f"{row['peak_mib']:9.1f} MiB"
+            f"{row['beyond_mib']:9.1f} MiB"
         )
         lines.append(f"{row['op']:<21}{case:<40}{row['contender']:<28}{figures}")
     return "\n".join(lines)
+
+
+def short(rows: list[dict]) -> list[str]:
+    """What failed, and where ours is further from the ceiling than its goal: a line each. Of our backends, the best."""
+    found, best = [], {}
+    for row in rows:
+        case = " ".join(str(row[k]) for k in ("op", "n", "rows", "width", "vocab", "dtype") if k in row)
+        who = row.get("contender", "")
+        if "error" in row and (not who or who.startswith("fastft")):
+            found.append(f"SHORT {case} {who}: {row['error']}")
+        elif who.startswith("fastft") and "," not in who and row["op"] in GOALS:
+            best[case, row["op"]] = max(best.get((case, row["op"]), 0.0), row["of_ceiling"])
+    for (case, op), share in best.items():
+        if share < GOALS[op]:
+            found.append(f"SHORT {case}: {share:.0%} of the ceiling, the goal is {GOALS[op]:.0%}")
+    return found
 
 
 def main() -> None:
@@ -366,17 +434,25 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--machine", help="how the record names the device")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--plans", action="store_true", help="many divisions of linear_cross_entropy's rows")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where rows are appended")
     parser.add_argument("--quick", action="store_true", help="small sizes, nothing recorded: does it run?")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(unknown)}; known: {', '.join(PARTS)}")
     torch.manual_seed(0)
-    bench = Bench(args.device, args.quick, args.machine)
+    bench = Bench(args.device, args.quick, args.machine, args.out, args.plans)
     ceilings(bench)
     for name, part in PARTS.items():
         if name != "ceilings" and (not args.parts or name in args.parts):
-            part(bench)
+            try:
+                part(bench)
+            except (Exception, SystemExit) as error:  # a wrong result ends its own part
+                bench.failed({"op": name}, error)
     print(table(bench.rows))
+    if found := short(bench.rows) if not args.quick else [line for line in short(bench.rows) if "goal" not in line]:
+        print("\n".join(found))
+        raise SystemExit(SHORT)
 
 
 if __name__ == "__main__":

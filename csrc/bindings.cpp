@@ -67,7 +67,7 @@ void adamw(int device, Address stream, const Addresses& params, const Addresses&
            const Addresses& steps, const std::vector<std::int64_t>& numels, const std::vector<std::int64_t>& offsets,
            int param_dtype, int grad_dtype, int param_store, int state_store, std::uint64_t seed, double lr,
            Address lr_ptr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
-           Address grad_scale, Address found_inf, int num_threads) {
+           Address grad_scale, Address found_inf, int num_threads, Address scratch) {
   check_device(device);
   const std::size_t count = params.size();
   const fastft::AdamWOptions options{dtype(param_dtype, "param_dtype"),
@@ -122,9 +122,10 @@ void adamw(int device, Address stream, const Addresses& params, const Addresses&
   py::gil_scoped_release release;
   if (device < 0) return fastft::adamw_cpu(tensors.data(), count, options, num_threads);
 #ifdef FASTFT_CUDA
-  fastft::adamw_cuda(tensors.data(), count, options, device, at<void>(stream));
+  fastft::adamw_cuda(tensors.data(), count, options, device, at<void>(stream), at<void>(scratch));
 #else
   (void)stream;
+  (void)scratch;
 #endif
 }
 
@@ -254,8 +255,9 @@ PYBIND11_MODULE(_C, m) {
         arg("max_exp_avg_sqs"), arg("copies"), arg("remainders"), arg("exp_avg_scales"), arg("exp_avg_sq_scales"),
         arg("steps"), arg("numels"), arg("offsets"), arg("param_dtype"), arg("grad_dtype"), arg("param_store"),
         arg("state_store"), arg("seed"), arg("lr"), arg("lr_ptr"), arg("beta1"), arg("beta2"), arg("eps"),
-        arg("weight_decay"), arg("decoupled"), arg("maximize"), arg("grad_scale"), arg("found_inf"),
-        arg("num_threads"));
+        arg("weight_decay"), arg("decoupled"), arg("maximize"), arg("grad_scale"), arg("found_inf"), arg("num_threads"),
+        arg("scratch") = Address{0});
+  m.attr("ADAMW_SCRATCH") = fastft::kAdamWScratch;
   m.def("cross_entropy", &cross_entropy, py::kw_only(), arg("device"), arg("stream"), arg("logits"), arg("dtype"),
         arg("rows"), arg("vocab"), arg("logits_stride"), arg("target"), arg("class_weight"), arg("token_weight"),
         arg("token_weight_stride"), arg("ignore_index"), arg("label_smoothing"), arg("z_loss"), arg("softcap"),

@@ -22,6 +22,8 @@ def cpu_features() -> dict[str, bool]:
 def cpu_path() -> str:
     """ "scalar", "avx2" or "avx512": the path in use. FASTFT_CPU forces one; ValueError when this CPU cannot run it."""
 
+ADAMW_SCRATCH: int
+
 def adamw(
     device: int,
     stream: int,
@@ -54,6 +56,7 @@ def adamw(
     grad_scale: int,  # float32 scalar, g *= *grad_scale, or 0
     found_inf: int,  # float32 scalar; when != 0 nothing at all is written (parameters, state, step), or 0
     num_threads: int,
+    scratch: int = 0,  # ADAMW_SCRATCH bytes of device memory per tensor: for a call captured into a CUDA graph
 ) -> None:
     """One AdamW step over a list of contiguous tensors.
 

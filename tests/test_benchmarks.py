@@ -1,7 +1,8 @@
 """The scripts that need a machine of their own do run: small, on the CPU."""
 
-import subprocess
 import sys
+
+import pytest
 
 import launch
 
@@ -27,7 +28,25 @@ def test_gpu_script_runs_without_one():
     assert process.returncode == 0, output[-3000:]
     for expected in ("GB/s, bf16 GEMM", "adamw ", "torch fused", "sum_squares ", "linear_cross_entropy ", "x ours"):
         assert expected in output
-    subprocess.run(["bash", "-n", ROOT / "benchmarks" / "gpu.sh"], check=True)
+
+
+def test_small_cases_for_the_sanitizer_run_without_it():
+    process = launch.start([sys.executable, "benchmarks/gpu_small.py", "--device", "cpu"], cwd=ROOT)
+    output = launch.finish(process, 120)
+    assert process.returncode == 0 and "optimizers done" in output, output[-3000:]
+
+
+def test_gpu_parts_go_on_after_one_that_fails(tmp_path):
+    """Without a GPU the build fails; the part after it runs, and what fell short comes last."""
+    variables = {"OUT": str(tmp_path), "PYTHON": sys.executable}
+    process = launch.start(["bash", ROOT / "benchmarks" / "gpu.sh", "build", "no-such-part", "sanitize"], variables)
+    output = launch.finish(process, 120)
+    if "Torch not compiled with CUDA" not in output and "NVIDIA" not in output:
+        pytest.skip("there is a GPU here")
+    assert process.returncode == 1
+    assert "== sanitize: status" in output
+    last = output.partition("== short\n")[2].splitlines()
+    assert "build: ended with 1" in last and "no-such-part: there is no such part" in last
 
 
 def test_resource_report_is_read():

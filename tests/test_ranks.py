@@ -91,3 +91,33 @@ def test_a_rank_says_whom_it_waits_for(lm_config, tmp_path):
     finally:
         launch.kill_group(process)
         process.wait()
+
+
+ON_CPU_BESIDE_A_GPU = """
+import os
+import sys
+from unittest import mock
+
+import torch
+
+os.environ.pop("DS_ACCELERATOR", None)
+with mock.patch("torch.cuda.is_available", lambda: True), mock.patch("torch.cuda.device_count", lambda: 1):
+    import fastft.train.loop  # it imports DeepSpeed, which looks for an accelerator now and never again
+
+    from deepspeed.accelerator import get_accelerator
+
+    assert get_accelerator().device_name() == "cuda"
+from fastft import config as configuration
+
+fastft.train.loop.train(configuration.load(sys.argv[1]))
+assert get_accelerator().device_name() == "cpu"
+print("trained")
+"""
+
+
+def test_on_the_cpu_of_a_machine_with_a_gpu(tmp_path, lm_config):
+    """run.device: cpu holds for DeepSpeed's engine too, which chose the GPU before it could know."""
+    config = launch.write_config(tmp_path / "config.yaml", {**lm_config, "train": {"steps": 1}})
+    process = launch.start_python(["-c", ON_CPU_BESIDE_A_GPU, config], {})
+    output = launch.finish(process, 120)
+    assert process.returncode == 0 and "trained" in output, output[-4000:]

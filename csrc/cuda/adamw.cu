@@ -259,36 +259,70 @@ __global__ void __launch_bounds__(kThreads, 2) adamw_kernel(const Entry* table, 
   }
 }
 
-// The table on the device, one per (device, stream): work on one stream is ordered, so a new table cannot overtake the
-// kernels that read the old one. It is copied only when it changed: then a step is two launches, and it can be captured
-// into a CUDA graph after one eager step with the same tensors. A changed table under capture is a copy from pageable
-// memory, which the capture refuses or, worse, replays from freed memory; the caller has to warm up first.
+// Entries as a kernel's parameters: written by the launch itself, with no copy from host memory that a CUDA graph would
+// have to keep. 4 KB is what every driver takes as parameters.
+constexpr int kPiece = 36;
+struct Piece {
+  Entry at[kPiece];
+  int count;
+};
+static_assert(sizeof(Piece) + sizeof(Entry*) <= 4096, "a launch takes 4 KB of parameters");
+
+__global__ void fill(const __grid_constant__ Piece piece, Entry* table) {
+  const int i = threadIdx.x;
+  if (i < piece.count) table[i] = piece.at[i];
+}
+
+// The table on the device.
 struct Table {
-  std::vector<Entry> host;
   Entry* entries = nullptr;
   Factors* factors = nullptr;
+};
+static_assert(sizeof(Entry) + sizeof(Factors) == kAdamWScratch && alignof(Entry) <= 8,
+              "what a caller gives per tensor");
+
+// One per (device, stream): work on one stream is ordered, so a new table cannot overtake the kernels that read the old
+// one. It is copied only when it changed: then a step is two launches.
+struct Kept {
+  Table table;
+  std::vector<Entry> host;
   std::size_t capacity = 0;
 };
 
-const Table& upload(std::vector<Entry>&& entries, int device, cudaStream_t stream) {
-  static std::map<std::pair<int, cudaStream_t>, Table>
+Table kept(std::vector<Entry>&& entries, int device, cudaStream_t stream) {
+  static std::map<std::pair<int, cudaStream_t>, Kept>
       tables;  // never freed: CUDA may be gone before static destructors run
-  Table& t = tables[{device, stream}];
+  Kept& k = tables[{device, stream}];
   const std::size_t bytes = entries.size() * sizeof(Entry);
-  if (t.host.size() == entries.size() && std::memcmp(t.host.data(), entries.data(), bytes) == 0) return t;
-  if (t.capacity < entries.size()) {
+  if (k.host.size() == entries.size() && std::memcmp(k.host.data(), entries.data(), bytes) == 0) return k.table;
+  if (k.capacity < entries.size()) {
     check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-    check(cudaFree(t.entries), "cudaFree");
-    check(cudaFree(t.factors), "cudaFree");
-    t = Table{};
-    check(cudaMalloc(&t.entries, bytes), "cudaMalloc of the AdamW tensor table");
-    check(cudaMalloc(&t.factors, entries.size() * sizeof(Factors)), "cudaMalloc of the AdamW factors");
-    t.capacity = entries.size();
+    check(cudaFree(k.table.entries), "cudaFree");
+    check(cudaFree(k.table.factors), "cudaFree");
+    k = Kept{};
+    check(cudaMalloc(&k.table.entries, bytes), "cudaMalloc of the AdamW tensor table");
+    check(cudaMalloc(&k.table.factors, entries.size() * sizeof(Factors)), "cudaMalloc of the AdamW factors");
+    k.capacity = entries.size();
   }
-  t.host.clear();  // if the copy fails, the next call copies again
+  k.host.clear();  // if the copy fails, the next call copies again
   // From pageable memory: returns once the source has been staged, so the vector may change after this.
-  check(cudaMemcpyAsync(t.entries, entries.data(), bytes, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
-  t.host = std::move(entries);
+  check(cudaMemcpyAsync(k.table.entries, entries.data(), bytes, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
+  k.host = std::move(entries);
+  return k.table;
+}
+
+// In memory of the caller's: under capture, where allocating and waiting are forbidden. Written anew by every replay,
+// so the graph needs nothing that lives outside it but the caller's memory.
+Table written(const std::vector<Entry>& entries, void* scratch, cudaStream_t stream) {
+  Table t;
+  t.entries = static_cast<Entry*>(scratch);
+  t.factors = reinterpret_cast<Factors*>(t.entries + entries.size());
+  for (std::size_t from = 0; from < entries.size(); from += kPiece) {
+    Piece piece{};
+    piece.count = static_cast<int>(entries.size() - from < kPiece ? entries.size() - from : kPiece);
+    std::memcpy(piece.at, entries.data() + from, static_cast<std::size_t>(piece.count) * sizeof(Entry));
+    launch(fill, 1, 64, 1, stream, "AdamW table kernel", piece, t.entries + from);
+  }
   return t;
 }
 
@@ -312,7 +346,8 @@ Kernel pick(const AdamWOptions& o) { return o.grad_dtype == DType::f32 ? pick_pa
 
 }  // namespace
 
-void adamw_cuda(const AdamWTensor* tensors, std::size_t count, const AdamWOptions& options, int device, void* stream) {
+void adamw_cuda(const AdamWTensor* tensors, std::size_t count, const AdamWOptions& options, int device, void* stream,
+                void* scratch) {
   if (count == 0) return;
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   const DeviceGuard guard(device);
@@ -328,7 +363,7 @@ void adamw_cuda(const AdamWTensor* tensors, std::size_t count, const AdamWOption
   }
   if (chunks > 2147483647) throw std::invalid_argument("AdamW: more than 1.7e13 elements in one call");
   const int n = static_cast<int>(count);
-  const Table& table = upload(std::move(entries), device, s);
+  const Table table = scratch != nullptr ? written(entries, scratch, s) : kept(std::move(entries), device, s);
   launch(prepare, (n + 127) / 128, 128, 1, s, "AdamW prepare kernel", table.entries, n, options, table.factors);
   if (chunks == 0) return;
   launch(pick(options), static_cast<int>(chunks), kThreads, 1, s, "AdamW kernel", table.entries, n, table.factors);

@@ -18,7 +18,6 @@ from fastft.ops.cross_entropy_common import (
     CUDA,
     NOTHING,
     LossOptions,
-    any_bad,
     bad_row_op,
     bad_target,
     compute_dtype,
@@ -117,16 +116,16 @@ def cross_entropy(
 
 def _reference(rows, target, weight, token_weight, scale, options, reduction, return_lse) -> tuple[Tensor, Tensor]:
     """The reference, through torch's own autograd."""
-    ignore_index = options[0]
-    if transformed(rows, target):  # whose rules a custom op does not have
-        bad = any_bad(target, ignore_index, rows.shape[1])
-    else:
-        bad = bad_row_op(target, ignore_index, rows.shape[1]) >= 0
+    ignore_index, vocab = options[0], rows.shape[1]
+    bad = cross_entropy_reference.is_bad(target, ignore_index, vocab)  # (N,)
+    if not transformed(rows, target):  # whose rules a custom op does not have
+        bad = bad & (bad_row_op(target, ignore_index, vocab) >= 0)  # used, or a compiler would leave the op out
     loss = cross_entropy_reference.loss_per_row(rows, target, weight, token_weight, *options)
+    loss = torch.where(bad, math.nan, loss)
     lse = cross_entropy_reference.logsumexp(rows.detach(), *options[3:]) if return_lse else loss.new_empty(0)
     if reduction != "none":
         loss = loss.sum() if scale is None else loss.sum() * scale
-    return torch.where(bad, math.nan, loss), lse
+    return loss, lse
 
 
 _LOAD_REFERENCE: dict[str, Callable[[], Callable]] = {

@@ -28,11 +28,6 @@ class LossOptions(TypedDict, total=False):
     backend: str | None
 
 
-def any_bad(target: Tensor, ignore_index: int, vocab: int) -> Tensor:
-    """0-dim bool: whether a target is out of range; by torch's own operators, for transforms."""
-    return ((target != ignore_index) & ((target < 0) | (target >= vocab))).any()
-
-
 def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 

@@ -19,14 +19,13 @@ from fastft.ops.cross_entropy_common import (
     CUDA,
     NOTHING,
     LossOptions,
-    any_bad,
     bad_row_op,
     compute_dtype,
     inverse_denominator,
     scaled_gradient,
     sum_rows,
 )
-from fastft.ops.cross_entropy_reference import logsumexp
+from fastft.ops.cross_entropy_reference import is_bad, logsumexp
 from fastft.ops.linear_cross_entropy_check import autocast, check
 from fastft.ops.transforms import transformed
 
@@ -78,9 +77,10 @@ def linear_cross_entropy(
                   2106.09685) on this layer hidden2 = scale * dropout(hidden) A^T and weight2 = B, and neither W + scale
                   B A nor its gradient is ever made.
     class_weight  (V,) floating: torch's `weight` of each class.
-    chunk_bytes   most bytes of logits at a time, at least one row; default 128 MiB but at least 512 rows on the CPU, 1
-                  GiB on CUDA; and all rows at once where that takes less than a chunk and the float32 sum of weight's
-                  gradient, which only chunks need.
+    chunk_bytes   most bytes of logits at a time, at least one row. Default on the CPU: 128 MiB but at least 512 rows,
+                  and all rows at once where that takes less than a chunk and the float32 sum of weight's gradient,
+                  which only chunks need. On CUDA: what the model of time and memory in linear_cross_entropy_plan.py
+                  finds, with up to 2.5 GiB for logits and that sum.
     Everything else is as in `fastft.ops.cross_entropy`, which also says what the terms of the loss are.
 
     Returns the loss in float32 (float64 for float64 weights): 0-dim, or target's shape for "none"; with return_lse also
@@ -135,18 +135,18 @@ def linear_cross_entropy(
 def _reference(tensors, labels, scale, options, reduction, return_lse) -> tuple[Tensor, Tensor]:
     """The reference, through torch's own autograd."""
     target, vocab = labels[0], tensors[1].shape[0]
-    if transformed(*tensors, target):  # whose rules a custom op does not have
-        bad = any_bad(target, options[0], vocab)
-    else:
-        bad = bad_row_op(target, options[0], vocab) >= 0
+    bad = is_bad(target, options[0], vocab)  # (N,)
+    if not transformed(*tensors, target):  # whose rules a custom op does not have
+        bad = bad & (bad_row_op(target, options[0], vocab) >= 0)  # used, or a compiler would leave the op out
     loss = backends.implementation(OP, "reference")(*tensors, *labels, *options)
+    loss = torch.where(bad, math.nan, loss)
     lse = loss.new_empty(0)
     if return_lse:
         with torch.no_grad():
             lse = logsumexp(linear_cross_entropy_reference.logits(*tensors), *options[3:])
     if reduction != "none":
         loss = loss.sum() if scale is None else loss.sum() * scale
-    return torch.where(bad, math.nan, loss), lse
+    return loss, lse
 
 
 def _outputs(hidden: Tensor, want_lse: bool) -> tuple[Tensor, Tensor]:

@@ -130,6 +130,10 @@ def adamw(
         exp_avg_sq_scales,
         steps,
     )
+    captured = {}
+    if device >= 0 and torch.cuda.is_current_stream_capturing():  # where the module cannot keep a table of its own
+        memory = torch.empty(len(params) * module().ADAMW_SCRATCH, dtype=torch.uint8, device=params[0].device)
+        captured["scratch"] = memory.data_ptr()
     module().adamw(
         device,
         stream,
@@ -152,6 +156,7 @@ def adamw(
         _address(grad_scale),
         _address(found_inf),
         torch.get_num_threads(),
+        **captured,
     )
 
 

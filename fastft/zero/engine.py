@@ -52,8 +52,11 @@ def start_process_group() -> None:
     # DeepSpeed would compile a shared-memory all-reduce here (a compiler, half a minute) that only its inference path
     # calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    if on_cpu:
+        _accelerate_with_cpu()
     if not torch.distributed.is_initialized():
-        backend = "gloo" if os.environ.get("DS_ACCELERATOR") == "cpu" else "nccl"
+        backend = "gloo" if on_cpu else "nccl"
         with _said_while_waiting():
             try:
                 deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
@@ -65,6 +68,19 @@ def start_process_group() -> None:
                     f"{where}: the port is taken by another process.",
                     "Choose another port (MASTER_PORT, --master-port).",
                 ) from None
+
+
+def _accelerate_with_cpu() -> None:
+    """Have DeepSpeed use the CPU also where it has seen a GPU.
+
+    It chooses once, when it is first imported, which is before a configuration is read; DS_ACCELERATOR then comes too
+    late, and its engine would take the model to the GPU while the batches stay behind.
+    """
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        set_accelerator(CPU_Accelerator())
 
 
 @contextmanager

@@ -174,7 +174,8 @@ def test_leading_dimensions_and_lse(backend):
     torch.testing.assert_close(lse, torch.logsumexp(2.0 * torch.tanh(logits / 2.0), -1).detach())
     mean, lse_again = cross_entropy(logits, target, return_lse=True, softcap=2.0, backend=backend)
     assert mean.ndim == 0 and not lse_again.requires_grad
-    torch.testing.assert_close(lse_again, lse, rtol=0, atol=0)
+    # Not the same bits: on a GPU the kernel that computes the gradient too adds up in another order.
+    torch.testing.assert_close(lse_again, lse, rtol=3e-7, atol=3e-7)
     torch.testing.assert_close(mean, loss.mean())
 
 

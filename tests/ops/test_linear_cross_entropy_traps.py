@@ -205,6 +205,7 @@ def _spy_module(seen):
 
     class Spy:
         F32, BF16 = _C.F32, _C.BF16
+        build_info = staticmethod(_C.build_info)  # asked on a GPU whether this build has kernels for it
 
         @staticmethod
         def cross_entropy(**kwargs):

@@ -53,7 +53,12 @@ struct AdamWOptions {
 
 void adamw_cpu(const AdamWTensor* tensors, std::size_t count, const AdamWOptions& options, int num_threads);
 
-// Scalars (steps, lr_ptr, grad_scale, found_inf) are device memory here. stream is a cudaStream_t.
-void adamw_cuda(const AdamWTensor* tensors, std::size_t count, const AdamWOptions& options, int device, void* stream);
+constexpr std::size_t kAdamWScratch = 152;  // bytes of device memory that adamw_cuda wants per tensor
+
+// Scalars (steps, lr_ptr, grad_scale, found_inf) are device memory here. stream is a cudaStream_t. scratch: count *
+// kAdamWScratch bytes of device memory, 8-byte aligned, for a call that is captured into a CUDA graph, where nothing
+// can be allocated; null otherwise.
+void adamw_cuda(const AdamWTensor* tensors, std::size_t count, const AdamWOptions& options, int device, void* stream,
+                void* scratch);
 
 }  // namespace fastft
