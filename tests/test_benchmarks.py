@@ -30,6 +30,15 @@ def test_gpu_script_runs_without_one():
     subprocess.run(["bash", "-n", ROOT / "benchmarks" / "gpu.sh"], check=True)
 
 
+def test_cross_entropy_variants_run_without_a_gpu():
+    process = launch.start(
+        [sys.executable, "benchmarks/ce_variants.py", "--quick", "--device", "cpu", "--vocabs", "997"], cwd=ROOT
+    )
+    output = launch.finish(process, 120)
+    assert process.returncode == 0, output[-3000:]
+    assert "variant 0 forward" in output and "contender=torch" in output and "WRONG" not in output, output
+
+
 def test_resource_report_is_read():
     import importlib.util
 
