@@ -265,6 +265,7 @@ FASTFT_DEVICE void compute(const Args& a, const Shared& m, Rows rows, int rank, 
       at = at + 1 == S::slots ? 0 : at + 1;
       phase ^= at == 0;
     };
+#pragma unroll 1
     for (int k = 0; k < whole; ++k) {
       barrier_wait(&m.full[at], phase);
       add_packs<T, S::packs, S::lanes, SMOOTH, CAP>(mine + at * S::slot_bytes, sums, u);
@@ -327,6 +328,7 @@ FASTFT_DEVICE void compute(const Args& a, const Shared& m, Rows rows, int rank, 
       slot = slot + 1 == S::slots ? 0 : slot + 1;
     };
     if (y < 0) {  // not counted, read for its lse: zeros, also where logits are NaN
+#pragma unroll 1
       for (int k = 0; k < whole + (rest > 0); ++k) {
         for (int j = 0; j < S::packs; ++j) {
           reinterpret_cast<uint4*>(mine + slot * S::slot_bytes)[j * S::lanes] = uint4{0, 0, 0, 0};
@@ -335,6 +337,7 @@ FASTFT_DEVICE void compute(const Args& a, const Shared& m, Rows rows, int rank, 
       }
       continue;
     }
+#pragma unroll 1
     for (int k = 0; k < whole; ++k) {
       to_gradients<T, S::packs, S::lanes, SMOOTH, CAP>(mine + slot * S::slot_bytes, g, u);
       hand_over(k);
