@@ -5,9 +5,9 @@
 Compiles csrc/cuda/cross_entropy_bulk.cu for sm_90 and sm_100 and disassembles it. For each kernel, of the two loops
 over a row's slots (phase A: sums, phase B: gradients): instructions a logit, accesses to global memory and block
 barriers (none: bulk copies do that), of A the 16-byte loads from shared memory before the first use; and registers,
-bytes of spills, and the places that start a bulk copy. machine_code.json has them with the compiler's version: that compiler has to give
-them again (exit status 1), another one is only told about. --write makes the table anew; read the difference before
-you commit it.
+bytes of spills, and the places that start a bulk copy. machine_code.json has them with the compiler's version: that
+compiler has to give them again (exit status 1), another one is only told about. --write makes the table anew; read the
+difference before you commit it.
 
 Needs nvcc (CUDACXX or PATH) and nvdisasm (PATH, or the one in the triton package); without them it says so and exits 0,
 or 1 when FASTFT_REQUIRE_NVCC=1.

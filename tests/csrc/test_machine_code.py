@@ -26,9 +26,9 @@ def test_committed_machine_code_is_lean():
     assert len(kernels) == 24
     for name, row in kernels.items():
         assert row["spills"] == row["global"] == row["block barriers"] == 0, name
-        assert row["loads ahead"] == 4 and row["bulk copies"] >= 3, name
+        assert row["bulk copies"] >= 3, name
         if "softcap" not in name:
-            assert row["A"] + row["B"] < 15, name
+            assert row["loads ahead"] == 4 and row["A"] + row["B"] < 15, name
 
 
 def test_loads_ahead_are_counted():
