@@ -186,79 +186,103 @@ FASTFT_DEVICE void merge_lanes(RowSums& s, const Units& u) {
   s.top = top;
 }
 
-// Sums of all warps of the cluster, merged by each of them in the same order. Two inboxes are enough: who sends for the
-// row after next has heard of the next row from everyone, and so everyone has read this row's inbox.
-template <int WARPS, bool SMOOTH>
-FASTFT_DEVICE void exchange(RowSums& s, const Shared& m, unsigned turn, int rank, int ranks, int warp, int lane,
-                            const Units& u) {
-  using S = Shape<WARPS, SMOOTH>;
-  merge_lanes<SMOOTH>(s, u);
-  const int where = rank * WARPS + warp;
-  float* const box = m.inbox + turn % 2 * S::inbox;
-  float* const totals = box + ranks * WARPS * 2;
-  std::uint64_t* const arrived = &m.exchanged[turn % 2];
-  if (warp == 0 && lane == 0) barrier_expect(arrived, ranks * WARPS * S::fields * 4);
-  if (lane < ranks) {
-    send(lane, box + where * 2, s.top, s.sum, arrived);
-    if (SMOOTH) send(lane, totals + where, s.total, arrived);
-  }
-  barrier_wait_cluster(arrived, turn / 2 % 2);
-  s = {-INFINITY, 0.0f, 0.0f};
-#pragma unroll 1
-  for (int k = lane; k < ranks * WARPS; k += 32) {
-    const float top = max_nan(s.top, box[k * 2]), from = finite_or_zero(top);
-    s.sum = s.sum * exp_below(s.top, from, u) + box[k * 2 + 1] * exp_below(box[k * 2], from, u);
-    if (SMOOTH) s.total += totals[k];
-    s.top = top;
-  }
-  merge_lanes<SMOOTH>(s, u);
-}
-
-// The warps that compute.
+// A thread of the warps that compute.
 template <class T, int WARPS, bool SMOOTH, bool CAP>
-FASTFT_DEVICE void compute(const Args& a, const Shared& m, Rows rows, int rank, int ranks, int warp, int lane) {
+struct Computing {
   using S = Shape<WARPS, SMOOTH>;
-  constexpr int width = 16 / sizeof(T);
-  const Units u = units(a.logit_scale, a.softcap, CAP);
-  const bool forward = a.grad == nullptr, first_warp = rank == 0 && warp == 0, first = first_warp && lane == 0;
-  const int me = warp * 32 + lane;
-  unsigned char* const mine = m.ring + me * 16;
-  int slot = 0, y;  // where the row begins in the ring
+  static constexpr int width = 16 / sizeof(T);
+
+  const Args& a;
+  const Shared& m;
+  const Units u;
+  const int rank, ranks, warp, lane;
+  const bool first_warp;  // of the cluster: it has the edges
+  int slot = 0;           // where the row begins in the ring, later where its gradients begin
   unsigned phase = 0, turn = 0;
-  std::int64_t row;
-  while (rows.next(a, lane, row, y)) {
-    const Slice s = slice_of<T>(a, row, rank);
-    const T* const from = static_cast<const T*>(a.logits) + row * a.logits_stride;
-    T* const grad = static_cast<T*>(a.grad) + row * a.grad_stride;
+
+  // One row's
+  Slice s{};
+  int whole = 0, rest = 0;  // full slots, packs of the last one
+  int edge = -1;            // an element at an end of the row, or -1
+  int target_slot = -1,
+      target_at = 0;  // of this row's slots, in the slot: where the target's gradient goes, if it is here
+  float edge_x = 0.0f, target_x = 0.0f;
+
+  FASTFT_DEVICE Computing(const Args& args, const Shared& shared, int rank_, int ranks_, int warp_, int lane_)
+      : a(args),
+        m(shared),
+        u(units(args.logit_scale, args.softcap, CAP)),
+        rank(rank_),
+        ranks(ranks_),
+        warp(warp_),
+        lane(lane_),
+        first_warp(rank_ == 0 && warp_ == 0) {}
+
+  FASTFT_DEVICE bool forward() const { return a.grad == nullptr; }
+  FASTFT_DEVICE bool first() const { return first_warp && lane == 0; }  // the one that writes what a row has once
+  FASTFT_DEVICE int me() const { return warp * 32 + lane; }
+  FASTFT_DEVICE unsigned char* packs_of(int at) const { return m.ring + at * S::slot_bytes + me() * 16; }
+
+  FASTFT_DEVICE void row(std::int64_t i, int y) {
+    s = slice_of<T>(a, i, rank);
+    const T* const logits = static_cast<const T*>(a.logits) + i * a.logits_stride;
+    T* const grad = static_cast<T*>(a.grad) + i * a.grad_stride;
     // Lanes 0-7 of the first warp have the head, 8-15 the tail.
-    int edge = -1;
+    edge = -1;
     if (first_warp && lane < 8 && lane < s.head) edge = lane;
     if (first_warp && lane >= 8 && lane - 8 < s.tail) edge = a.vocab - s.tail + lane - 8;
-    if (y < 0 && first) {
-      if (a.loss != nullptr) a.loss[row] = y == Rows::kIgnored ? 0.0f : NAN;
-      if (y == Rows::kBad && a.bad_row != nullptr) atomic_min(a.bad_row, row);
+    if (y < 0 && first()) {
+      if (a.loss != nullptr) a.loss[i] = y == Rows::kIgnored ? 0.0f : NAN;
+      if (y == Rows::kBad && a.bad_row != nullptr) atomic_min(a.bad_row, i);
     }
     if (!is_read(a, y)) {
-      if (forward) continue;
-      uint4* const to = reinterpret_cast<uint4*>(grad + s.head + static_cast<std::int64_t>(s.begin) * width);
-      for (int k = me; k < s.packs; k += S::lanes) to[k] = uint4{0, 0, 0, 0};
-      if (edge >= 0) grad[edge] = T{};
-      continue;
+      if (!forward()) write_zeros(grad);
+      return;
     }
     // Needed after the packs: time to arrive.
     T edge_raw{}, target_raw{};
-    if (edge >= 0) edge_raw = from[edge];
-    if (forward && first && y >= 0) target_raw = from[y];
-    const float token = a.token_weight != nullptr ? a.token_weight[row * a.token_weight_stride] : 1.0f;
-    const float scale = a.grad_scale != nullptr ? a.grad_scale[row * a.grad_scale_stride] : 1.0f;
+    if (edge >= 0) edge_raw = logits[edge];
+    if (forward() && first() && y >= 0) target_raw = logits[y];
+    const float token = a.token_weight != nullptr ? a.token_weight[i * a.token_weight_stride] : 1.0f;
+    const float scale = a.grad_scale != nullptr ? a.grad_scale[i * a.grad_scale_stride] : 1.0f;
     const float w_y = !SMOOTH && a.class_weight != nullptr && y >= 0 ? a.class_weight[y] : 1.0f;
-    const int whole = s.packs / S::slot_packs, rest = s.packs % S::slot_packs;
+    whole = s.packs / S::slot_packs;
+    rest = s.packs % S::slot_packs;
 
-    // ---- phase A
     RowSums sums{-INFINITY, 0.0f, 0.0f};
+    const int end = add_slots(sums);
+    edge_x = cap<CAP>(Words<T>::to_float(edge_raw), u);
+    if (edge >= 0) add_one(sums, edge_x, u);
+    target_x = forward() ? cap<CAP>(Words<T>::to_float(target_raw), u) : edge_x;
+    find_target(y);
+
+    exchange(sums);
+    T of_target{};
+    const Gradient g = finish(i, y, sums, token, scale, w_y, of_target);
+    if (forward()) {
+      slot = end;
+      return;
+    }
+    if (edge >= 0) {
+      const T d = edge == y ? of_target : Words<T>::from_float(one_gradient<CAP>(edge_x, false, g, u));
+      grad[edge] = y < 0 ? T{} : d;
+    }
+    if (y < 0) zero_slots();
+    else write_slots(g, of_target);
+  }
+
+  // A row whose logits are not even read
+  FASTFT_DEVICE void write_zeros(T* grad) const {
+    uint4* const to = reinterpret_cast<uint4*>(grad + s.head + static_cast<std::int64_t>(s.begin) * width);
+    for (int k = me(); k < s.packs; k += S::lanes) to[k] = uint4{0, 0, 0, 0};
+    if (edge >= 0) grad[edge] = T{};
+  }
+
+  // Phase A. Returns the slot after the row's last.
+  FASTFT_DEVICE int add_slots(RowSums& sums) {
     int at = slot;
-    const auto read = [&] {  // on to the next slot
-      if (forward) {
+    const auto next = [&] {
+      if (forward()) {
         sync_warp();
         if (lane == 0) barrier_arrive(&m.done[at]);
       }
@@ -268,89 +292,111 @@ FASTFT_DEVICE void compute(const Args& a, const Shared& m, Rows rows, int rank, 
 #pragma unroll 1
     for (int k = 0; k < whole; ++k) {
       barrier_wait(&m.full[at], phase);
-      add_packs<T, S::packs, S::lanes, SMOOTH, CAP>(mine + at * S::slot_bytes, sums, u);
-      read();
+      add_packs<T, S::packs, S::lanes, SMOOTH, CAP>(packs_of(at), sums, u);
+      next();
     }
     if (rest > 0) {
       barrier_wait(&m.full[at], phase);
 #pragma unroll 1
-      for (int k = 0; k < rest - me; k += S::lanes) {
-        add_packs<T, 1, S::lanes, SMOOTH, CAP>(mine + at * S::slot_bytes + k * 16, sums, u);
+      for (int k = 0; k < rest - me(); k += S::lanes) {
+        add_packs<T, 1, S::lanes, SMOOTH, CAP>(packs_of(at) + k * 16, sums, u);
       }
-      read();
+      next();
     }
-    const float edge_x = cap<CAP>(Words<T>::to_float(edge_raw), u);
-    if (edge >= 0) add_one(sums, edge_x, u);
-    // The target's thread keeps its logit before it is overwritten, and the place where its gradient goes.
+    return at;
+  }
+
+  // The thread that has the target among its packs keeps its logit before it is overwritten.
+  FASTFT_DEVICE void find_target(int y) {
     const int in_packs = y - s.head - s.begin * width, pack = in_packs / width;
-    const bool inside = !forward && y >= 0 && in_packs >= 0 && pack < s.packs && pack % S::lanes == me;
-    const int fix_slot = inside ? pack / S::slot_packs : -1, fix_at = in_packs % (S::slot_packs * width);
-    float x_y = forward ? cap<CAP>(Words<T>::to_float(target_raw), u) : edge_x;
-    if (inside) {
-      const int k = slot + fix_slot < S::slots ? slot + fix_slot : slot + fix_slot - S::slots;
-      x_y = cap<CAP>(Words<T>::to_float(reinterpret_cast<const T*>(m.ring + k * S::slot_bytes)[fix_at]), u);
+    const bool here = !forward() && y >= 0 && in_packs >= 0 && pack < s.packs && pack % S::lanes == me();
+    target_slot = here ? pack / S::slot_packs : -1;
+    target_at = in_packs % (S::slot_packs * width);
+    if (here) {
+      const int k = slot + target_slot < S::slots ? slot + target_slot : slot + target_slot - S::slots;
+      target_x = cap<CAP>(Words<T>::to_float(reinterpret_cast<const T*>(m.ring + k * S::slot_bytes)[target_at]), u);
     }
+  }
 
-    exchange<WARPS, SMOOTH>(sums, m, turn++, rank, ranks, warp, lane, u);
+  // Sums of all warps of the cluster, merged by each of them in the same order. Two inboxes are enough: who sends for
+  // the row after next has heard of the next row from everyone, and so everyone has read this row's inbox.
+  FASTFT_DEVICE void exchange(RowSums& sums) {
+    merge_lanes<SMOOTH>(sums, u);
+    const int where = rank * WARPS + warp;
+    float* const box = m.inbox + turn % 2 * S::inbox;
+    float* const totals = box + ranks * WARPS * 2;
+    std::uint64_t* const arrived = &m.exchanged[turn % 2];
+    if (me() == 0) barrier_expect(arrived, ranks * WARPS * S::fields * 4);
+    if (lane < ranks) {
+      send(lane, box + where * 2, sums.top, sums.sum, arrived);
+      if (SMOOTH) send(lane, totals + where, sums.total, arrived);
+    }
+    barrier_wait_cluster(arrived, turn++ / 2 % 2);
+    sums = {-INFINITY, 0.0f, 0.0f};
+#pragma unroll 1
+    for (int k = lane; k < ranks * WARPS; k += 32) {
+      const float top = max_nan(sums.top, box[k * 2]), from = finite_or_zero(top);
+      sums.sum = sums.sum * exp_below(sums.top, from, u) + box[k * 2 + 1] * exp_below(box[k * 2], from, u);
+      if (SMOOTH) sums.total += totals[k];
+      sums.top = top;
+    }
+    merge_lanes<SMOOTH>(sums, u);
+  }
 
-    // ---- what the gradient needs; the target's thread writes the loss
+  // From a row's sums: what the gradient needs. The target's thread writes the loss and makes the target's gradient.
+  FASTFT_DEVICE Gradient finish(std::int64_t i, int y, const RowSums& sums, float token, float scale, float w_y,
+                                T& of_target) const {
     const float sum = sums.sum == 0.0f ? NAN : sums.sum;  // every logit is -inf
     const float log_sum = logf(sum), lse = fmaf(u.real, sums.top, log_sum);
     const float part = SMOOTH ? a.label_smoothing : 0.0f, each = SMOOTH ? part / static_cast<float>(a.vocab) : 0.0f;
-    const float outer = token * scale * a.logit_scale, of_target = SMOOTH ? 1.0f - part : w_y;
+    const float outer = token * scale * a.logit_scale, weight = SMOOTH ? 1.0f - part : w_y;
     const float of_p = (SMOOTH ? 1.0f : w_y) + 2.0f * a.z_loss * lse;
-    const Gradient g{finite_or_zero(sums.top), outer * of_p * rcp(sum), outer * each, outer * of_target};
-    T fixed{};
-    if (forward ? first && y >= 0 : inside || (y >= 0 && edge == y)) {
+    const Gradient g{finite_or_zero(sums.top), outer * of_p * rcp(sum), outer * each, outer * weight};
+    if (forward() ? first() && y >= 0 : target_slot >= 0 || (y >= 0 && edge == y)) {
       // (top - x) + log_sum, not lse - x: exact also where the loss is tiny beside lse.
-      float loss = of_target * fmaf(u.real, sums.top - x_y, log_sum) + a.z_loss * lse * lse;
+      float loss = weight * fmaf(u.real, sums.top - target_x, log_sum) + a.z_loss * lse * lse;
       if (SMOOTH) loss += each * (static_cast<float>(a.vocab) * lse - u.real * sums.total);
-      if (a.loss != nullptr) a.loss[row] = token * loss;
-      fixed = Words<T>::from_float(one_gradient<CAP>(x_y, true, g, u));
+      if (a.loss != nullptr) a.loss[i] = token * loss;
+      of_target = Words<T>::from_float(one_gradient<CAP>(target_x, true, g, u));
     }
-    if (a.lse != nullptr && first) a.lse[row] = lse;
-    if (forward) {
-      slot = at;
-      continue;
-    }
-    if (edge >= 0) {
-      const T d = edge == y ? fixed : Words<T>::from_float(one_gradient<CAP>(edge_x, false, g, u));
-      grad[edge] = y < 0 ? T{} : d;
-    }
+    if (a.lse != nullptr && first()) a.lse[i] = lse;
+    return g;
+  }
 
-    // ---- phase B
-    const auto hand_over = [&](int k) {
-      // By the thread that wrote this pack
-      if (k == fix_slot) reinterpret_cast<T*>(m.ring + slot * S::slot_bytes)[fix_at] = fixed;
-      fence_async();
-      sync_warp();
-      if (lane == 0) barrier_arrive(&m.done[slot]);
-      slot = slot + 1 == S::slots ? 0 : slot + 1;
-    };
-    if (y < 0) {  // not counted, read for its lse: zeros, also where logits are NaN
-#pragma unroll 1
-      for (int k = 0; k < whole + (rest > 0); ++k) {
-        for (int j = 0; j < S::packs; ++j) {
-          reinterpret_cast<uint4*>(mine + slot * S::slot_bytes)[j * S::lanes] = uint4{0, 0, 0, 0};
-        }
-        hand_over(k);
-      }
-      continue;
-    }
+  // Phase B
+  FASTFT_DEVICE void write_slots(const Gradient& g, T of_target) {
 #pragma unroll 1
     for (int k = 0; k < whole; ++k) {
-      to_gradients<T, S::packs, S::lanes, SMOOTH, CAP>(mine + slot * S::slot_bytes, g, u);
-      hand_over(k);
+      to_gradients<T, S::packs, S::lanes, SMOOTH, CAP>(packs_of(slot), g, u);
+      hand_over(k, of_target);
     }
     if (rest > 0) {
 #pragma unroll 1
-      for (int k = 0; k < rest - me; k += S::lanes) {
-        to_gradients<T, 1, S::lanes, SMOOTH, CAP>(mine + slot * S::slot_bytes + k * 16, g, u);
+      for (int k = 0; k < rest - me(); k += S::lanes) {
+        to_gradients<T, 1, S::lanes, SMOOTH, CAP>(packs_of(slot) + k * 16, g, u);
       }
-      hand_over(whole);
+      hand_over(whole, of_target);
     }
   }
-}
+
+  // Not counted, but read for its lse: zeros, also where logits are NaN
+  FASTFT_DEVICE void zero_slots() {
+#pragma unroll 1
+    for (int k = 0; k < whole + (rest > 0); ++k) {
+      for (int j = 0; j < S::packs; ++j) reinterpret_cast<uint4*>(packs_of(slot))[j * S::lanes] = uint4{0, 0, 0, 0};
+      hand_over(k, T{});
+    }
+  }
+
+  // To the mover: the row's slot k is finished. The thread that wrote the target's pack puts its gradient there.
+  FASTFT_DEVICE void hand_over(int k, T of_target) {
+    if (k == target_slot) reinterpret_cast<T*>(m.ring + slot * S::slot_bytes)[target_at] = of_target;
+    fence_async();
+    sync_warp();
+    if (lane == 0) barrier_arrive(&m.done[slot]);
+    slot = slot + 1 == S::slots ? 0 : slot + 1;
+  }
+};
 
 template <class T, int WARPS, bool SMOOTH, bool CAP>
 __global__ void __launch_bounds__(Shape<WARPS, SMOOTH>::threads, Shape<WARPS, SMOOTH>::blocks)
@@ -368,11 +414,14 @@ __global__ void __launch_bounds__(Shape<WARPS, SMOOTH>::threads, Shape<WARPS, SM
     barrier_init(&barriers[thread], done ? WARPS : 1);
   }
   sync_cluster();  // nobody copies or sends before every block has its barriers
-  const Rows rows{block_index() / ranks, block_count() / ranks};
+  Rows rows{block_index() / ranks, block_count() / ranks};
   if (warp == WARPS) {
     move<T, S>(a, m, rows, rank, lane);
   } else {
-    compute<T, WARPS, SMOOTH, CAP>(a, m, rows, rank, ranks, warp, lane);
+    Computing<T, WARPS, SMOOTH, CAP> computing(a, m, rank, ranks, warp, lane);
+    std::int64_t row;
+    int y;
+    while (rows.next(a, lane, row, y)) computing.row(row, y);
   }
   sync_cluster();  // a block's shared memory has to stay while others may still send to it
 #else
