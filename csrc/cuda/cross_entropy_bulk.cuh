@@ -204,8 +204,8 @@ struct Computing {
   Slice s{};
   int whole = 0, rest = 0;  // full slots, packs of the last one
   int edge = -1;            // an element at an end of the row, or -1
-  int target_slot = -1,
-      target_at = 0;  // of this row's slots, in the slot: where the target's gradient goes, if it is here
+  int target_slot = -1;     // which of the row's slots has the target among this thread's packs, or -1
+  int target_at = 0;        // the element of that slot
   float edge_x = 0.0f, target_x = 0.0f;
 
   FASTFT_DEVICE Computing(const Args& args, const Shared& shared, int rank_, int ranks_, int warp_, int lane_)
