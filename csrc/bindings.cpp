@@ -134,7 +134,7 @@ void cross_entropy(int device, Address stream, Address logits, int tag, std::int
                    std::int64_t token_weight_stride, std::int64_t ignore_index, double label_smoothing, double z_loss,
                    double softcap, double logit_scale, Address loss, Address lse, Address grad,
                    std::int64_t grad_stride, Address grad_scale, std::int64_t grad_scale_stride, Address bad_row,
-                   int num_threads) {
+                   int num_threads, int variant) {
   check_device(device);
   check_not_negative(rows, "rows");
   check_not_negative(vocab, "vocab");
@@ -164,7 +164,8 @@ void cross_entropy(int device, Address stream, Address logits, int tag, std::int
                                       grad_stride,
                                       at<float>(grad_scale),
                                       grad_scale_stride,
-                                      at<std::int64_t>(bad_row)};
+                                      at<std::int64_t>(bad_row),
+                                      variant};
   py::gil_scoped_release release;
   if (device < 0) return fastft::cross_entropy_cpu(args, num_threads);
 #ifdef FASTFT_CUDA
@@ -262,7 +263,7 @@ PYBIND11_MODULE(_C, m) {
         arg("rows"), arg("vocab"), arg("logits_stride"), arg("target"), arg("class_weight"), arg("token_weight"),
         arg("token_weight_stride"), arg("ignore_index"), arg("label_smoothing"), arg("z_loss"), arg("softcap"),
         arg("logit_scale"), arg("loss"), arg("lse"), arg("grad"), arg("grad_stride"), arg("grad_scale"),
-        arg("grad_scale_stride"), arg("bad_row"), arg("num_threads"));
+        arg("grad_scale_stride"), arg("bad_row"), arg("num_threads"), arg("variant") = 0);
   m.attr("SUM_SQUARES_SCRATCH") = fastft::kSumSquaresScratch;
   m.def("sum_squares", &sum_squares, py::kw_only(), arg("device"), arg("stream"), arg("tensors"), arg("numels"),
         arg("dtype"), arg("out"), arg("scratch"), arg("num_threads"));

@@ -96,6 +96,9 @@ def cross_entropy(
     # int64 scalar out (host for the CPU, device for CUDA): index of a row whose target is out of range, else -1
     bad_row: int,
     num_threads: int,
+    # CUDA kernel, for benchmarks and tests: 0 chosen by device and call, 1 the kernels that need no sm_90; 8 or 16: the
+    # one for sm_90 with so many warps, plus 100 * the fewest blocks a row
+    variant: int = 0,
 ) -> None:
     """Softmax cross-entropy, forward and gradient in one go. Per row i with target y, x = cap(logit_scale * logits),
     cap(a) = softcap * tanh(a / softcap), s = label_smoothing, w = class_weight (1 when absent):

@@ -49,6 +49,15 @@ def test_gpu_parts_go_on_after_one_that_fails(tmp_path):
     assert "build: ended with 1" in last and "no-such-part: there is no such part" in last
 
 
+def test_cross_entropy_variants_run_without_a_gpu():
+    process = launch.start(
+        [sys.executable, "benchmarks/ce_variants.py", "--quick", "--device", "cpu", "--vocabs", "997"], cwd=ROOT
+    )
+    output = launch.finish(process, 120)
+    assert process.returncode == 0, output[-3000:]
+    assert "variant 0 forward" in output and "contender=torch" in output and "WRONG" not in output, output
+
+
 def test_resource_report_is_read():
     import importlib.util
 

@@ -1,9 +1,10 @@
-// Softmax cross-entropy on a GPU: picks the kernel that reads a row once where the row fits into registers and the
-// gradient is wanted, else the one that reads it twice.
+// Softmax cross-entropy on a GPU: picks the kernel with bulk copies where device and call allow it; else the one that
+// reads a row once where the row fits into registers and the gradient is wanted; else the one that reads it twice.
 #include <map>
 #include <mutex>
 #include <utility>
 
+#include "cross_entropy_bulk.h"
 #include "cross_entropy_resident.cuh"
 #include "cross_entropy_two_pass.cuh"
 
@@ -101,7 +102,7 @@ void cross_entropy_cuda(const CrossEntropyArgs& a, int device, void* stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   const DeviceGuard guard(device);
   if (a.bad_row != nullptr) check(cudaMemsetAsync(a.bad_row, 0xff, sizeof(std::int64_t), s), "cudaMemsetAsync");
-  if (a.rows == 0) return;
+  if (a.rows == 0 || cross_entropy_bulk(a, device, s)) return;
   a.dtype == DType::f32 ? run<float>(a, device, s) : run<bf16>(a, device, s);
 }
 

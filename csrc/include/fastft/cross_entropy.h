@@ -29,7 +29,12 @@ struct CrossEntropyArgs {
   const float* grad_scale;  // (rows,), or one scalar when the stride is 0, or null
   std::int64_t grad_scale_stride;
   std::int64_t* bad_row;  // lowest row with an out-of-range target, else -1; or null
+  int variant;            // of the CUDA kernel, for benchmarks and tests; 0: chosen by device and call
 };
+
+// Variants: the kernels that need no sm_90; 8 or 16: the one for sm_90 with so many warps, plus 100 * the fewest blocks
+// a row. The older kernels step in where another one cannot do a call.
+constexpr int kCrossEntropyOlder = 1;
 
 void cross_entropy_cpu(const CrossEntropyArgs& args, int num_threads);
 
