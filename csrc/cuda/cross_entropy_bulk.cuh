@@ -5,9 +5,9 @@
 // and one that moves.
 //   load      the mover starts bulk copies (global to shared, a slot each, an mbarrier per slot) as slots come free
 //   phase A   each thread: largest logit and sum of exp(x - largest) over the slots of this row
-//   exchange  every warp sends (largest, sum) to every block of its cluster; one mbarrier wait; no __syncthreads, no
-//   atomics phase B   the same slots again: the gradient, in place in shared memory store     the mover starts the bulk
-//   copy back; once a slot has been read, it is loaded with what comes next
+//   exchange  every warp sends (largest, sum) to every block of its cluster; one mbarrier wait, no __syncthreads
+//   phase B   the same slots again: the gradient, in place in shared memory
+//   store     the mover starts the bulk copy back; once a slot has been read, it is loaded with what comes next
 // So memory has loads queued whatever the computing warps do, and these spend next to nothing on moving. A forward
 // alone gives each slot back after phase A.
 //
@@ -423,6 +423,7 @@ __global__ void __launch_bounds__(Shape<WARPS, SMOOTH>::threads, Shape<WARPS, SM
     int y;
     while (rows.next(a, lane, row, y)) computing.row(row, y);
   }
+  sync_warp();     // one lane alone has waited for the last stores
   sync_cluster();  // a block's shared memory has to stay while others may still send to it
 #else
   (void)a;  // the launcher asks for sm_90
