@@ -100,28 +100,22 @@ def attentions(t: Table) -> None:
 
             ms = t.row("attention", f"{heads}/{groups} x {dim}: by document, of {document}", by_document, **same)
             print(f"{'':10} {'':60} {ms / plain:9.2f} of torch's causal")
-        cudnn_by_document(t, flat, rows, length, same)
+        q = flat[0]
+        print(f"{'':10} {'':60} by {attention.kernels(q, groups)}", flush=True)
+        where = bounds_of(t, rows, length, length)
+        bounds = where, length, dim**-0.5, None
 
+        def flash(flat=flat, bounds=bounds) -> None:
+            out, kept = attention.flash_forward(*flat[:3], *bounds)
+            attention.flash_backward(flat[3], *flat[:3], out, kept, *bounds)
 
-def cudnn_by_document(t: Table, flat: list, rows: int, length: int, same: dict) -> None:
-    """cuDNN's variable-length attention, which torch has but does not choose: is it worth choosing?"""
-    if t.quick:
-        return
-    q, k, v, grad = flat
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    where = bounds_of(t, rows, length, length)
-    op, back = torch.ops.aten._cudnn_attention_forward, torch.ops.aten._cudnn_attention_backward
-
-    def call() -> None:
-        out, lse, _, _, _, _, seed, offset, _ = op(
-            q, k, v, None, where, where, length, length, True, 0.0, True, False, scale=q.shape[-1] ** -0.5
-        )
-        back(
-            grad, q, k, v, out, lse, seed, offset, None, where, where, length, length, 0.0, True,
-            scale=q.shape[-1] ** -0.5,
-        )  # fmt: skip
-
-    t.row("attention", f"{same['heads']} x {same['dim']}: cuDNN by document, of {length}", call, **same)
+        if not t.quick:
+            t.row(
+                "attention",
+                f"{heads}/{groups} x {dim}: torch's flash attention by document, of {length}",
+                flash,
+                **same,
+            )
 
 
 def element_wise(t: Table) -> None:
@@ -215,9 +209,13 @@ def whole_layers(t: Table) -> None:
     t.row("layer", "its matrix products alone", products)
 
 
+PARTS = {"attention": attentions, "elements": element_wise, "layers": whole_layers}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build/gpu/layers.jsonl")
+    parser.add_argument("--parts", nargs="+", default=[*PARTS], choices=[*PARTS])
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     t = Table(args.out, args.quick)
@@ -225,12 +223,12 @@ def main() -> int:
     pair = [torch.randn(n, device=t.device), torch.empty(n, device=t.device)]
     t.copy = 8 * n / (t.row("ceiling", "copy", lambda: pair[1].copy_(pair[0])) / 1e3)
     pair.clear()
-    for part in (attentions, element_wise, whole_layers):
+    for part in args.parts:
         try:
-            part(t)
+            PARTS[part](t)
         except Exception as error:
             t.failed += 1
-            print(f"{part.__name__}: {type(error).__name__}: {error}", flush=True)
+            print(f"{part}: {type(error).__name__}: {error}", flush=True)
     return 1 if t.failed else 0
 
 

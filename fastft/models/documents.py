@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastft.errors import UserError
 from fastft.models.load import vocabulary_rows
 from fastft.models.trial import REFUSALS, trial
-from fastft.ops.decoder.attention import DocumentAttention, refuses
+from fastft.ops.decoder.attention import DocumentAttention, kernels, refuses
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,8 @@ def install(
         else:
             allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
             if difference <= allowed:
-                return installed, "automatic" if choice == "auto" else "asked for"
+                by = kernels(_query(model, device), getattr(model.config.get_text_config(), "num_key_value_heads", 1))
+                return installed, f"{'automatic' if choice == 'auto' else 'asked for'}, by {by}"
             reason = f"logits differ from those of plain attention by {difference:.2g} (allowed {allowed:.0e})"
         installed.remove()
     if choice == "varlen":
@@ -181,13 +182,19 @@ def install(
 
 def _refused(model: Any, device: torch.device) -> str:
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
-    if not heads or not dim:
+    if not getattr(config, "num_attention_heads", None) or not getattr(config, "hidden_size", None):
         return "its config does not say how many heads it has"
     if getattr(config, "attention_dropout", 0.0):
         return "its attention has dropout"
-    return refuses(torch.empty(0, heads, dim, dtype=next(model.parameters()).dtype, device=device))
+    return refuses(_query(model, device))
+
+
+def _query(model: Any, device: torch.device) -> Tensor:
+    """No tokens, the model's heads."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return torch.empty(0, heads, dim, dtype=next(model.parameters()).dtype, device=device)
 
 
 def _difference(installed: ByDocument, forward: Callable, model: Any, length: int, device: torch.device) -> float:

@@ -141,7 +141,8 @@ def test_batches_say_where_documents_begin(no_dropout):
     batch = jobs.batch_of(job, [0, 1, 2])
     bounds, longest = documents.bounds_of(batch.inputs["input_ids"], batch.inputs["position_ids"])
     assert torch.equal(batch.inputs["cu_seq_lens_q"], bounds) and batch.inputs["max_length_q"] == longest
-    assert job.record["attention"] == "varlen: asked for" and job.record["layers"].startswith("fused: ")
+    assert job.record["attention"] == "varlen: asked for, by one document after the other"
+    assert job.record["layers"].startswith("fused: ")
     lm_config["model"]["layers"] = "plain"
     assert jobs.job_of(lm_config).record["layers"] == "plain: asked for"
 

@@ -31,6 +31,14 @@ def refuses(query: Tensor) -> str:
     return ""
 
 
+def kernels(query: Tensor, groups: int) -> str:
+    """What computes attention for tensors like ``query`` (..., heads, dim) without a window, and why, for records."""
+    if not query.is_cuda:
+        return "one document after the other"
+    reason = cudnn.refuses(query.device, query.dtype, query.shape[-2], groups, query.shape[-1])
+    return f"flash attention of torch (cuDNN: {reason})" if reason else "cuDNN"
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, window: int | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
