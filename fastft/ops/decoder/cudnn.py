@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ def library() -> Any:
 @functools.cache
 def refuses(device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
     """Why cuDNN is not used for attention by document; "" where it is: measured against torch's on a small case."""
+    if os.environ.get("FASTFT_ATTENTION") == "flash":
+        return "FASTFT_ATTENTION=flash"
     if library() is None:
         return "nvidia-cudnn-frontend is not installed"
     if torch.cuda.get_device_capability(device)[0] != 9:
