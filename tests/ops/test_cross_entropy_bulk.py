@@ -315,6 +315,14 @@ def test_emulated(library, name, dtype):
     check(result, x, y, options)
 
 
+@pytest.mark.parametrize("name", ["forward, 4 blocks", "4 blocks", "many rows, one cluster"])
+def test_emulated_with_other_timings(library, name):
+    """1002 once hung: a lane of the mover napped while lane 0 filled the ring twice, and missed its barrier's phase."""
+    for seed in (1002, 1003, 1004):
+        x, y, options = case(name, F32, seed=seed)
+        check(emulated(library, x, y, options), x, y, options)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])
 def test_emulated_bits_repeat_whatever_the_timing(library, dtype):
     x, y = make(3, 40001, dtype)
