@@ -149,6 +149,7 @@ FASTFT_DEVICE void move(const Args& a, const Shared& m, Rows rows, int rank, int
     for (int k = 0; k < s.packs; k += S::slot_packs) {
       barrier_wait(&m.done[slot], phase);
       if (a.grad == nullptr) {
+        sync_warp();  // lane 0 must not get a whole phase ahead of a lane that still waits
         feed();
       } else {
         if (lane == 0) {
