@@ -128,6 +128,7 @@ def of_fastft(config: Path, overrides: list[str], steps: int, limit: float) -> d
     return {
         "tokens_per_second": report["tokens_per_second"]["mean"],
         "spread": [report["tokens_per_second"][name] for name in ("min", "median", "max")],
+        "step_ms": [round(s * 1e3, 1) for s in report["step_seconds"]["each"]],
         "padding": report["padding"],
         "peak_gib": report["peak_memory"] / 2**30,
         "start_s": report["start_seconds"],

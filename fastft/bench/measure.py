@@ -167,7 +167,7 @@ def _report(
         "tokens_per_second": rate,
         "samples_per_second": _spread([n / s for n, s in zip(samples, seconds, strict=True)]),
         "padding": 1 - sum(tokens) / max(sum(padded), 1.0),
-        "step_seconds": _spread(seconds),
+        "step_seconds": {**_spread(seconds), "each": [round(s, 5) for s in seconds]},
         "parts": {name: {**part, "share": part["median"] / whole} for name, part in parts.items()},
         "host_seconds": statistics.median(clock.host[warmup:]),
         "start_seconds": started,

@@ -149,12 +149,30 @@ def install(forward: Callable, model: Any, documents: ByDocument, device: torch.
     except REFUSALS as error:
         return f"plain: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}"
     for found in matches:
+        _lay_side_by_side(found.layer)
         found.layer.forward = types.MethodType(_forward_of(found), found.layer)
     kind = type(matches[0].layer.input_layernorm)
     inside = {id(m) for layer in layers for m in layer.modules()}
     for norm in (m for m in model.modules() if type(m) is kind and id(m) not in inside):
         norm.forward = types.MethodType(_norm, norm)
     return f"fused: {len(matches)} layers of {type(matches[0].layer).__name__}"
+
+
+def _lay_side_by_side(layer: Any) -> None:
+    """Weights that are multiplied by the same input become parts of one tensor, so that it is one product; where ZeRO
+    keeps them in its own flat tensor, they are already.
+    """
+    a, m = layer.self_attn, layer.mlp
+    for modules in ((a.q_proj, a.k_proj, a.v_proj), (m.gate_proj, m.up_proj)):
+        for name in ("weight", "bias"):
+            parts = [getattr(module, name) for module in modules]
+            if parts[0] is None or any(p.untyped_storage().nbytes() != p.nbytes for p in parts):
+                continue
+            if len({id(p) for p in parts}) < len(parts):
+                continue
+            whole = torch.cat([p.data for p in parts])
+            for p, part in zip(parts, whole.split([len(p) for p in parts]), strict=True):
+                p.data = part
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:

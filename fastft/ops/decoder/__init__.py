@@ -126,6 +126,9 @@ def _products(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | Non
     whole = side_by_side(weights)
     if whole is not None and not given:
         return torch.mm(x, whole.t())
+    bias = side_by_side(given) if given else None
+    if whole is not None and bias is not None:
+        return torch.addmm(bias, x, whole.t())
     out = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
     at = 0
     for i, w in enumerate(weights):

@@ -95,6 +95,7 @@ def forward(
     out = torch.empty(n, heads, dim, dtype=q.dtype, device=q.device)
     key = _key(q, k, v, out, bounds.numel() - 1, longest, scale)
     tables = _tables(bounds, key)
+    _build_ahead(key)
     stats = torch.empty(n, heads, dtype=torch.float32, device=q.device)
     graph, uids, size = _forward_graph(key)
     _execute(
@@ -269,6 +270,24 @@ class _Builder:
         graph.check_support()
         graph.build_plans()
         return graph, self.uids, graph.get_workspace_size()
+
+
+@functools.cache
+def _built_ahead(key: Key) -> None:
+    for documents in (key.documents, 2 * key.documents):
+        one = key._replace(documents=documents)
+        _forward_graph(one)
+        _backward_graph(one)
+
+
+def _build_ahead(key: Key) -> None:
+    """The first graph of a kind, and the one for twice the documents, at once: a graph takes a third of a second, which
+    is better spent in the first step than in the middle of a run.
+    """
+    _built_ahead(key._replace(documents=_first.setdefault(key._replace(documents=0), key.documents)))
+
+
+_first: dict[Key, int] = {}  # a kind of graph (documents 0): the first number of documents that was asked for
 
 
 @functools.cache
