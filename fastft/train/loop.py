@@ -62,7 +62,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
 def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) -> dict:
     run_dir = Path(config.run.dir)
     ranks = environment(config)
-    config = settled(config, ranks.device)
+    config = settled(config)
     if not resume:
         run_folder.check(run_dir, config, overwrite)
     trackers = [rooms.TRACKERS.get(name)(settings) for name, settings in config.run.trackers.chosen().items()]
@@ -86,11 +86,11 @@ def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) ->
     return loop.run()
 
 
-def settled(config: Config, device: torch.device) -> Config:
-    """The configuration with what "auto" comes to on this device, so that a resumed run goes on as it began."""
+def settled(config: Config) -> Config:
+    """The configuration with what "auto" comes to, so that a resumed run goes on as it began."""
     if getattr(config.optim, "master", None) != "auto":
         return config
-    direct = device.type == "cuda" and config.model.dtype == "bf16" and config.parallel.zero == 0
+    direct = config.model.dtype == "bf16" and config.parallel.zero == 0
     return config.changed(optim=config.optim.changed(master="remainder" if direct else "fp32"))
 
 
@@ -112,7 +112,7 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
         Bad configuration, data or model.
     """
     ranks = environment(config)
-    config = settled(config, ranks.device)
+    config = settled(config)
     job = assemble.start(config)
     assemble.add_data(job, evals=not steps_only)
     assert job.order is not None and job.train is not None

@@ -221,3 +221,31 @@ def test_attention_by_document_on_a_gpu(window):
     found = attention.backward(on[3], *on[:3], out, kept, bounds.cuda(), 512, 0.125, window)
     for one, other in zip((out, *found), (expected, *back), strict=True):
         assert (one.cpu().float() - other).norm() / other.norm() < 1e-2
+
+
+def test_documents_as_cudnn_wants_them():
+    """Powers of two of documents, the missing ones of length 0; where each begins in elements."""
+    from fastft.ops.decoder import cudnn
+
+    qkv = torch.empty(40, (4 + 2 * 2) * 8)
+    q, k, v = (part.unflatten(1, (-1, 8)) for part in qkv.split([32, 16, 16], 1))
+    out = torch.empty(40, 4, 8)
+    bounds = torch.tensor([0, 7, 30, 40], dtype=torch.int32)
+    key = cudnn._key(q, k, v, out, 3, 23, 0.5)
+    assert (key.documents, key.longest, key.tokens, key.strides) == (16, 256, 40, (64, 64, 64, 32))
+    lengths, *begins = cudnn._tables(bounds, key)
+    assert lengths.tolist() == [7, 23, 10] + [0] * 13 and lengths.dtype == torch.int32
+    for begin, stride in zip(begins, (64, 64, 64, 32, 4), strict=True):
+        assert begin.tolist() == [n * stride for n in [0, 7, 30, 40] + [40] * 13] and begin.dtype == torch.int64
+    assert cudnn._tables(bounds, key)[0] is lengths  # once for all layers
+    assert cudnn._key(q, k, v, out, 17, 300, 0.5).documents == 32
+
+
+@pytest.mark.gpu
+def test_cudnn_on_a_gpu():
+    from fastft.ops.decoder import cudnn
+
+    if cudnn.library() is None or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs nvidia-cudnn-frontend and a Hopper GPU")
+    for heads, groups, dim in ((8, 2, 64), (4, 4, 128)):
+        assert cudnn.refuses(torch.device("cuda", 0), torch.bfloat16, heads, groups, dim) == ""
