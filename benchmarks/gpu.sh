@@ -44,7 +44,7 @@ kernels() {  # a process for each op: one that crashes takes no other's rows alo
 }
 
 step() {  # whole training steps beside their peers
-  "$PYTHON" benchmarks/gpu_step.py --out "$OUT/step.jsonl" --limit 44
+  "$PYTHON" benchmarks/gpu_step.py --out "$OUT/step.jsonl" --limit 50
 }
 
 profile() {  # where a step's time goes

@@ -151,8 +151,13 @@ def element_wise(t: Table) -> None:
             2 * qkv.nbytes,
         )
         gu, da = t.rand(n, 2 * f), t.rand(n, f)
-        t.row("gate", f"{n} x {f}: forward", lambda gu=gu: ops.swiglu_forward(gu), 3 * da.nbytes)
-        t.row("gate", f"{n} x {f}: backward", lambda gu=gu, da=da: ops.swiglu_backward(gu, da), 6 * da.nbytes)
+        t.row("gate", f"{n} x {f}: forward", lambda gu=gu: ops.swiglu_forward(*gu.chunk(2, 1)), 3 * da.nbytes)
+        t.row(
+            "gate",
+            f"{n} x {f}: backward",
+            lambda gu=gu, da=da: ops.swiglu_backward(*gu.chunk(2, 1), da, in_place=True),
+            6 * da.nbytes,
+        )
 
 
 def whole_layers(t: Table) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, SEQUENCES = 2048, 8
+WARMUP = 48  # an epoch and more: attention builds a graph when a step has more documents than any before
 SHAPES = {
     "llama-1.1b": (
         "Llama",
@@ -123,7 +124,7 @@ def prepare(folder: Path, shape: str) -> Path:
 
 def of_fastft(config: Path, overrides: list[str], steps: int, limit: float) -> dict:
     command = [sys.executable, "-m", "fastft", "bench", str(config), *overrides]
-    report = json.loads(run([*command, "--warmup", "8", "--steps", str(steps), "--json"], limit))
+    report = json.loads(run([*command, "--warmup", str(WARMUP), "--steps", str(steps), "--json"], limit))
     losses = report["losses"]
     return {
         "tokens_per_second": report["tokens_per_second"]["mean"],
@@ -148,7 +149,7 @@ def of_trainer(config: Path, settings: dict, steps: int, limit: float) -> dict:
         "model": str(config.parent / "model"),
         "rows": str(config.parent / "rows.npy"),
         "sequences": SEQUENCES,
-        "warmup": 8,
+        "warmup": WARMUP,
         "steps": steps,
         "folder": str(config.parent / "trainer"),
     }
@@ -213,7 +214,7 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "build/gpu/step.jsonl")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/gpu/step")
-    parser.add_argument("--limit", type=float, default=100, help="seconds for one contender")
+    parser.add_argument("--limit", type=float, default=60, help="seconds for one contender")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastft.models.documents import ByDocument, packed_inputs
+from fastft.models.parts import epsilon, norm_forward
 from fastft.models.trial import REFUSALS, trial
-from fastft.ops.decoder import WEIGHTS, Documents, Shape, decoder_layer, rms_norm
+from fastft.ops.decoder import WEIGHTS, Documents, Shape, decoder_layer
 
 PARTS = {
     "norm1": "input_layernorm.weight",
@@ -83,8 +84,8 @@ def match(layer: Any) -> Match | str:
     if len({a.q_proj.bias is None, a.k_proj.bias is None, a.v_proj.bias is None}) > 1:
         return "some of query, key and value have a bias"
     norms = layer.input_layernorm, layer.post_attention_layernorm
-    eps = [_epsilon(norm) for norm in norms]
-    if eps[0] is None or eps[0] != eps[1] or [n for n, _ in norms[0].named_parameters()] != ["weight"]:
+    eps = [epsilon(norm) for norm in norms]
+    if eps[0] is None or eps[0] != eps[1]:
         return f"its {type(norms[0]).__name__} is not the RMS norm that is known"
     config, dim = getattr(a, "config", None), getattr(a, "head_dim", None)
     if config is None or dim is None or dim % 2:
@@ -154,7 +155,7 @@ def install(forward: Callable, model: Any, documents: ByDocument, device: torch.
     kind = type(matches[0].layer.input_layernorm)
     inside = {id(m) for layer in layers for m in layer.modules()}
     for norm in (m for m in model.modules() if type(m) is kind and id(m) not in inside):
-        norm.forward = types.MethodType(_norm, norm)
+        norm.forward = types.MethodType(norm_forward, norm)
     return f"fused: {len(matches)} layers of {type(matches[0].layer).__name__}"
 
 
@@ -173,14 +174,6 @@ def _lay_side_by_side(layer: Any) -> None:
             whole = torch.cat([p.data for p in parts])
             for p, part in zip(parts, whole.split([len(p) for p in parts]), strict=True):
                 p.data = part
-
-
-def _norm(self: Any, hidden_states: Tensor) -> Tensor:
-    return rms_norm(hidden_states, self.weight, float(_epsilon(self) or 0.0))
-
-
-def _epsilon(norm: Any) -> float | None:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 def _forward_of(found: Match) -> Callable:

@@ -99,21 +99,30 @@ class DecoderTask(TextTask):
             self._attend_by_document(forward, model, device)
             check_isolation(forward, model, length, device, flat=self._flash())
         else:
+            self.settled = {"layers": self._fuse(forward, model, None, device)}
             width = self.width([range(min(SHORT, self.max_length))])
             check_runs(forward, model, self._trial_inputs, width, self.max_length, device)
         check_causality(forward, model, self.width([range(length)]), device)
 
     def _attend_by_document(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
-        from fastft.models import documents, layers
+        from fastft.models import documents
 
         found, why = documents.install(forward, model, self.config.model.attention, min(self.max_length, 64), device)
         self.bounds = found is not None
-        fused = "plain: attention is by mask"
-        if found is not None:
-            asked = self.config.model.layers == "plain"
-            fused = "plain: asked for" if asked else layers.install(forward, model, found, device)
+        fused = self._fuse(forward, model, found, device)
         self.settled = {"attention": f"{'varlen' if found else 'by mask'}: {why}", "layers": fused}
         log.info("attention %s; layers %s", self.settled["attention"], fused)
+
+    def _fuse(self, forward: Callable, model: torch.nn.Module, found: Any, device: torch.device) -> str:
+        """Fuse layers whole where attention is by document, or else their parts; one sentence for the record."""
+        from fastft.models import layers, load, parts
+
+        if self.config.model.layers == "plain":
+            return "plain: asked for"
+        whole = "plain: attention is by mask" if found is None else layers.install(forward, model, found, device)
+        if whole.startswith("fused") or device.type != "cuda":
+            return whole
+        return f"{whole}; by themselves: {parts.install(model, load.dtype_of(self.config.model.dtype), device)}"
 
     def _trial_inputs(self, width: int) -> dict[str, Any]:
         row = [np.arange(width) % 8]

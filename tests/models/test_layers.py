@@ -11,7 +11,7 @@ import transformers
 import launch
 from fastft import track
 from fastft.errors import UserError
-from fastft.models import documents, layers
+from fastft.models import documents, layers, parts
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 CPU = torch.device("cpu")
@@ -19,18 +19,10 @@ CPU = torch.device("cpu")
 
 def model_of(name: str, dtype: torch.dtype = torch.float32, **more):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(
-        hidden_size=48,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=4,
-        vocab_size=99,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        **more,
-    )
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    given = {**sizes, "num_hidden_layers": 4, "vocab_size": 99, **tokens, **more}
+    config = getattr(transformers, f"{name}Config")(**given)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
@@ -181,3 +173,34 @@ def test_training_is_the_same_at_every_stage(no_dropout, tmp_path):
     for name, curve in curves.items():
         tolerance = 2e-2 if "bf16" in name else 2e-4
         torch.testing.assert_close(curve, curves["mask"], rtol=tolerance, atol=tolerance)
+
+
+def test_parts_of_layers_that_are_not_fused_whole():
+    """Norms and gated MLPs by themselves, with adapters too; what is of another form stays."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    big = {"hidden_size": 256, "intermediate_size": 320}
+    for name, more, adapters, done in (
+        ("Llama", {}, False, "9 norms, 4 gated MLPs"),
+        ("Llama", {}, True, "9 norms, 4 gated MLPs"),
+        ("Qwen3", {"head_dim": 12}, False, "9 norms, 4 gated MLPs"),  # not its norms of single heads
+        ("Phi3", {}, False, "9 norms"),  # gate and up are one matrix there
+        ("Gemma", {}, False, "none"),  # 1 + weight, and gelu
+        ("Granite", {}, False, "9 norms, 4 gated MLPs"),
+        ("GPTNeoX", {}, False, "none"),
+    ):
+        grads = []
+        for fused in (False, True):
+            model = model_of(name, **{**more, **big})
+            if adapters:
+                torch.manual_seed(1)
+                model = inject_adapter_in_model(
+                    LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.0), model
+                )
+            if fused:
+                assert parts.install(model, torch.float32, CPU) == done, name
+                assert parts.install(model, torch.float32, CPU) == "none"  # once is enough
+            model(input_ids=torch.arange(24).view(2, 12), use_cache=False).logits.square().mean().backward()
+            grads.append([p.grad for p in model.parameters() if p.requires_grad])
+        for plain, own in zip(*grads, strict=True):
+            torch.testing.assert_close(own, plain, rtol=1e-3, atol=1e-5 * max(plain.abs().max().item(), 1e-2))

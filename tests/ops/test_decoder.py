@@ -152,6 +152,16 @@ def test_under_activation_checkpointing():
         assert torch.equal(one, other)
 
 
+def test_gated():
+    gate, up = (torch.randn(2, 3, 10, requires_grad=True) for _ in range(2))
+    grad = torch.randn(2, 3, 10)
+    expected = nn.functional.silu(gate) * up
+    found = decoder.gated(gate, up)
+    torch.testing.assert_close(found, expected)
+    plain = torch.autograd.grad(expected, [gate, up], grad)
+    torch.testing.assert_close(torch.autograd.grad(found, [gate, up], grad), plain)
+
+
 def test_rms_norm():
     x = torch.randn(3, 5, 24, requires_grad=True)
     w = torch.randn(24, requires_grad=True)
@@ -199,10 +209,14 @@ def test_triton_kernels_equal_the_reference(dtype):
         same(ops.rope_backward(*grads, cos, sin), reference.rope_backward(*grads, cos, sin))
     for width in (8, 33, 1025):
         gu, da = rand(4, 2 * width), rand(4, width)
-        same(ops.swiglu_forward(gu), reference.swiglu_forward(gu))
+        halves = gu.chunk(2, 1)
+        same(ops.swiglu_forward(*halves), reference.swiglu_forward(*halves))
+        apart = [half.contiguous() for half in halves]
+        same(ops.swiglu_forward(*apart), reference.swiglu_forward(*apart))
+        same(ops.swiglu_backward(*apart, da), reference.swiglu_backward(*apart, da))
         pair = [(gu.clone(), da.clone()) for _ in range(2)]
-        ops.swiglu_backward(*pair[0])
-        reference.swiglu_backward(*pair[1])
+        for module, (both, grad) in zip((ops, reference), pair, strict=True):
+            module.swiglu_backward(*both.chunk(2, 1), grad, in_place=True)
         same(pair[0], pair[1])
 
 

@@ -65,8 +65,10 @@ for dtype in ("*fp32", "*bf16"):
                  period="i32")
     build(decoder._rope_backward, types, dict(HEADS=32, GROUPS=4, HALF=64))
     build(decoder._rope_backward, types, dict(HEADS=8, GROUPS=1, HALF=32, groups=1))
-    build(decoder._swiglu_forward, dict(gu=dtype, a=dtype, width="i32"), dict(BLOCK=1024))
-    build(decoder._swiglu_backward, dict(gu=dtype, da=dtype, width="i32"), dict(BLOCK=1024))
+    types = dict(gate=dtype, up=dtype, a=dtype, stride="i32", width="i32")
+    build(decoder._swiglu_forward, types, dict(BLOCK=1024))
+    build(decoder._swiglu_backward, {**types, "da": dtype, "dgate": dtype, "dup": dtype}, dict(BLOCK=1024))
+    build(decoder._swiglu_backward, {**types, "da": dtype, "dgate": dtype, "dup": dtype}, dict(BLOCK=1024, a=None))
 
     types = dict(param=dtype, grad="*bf16", exp_avg=F, exp_avg_sq=F, max_exp_avg_sq=F, copy="*bf16", remainder="*i16",
                  exp_avg_scale=F, exp_avg_sq_scale=F, factors=F, grad_scale=F, found_inf=F, numel="i64", beta2="fp32",

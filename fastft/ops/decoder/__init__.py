@@ -94,6 +94,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of two tensors of one shape and dtype, in float32, of their dtype; differentiable once."""
+    return _Gated.apply(gate, up)
+
+
 def kernels(x: Tensor) -> ModuleType:
     """The element-wise kernels for tensors like x: Triton's on a GPU."""
     if x.is_cuda:
@@ -169,7 +174,7 @@ class _DecoderLayer(torch.autograd.Function):
         del t
         gu = _products(y, (wg, wu))
         del y
-        out = torch.addmm(h, ops.swiglu_forward(gu), wd.t())
+        out = torch.addmm(h, ops.swiglu_forward(*gu.chunk(2, 1)), wd.t())
         ctx.save_for_backward(
             rows, r1, qkv, o, h, r2, gu, documents.bounds, documents.cos, documents.sin, *weights, *kept
         )
@@ -189,7 +194,9 @@ class _DecoderLayer(torch.autograd.Function):
         grads: dict[str, Tensor | None] = dict.fromkeys(WEIGHTS)
 
         a = torch.mm(dout, wd)
-        ops.swiglu_backward(gu, a)  # a is the activation now, gu the gradients of gate and up
+        ops.swiglu_backward(
+            *gu.chunk(2, 1), a, in_place=True
+        )  # a is the activation now, gu the gradients of gate and up
         if need["down"]:
             grads["down"] = torch.mm(dout.t(), a)
         del a
@@ -256,3 +263,18 @@ class _RMSNorm(torch.autograd.Function):
         rows, weight, rstd = ctx.saved_tensors
         dx, dweight = kernels(rows).rms_backward(dy.reshape(rows.shape).contiguous(), rows, weight, rstd)
         return dx.view(dy.shape), dweight.to(weight.dtype), None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        rows = [t.reshape(-1, t.shape[-1]).contiguous() for t in (gate, up)]
+        ctx.save_for_backward(*rows)
+        return kernels(gate).swiglu_forward(*rows).view(gate.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, da: Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        grads = kernels(gate).swiglu_backward(gate, up, da.reshape(gate.shape).contiguous())
+        return tuple(grad.view(da.shape) for grad in grads)

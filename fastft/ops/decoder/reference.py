@@ -52,14 +52,15 @@ def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) 
     return torch.cat([t.flatten(1) for t in (_rotated(dq, cos, -sin), _rotated(dk, cos, -sin), dv)], 1)
 
 
-def swiglu_forward(gu: Tensor) -> Tensor:
-    g, u = gu.float().chunk(2, 1)
-    return (F.silu(g) * u).to(gu.dtype)
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
 
-def swiglu_backward(gu: Tensor, da: Tensor) -> None:
-    g, u = gu.float().chunk(2, 1)
-    grad, s = da.float(), torch.sigmoid(g)
-    a = g * s * u
-    gu.copy_(torch.cat([grad * u * s * (1 + g * (1 - s)), grad * g * s], 1))
+def swiglu_backward(gate: Tensor, up: Tensor, da: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    g, u, grad = gate.float(), up.float(), da.float()
+    s = torch.sigmoid(g)
+    a, dgate, dup = g * s * u, grad * u * s * (1 + g * (1 - s)), grad * g * s
+    if not in_place:
+        return dgate.to(gate.dtype), dup.to(up.dtype)
     da.copy_(a)
+    return gate.copy_(dgate), up.copy_(dup)

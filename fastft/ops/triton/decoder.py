@@ -100,29 +100,30 @@ def _rope_backward(
 
 
 @triton.jit
-def _swiglu_forward(gu, a, width, BLOCK: tl.constexpr):
+def _swiglu_forward(gate, up, a, stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < width
-    g = tl.load(gu + row * 2 * width + at, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(gu + row * 2 * width + width + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * stride + at, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * stride + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(a + row * width + at, (g * tl.sigmoid(g) * u).to(a.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _swiglu_backward(gu, da, width, BLOCK: tl.constexpr):
-    """In place: da becomes the activation, gu the gradients of gate and up."""
+def _swiglu_backward(gate, up, da, a, dgate, dup, stride, width, BLOCK: tl.constexpr):
+    """Every result may lie where an operand of its own elements does."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < width
-    gate, up, d = gu + row * 2 * width + at, gu + row * 2 * width + width + at, da + row * width + at
-    g = tl.load(gate, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(d, mask=mask, other=0.0).to(tl.float32)
+    wide, narrow = row * stride + at, row * width + at
+    g = tl.load(gate + wide, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + wide, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(da + narrow, mask=mask, other=0.0).to(tl.float32)
     s = tl.sigmoid(g)
-    tl.store(d, (g * s * u).to(da.dtype.element_ty), mask=mask)
-    tl.store(gate, (grad * u * s * (1.0 + g * (1.0 - s))).to(gu.dtype.element_ty), mask=mask)
-    tl.store(up, (grad * g * s).to(gu.dtype.element_ty), mask=mask)
+    if a is not None:
+        tl.store(a + narrow, (g * s * u).to(a.dtype.element_ty), mask=mask)
+    tl.store(dgate + wide, (grad * u * s * (1.0 + g * (1.0 - s))).to(dgate.dtype.element_ty), mask=mask)
+    tl.store(dup + wide, (grad * g * s).to(dup.dtype.element_ty), mask=mask)
 
 
 def _power(n: int) -> int:
@@ -199,17 +200,25 @@ def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) 
     return out
 
 
-def swiglu_forward(gu: Tensor) -> Tensor:
-    """silu(gate) * up, (n, width), of gate and up side by side, (n, 2 width)."""
-    n, width = gu.shape[0], gu.shape[1] // 2
-    a = torch.empty(n, width, dtype=gu.dtype, device=gu.device)
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, contiguous, of two (n, width) whose rows lie equally far apart."""
+    n, width = gate.shape
+    a = torch.empty(n, width, dtype=gate.dtype, device=gate.device)
     block = min(_power(width), 1024)
-    _swiglu_forward[(n, -(-width // block))](gu, a, width, block, num_warps=4)
+    _swiglu_forward[(n, -(-width // block))](gate, up, a, gate.stride(0), width, block, num_warps=4)
     return a
 
 
-def swiglu_backward(gu: Tensor, da: Tensor) -> None:
-    """In place: da (n, width) becomes the forward's result, gu (n, 2 width) the gradients of gate and up."""
-    n, width = da.shape
+def swiglu_backward(gate: Tensor, up: Tensor, da: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up, (n, width) each, from that of the forward's result, (n, width) contiguous.
+
+    ``in_place``: they take the memory of gate and up, and ``da`` becomes the forward's result. Otherwise gate and up
+    are contiguous.
+    """
+    n, width = gate.shape
+    dgate, dup = (gate, up) if in_place else (torch.empty_like(gate), torch.empty_like(up))
     block = min(_power(width), 1024)
-    _swiglu_backward[(n, -(-width // block))](gu, da, width, block, num_warps=4)
+    grid = n, -(-width // block)
+    a = da if in_place else None
+    _swiglu_backward[grid](gate, up, da, a, dgate, dup, gate.stride(0), width, block, num_warps=4)
+    return dgate, dup
