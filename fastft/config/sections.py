@@ -36,8 +36,9 @@ class Model(Section):
     )
     layers: Literal["auto", "plain"] = Field(
         "auto",
-        description="auto: with varlen attention, decoder layers as one fused function each; elsewhere, on a GPU, their "
-        "norms and gated MLPs; where a check on the model finds the same gradients. plain: as transformers has them.",
+        description="auto: with varlen attention, decoder layers as one fused function each; elsewhere, on a GPU, "
+        "their norms and gated MLPs; where a check on the model finds the same gradients. plain: as transformers has "
+        "them.",
     )
     revision: str | None = Field(None, description="Commit or tag of a hub id.")
     trust_remote_code: bool = Field(
