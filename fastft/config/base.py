@@ -40,6 +40,9 @@ class Section(BaseModel):
     scalar: ClassVar[str | None] = None
     members: ClassVar[Registry | None] = None
 
+    def settle(self, config: Config) -> None:
+        """Give a key whose default hangs on other sections its value."""
+
     def check(self, config: Config) -> None:
         """Rules across sections, once all of them are there. Raises ValueError."""
 

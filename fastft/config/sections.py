@@ -347,6 +347,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _across_sections(self) -> Self:
+        self.optim.settle(self)
         for section in (self.model, self.data, self.data.order, self.optim, self.loss, self.train, self.run.trackers):
             section.check(self)
             for name, settings in section.chosen().items():

@@ -262,7 +262,7 @@ def build(
         common["attn_implementation"] = settings.attention
     if settings.init == "random":
         with torch.device(device):
-            return loader.from_config(model_config, **common), []
+            return _cast(loader.from_config(model_config, **common), common["dtype"]), []
     options = {**common, "config": model_config, "revision": settings.revision, "output_loading_info": True}
     # Other sizes are reported, not raised: what the weights' own error says to do would be wrong here.
     model, info = _from_pretrained(loader, settings.path, "model", ignore_mismatched_sizes=True, **options)
@@ -277,7 +277,16 @@ def build(
             f"{type(model).__name__}: {', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}.",
             "The folder holds another kind of model; choose the task that fits it, or model.init: random.",
         )
-    return model, missing
+    return _cast(model, common["dtype"]), missing
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """Parameters that transformers left in float32 without a reason (XLNet's attention), to the dtype asked for."""
+    kept = kept_in_fp32(model, dtype)
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and p.dtype != dtype and not (kept and kept.search(name)):
+            p.data = p.data.to(dtype)
+    return model
 
 
 def _check_sizes(settings: Model, other: list[tuple], new_parameters: tuple[str, ...]) -> None:

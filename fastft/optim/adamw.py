@@ -216,19 +216,28 @@ class FusedAdamW(torch.optim.Optimizer):
                 raise RuntimeError("FusedAdamW does not support complex parameters")
         if not params:
             return
-        states = [self._state_of(param, group["amsgrad"]) for param in params]
-        steps = [state["step"] for state in states]
         offsets = _offsets(group["params"], first) if self._rounds else None
-        self._update(
-            group,
-            params,
-            [param.grad for param in params],
-            states,
-            steps,
-            offsets,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
+        # With masters in bfloat16, params that a model keeps in float32 are their own masters.
+        apart = self.remainder or self.stochastic_rounding
+        if apart and all(p.dtype != torch.bfloat16 for other in self.param_groups for p in other["params"]):
+            wish = "remainder" if self.remainder else "stochastic_rounding"
+            raise ValueError(f"{wish} is for bfloat16 params; there is none")
+        for half in (True, False) if apart else (None,):
+            chosen = [i for i, p in enumerate(params) if half is None or (p.dtype == torch.bfloat16) == half]
+            if not chosen:
+                continue
+            part = [params[i] for i in chosen]
+            states = [self._state_of(param, group["amsgrad"]) for param in part]
+            self._update(
+                group,
+                part,
+                [param.grad for param in part],
+                states,
+                [state["step"] for state in states],
+                [offsets[i] for i in chosen] if offsets is not None else None,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )
 
     @torch.no_grad()
     def step_flat(
@@ -277,6 +286,7 @@ class FusedAdamW(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], params, grads, states, steps, offsets, **given) -> None:
         """fastft.ops.adamw with a group's settings."""
         coded = self.state_dtype == "int8"
+        half = params[0].dtype == torch.bfloat16
         beta1, beta2 = group["betas"]
         adamw(
             params,
@@ -285,10 +295,10 @@ class FusedAdamW(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             steps,
-            remainders=[state["remainder"] for state in states] if self.remainder else None,
+            remainders=[state["remainder"] for state in states] if self.remainder and half else None,
             exp_avg_scales=[state["exp_avg_scale"] for state in states] if coded else None,
             exp_avg_sq_scales=[state["exp_avg_sq_scale"] for state in states] if coded else None,
-            stochastic_rounding=self.stochastic_rounding,
+            stochastic_rounding=self.stochastic_rounding and half,
             seed=self.seed,
             offsets=offsets,
             lr=group["lr"],
@@ -306,9 +316,9 @@ class FusedAdamW(torch.optim.Optimizer):
         state = self.state[param]
         # Not `param not in self.state`: DeepSpeed puts empty dicts there.
         if len(state) == 0:
-            adamw_state.fill(state, param, amsgrad=amsgrad, remainder=self.remainder)
+            adamw_state.fill(state, param, amsgrad=amsgrad, remainder=self._keeps_remainder(param))
         # Also later: DeepSpeed puts float32 there from a universal checkpoint.
-        if state["exp_avg"].dtype is not self._stored(param) or ("remainder" in state) != self.remainder:
+        if state["exp_avg"].dtype is not self._stored(param) or ("remainder" in state) != self._keeps_remainder(param):
             self._fit(param, state)
         return state
 
@@ -317,7 +327,10 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def _fit(self, param: Tensor, state: adamw_state.State) -> None:
         """Give the state of one param the dtypes of this optimizer."""
-        adamw_state.convert(state, param, self._stored(param), remainder=self.remainder)
+        adamw_state.convert(state, param, self._stored(param), remainder=self._keeps_remainder(param))
+
+    def _keeps_remainder(self, param: Tensor) -> bool:
+        return self.remainder and param.dtype == torch.bfloat16
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; int8 state as the float32 that it encodes."""

@@ -62,7 +62,6 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
 def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) -> dict:
     run_dir = Path(config.run.dir)
     ranks = environment(config)
-    config = settled(config)
     if not resume:
         run_folder.check(run_dir, config, overwrite)
     trackers = [rooms.TRACKERS.get(name)(settings) for name, settings in config.run.trackers.chosen().items()]
@@ -86,14 +85,6 @@ def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) ->
     return loop.run()
 
 
-def settled(config: Config) -> Config:
-    """The configuration with what "auto" comes to, so that a resumed run goes on as it began."""
-    if getattr(config.optim, "master", None) != "auto":
-        return config
-    direct = config.model.dtype == "bf16" and config.parallel.zero == 0
-    return config.changed(optim=config.optim.changed(master="remainder" if direct else "fp32"))
-
-
 def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: bool = False) -> Loop:
     """All that a run needs before its first step.
 
@@ -112,7 +103,6 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
         Bad configuration, data or model.
     """
     ranks = environment(config)
-    config = settled(config)
     job = assemble.start(config)
     assemble.add_data(job, evals=not steps_only)
     assert job.order is not None and job.train is not None

@@ -247,3 +247,22 @@ def test_refuses_what_would_be_ignored(settings):
     model = net()
     with pytest.raises(ValueError, match="is for bfloat16 params"):
         train(model, FusedAdamW(model.parameters(), **settings), 1)
+
+
+@pytest.mark.parametrize("options", [{"remainder": True}, {"stochastic_rounding": True}])
+def test_params_that_a_model_keeps_in_float32_are_their_own_masters(options):
+    torch.manual_seed(0)
+    start = [torch.randn(40).bfloat16(), torch.randn(30), torch.randn(20).bfloat16()]
+    grads = [torch.randn_like(p) for p in start]
+    results = []
+    for chosen in (options, {}):
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = FusedAdamW(params, lr=0.1, weight_decay=0.1, **chosen)
+        for _ in range(3):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad.clone()
+            optimizer.step()
+        results.append(params[1].detach())
+        assert ("remainder" in optimizer.state[params[0]]) == ("remainder" in chosen)
+        assert "remainder" not in optimizer.state[params[1]]
+    assert torch.equal(*results)

@@ -31,6 +31,11 @@ class FusedAdamWSettings(Optim):
         "config.yaml says which.",
     )
 
+    def settle(self, config: Config) -> None:
+        if self.master == "auto":
+            direct = config.model.dtype == "bf16" and config.parallel.zero == 0
+            object.__setattr__(self, "master", "remainder" if direct else "fp32")
+
     def check(self, config: Config) -> None:
         if self.master in ("remainder", "stochastic") and config.model.dtype != "bf16":
             raise ValueError(
