@@ -187,7 +187,7 @@ def whole_layers(t: Table) -> None:
         clear()
 
     t.row("layer", "transformers, causal, whole rows", plain)
-    from fastft.models.layers import Match, match
+    from fastft.models.layers import Match, match, weights_of
 
     found = match(layer)
     assert isinstance(found, Match), found
@@ -195,7 +195,7 @@ def whole_layers(t: Table) -> None:
         where = Documents(bounds_of(t, rows, length, long), long, rotation[0][0], rotation[1][0])
 
         def fused(where=where) -> None:
-            decoder_layer(x, where, found.shape, found.weights()).backward(grad)
+            decoder_layer(x, where, found.shape, weights_of(layer)).backward(grad)
             clear()
 
         t.row("layer", f"fused, documents of {long}", fused)

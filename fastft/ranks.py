@@ -220,7 +220,9 @@ def environment(config: Config) -> Ranks:
         torch.cuda.set_device(device)
         if config.run.deterministic:
             env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(True)
+            fill: Any = torch.utils.deterministic
+            fill.fill_uninitialized_memory = False  # it would write every new tensor
     return Ranks(rank, world, local_rank, local_world, device)
 
 

@@ -304,7 +304,8 @@ class Run(Section):
     deterministic: bool = Field(
         False,
         description="GPU: the same bits in every run of one configuration, by slower kernels (attention adds up "
-        "gradients in the order in which they come). A CPU always gives them.",
+        "gradients in the order in which they come); an operation that has no such kernel ends the run with its name. "
+        "A CPU always gives them.",
     )
     threads: int | None = Field(
         None, ge=1, description="CPU threads per rank; default: the cores, divided among the ranks of this node."

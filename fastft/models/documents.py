@@ -24,6 +24,7 @@ from fastft.ops.decoder.attention import DocumentAttention, kernels, refuses
 log = logging.getLogger(__name__)
 
 NAME = "fastft_varlen"
+SHORT = 64  # tokens of a row that is enough where there is no window
 MASKS = ("attention_mask", "past_key_values", "cache", "inputs_embeds")  # with one of them, rows are not packed
 
 
@@ -142,7 +143,7 @@ def install(
     choice : str
         model.attention: "varlen", or "auto", which takes it on a GPU.
     length : int
-        Tokens of the row that it is tried on.
+        Tokens of the longest row in training.
 
     Returns
     -------
@@ -162,7 +163,7 @@ def install(
     if not reason:
         installed = ByDocument(model)
         try:
-            difference = _difference(installed, forward, model, length, device)
+            difference = _difference(installed, forward, model, probe_length(model, length), device)
         except REFUSALS as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         else:
@@ -200,6 +201,9 @@ def _query(model: Any, device: torch.device) -> Tensor:
 def _difference(installed: ByDocument, forward: Callable, model: Any, length: int, device: torch.device) -> float:
     """Largest difference of logits, relative to the largest one."""
     inputs = packed_inputs(model, length, device)
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        with trial(model, device, training=True):  # there it may ask for dropout, which is refused
+            forward(**packed_inputs(model, min(length, SHORT), device))
     with trial(model, device):
         found = forward(**inputs).logits.float()
         with installed.off():
@@ -207,10 +211,22 @@ def _difference(installed: ByDocument, forward: Callable, model: Any, length: in
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
 
 
+def probe_length(model: Any, length: int) -> int:
+    """Tokens of a row that shows whether attention is the same, of rows of up to ``length`` in training: more than a
+    window where the model has one that those reach.
+    """
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention")]
+    reached = [w for w in windows if isinstance(w, int) and 0 < w < length]
+    return max([min(length, SHORT), *(min(length, w + max(w // 2, 16)) for w in reached)])
+
+
 def packed_inputs(model: Any, length: int, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of a forward of two rows of random tokens, each of two documents."""
+    """Keyword arguments of a forward of packed random tokens: two rows, each of a short and a longer document; beyond
+    512 tokens one row, its second document of nearly all of them.
+    """
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary_rows(model), (2, length), generator=generator).to(device)
-    cut = max(length // 3, 1)
+    tokens = torch.randint(vocabulary_rows(model), (2 if length <= 512 else 1, length), generator=generator).to(device)
+    cut = max(min(length // 8, 64), 1)
     positions = torch.cat([torch.arange(cut), torch.arange(length - cut)]).expand_as(tokens).to(device)
     return {"input_ids": tokens, "position_ids": positions, "use_cache": False}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastft.models.documents import ByDocument, packed_inputs
+from fastft.models.documents import ByDocument, packed_inputs, probe_length
 from fastft.models.parts import epsilon, norm_forward
 from fastft.models.trial import REFUSALS, trial
 from fastft.ops.decoder import WEIGHTS, Documents, Shape, decoder_layer
@@ -42,7 +42,6 @@ CHILDREN = {
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj"},
 }
-LENGTH = 24  # tokens of the rows on which layers are compared
 ALLOWED = 2.0  # times the plain layer's own error
 
 
@@ -53,15 +52,16 @@ class Match:
     layer: Any
     shape: Shape
 
-    def weights(self) -> tuple[Tensor | None, ...]:
-        """In the order of ``WEIGHTS``."""
-        a, m = self.layer.self_attn, self.layer.mlp
-        q, k, v = a.q_proj, a.k_proj, a.v_proj
-        norms = self.layer.input_layernorm.weight, self.layer.post_attention_layernorm.weight
-        return (
-            norms[0], q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, a.o_proj.weight, norms[1],
-            m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight,
-        )  # fmt: skip
+
+def weights_of(layer: Any) -> tuple[Tensor | None, ...]:
+    """Of such a layer, in the order of ``WEIGHTS``."""
+    a, m = layer.self_attn, layer.mlp
+    q, k, v = a.q_proj, a.k_proj, a.v_proj
+    norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    return (
+        norms[0], q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, a.o_proj.weight, norms[1],
+        m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight,
+    )  # fmt: skip
 
 
 def match(layer: Any) -> Match | str:
@@ -114,7 +114,7 @@ def _is_activation(module: nn.Module) -> bool:
     return not any(True for _ in module.parameters()) and not any(True for _ in module.children())
 
 
-def install(forward: Callable, model: Any, documents: ByDocument, device: torch.device) -> str:
+def install(forward: Callable, model: Any, documents: ByDocument, length: int, device: torch.device) -> str:
     """Give the model's decoder layers, and the norm after them, the fused forward where that is proven.
 
     Parameters
@@ -123,6 +123,8 @@ def install(forward: Callable, model: Any, documents: ByDocument, device: torch.
         The model, or the engine around it, on ``device``.
     documents : ByDocument
         Installed in the model: what tells layers where documents begin.
+    length : int
+        Tokens of the longest row in training.
 
     Returns
     -------
@@ -143,7 +145,7 @@ def install(forward: Callable, model: Any, documents: ByDocument, device: torch.
     if len({type(m.layer) for m in matches}) > 1:
         return "plain: layers of several classes"
     try:
-        seen, bounds, longest = _inputs_of(matches, forward, model, documents, device)
+        seen, bounds, longest = _inputs_of(matches, forward, model, documents, length, device)
         for found, given in zip(matches, seen, strict=True):  # all: a model may treat each its own way
             if reason := _differs(found, given, bounds, longest, documents):
                 return f"plain: {type(found.layer).__name__} {layers.index(found.layer)}: {reason}"
@@ -151,7 +153,7 @@ def install(forward: Callable, model: Any, documents: ByDocument, device: torch.
         return f"plain: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}"
     for found in matches:
         _lay_side_by_side(found.layer)
-        found.layer.forward = types.MethodType(_forward_of(found), found.layer)
+        found.layer.forward = types.MethodType(_forward_of(found.shape), found.layer)
     kind = type(matches[0].layer.input_layernorm)
     inside = {id(m) for layer in layers for m in layer.modules()}
     for norm in (m for m in model.modules() if type(m) is kind and id(m) not in inside):
@@ -176,28 +178,26 @@ def _lay_side_by_side(layer: Any) -> None:
                 p.data = part
 
 
-def _forward_of(found: Match) -> Callable:
-    plain = found.layer.forward
-
+def _forward_of(shape: Shape) -> Callable:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         bounds, rotation = kwargs.get("cu_seq_lens_q"), kwargs.get("position_embeddings")
         other = args or any(kwargs.get(name) is not None for name in ("attention_mask", "past_key_values", "cache"))
         if bounds is None or rotation is None or other:
-            return plain(hidden_states, *args, **kwargs)
-        return _fused(found, hidden_states, bounds, kwargs["max_length_q"], rotation, found.weights())
+            return type(self).forward(self, hidden_states, *args, **kwargs)
+        return _fused(shape, hidden_states, bounds, kwargs["max_length_q"], rotation, weights_of(self))
 
     return forward
 
 
-def _fused(found: Match, x: Tensor, bounds: Tensor, longest: int, rotation: Any, weights: tuple) -> Tensor:
+def _fused(shape: Shape, x: Tensor, bounds: Tensor, longest: int, rotation: Any, weights: tuple) -> Tensor:
     cos, sin = (t.flatten(0, -2) for t in rotation)
-    if cos.shape[-1] != found.shape.dim:
-        raise ValueError(f"its rotation is of {cos.shape[-1]} elements, its heads have {found.shape.dim}")
-    return decoder_layer(x, Documents(bounds, longest, cos, sin), found.shape, weights)
+    if cos.shape[-1] != shape.dim:
+        raise ValueError(f"its rotation is of {cos.shape[-1]} elements, its heads have {shape.dim}")
+    return decoder_layer(x, Documents(bounds, longest, cos, sin), shape, weights)
 
 
 def _inputs_of(
-    matches: list[Match], forward: Callable, model: Any, documents: ByDocument, device: torch.device
+    matches: list[Match], forward: Callable, model: Any, documents: ByDocument, length: int, device: torch.device
 ) -> tuple[list[dict[str, Any]], Tensor, int]:
     """What each layer is given in a plain forward of packed documents, by name, and the documents' bounds."""
     seen: list[dict[str, Any]] = [{} for _ in matches]
@@ -211,7 +211,7 @@ def _inputs_of(
             given.update(kwargs)
 
         hooks.append(found.layer.register_forward_pre_hook(watch, with_kwargs=True))
-    inputs = packed_inputs(model, LENGTH, device)
+    inputs = packed_inputs(model, probe_length(model, length), device)
     try:
         with trial(model, device):
             forward(**inputs)
@@ -253,8 +253,10 @@ def _differs(found: Match, seen: dict[str, Any], bounds: Tensor, longest: int, d
 
     def fused(given: Tensor, weights: dict[str, Tensor]) -> Tensor:
         ordered = tuple(weights.get(PARTS[name]) for name in WEIGHTS)
-        return _fused(found, given, bounds, longest, rotation, ordered)
+        return _fused(found.shape, given, bounds, longest, rotation, ordered)
 
+    if _draws(found.layer, x, plain, parameters):
+        return "it draws random numbers in training"
     truth = gradients(torch.float32, plain)
     own, ours = gradients(x.dtype, plain), gradients(x.dtype, fused)
     for name, exact, one, other in zip(("output", "input", *parameters), truth, own, ours, strict=True):
@@ -263,6 +265,21 @@ def _differs(found: Match, seen: dict[str, Any], bounds: Tensor, longest: int, d
         if not errors[1] <= ALLOWED * errors[0] + (1e-5 if x.dtype == torch.float32 else 2e-3):
             return f"{name}: an error of {errors[1]:.2g} where the plain layer has {errors[0]:.2g}"
     return ""
+
+
+def _draws(layer: nn.Module, x: Tensor, plain: Callable, parameters: dict[str, Tensor]) -> bool:
+    """Whether two forwards in training mode differ: dropout, wherever it is."""
+    training = layer.training
+    layer.train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+            outs = []
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                outs.append(plain(x, parameters))
+        return not torch.equal(*outs)
+    finally:
+        layer.train(training)
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:

@@ -107,7 +107,7 @@ class DecoderTask(TextTask):
     def _attend_by_document(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
         from fastft.models import documents
 
-        found, why = documents.install(forward, model, self.config.model.attention, min(self.max_length, 64), device)
+        found, why = documents.install(forward, model, self.config.model.attention, self.max_length, device)
         self.bounds = found is not None
         fused = self._fuse(forward, model, found, device)
         self.settled = {"attention": f"{'varlen' if found else 'by mask'}: {why}", "layers": fused}
@@ -119,7 +119,11 @@ class DecoderTask(TextTask):
 
         if self.config.model.layers == "plain":
             return "plain: asked for"
-        whole = "plain: attention is by mask" if found is None else layers.install(forward, model, found, device)
+        whole = (
+            "plain: attention is by mask"
+            if found is None
+            else layers.install(forward, model, found, self.max_length, device)
+        )
         if whole.startswith("fused") or device.type != "cuda":
             return whole
         return f"{whole}; by themselves: {parts.install(model, load.dtype_of(self.config.model.dtype), device)}"

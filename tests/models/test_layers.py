@@ -1,5 +1,6 @@
 """Attention by document and fused decoder layers in the user's model: proven on it, or left out with the reason."""
 
+import copy
 import json
 import shutil
 
@@ -26,13 +27,14 @@ def model_of(name: str, dtype: torch.dtype = torch.float32, **more):
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def put_into(model) -> tuple[documents.ByDocument, str]:
-    found, _ = documents.install(model, model, "varlen", 16, CPU)
-    return found, layers.install(model, model, found, CPU)
+def put_into(model, length: int = 64) -> tuple[documents.ByDocument, str]:
+    found, _ = documents.install(model, model, "varlen", length, CPU)
+    return found, layers.install(model, model, found, length, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_families(dtype):
+    still = {"head_dim": 12, "attention_dropout": 0.0}
     for name, more, done in (
         ("Llama", {}, "fused: 4 layers of LlamaDecoderLayer"),
         ("Qwen2", {}, "fused: 4 layers"),
@@ -43,6 +45,12 @@ def test_families(dtype):
         ("Gemma", {}, "GemmaDecoderLayer 0: output: an error of"),  # its norm multiplies by 1 + weight
         ("Qwen3", {"head_dim": 12}, "Qwen3DecoderLayer: self_attn.k_norm is not known"),
         ("Phi3", {}, "self_attn.k_proj is not there"),
+        (
+            "SeedOss",
+            {"head_dim": 12, "attention_dropout": 0.0, "residual_dropout": 0.5},
+            "SeedOssDecoderLayer 0: it draws random numbers",
+        ),
+        ("SeedOss", {"head_dim": 12, "attention_dropout": 0.0, "residual_dropout": 0.0}, "fused: 4 layers"),
         ("Cohere", {}, "post_attention_layernorm is not there"),
         ("GPTNeoX", {}, "no layers of the known form"),
     ):
@@ -53,11 +61,17 @@ def test_what_attention_by_document_cannot_compute_is_refused_with_the_reason():
     for name, more, reason in (
         ("Gemma2", {"head_dim": 12}, "softcap"),
         ("Llama", {"attention_dropout": 0.1}, "dropout"),
+        ("GPT2", {"n_head": 4}, "dropout"),
+        (
+            "Qwen2Moe",
+            {"use_sliding_window": True, "sliding_window": 20, "layer_types": ["sliding_attention"] * 4},
+            "logits differ",
+        ),
         ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 12}, "s_aux"),
     ):
         model = model_of(name, **more)
         with pytest.raises(UserError, match=reason):
-            documents.install(model, model, "varlen", 16, CPU)
+            documents.install(model, model, "varlen", 64, CPU)
         assert model.config._attn_implementation != documents.NAME
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))  # it is as it was
     assert documents.install(model, model, "auto", 16, CPU) == (None, "automatic: on a GPU alone")
@@ -204,3 +218,18 @@ def test_parts_of_layers_that_are_not_fused_whole():
             grads.append([p.grad for p in model.parameters() if p.requires_grad])
         for plain, own in zip(*grads, strict=True):
             torch.testing.assert_close(own, plain, rtol=1e-3, atol=1e-5 * max(plain.abs().max().item(), 1e-2))
+
+
+def test_a_copy_computes_with_its_own_weights():
+    model = model_of("Llama").eval()
+    put_into(model)
+    inputs = documents.packed_inputs(model, 20, CPU)
+    before = model(**inputs).logits
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(copied(**inputs).logits, before)
+    plain = copied(input_ids=inputs["input_ids"]).logits
+    assert plain.abs().max() > 0
+    assert model(**inputs).logits.abs().max() == 0
