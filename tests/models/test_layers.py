@@ -34,7 +34,6 @@ def put_into(model, length: int = 64) -> tuple[documents.ByDocument, str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_families(dtype):
-    still = {"head_dim": 12, "attention_dropout": 0.0}
     for name, more, done in (
         ("Llama", {}, "fused: 4 layers of LlamaDecoderLayer"),
         ("Qwen2", {}, "fused: 4 layers"),
@@ -168,9 +167,14 @@ def test_training_is_the_same_at_every_stage(no_dropout, tmp_path):
         ("ZeRO 3", {"attention": "varlen"}, {}, 3),
         ("bf16 ZeRO 1", {"dtype": "bf16"}, {}, 1),
         ("bf16 varlen remainder", {"dtype": "bf16", "attention": "varlen"}, {"master": "remainder"}, 0),
+        ("bf16 varlen checkpointing", {"dtype": "bf16", "attention": "varlen"}, {}, 0),
     ):
         config = {**lm_config, "model": {**lm_config["model"], **model}, "optim": {**lm_config["optim"], **optim}}
-        config |= {"parallel": {"zero": zero}, "run": {**lm_config["run"], "dir": str(tmp_path / name)}}
+        again = "checkpointing" in name
+        config |= {
+            "parallel": {"zero": zero, "activation_checkpointing": again},
+            "run": {**lm_config["run"], "dir": str(tmp_path / name)},
+        }
         paths[name] = launch.write_config(tmp_path / f"{name}.yaml", config)
     launch.ranks(1, [RUNS, "train", *paths.values()])
     curves, done = {}, {}
@@ -182,6 +186,7 @@ def test_training_is_the_same_at_every_stage(no_dropout, tmp_path):
         "varlen",
         "ZeRO 2",
         "bf16 varlen remainder",
+        "bf16 varlen checkpointing",
     ]
     assert curves["mask"][-1] < curves["mask"][0] - 0.1
     for name, curve in curves.items():
