@@ -27,8 +27,8 @@ class FusedAdamWSettings(Optim):
         "auto",
         description="model.dtype bf16: the weights that the optimizer updates. fp32: a copy of 4 bytes; remainder: the "
         "same number as bf16 and its 16-bit remainder; stochastic: bf16, rounded at random. The last two also keep "
-        "gradients in bf16. auto: remainder at parallel.zero 0, where it is faster and the update the same, else fp32; the run's "
-        "config.yaml says which.",
+        "gradients in bf16. auto: remainder at parallel.zero 0, where it is faster and the update the same, else fp32; "
+        "the run's config.yaml says which.",
     )
 
     def settle(self, config: Config) -> None:
