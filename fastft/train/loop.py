@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from fastft.tasks.base import Batch, Draw
 from fastft.track import Telemetry
 from fastft.train import export, health, resuming, run_folder
 from fastft.train.advice import advice
+from fastft.train.collector import quiet_collector
 from fastft.train.evaluation import evaluate
 from fastft.train.heartbeat import Heartbeat
 from fastft.train.observers._standard import STANDARD, Best, Skips, Stragglers, upgraded
@@ -138,19 +138,6 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
     return loop
 
 
-@contextmanager
-def _quiet_collector() -> Iterator[None]:
-    """While inside, Python's garbage collector passes over all that is there now: a pass over every module takes
-    longer than a step on a GPU.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 class Loop:
     """Steps, and what is between them.
 
@@ -224,7 +211,7 @@ class Loop:
         """Take the steps that are left; what is due after one is for the caller. Yields this rank's share of the
         loss.
         """
-        with ThreadPoolExecutor(1) as ahead, _quiet_collector():  # collates the next step while this one computes
+        with ThreadPoolExecutor(1) as ahead, quiet_collector():  # collates the next step while this one computes
             coming = ahead.submit(self.collate_step, self.step)
             while self.step < self.schedule.total and self.stopped is None:
                 step_batches, denominator = coming.result()
