@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_collector() -> Iterator[None]:
-    """While inside, Python's garbage collector passes over all that is there now: a pass over every module takes
-    longer than a step on a GPU.
+    """While inside, Python's garbage collector leaves out what exists now: to look at every object of torch and
+    transformers takes longer than a step on a GPU (0.16 to 0.24 s, measured).
     """
     gc.collect()
     gc.freeze()
