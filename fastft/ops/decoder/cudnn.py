@@ -11,6 +11,7 @@ import functools
 import importlib
 import logging
 import os
+import time
 from typing import Any, NamedTuple
 
 import torch
@@ -263,12 +264,14 @@ class _Builder:
         }
 
     def built(self) -> tuple[Any, dict[str, int], int]:
-        graph, modes = self.graph, self.cudnn.heur_mode
+        graph, modes, begun = self.graph, self.cudnn.heur_mode, time.perf_counter()
         graph.validate()
         graph.build_operation_graph()
         graph.create_execution_plans([modes.A, modes.FALLBACK])
         graph.check_support()
         graph.build_plans()
+        seconds, key = time.perf_counter() - begun, self.key
+        log.info("cuDNN's graph for %d documents of %d tokens: %.2f s", key.documents, key.longest, seconds)
         return graph, self.uids, graph.get_workspace_size()
 
 
