@@ -180,6 +180,11 @@ def add_objective(job: Job, forward: Any = None) -> None:
         forward = job.model
     device = job.ranks.device
     job.task.check_model(forward, job.model, device)
+    if job.config.model.attention == "varlen" and not getattr(job.task, "bounds", False):
+        raise UserError(
+            "model.attention: varlen is for packed documents (causal_lm and sft with data.packing: isolated).",
+            "Set model.attention: auto.",
+        )
     objective = job.measured = job.task.objective(forward, job.model, device, job.learned)
     for name, settings in job.config.loss.chosen().items():
         objective = rooms.OBJECTIVES.get(name)(objective, settings, job.config)

@@ -75,7 +75,7 @@ def match(layer: Any) -> Match | str:
     a = layer.self_attn
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         if type(getattr(a, name)) is not nn.Linear:
-            return f"self_attn.{name} is a {type(getattr(a, name)).__name__}"
+            return f"self_attn.{name} is a {type(getattr(a, name)).__module__}.{type(getattr(a, name)).__name__}"
     for name in CHILDREN["mlp"]:
         if type(module := getattr(layer.mlp, name)) is not nn.Linear or module.bias is not None:
             return f"mlp.{name} is a {type(module).__name__}, or has a bias"
@@ -182,11 +182,16 @@ def _forward_of(shape: Shape) -> Callable:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         bounds, rotation = kwargs.get("cu_seq_lens_q"), kwargs.get("position_embeddings")
         other = args or any(kwargs.get(name) is not None for name in ("attention_mask", "past_key_values", "cache"))
-        if bounds is None or rotation is None or other:
+        if bounds is None or rotation is None or other or _watched(self):
             return type(self).forward(self, hidden_states, *args, **kwargs)
         return _fused(shape, hidden_states, bounds, kwargs["max_length_q"], rotation, weights_of(self))
 
     return forward
+
+
+def _watched(layer: nn.Module) -> bool:
+    """Whether a module inside has hooks, which the fused function would not call."""
+    return any(m is not layer and (m._forward_hooks or m._forward_pre_hooks) for m in layer.modules())
 
 
 def _fused(shape: Shape, x: Tensor, bounds: Tensor, longest: int, rotation: Any, weights: tuple) -> Tensor:

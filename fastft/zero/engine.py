@@ -144,7 +144,9 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
         "zero_optimization": {"stage": zero},
         "steps_per_print": 10**9,
     }
-    if bf16 and not direct:
+    if bf16 and direct:
+        settings["communication_data_type"] = "bf16"  # of gradients; it would be fp32
+    elif bf16:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if spec.replaces_masters:
             # Without bf16_optimizer_states DeepSpeed insists on its own CPU optimizer; how the state is kept is ours

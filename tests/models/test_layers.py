@@ -238,3 +238,21 @@ def test_a_copy_computes_with_its_own_weights():
     plain = copied(input_ids=inputs["input_ids"]).logits
     assert plain.abs().max() > 0
     assert model(**inputs).logits.abs().max() == 0
+
+
+def test_hooks_inside_a_layer_are_called():
+    model = model_of("Llama").eval()
+    put_into(model)
+    inputs = documents.packed_inputs(model, 20, CPU)
+    fused = model(**inputs).logits
+    seen = []
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    torch.testing.assert_close(model(**inputs).logits, fused, rtol=1e-4, atol=1e-5)
+    assert seen == [(2, 20, 48)]
+
+
+def test_varlen_without_packed_documents_is_refused(no_dropout):
+    no_dropout["model"]["attention"] = "varlen"
+    no_dropout["data"]["packing"] = "none"
+    with pytest.raises(UserError, match="varlen is for packed documents"):
+        jobs.job_of(no_dropout)

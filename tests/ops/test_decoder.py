@@ -128,7 +128,7 @@ def test_only_what_is_trained_gets_a_gradient_and_a_second_backward_is_refused()
         "self_attn.k_proj.bias",
         "mlp.down_proj.weight",
     ]
-    with pytest.raises(RuntimeError):  # it has used up what it kept
+    with pytest.raises(RuntimeError, match="run twice"):  # it has used up what it kept
         out.backward()
 
 
@@ -253,6 +253,10 @@ def test_documents_as_cudnn_wants_them():
         assert begin.tolist() == [n * stride for n in [0, 7, 30, 40] + [40] * 13] and begin.dtype == torch.int64
     assert cudnn._tables(bounds, key)[0] is lengths  # once for all layers
     assert cudnn._key(q, k, v, out, 17, 300, 0.5).documents == 32
+    # One row of a model that joins heads last: (n, heads, dim) with other strides
+    odd = torch.empty(4, 40, 8).transpose(0, 1)
+    assert cudnn._heads_side_by_side(q) is q
+    assert cudnn._heads_side_by_side(odd).stride() == (32, 8, 1)
 
 
 @pytest.mark.gpu

@@ -184,6 +184,9 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:
+        if getattr(ctx, "used", False):  # kernels write over what was kept
+            raise RuntimeError("a decoder layer's backward was run twice: it keeps nothing for that")
+        ctx.used = True
         rows, r1, qkv, o, h, r2, gu, bounds, cos, sin, *rest = ctx.saved_tensors
         weights, kept = rest[: len(WEIGHTS)], tuple(rest[len(WEIGHTS) :])
         n1, wq, wk, wv, *_, wo, n2, wg, wu, wd = weights

@@ -47,19 +47,23 @@ def library() -> Any:
         return None
 
 
-@functools.cache
 def refuses(device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
     """Why cuDNN is not used for attention by document; "" where it is: measured against torch's on a small case."""
     if os.environ.get("FASTFT_ATTENTION") == "flash":
         return "FASTFT_ATTENTION=flash"
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms are asked for"
+    return _refuses(device, dtype, heads, groups, dim)
+
+
+@functools.cache
+def _refuses(device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
     if library() is None:
         return "nvidia-cudnn-frontend is not installed"
     if torch.cuda.get_device_capability(device)[0] != 9:
         return "it was not measured on this GPU"  # Hopper alone
     if dim % 8 or dim > 128:
         return f"heads of {dim} elements"
-    if torch.are_deterministic_algorithms_enabled():
-        return "deterministic algorithms are asked for"
     try:
         return _differs(device, dtype, heads, groups, dim)
     except Exception as error:  # whatever this version of it cannot do
@@ -92,6 +96,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As `fastft.ops.decoder.attention.forward`, without a window."""
+    q, k, v = map(_heads_side_by_side, (q, k, v))
     n, heads, dim = q.shape
     out = torch.empty(n, heads, dim, dtype=q.dtype, device=q.device)
     key = _key(q, k, v, out, bounds.numel() - 1, longest, scale)
@@ -122,6 +127,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fastft.ops.decoder.attention.backward`, without a window; gradients lie as q, k and v do."""
     stats, *tables = kept
+    q, k, v = map(_heads_side_by_side, (q, k, v))
     n, heads, dim = q.shape
     groups = k.shape[1]
     if len({t.untyped_storage().data_ptr() for t in (q, k, v)}) == 1 and q.stride(0) == (heads + 2 * groups) * dim:
@@ -135,6 +141,11 @@ def backward(
     given = {"q": q, "k": k, "v": v, "o": out, "do": grad, "stats": stats, "dq": dq, "dk": dk, "dv": dv}
     _execute(graph, size, q.device, {uids[name]: t for name, t in given.items()}, uids, tuple(tables))
     return dq, dk, dv
+
+
+def _heads_side_by_side(t: Tensor) -> Tensor:
+    """(n, heads, dim) whose heads follow each other in memory, as the graphs want them."""
+    return t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous()
 
 
 def _key(
@@ -169,7 +180,8 @@ def _tables(bounds: Tensor, key: Key) -> tuple[Tensor, ...]:
     (documents + 1,) int64. The same for all layers: kept with the bounds.
     """
     kept = getattr(bounds, "_fastft_tables", None)
-    if kept is not None and kept[0] == key[:4] + key.strides:
+    kind = (*key[:4], key.heads, *key.strides)
+    if kept is not None and kept[0] == kind:
         return kept[1]
     begin = bounds.long()
     missing = key.documents + 1 - begin.numel()
@@ -178,7 +190,7 @@ def _tables(bounds: Tensor, key: Key) -> tuple[Tensor, ...]:
     lengths = begin.diff().to(torch.int32)
     offsets = {stride: begin * stride for stride in {*key.strides, key.heads}}
     tables = (lengths, *(offsets[stride] for stride in (*key.strides, key.heads)))
-    bounds._fastft_tables = (key[:4] + key.strides, tables)  # type: ignore[attr-defined]
+    bounds._fastft_tables = (kind, tables)  # type: ignore[attr-defined]
     return tables
 
 

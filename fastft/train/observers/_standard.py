@@ -30,10 +30,9 @@ class Weights(Observer):
 class Skips(Observer):
     """Counts steps skipped for NaN or Inf gradients; ends the run after too many in a row (train.max_skipped).
 
-    What is known on a GPU alone is read at logging steps, so that the others do not wait for it.
+    What is known on a GPU alone is read at logging steps, and after as many steps as may be skipped, so that the others
+    do not wait for it.
     """
-
-    PENDING = 50  # steps that may be unread
 
     def __init__(self, settings: Any, view: View):
         super().__init__(settings, view)
@@ -43,7 +42,7 @@ class Skips(Observer):
     def after_step(self, result: StepResult) -> list[Action]:
         self.pending.append((result.step, result.skipped))
         on_device = isinstance(result.skipped, torch.Tensor) and result.skipped.is_cuda
-        if not on_device or result.logging or len(self.pending) >= self.PENDING:
+        if not on_device or result.logging or len(self.pending) > self.view.job.config.train.max_skipped:
             self._read()
         return []
 
