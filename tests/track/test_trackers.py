@@ -192,6 +192,7 @@ def test_only_settings_that_differ_are_sent_and_only_finite_numbers():
     raw = {"task": "causal_lm", "model": {"path": "m"}, "data": {"train": "a.txt"}, "optim": {"lr": 1e-3}}
     sent = _shared.settings(configuration.validate(raw))
     assert sent["optim.lr"] == 1e-3 and json.loads(sent["data.train"])[0]["path"] == "a.txt"
-    assert set(sent) <= {"task", "model.path", "data.train", "optim.lr"}
+    # optim.master: what its default, auto, came to
+    assert set(sent) <= {"task", "model.path", "data.train", "optim.lr", "optim.master"}
     record = Record("eval", 0.0, {"step": 3, "set": "s", "loss": None, "accuracy": 0.5, "exact": True})
     assert _shared.points(record) == {"eval/s/accuracy": 0.5}
