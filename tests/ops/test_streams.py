@@ -10,6 +10,7 @@ import torch
 from fastft.ops import cross_entropy, linear_cross_entropy, sum_squares
 from fastft.ops import linear_cross_entropy_chunks as chunks
 from fastft.ops.adamw import adamw
+from fastft.ops.decoder import gated, rms_norm
 from fastft.ops.linear_cross_entropy_plan import Plan
 from tests.ops.common import BACKENDS, DEVICE, seeded
 
@@ -67,6 +68,17 @@ def of_adamw(tensors: int):
     return lambda seed: draw(seed, *shapes * 4), run
 
 
+def of_a_layer_part(function, *shapes):
+    """Of fastft.ops.decoder, which has one implementation a device."""
+
+    def run(inputs, backend):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    return lambda seed: draw(seed, *shapes, dtype=BF16), run
+
+
 CASES = {
     "cross_entropy": of_logits(507, F32),
     "cross_entropy, long rows": of_logits(33_000, BF16),
@@ -81,6 +93,8 @@ CASES = {
         lambda seed: draw(seed, (70_001,), (33, 17)),
         lambda inputs, backend: [sum_squares(inputs, backend=backend)],
     ),
+    "rms_norm": of_a_layer_part(lambda x, w: rms_norm(x, w, 1e-6), (70, 640), (640,)),
+    "gated": of_a_layer_part(gated, (70, 1100), (70, 1100)),
     "adamw": of_adamw(3),
     "adamw, a table in pieces": of_adamw(80),
 }
