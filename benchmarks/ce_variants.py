@@ -12,7 +12,6 @@ the script runs.
 
 import argparse
 import functools
-import importlib
 import json
 import statistics
 import time
@@ -20,8 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from cross_entropy import kernel as call_kernel
+from gpu import importable
 
-from fastft import _C
 from fastft.ops import cross_entropy
 
 OUT = Path(__file__).resolve().parent / "results" / "ce_variants.jsonl"
@@ -51,41 +51,10 @@ def plan(vocab: int, size: int, variant: int) -> tuple[int, int, str] | None:
 
 def kernel(logits, target, scale, loss, bad_row, variant: int, forward: bool = False) -> None:
     """_C.cross_entropy alone: the gradient of the mean in place of the logits, or the loss alone."""
-    cuda = logits.device.type == "cuda"
-    _C.cross_entropy(
-        device=logits.device.index if cuda else -1,
-        stream=torch.cuda.current_stream().cuda_stream if cuda else 0,
-        logits=logits.data_ptr(),
-        dtype=_C.F32 if logits.dtype == F32 else _C.BF16,
-        rows=logits.shape[0],
-        vocab=logits.shape[1],
-        logits_stride=logits.stride(0),
-        target=target.data_ptr(),
-        class_weight=0,
-        token_weight=0,
-        token_weight_stride=0,
-        ignore_index=-100,
-        label_smoothing=0.0,
-        z_loss=0.0,
-        softcap=0.0,
-        logit_scale=1.0,
-        loss=loss.data_ptr(),
-        lse=0,
-        grad=0 if forward else logits.data_ptr(),
-        grad_stride=0 if forward else logits.stride(0),
-        grad_scale=scale.data_ptr(),
-        grad_scale_stride=0,
-        bad_row=bad_row.data_ptr(),
-        num_threads=0,
-        variant=variant,
-    )
-
-
-def importable(name: str):
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError):
-        return None
+    more = {"variant": variant}
+    if logits.is_cuda:
+        more |= {"device": logits.device.index, "stream": torch.cuda.current_stream().cuda_stream}
+    call_kernel(logits, target, None if forward else logits, loss, scale, bad_row, **more)
 
 
 class Run:

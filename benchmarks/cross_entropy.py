@@ -32,33 +32,37 @@ COLUMNS = {
 }
 
 
-def kernel(logits, target, grad, loss, scale, bad_row):
-    _C.cross_entropy(
-        device=-1,
-        stream=0,
-        logits=logits.data_ptr(),
-        dtype=_C.F32 if logits.dtype == torch.float32 else _C.BF16,
-        rows=logits.shape[0],
-        vocab=logits.shape[1],
-        logits_stride=logits.stride(0),
-        target=target.data_ptr(),
-        class_weight=0,
-        token_weight=0,
-        token_weight_stride=0,
-        ignore_index=-100,
-        label_smoothing=0.0,
-        z_loss=0.0,
-        softcap=0.0,
-        logit_scale=1.0,
-        loss=loss.data_ptr(),
-        lse=0,
-        grad=grad.data_ptr(),
-        grad_stride=grad.stride(0),
-        grad_scale=scale.data_ptr(),
-        grad_scale_stride=0,
-        bad_row=bad_row.data_ptr(),
-        num_threads=0,
-    )
+def kernel(logits, target, grad, loss, scale, bad_row, **more):
+    """_C.cross_entropy: the loss, and its gradient into ``grad`` unless that is None; ``more``: others of its arguments,
+    or other values.
+    """
+    arguments = {
+        "device": -1,
+        "stream": 0,
+        "logits": logits.data_ptr(),
+        "dtype": _C.F32 if logits.dtype == torch.float32 else _C.BF16,
+        "rows": logits.shape[0],
+        "vocab": logits.shape[1],
+        "logits_stride": logits.stride(0),
+        "target": target.data_ptr(),
+        "class_weight": 0,
+        "token_weight": 0,
+        "token_weight_stride": 0,
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
+        "softcap": 0.0,
+        "logit_scale": 1.0,
+        "loss": loss.data_ptr(),
+        "lse": 0,
+        "grad": 0 if grad is None else grad.data_ptr(),
+        "grad_stride": 0 if grad is None else grad.stride(0),
+        "grad_scale": scale.data_ptr(),
+        "grad_scale_stride": 0,
+        "bad_row": bad_row.data_ptr(),
+        "num_threads": 0,
+    }
+    _C.cross_entropy(**{**arguments, **more})
 
 
 def errors(logits, target) -> tuple[float, float]:

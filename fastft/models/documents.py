@@ -8,7 +8,6 @@ implementation is chosen forward by forward. That the model's logits are the sam
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +19,6 @@ from fastft.errors import UserError
 from fastft.models.load import vocabulary_rows
 from fastft.models.trial import REFUSALS, trial
 from fastft.ops.decoder.attention import DocumentAttention, kernels, refuses
-
-log = logging.getLogger(__name__)
 
 NAME = "fastft_varlen"
 SHORT = 64  # tokens of a row that is enough where there is no window

@@ -9,6 +9,7 @@ function where a forward of the model says where documents begin.
 from __future__ import annotations
 
 import inspect
+import operator
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,15 +54,8 @@ class Match:
     shape: Shape
 
 
-def weights_of(layer: Any) -> tuple[Tensor | None, ...]:
-    """Of such a layer, in the order of ``WEIGHTS``."""
-    a, m = layer.self_attn, layer.mlp
-    q, k, v = a.q_proj, a.k_proj, a.v_proj
-    norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-    return (
-        norms[0], q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, a.o_proj.weight, norms[1],
-        m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight,
-    )  # fmt: skip
+# Of such a layer, in the order of WEIGHTS.
+weights_of: Callable[[Any], tuple] = operator.attrgetter(*(PARTS[name] for name in WEIGHTS))
 
 
 def match(layer: Any) -> Match | str:

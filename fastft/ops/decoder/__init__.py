@@ -197,9 +197,8 @@ class _DecoderLayer(torch.autograd.Function):
         grads: dict[str, Tensor | None] = dict.fromkeys(WEIGHTS)
 
         a = torch.mm(dout, wd)
-        ops.swiglu_backward(
-            *gu.chunk(2, 1), a, in_place=True
-        )  # a is the activation now, gu the gradients of gate and up
+        # In place: a becomes the activation, gu the gradients of gate and up.
+        ops.swiglu_backward(*gu.chunk(2, 1), a, in_place=True)
         if need["down"]:
             grads["down"] = torch.mm(dout.t(), a)
         del a

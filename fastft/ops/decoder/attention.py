@@ -153,12 +153,8 @@ class DocumentAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, out, bounds, *kept = ctx.saved_tensors
-        return (
-            *backward(grads[0].contiguous(), q, k, v, out, tuple(kept), bounds, *ctx.settings),
-            None,
-            None,
-            None,
-            None,
-        )
+        found = backward(grad.contiguous(), q, k, v, out, tuple(kept), bounds, *ctx.settings)
+        return (*found, None, None, None, None)

@@ -103,15 +103,7 @@ def forward(
     tables = _tables(bounds, key)
     _build_ahead(key)
     stats = torch.empty(n, heads, dtype=torch.float32, device=q.device)
-    graph, uids, size = _forward_graph(key)
-    _execute(
-        graph,
-        size,
-        q.device,
-        {uids["q"]: q, uids["k"]: k, uids["v"]: v, uids["o"]: out, uids["stats"]: stats},
-        uids,
-        tables,
-    )
+    _execute(_forward_graph(key), q.device, tables, q=q, k=k, v=v, o=out, stats=stats)
     return out, (stats, *tables)
 
 
@@ -136,10 +128,9 @@ def backward(
         dq, dk, dv = (part.unflatten(1, (-1, dim)) for part in parts)
     else:
         dq, dk, dv = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in (q, k, v))
-    key = _key(q, k, v, out, tables[0].numel(), longest, scale, bucketed=True)
-    graph, uids, size = _backward_graph(key)
+    key = _key(q, k, v, out, tables[0].numel(), longest, scale)  # a power of two already, which stays
     given = {"q": q, "k": k, "v": v, "o": out, "do": grad, "stats": stats, "dq": dq, "dk": dk, "dv": dv}
-    _execute(graph, size, q.device, {uids[name]: t for name, t in given.items()}, uids, tuple(tables))
+    _execute(_backward_graph(key), q.device, tuple(tables), **given)
     return dq, dk, dv
 
 
@@ -148,23 +139,12 @@ def _heads_side_by_side(t: Tensor) -> Tensor:
     return t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous()
 
 
-def _key(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    documents: int,
-    longest: int,
-    scale: float,
-    bucketed: bool = False,
-) -> Key:
-    if not bucketed:
-        documents = max(SMALLEST[0], 1 << (documents - 1).bit_length())
+def _key(q: Tensor, k: Tensor, v: Tensor, out: Tensor, documents: int, longest: int, scale: float) -> Key:
     strides = q.stride(0), k.stride(0), v.stride(0), out.stride(0)
     return Key(
         q.device.index or 0,
         q.dtype,
-        documents,
+        max(SMALLEST[0], 1 << (documents - 1).bit_length()),
         max(SMALLEST[1], 1 << (longest - 1).bit_length()),
         q.shape[0],
         q.shape[1],
@@ -203,21 +183,27 @@ def _handle(device: int) -> Any:
         return library().create_handle()
 
 
-def _execute(
-    graph: Any, size: int, device: torch.device, given: dict[int, Tensor], uids: dict[str, int], tables: tuple
-) -> None:
+class Built(NamedTuple):
+    """A graph, the numbers of its tensors by name, and the bytes that it works in."""
+
+    graph: Any
+    uids: dict[str, int]
+    size: int
+
+
+def _execute(built: Built, device: torch.device, tables: tuple[Tensor, ...], **given: Tensor) -> None:
     handle = _handle(device.index or 0)
     library().set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
-    pointers = {uid: tensor.data_ptr() for uid, tensor in given.items()}
-    pointers |= {uids[name]: table.data_ptr() for name, table in zip(TABLES, tables, strict=True)}
-    workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
-    graph.execute(pointers, workspace.data_ptr(), handle=handle)
+    given |= zip(TABLES, tables, strict=True)
+    pointers = {built.uids[name]: tensor.data_ptr() for name, tensor in given.items()}
+    workspace = torch.empty(max(built.size, 1), dtype=torch.uint8, device=device)
+    built.graph.execute(pointers, workspace.data_ptr(), handle=handle)
 
 
 class _Builder:
     """A graph under way, its tensors by name."""
 
-    def __init__(self, key: Key, handle: Any):
+    def __init__(self, key: Key):
         self.cudnn, self.key = library(), key
         kinds = self.cudnn.data_type
         self.io = kinds.BFLOAT16 if key.dtype == torch.bfloat16 else kinds.HALF
@@ -226,9 +212,8 @@ class _Builder:
             intermediate_data_type=kinds.FLOAT,
             compute_data_type=kinds.FLOAT,
             sm_version=90,
-            **({} if handle is None else {"handle": handle}),
+            handle=_handle(key.device),
         )
-        self.handle = handle
         self.uids: dict[str, int] = {}
         b = key.documents
         self.lengths = self.add("lengths", (b, 1, 1, 1), (1, 1, 1, 1), kinds.INT32)
@@ -275,7 +260,7 @@ class _Builder:
             "diagonal_band_right_bound": 0,
         }
 
-    def built(self) -> tuple[Any, dict[str, int], int]:
+    def built(self) -> Built:
         graph, modes, begun = self.graph, self.cudnn.heur_mode, time.perf_counter()
         graph.validate()
         graph.build_operation_graph()
@@ -284,34 +269,31 @@ class _Builder:
         graph.build_plans()
         seconds, key = time.perf_counter() - begun, self.key
         log.info("cuDNN's graph for %d documents of %d tokens: %.2f s", key.documents, key.longest, seconds)
-        return graph, self.uids, graph.get_workspace_size()
+        return Built(graph, self.uids, graph.get_workspace_size())
 
 
-@functools.cache
-def _built_ahead(key: Key) -> None:
-    for documents in (key.documents, 2 * key.documents):
-        one = key._replace(documents=documents)
-        _forward_graph(one)
-        _backward_graph(one)
+_begun: set[Key] = set()  # kinds of graphs, documents 0
 
 
 def _build_ahead(key: Key) -> None:
-    """The first graph of a kind, and the one for twice the documents, at once: a graph takes a third of a second, which
+    """The first graphs of a kind, and those for twice the documents, at once: a graph takes a third of a second, which
     is better spent in the first step than in the middle of a run.
     """
-    _built_ahead(key._replace(documents=_first.setdefault(key._replace(documents=0), key.documents)))
-
-
-_first: dict[Key, int] = {}  # a kind of graph (documents 0): the first number of documents that was asked for
+    kind = key._replace(documents=0)
+    if kind not in _begun:
+        _begun.add(kind)
+        for documents in (key.documents, 2 * key.documents):
+            _forward_graph(key._replace(documents=documents))
+            _backward_graph(key._replace(documents=documents))
 
 
 @functools.cache
-def _forward_graph(key: Key) -> tuple[Any, dict[str, int], int]:
-    return _forward_builder(key, _handle(key.device)).built()
+def _forward_graph(key: Key) -> Built:
+    return _forward_builder(key).built()
 
 
-def _forward_builder(key: Key, handle: Any) -> _Builder:
-    builder = _Builder(key, handle)
+def _forward_builder(key: Key) -> _Builder:
+    builder = _Builder(key)
     q, k, v = (builder.ragged(name, name) for name in ("q", "k", "v"))
     o, stats = builder.graph.sdpa(
         name="attention", q=q, k=k, v=v, generate_stats=True, attn_scale=key.scale, **builder.mask
@@ -326,12 +308,12 @@ def _forward_builder(key: Key, handle: Any) -> _Builder:
 
 
 @functools.cache
-def _backward_graph(key: Key) -> tuple[Any, dict[str, int], int]:
-    return _backward_builder(key, _handle(key.device)).built()
+def _backward_graph(key: Key) -> Built:
+    return _backward_builder(key).built()
 
 
-def _backward_builder(key: Key, handle: Any) -> _Builder:
-    builder = _Builder(key, handle)
+def _backward_builder(key: Key) -> _Builder:
+    builder = _Builder(key)
     q, k, v, o = (builder.ragged(name, name) for name in ("q", "k", "v", "o"))
     do = builder.ragged("do", "o")
     stats = builder.add("stats", *builder.stats_layout, builder.cudnn.data_type.FLOAT)
