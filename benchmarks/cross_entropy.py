@@ -33,8 +33,8 @@ COLUMNS = {
 
 
 def kernel(logits, target, grad, loss, scale, bad_row, **more):
-    """_C.cross_entropy: the loss, and its gradient into ``grad`` unless that is None; ``more``: others of its arguments,
-    or other values.
+    """_C.cross_entropy: the loss, and its gradient into ``grad`` unless that is None; ``more``: further arguments of
+    it, or other values.
     """
     arguments = {
         "device": -1,
