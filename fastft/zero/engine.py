@@ -143,6 +143,7 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": zero},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
     }
     if bf16 and direct:
         settings["communication_data_type"] = "bf16"  # of gradients; it would be fp32
