@@ -237,16 +237,17 @@ def test_attention_by_document_on_a_gpu(window):
         assert (one.cpu().float() - other).norm() / other.norm() < 1e-2
 
 
-def test_documents_as_cudnn_wants_them():
+def test_documents_as_cudnn_wants_them(monkeypatch):
     """Powers of two of documents, the missing ones of length 0; where each begins in elements."""
     from fastft.ops.decoder import cudnn
 
+    monkeypatch.setattr(cudnn, "_known", {})
     qkv = torch.empty(40, (4 + 2 * 2) * 8)
     q, k, v = (part.unflatten(1, (-1, 8)) for part in qkv.split([32, 16, 16], 1))
     out = torch.empty(40, 4, 8)
     bounds = torch.tensor([0, 7, 30, 40], dtype=torch.int32)
     key = cudnn._key(q, k, v, out, 3, 23, 0.5)
-    assert (key.documents, key.longest, key.tokens, key.strides) == (16, 256, 40, (64, 64, 64, 32))
+    assert (key.documents, key.longest, key.tokens, key.strides) == (16, 256, 64, (64, 64, 64, 32))
     lengths, *begins = cudnn._tables(bounds, key)
     assert lengths.tolist() == [7, 23, 10] + [0] * 13 and lengths.dtype == torch.int32
     for begin, stride in zip(begins, (64, 64, 64, 32, 4), strict=True):
@@ -257,6 +258,28 @@ def test_documents_as_cudnn_wants_them():
     odd = torch.empty(4, 40, 8).transpose(0, 1)
     assert cudnn._heads_side_by_side(q) is q
     assert cudnn._heads_side_by_side(odd).stride() == (32, 8, 1)
+
+
+def test_a_graph_serves_what_is_not_larger(monkeypatch):
+    from fastft.ops.decoder import cudnn
+
+    monkeypatch.setattr(cudnn, "_known", {})
+
+    def sizes(documents: int, longest: int, tokens: int, heads: int = 4) -> tuple[int, ...]:
+        q, out = (torch.empty(tokens, heads, 8) for _ in range(2))
+        return cudnn._key(q, q, q, out, documents, longest, 0.5)[:3]
+
+    assert sizes(30, 2000, 16384) == (32, 2048, 16384)
+    assert sizes(17, 1100, 14336) == (32, 2048, 16384)  # the last step of an epoch
+    assert sizes(9, 1100, 16384) == (32, 2048, 16384)  # fewer documents: up to half of it stays empty
+    assert sizes(30, 600, 16000) == (32, 2048, 16384)
+    assert sizes(4, 100, 100) == (16, 256, 128)  # far smaller: its own
+    assert sizes(30, 2000, 16385) == (32, 2048, 20480)  # larger: its own
+    assert sizes(30, 2000, 16300) == (32, 2048, 16384)  # the smallest that serves
+    assert sizes(30, 2000, 14336, heads=2) == (32, 2048, 14336)  # another kind
+    for tokens in (1, 63, 64, 65, 1000, 5000, 16385, 100_000):
+        size = cudnn._rounded(tokens)
+        assert tokens <= size < max(tokens * 1.25, tokens + 64) and size % 64 == 0
 
 
 @pytest.mark.gpu

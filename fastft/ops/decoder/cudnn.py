@@ -1,8 +1,9 @@
 """Attention by document through cuDNN (package nvidia-cudnn-frontend): on a Hopper GPU its kernels are half again as
 fast as the flash attention that torch carries, and torch itself chooses them for rows without documents.
 
-A graph is built for a bucket of documents and of lengths, and kept; documents that are not there have length 0. Query,
-key and value may be parts of one buffer, and so are their gradients then.
+A graph is built for so many documents, of so many tokens, of so many in all, and kept: it serves whatever is not larger,
+for documents that are not there have length 0. Query, key and value may be parts of one buffer, and so are their
+gradients then.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 SMALLEST = 16, 256  # documents and length of the smallest graph; then powers of two
+SPARE = 2  # a graph that is there is used for as few as this part of its documents and length
 
 
 class Key(NamedTuple):
-    """What a graph is built for. Strides are of tokens, in elements."""
+    """What a graph is built for: at most so many documents, tokens of one, and tokens. Strides are of tokens, in
+    elements.
+    """
 
-    device: int
-    dtype: torch.dtype
     documents: int
     longest: int
-    tokens: int
+    tokens: int  # 0 in a forward, whose graph does not depend on it
+    device: int
+    dtype: torch.dtype
     heads: int
     groups: int
     dim: int
@@ -103,7 +107,7 @@ def forward(
     tables = _tables(bounds, key)
     _build_ahead(key)
     stats = torch.empty(n, heads, dtype=torch.float32, device=q.device)
-    _execute(_forward_graph(key), q.device, tables, q=q, k=k, v=v, o=out, stats=stats)
+    _execute(_forward_graph(key._replace(tokens=0)), q.device, tables, q=q, k=k, v=v, o=out, stats=stats)
     return out, (stats, *tables)
 
 
@@ -128,7 +132,7 @@ def backward(
         dq, dk, dv = (part.unflatten(1, (-1, dim)) for part in parts)
     else:
         dq, dk, dv = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in (q, k, v))
-    key = _key(q, k, v, out, tables[0].numel(), longest, scale)  # a power of two already, which stays
+    key = _key(q, k, v, out, tables[0].numel(), longest, scale)  # documents: those of the forward's graph
     given = {"q": q, "k": k, "v": v, "o": out, "do": grad, "stats": stats, "dq": dq, "dk": dk, "dv": dv}
     _execute(_backward_graph(key), q.device, tuple(tables), **given)
     return dq, dk, dv
@@ -141,18 +145,46 @@ def _heads_side_by_side(t: Tensor) -> Tensor:
 
 def _key(q: Tensor, k: Tensor, v: Tensor, out: Tensor, documents: int, longest: int, scale: float) -> Key:
     strides = q.stride(0), k.stride(0), v.stride(0), out.stride(0)
-    return Key(
-        q.device.index or 0,
-        q.dtype,
+    wanted = Key(
         max(SMALLEST[0], 1 << (documents - 1).bit_length()),
         max(SMALLEST[1], 1 << (longest - 1).bit_length()),
-        q.shape[0],
+        _rounded(q.shape[0]),
+        q.device.index or 0,
+        q.dtype,
         q.shape[1],
         k.shape[1],
         q.shape[2],
         strides,
         scale,
     )
+    return _fitting(wanted)
+
+
+def _rounded(tokens: int) -> int:
+    """Up to one of four sizes between two powers of two, all multiples of 64."""
+    step = max(64, (1 << (tokens - 1).bit_length()) // 8)
+    return -(-tokens // step) * step
+
+
+_known: dict[Key, set[tuple[int, int, int]]] = {}  # by kind (a key without sizes): the sizes that have graphs
+
+
+def _fitting(wanted: Key) -> Key:
+    """The smallest key that has a graph and serves as ``wanted``; ``wanted``, from now on one of these, if there is none."""
+    kind = wanted._replace(documents=0, longest=0, tokens=0)
+    known = _known.setdefault(kind, set())
+    fits = [
+        size
+        for size in known
+        if wanted.documents <= size[0] <= SPARE * wanted.documents
+        and wanted.longest <= size[1] <= SPARE * wanted.longest
+        and wanted.tokens <= size[2]
+    ]
+    if not fits:
+        known.add(wanted[:3])
+        return wanted
+    documents, longest, tokens = min(fits)
+    return wanted._replace(documents=documents, longest=longest, tokens=tokens)
 
 
 def _tables(bounds: Tensor, key: Key) -> tuple[Tensor, ...]:
@@ -160,7 +192,7 @@ def _tables(bounds: Tensor, key: Key) -> tuple[Tensor, ...]:
     (documents + 1,) int64. The same for all layers: kept with the bounds.
     """
     kept = getattr(bounds, "_fastft_tables", None)
-    kind = (*key[:4], key.heads, *key.strides)
+    kind = (key.documents, key.heads, *key.strides)
     if kept is not None and kept[0] == kind:
         return kept[1]
     begin = bounds.long()
@@ -268,23 +300,21 @@ class _Builder:
         graph.check_support()
         graph.build_plans()
         seconds, key = time.perf_counter() - begun, self.key
-        log.info("cuDNN's graph for %d documents of %d tokens: %.2f s", key.documents, key.longest, seconds)
+        log.info("cuDNN's graph for %d documents of %d tokens, %d in all: %.2f s", *key[:3], seconds)
         return Built(graph, self.uids, graph.get_workspace_size())
 
 
-_begun: set[Key] = set()  # kinds of graphs, documents 0
-
-
 def _build_ahead(key: Key) -> None:
-    """The first graphs of a kind, and those for twice the documents, at once: a graph takes a third of a second, which
+    """With the first graphs for documents of a length those for twice as many: a graph takes a third of a second, which
     is better spent in the first step than in the middle of a run.
     """
-    kind = key._replace(documents=0)
-    if kind not in _begun:
-        _begun.add(kind)
-        for documents in (key.documents, 2 * key.documents):
-            _forward_graph(key._replace(documents=documents))
-            _backward_graph(key._replace(documents=documents))
+    known = _known[key._replace(documents=0, longest=0, tokens=0)]
+    if sum(longest == key.longest for _, longest, _ in known) == 1:
+        twice = key._replace(documents=2 * key.documents)
+        known.add(twice[:3])
+        for one in (key, twice):
+            _forward_graph(one._replace(tokens=0))
+            _backward_graph(one)
 
 
 @functools.cache
@@ -318,10 +348,9 @@ def _backward_builder(key: Key) -> _Builder:
     do = builder.ragged("do", "o")
     stats = builder.add("stats", *builder.stats_layout, builder.cudnn.data_type.FLOAT)
     stats.set_ragged_offset(builder.at["stats"])
-    total = -(-key.tokens // 64) * 64
     dq, dk, dv = builder.graph.sdpa_backward(
         name="attention_backward", q=q, k=k, v=v, o=o, dO=do, stats=stats, attn_scale=key.scale,
-        max_total_seq_len_q=total, max_total_seq_len_kv=total, **builder.mask,
+        max_total_seq_len_q=key.tokens, max_total_seq_len_kv=key.tokens, **builder.mask,
     )  # fmt: skip
     for tensor, part in ((dq, "q"), (dk, "k"), (dv, "v")):
         builder.result(tensor, f"d{part}", part)
