@@ -180,16 +180,17 @@ def add_objective(job: Job, forward: Any = None) -> None:
         forward = job.model
     device = job.ranks.device
     job.task.check_model(forward, job.model, device)
-    if job.config.model.attention == "varlen" and not getattr(job.task, "bounds", False):
+    if job.config.model.attention == "varlen" and job.task.pads and not getattr(job.task, "bounds", False):
         raise UserError(
-            "model.attention: varlen is for packed documents (causal_lm and sft with data.packing: isolated).",
+            "model.attention: varlen is for encoders, and for packed documents (causal_lm and sft with data.packing: "
+            "isolated).",
             "Set model.attention: auto.",
         )
     objective = job.measured = job.task.objective(forward, job.model, device, job.learned)
     for name, settings in job.config.loss.chosen().items():
         objective = rooms.OBJECTIVES.get(name)(objective, settings, job.config)
     job.objective = objective
-    job.record |= objective.record
+    job.record |= {**objective.record, **job.task.settled}
 
 
 def trained(path: str, task: str | None = None) -> Job:

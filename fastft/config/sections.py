@@ -31,8 +31,8 @@ class Model(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "varlen"] = Field(
         "auto",
         description="transformers' attn_implementation, or varlen: packed documents one by one instead of behind a "
-        "mask, on a GPU by cuDNN or torch's flash attention. auto: sdpa, and varlen on a GPU where a check on the "
-        "model finds the same logits.",
+        "mask, on a GPU by cuDNN or torch's flash attention, and encoders without padding. auto: where a check on "
+        "the model finds the same logits, varlen for encoders and on a GPU; else sdpa.",
     )
     layers: Literal["auto", "plain"] = Field(
         "auto",

@@ -1,17 +1,19 @@
 """How the sequences of one optimizer step are dealt to micro-steps and ranks.
 
 The gradient of a step does not depend on the deal (the loss is normalised by the whole step's target count), so it is
-free to choose the one that computes least padding: sorted by length, neighbours share a forward.
+free to choose the one that is computed fastest.
 """
 
 from itertools import pairwise
 
 import numpy as np
 
-# A forward-backward has a fixed cost (kernel launches, the engine's hooks) that a split must win back; in tokens,
-# measured on a 6-layer BERT on 2 cores. A GPU pays the same order: small kernels there are launch-bound below a few
-# hundred tokens.
-OVERHEAD_TOKENS = 64
+# A forward-backward has a fixed cost (kernel launches, the engine's hooks) that a split must win back. In tokens: on a
+# CPU measured on a 6-layer BERT on 2 cores; on a GPU the host's 10 to 100 ms for 12 to 22 layers, at 80,000 (1.1 B) to
+# 600,000 (110 M) tokens/s.
+OVERHEAD_TOKENS = {"cpu": 64, "cuda": 4096}
+# Without padding there is nothing to win; on a CPU small parts stay in the caches.
+LARGEST = {"cpu": 2048, "cuda": 1 << 62}
 
 Plan = list[list[np.ndarray]]  # [micro-step][rank] -> sample ids, possibly empty
 
@@ -22,8 +24,47 @@ def fixed(ids: np.ndarray, ranks: int, micro: int) -> Plan:
     return [[ids[s + r * micro : s + (r + 1) * micro] for r in range(ranks)] for s in range(0, len(ids), per_step)]
 
 
-def by_length(ids: np.ndarray, lengths: np.ndarray, ranks: int, micro_tokens: int) -> Plan:
-    """Sorted by length, then cut into micro-steps so that padding plus OVERHEAD_TOKENS per micro-step is least.
+def auto(ids: np.ndarray, lengths: np.ndarray, ranks: int, micro_tokens: int, padded: bool, device: str) -> Plan:
+    """The deal that computes fastest.
+
+    Parameters
+    ----------
+    ids, lengths, micro_tokens
+        As ``by_length`` has them.
+    padded : bool
+        Whether every sequence of a forward is computed at the longest one's length.
+    device : str
+        "cpu" or "cuda".
+    """
+    if padded:
+        return by_length(ids, lengths, ranks, micro_tokens, OVERHEAD_TOKENS[device])
+    return by_tokens(ids, lengths, ranks, min(micro_tokens, LARGEST[device]))
+
+
+def by_tokens(ids: np.ndarray, lengths: np.ndarray, ranks: int, micro_tokens: int) -> Plan:
+    """Sorted by length, then cut into as few micro-steps as hold the sequences without padding, about as many tokens in
+    each and on each rank.
+
+    ``micro_tokens``: most tokens in one rank's forward; a single longer sequence still gets one of its own.
+    """
+    order = np.argsort(lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
+    middles = ends - lengths[order] / 2
+    for micros in range(max(1, -(-int(ends[-1]) // (micro_tokens * ranks))), len(ids) + 1):
+        share = ends[-1] / (micros * ranks)
+        cuts = np.searchsorted(middles, share * np.arange(1, micros * ranks))
+        parts = np.split(order, cuts)
+        if all(len(part) < 2 or lengths[part].sum() <= micro_tokens for part in parts):
+            break
+    else:  # one each
+        parts = np.array_split(order, -(-len(ids) // ranks) * ranks)
+    return [[ids[part] for part in parts[at : at + ranks]] for at in range(0, len(parts), ranks)]
+
+
+def by_length(
+    ids: np.ndarray, lengths: np.ndarray, ranks: int, micro_tokens: int, overhead: int = OVERHEAD_TOKENS["cpu"]
+) -> Plan:
+    """Sorted by length, then cut into micro-steps so that padding plus ``overhead`` per micro-step is least.
 
     Parameters
     ----------
@@ -33,11 +74,13 @@ def by_length(ids: np.ndarray, lengths: np.ndarray, ranks: int, micro_tokens: in
         Their lengths in tokens.
     micro_tokens : int
         Most padded tokens in one rank's forward (a single longer sequence still gets one of its own).
+    overhead : int
+        What a micro-step costs beside its tokens, in tokens.
 
     Notes
     -----
     Every rank takes part in every micro-step (ZeRO's collectives need it). The cut is a shortest path over positions in
-    the sorted order: cost of a micro-step = longest length * sequences on the fullest rank + OVERHEAD_TOKENS.
+    the sorted order: cost of a micro-step = longest length * sequences on the fullest rank + overhead.
     """
     order = np.argsort(lengths, kind="stable")
     sorted_lengths = lengths[order]
@@ -49,7 +92,7 @@ def by_length(ids: np.ndarray, lengths: np.ndarray, ranks: int, micro_tokens: in
         most = max(1, micro_tokens // longest) * ranks  # sequences that fit beside the longest
         starts = np.arange(max(0, end - most), end)
         per_rank = -(-(end - starts) // ranks)
-        costs = best[starts] + longest * per_rank + OVERHEAD_TOKENS
+        costs = best[starts] + longest * per_rank + overhead
         pick = int(np.argmin(costs))
         best[end], back[end] = costs[pick], starts[pick]
     cuts = [n]

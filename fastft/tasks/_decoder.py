@@ -42,7 +42,6 @@ class DecoderTask(TextTask):
     Loss: ClassVar[type[Loss]] = LanguageModelLoss
     Predict: ClassVar[type[Section]] = GenerationOptions
     bounds = False  # whether batches say where documents begin: settled by check_model
-    settled: dict[str, str] | None = None  # how attention and layers are computed, and why, for the run's record
 
     def collate(self, split: Split, ids: np.ndarray, draw: Draw) -> Batch:
         rows = [pack(split.data, int(i)) for i in ids] or [[np.zeros(1, dtype=np.int32)]]
@@ -134,9 +133,7 @@ class DecoderTask(TextTask):
 
     def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
         sample = {**sample_inputs(model, self.max_length, device), "use_cache": False}
-        objective = LanguageModelObjective(self.config.loss, forward, model, sample)
-        objective.record |= self.settled or {}
-        return objective
+        return LanguageModelObjective(self.config.loss, forward, model, sample)
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

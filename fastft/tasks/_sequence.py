@@ -39,17 +39,19 @@ class SequenceTask(TextTask):
         """Whether the model's class has an input for token types (DistilBERT has none)."""
         return load.class_takes(self.model_config, self.auto_class, "token_type_ids")
 
-    def inputs(self, split: Split, ids: np.ndarray) -> tuple[dict[str, torch.Tensor], int, int]:
+    def inputs(self, split: Split, ids: np.ndarray) -> tuple[dict[str, Any], int, int]:
         """Padded inputs of some samples (a dummy row for none), their real tokens, and the tokens computed."""
         data, pad = split.data, self.tokenizer.pad_token_id
         rows = rows_of(data["tokens"], ids) or [np.full(1, pad, dtype=np.int32)]
         segments = rows_of(data["segments"], ids) or [np.zeros(1)] if "segments" in data.columns else None
         inputs = self.padded_inputs(rows, segments)
-        return inputs, sum(map(len, rows)) if len(ids) else 0, inputs["input_ids"].numel()
+        computed = inputs["input_ids"].numel() if self.pads else len(inputs["rows_at"])
+        return inputs, sum(map(len, rows)) if len(ids) else 0, computed
 
-    def padded_inputs(self, rows: list[np.ndarray], segments: list[np.ndarray] | None) -> dict[str, torch.Tensor]:
+    def padded_inputs(self, rows: list[np.ndarray], segments: list[np.ndarray] | None) -> dict[str, Any]:
         """What the model is given of some rows, in training, evaluation and prediction alike: ``input_ids``,
-        ``attention_mask`` and, where the model takes them, ``token_type_ids``; all (len(rows), width) int64.
+        ``attention_mask`` and, where the model takes them, ``token_type_ids``; all (len(rows), width) int64. With
+        ``places`` where it runs without padding.
         """
         width = self.width(rows)
         parts = {
@@ -58,7 +60,8 @@ class SequenceTask(TextTask):
         }
         if segments is not None and self.takes_segments:
             parts["token_type_ids"] = padded(segments, 0, width=width, side=self.padding_side)
-        return {name: torch.from_numpy(values) for name, values in parts.items()}
+        places = self.places(parts["attention_mask"] - 1)
+        return {**{name: torch.from_numpy(values) for name, values in parts.items()}, **places}
 
     @cached_property
     def padding_side(self) -> str:
@@ -74,11 +77,10 @@ class SequenceTask(TextTask):
         from fastft.models.trial import check_padding
 
         super().check_model(forward, model, device)
+        self.unpad(forward, model, lambda rows: self.padded_inputs(rows, None), device)
         check_padding(forward, model, self, device)
 
-    def encode_texts(
-        self, texts: list[str], pairs: list[str | None], limit: int
-    ) -> tuple[dict[str, torch.Tensor], list[int]]:
+    def encode_texts(self, texts: list[str], pairs: list[str | None], limit: int) -> tuple[dict[str, Any], list[int]]:
         """Padded inputs for predictions, cut to ``limit`` tokens, and the lengths before that."""
         if None in pairs and any(pairs):
             raise UserError("Some rows have a second text and others none.", "Give every row one, or none.")

@@ -49,6 +49,34 @@ class TextTask(Task):
     def check_model(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
         check_vocabulary(self.tokenizer, model)
 
+    def unpad(
+        self,
+        forward: Callable,
+        model: torch.nn.Module,
+        inputs: Callable[[list[np.ndarray]], dict],
+        device: torch.device,
+    ) -> None:
+        """Let an encoder run without padding where that is the same. ``inputs``: how the task pads rows of tokens."""
+        from fastft.models import unpadded
+        from fastft.models.trial import random_rows
+
+        self.pads = False
+        rows = random_rows(self.tokenizer, model, tuple(min(n, self.max_length) for n in (3, 11, 11, 1, 7)))
+        found, why = unpadded.install(forward, model, self.config.model.attention, inputs(rows), device)
+        self.pads = found is None
+        self.settled = {"attention": f"{'varlen' if found else 'padded'}: {why}"}
+
+    def places(self, documents: np.ndarray) -> dict[str, Any]:
+        """Inputs that say where tokens and documents are; none where the model runs with padding.
+
+        ``documents``: (rows, width) int, the document in its row that each token belongs to, below 0 for padding.
+        """
+        if self.pads:
+            return {}
+        from fastft.models import unpadded
+
+        return unpadded.positions(documents)
+
     def named_outputs(self, names: list[str], **more: Any) -> dict[str, Any]:
         """Config attributes of a model with a head whose outputs have names (labels, targets)."""
         index = {name: i for i, name in enumerate(names)}

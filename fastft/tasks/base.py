@@ -156,12 +156,18 @@ class Task(ABC):
         The task's keys in ``data`` and ``loss``, and the options of ``fastft predict``.
     code_version : int
         Raise it when the same input gives other samples.
+    pads : bool
+        Whether the rows of a batch are computed at the longest one's length; settled by check_model.
+    settled : dict
+        How parts of the model are computed, and why, for the run's record; check_model fills it in.
     """
 
     Data: ClassVar[type[Data]] = Data
     Loss: ClassVar[type[Loss]] = Loss
     Predict: ClassVar[type[Section]] = Section
     code_version: ClassVar[int] = 3
+    pads: bool = True
+    settled: Mapping[str, str] = {}
 
     def __init__(self, config: Config):
         self.config = config

@@ -29,7 +29,7 @@ from fastft.tasks._language import (
     Perplexity,
     sample_inputs,
 )
-from fastft.tasks._text import TextEncoder, TextTask
+from fastft.tasks._text import TextEncoder, TextTask, padded
 from fastft.tasks.base import IGNORE, Batch, Draw, Metric, ModelSpec
 
 # Name parts of the language modeling heads of encoders, which a checkpoint without one does not have.
@@ -144,7 +144,8 @@ class MaskedLM(TextTask):
         inputs = self._inputs(tokens, documents, positions) if packed else self._unpacked(tokens, documents)
         where = torch.from_numpy(np.flatnonzero(labels.ravel() != IGNORE))
         factors = torch.from_numpy(weights)
-        return MaskedBatch(inputs, torch.from_numpy(labels), len(ids), real, tokens.size, factors, where)
+        computed = tokens.size if self.pads else len(inputs["rows_at"])
+        return MaskedBatch(inputs, torch.from_numpy(labels), len(ids), real, computed, factors, where)
 
     def _masked(
         self, piece: np.ndarray, words: np.ndarray, generator: np.random.Generator
@@ -173,14 +174,15 @@ class MaskedLM(TextTask):
     def _unpacked(self, tokens: np.ndarray, documents: np.ndarray) -> dict[str, Any]:
         mask = (documents >= 0).astype(np.int64)
         mask[:, 0] = 1  # also of a dummy row
-        return {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask)}
+        shown = {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask)}
+        return {**shown, **self.places(mask - 1)}
 
     def _inputs(self, tokens: np.ndarray, documents: np.ndarray, positions: np.ndarray) -> dict[str, Any]:
         """Documents of a row see themselves alone; what is left of it is one more document."""
         same = torch.from_numpy(documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)
         offset = load.position_offset(self.model_config)
         inputs = {"input_ids": torch.from_numpy(tokens), "attention_mask": same}
-        return {**inputs, "position_ids": torch.from_numpy(positions + offset)}
+        return {**inputs, "position_ids": torch.from_numpy(positions + offset), **self.places(documents)}
 
     def documents(self, split: Split, sample: int) -> list[str]:
         return documents_of(split, sample)
@@ -196,12 +198,18 @@ class MaskedLM(TextTask):
 
     def check_model(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
         super().check_model(forward, model, device)
+        self.unpad(forward, model, self._rows, device)
         if self.config.data.packing == "isolated":
             self._check_packing(forward, model, device)
+
+    def _rows(self, rows: list[np.ndarray]) -> dict[str, Any]:
+        tokens = padded(rows, self.tokenizer.pad_token_id, width=self.width(rows))
+        return self._unpacked(tokens, padded([np.zeros(len(row)) for row in rows], -1, width=tokens.shape[1]))
 
     def _check_packing(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
         """Two documents in one row must give the logits of each alone, as the model takes it by itself."""
         from fastft.models.isolation import refuse_leak
+        from fastft.models.trial import on_device
 
         length = min(self.max_length, 16)
         tokens = sample_inputs(model, length, device)["input_ids"].cpu().numpy()[:1]
@@ -212,7 +220,7 @@ class MaskedLM(TextTask):
         tokens[tokens == pad] = pad + 1  # some count positions by it
 
         def logits(inputs: dict[str, Any]) -> torch.Tensor:
-            return forward(**{name: value.to(device) for name, value in inputs.items()}).logits.float()
+            return forward(**{name: on_device(value, device) for name, value in inputs.items()}).logits.float()
 
         was_training = model.training
         model.eval()

@@ -63,4 +63,5 @@ def measure(
 
 def _plan(job: Job, split: Split, start: int) -> batches.Plan:
     ids = np.arange(start, min(start + WINDOW, len(split)))
-    return batches.by_length(ids, split.lengths[ids], job.ranks.data_world, job.config.batch.micro_tokens)
+    world, most = job.ranks.data_world, job.config.batch.micro_tokens
+    return batches.auto(ids, split.lengths[ids], world, most, job.task.pads, job.ranks.device.type)

@@ -259,7 +259,8 @@ class Loop:
         ids, rows = samples.ids, np.arange(len(samples.ids))
         micro, world = config.batch.micro, ranks.data_world
         if micro == "auto":
-            plan = batches.by_length(rows, self.split.lengths[ids], world, config.batch.micro_tokens)
+            lengths, most = self.split.lengths[ids], config.batch.micro_tokens
+            plan = batches.auto(rows, lengths, world, most, self.job.task.pads, ranks.device.type)
         else:
             plan = batches.fixed(rows, world, micro)
         mine = [part[ranks.data_rank] for part in plan]

@@ -1,9 +1,9 @@
 """Attention by document through cuDNN (package nvidia-cudnn-frontend): on a Hopper GPU its kernels are half again as
 fast as the flash attention that torch carries, and torch itself chooses them for rows without documents.
 
-A graph is built for so many documents, of so many tokens, of so many in all, and kept: it serves whatever is not larger,
-for documents that are not there have length 0. Query, key and value may be parts of one buffer, and so are their
-gradients then.
+A graph is built for so many documents, of so many tokens, of so many in all, and kept: it serves whatever is not
+larger, for documents that are not there have length 0. Query, key and value may be parts of one buffer, and so are
+their gradients then.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ _known: dict[Key, set[tuple[int, int, int]]] = {}  # by kind (a key without size
 
 
 def _fitting(wanted: Key) -> Key:
-    """The smallest key that has a graph and serves as ``wanted``; ``wanted``, from now on one of these, if there is none."""
+    """The smallest key that has a graph and serves as ``wanted``; else ``wanted``, which has one from now on."""
     kind = wanted._replace(documents=0, longest=0, tokens=0)
     known = _known.setdefault(kind, set())
     fits = [

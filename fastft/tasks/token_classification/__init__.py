@@ -128,6 +128,7 @@ class TokenClassification(TextTask):
         from fastft.models.trial import SHORT, check_runs
 
         super().check_model(forward, model, device)
+        self.unpad(forward, model, self.inputs, device)
         width = self.width([range(min(SHORT, self.max_length))])
         check_runs(forward, model, lambda n: self.inputs([np.arange(n) % 8]), width, self.max_length, device)
 
@@ -138,11 +139,12 @@ class TokenClassification(TextTask):
         return [split.data.origin(sample) + ("" if whole else f" words {words[0]} to {words[-1]}")]
 
     def inputs(self, rows: list[np.ndarray]) -> dict[str, Any]:
-        """input_ids and attention_mask, both (len(rows), longest) int64."""
+        """input_ids and attention_mask, both (len(rows), longest) int64; with ``places``."""
         width = self.width(rows)
         mask = padded([np.ones(len(row)) for row in rows], 0, width=width)
         tokens = padded(rows, self.tokenizer.pad_token_id, width=width)
-        return {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask)}
+        shown = {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask)}
+        return {**shown, **self.places(mask - 1)}
 
     def collate(self, split: Split, ids: np.ndarray, draw: Draw) -> TokenBatch:
         data = split.data
@@ -165,7 +167,8 @@ class TokenClassification(TextTask):
         inputs = self.inputs(rows)
         real_tokens = sum(map(len, rows))
         tensor = torch.from_numpy(padded(labels, IGNORE, width=self.width(labels)))
-        return TokenBatch(inputs, tensor, len(ids), real_tokens, tensor.numel(), windows=found)
+        computed = tensor.numel() if self.pads else real_tokens
+        return TokenBatch(inputs, tensor, len(ids), real_tokens, computed, windows=found)
 
     def _tables(self, meta: dict) -> tuple[np.ndarray, np.ndarray]:
         """Label by the prepared column's index; and the label of a word's later tokens by that of its first."""
