@@ -1,17 +1,22 @@
-"""Whole training steps on a GPU: fastft beside Hugging Face Trainer with Liger's kernels, on the same model shape,
-text, tokens a step and precision.
+"""Whole training steps on a GPU: fastft beside Hugging Face Trainer (decoders: with Liger's kernels), on the same
+model shape, text, tokens a step and precision.
 
-    python benchmarks/gpu_step.py [--shapes llama-1.1b qwen2-0.5b] [--contenders NAME ...] [--steps 30] [--profile]
-    [--out FILE] [--folder FOLDER] [--limit SECONDS] [--tiny]
+    python benchmarks/gpu_step.py [--shapes llama-1.1b qwen2-0.5b bert-base] [--contenders NAME ...] [--warmup 40]
+    [--steps 30] [--documents TOKENS] [--profile] [--out FILE] [--folder FOLDER] [--limit SECONDS] [--tiny]
 
-Every contender is a process of its own: 8 sequences of 2,048 tokens in one micro-step, weights drawn at random in bf16,
-AdamW, no activation checkpointing. fastft packs whole documents that cannot see each other; Trainer's rows are cut from
-one stream, as its users do it, and every token sees all before it. The text is what any Python carries (as in `fastft
-quickstart`). Rows go to FILE as they come; a contender that fails is a row with its error. --profile prints where a
-step's GPU time goes, by kernel. --tiny: a small model, to show on a CPU that all of it runs.
+Every contender is a process of its own, with weights drawn at random in bf16 and AdamW, without activation
+checkpointing. Decoders: 8 sequences of 2,048 tokens in one micro-step; fastft packs whole documents that cannot see
+each other, Trainer's rows are cut from one stream, as its users do it, and every token sees all before it. The text is
+what any Python carries (as in `fastft quickstart`): long documents, most rows are one. --documents: the same text cut
+into documents of that many tokens on average, their lengths drawn as those of web pages are (log-normal; 700 is about
+FineWeb's mean). The encoder classifies 128 rows a step of 8 to 500 tokens (log-normal, 100 on average), its measured
+steps are one epoch; tokens/s are of real tokens. Rows go to FILE as they come; a contender that fails is a row with its
+error. --profile prints where a step's GPU time goes, by kernel. --tiny: small models, to show on a CPU that all of it
+runs.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -23,7 +28,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, SEQUENCES = 2048, 8
-WARMUP = 48  # an epoch and more: attention builds a graph when a step has more documents than any before
 SHAPES = {
     "llama-1.1b": (
         "Llama",
@@ -48,6 +52,7 @@ SHAPES = {
             "tie_word_embeddings": True,
         },
     ),
+    "bert-base": ("Bert", {"vocab_size": 30522}),
     "tiny": (
         "Llama",
         {
@@ -59,7 +64,18 @@ SHAPES = {
             "vocab_size": 4096,
         },
     ),
+    "tiny-bert": (
+        "Bert",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 4096,
+        },
+    ),
 }
+ROWS, CLASSES = 5120, 10  # of the encoder
 FASTFT = {  # overrides of the configuration
     "fastft": [],
     # 8 bytes a parameter, as Trainer with bf16 weights
@@ -70,49 +86,57 @@ FASTFT = {  # overrides of the configuration
     "fastft, ZeRO 3": ["parallel.zero=3"],
     "fastft, plain layers": ["model.layers=plain"],
     "fastft, as before": ["parallel.zero=1", "model.attention=sdpa"],
+    "fastft, padded": ["model.attention=sdpa"],
 }
 TRAINER = {
     "Trainer + Liger, bf16 weights": {"dtype": "bfloat16", "liger": True},
     "Trainer + Liger, autocast": {"dtype": "float32", "liger": True},
     "Trainer, bf16 weights": {"dtype": "bfloat16", "liger": False},
+    "Trainer, autocast": {"dtype": "float32", "liger": False},
+    "Trainer, bf16 weights, by length": {"dtype": "bfloat16", "liger": False, "group_by_length": True},
 }
 USUAL = ["fastft", "Trainer + Liger, bf16 weights"]
+USUAL_ENCODER = ["fastft", "Trainer, autocast", "Trainer, bf16 weights, by length"]
 
 
-def prepare(folder: Path, shape: str) -> Path:
-    """Model folder (configuration and tokenizer), documents, and the rows for Trainer; returns a configuration."""
+def cut(texts: list[str], tokenizer, mean: int) -> list[str]:
+    """The same text in documents whose tokens are log-normal with that mean and sigma 1."""
+    ids = list(itertools.chain.from_iterable(tokenizer(texts, verbose=False)["input_ids"]))
+    lengths = np.random.default_rng(0).lognormal(np.log(mean) - 0.5, 1.0, 4 * len(ids) // mean).astype(int) + 1
+    ends = np.cumsum(lengths)
+    return [tokenizer.decode(part) for part in np.split(ids, ends[ends < len(ids)])]
+
+
+def prepare(folder: Path, shape: str, documents: int | None = None) -> Path:
+    """Model folder (configuration and tokenizer), texts, the same as tokens for Trainer; returns a configuration."""
     import transformers
 
     from fastft import quickstart
 
-    where = folder / shape
+    where = folder / (f"{shape}-{documents}" if documents else shape)
     if not (where / "run.yaml").is_file():
         quickstart.write_corpus(where / "corpus")
         quickstart.write_base(where / "model", where / "corpus")
         tokenizer = transformers.AutoTokenizer.from_pretrained(where / "model")
         family, sizes = SHAPES[shape]
+        encoder = family == "Bert"
         config = getattr(transformers, f"{family}Config")(
             **sizes,
-            max_position_embeddings=LENGTH,
+            max_position_embeddings=512 if encoder else LENGTH,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            architectures=[f"{family}ForCausalLM"],
+            architectures=[f"{family}ForSequenceClassification" if encoder else f"{family}ForCausalLM"],
         )
         config.save_pretrained(where / "model")
         files = [where / "corpus" / f"{name}.train.jsonl" for name in ("general", "domain")]
         texts = [json.loads(line)["text"] for file in files for line in file.read_text("utf-8").splitlines()]
-        flat: list[int] = []
-        for ids in tokenizer(texts, verbose=False)["input_ids"]:
-            flat += [*ids, tokenizer.eos_token_id]
-        length = 128 if shape == "tiny" else LENGTH
-        rows = np.array(flat[: len(flat) // length * length], dtype=np.int32).reshape(-1, length)
-        np.save(where / "rows.npy", np.random.default_rng(0).permutation(rows))
-        run = {
-            "task": "causal_lm",
+        if encoder:
+            run = classified(where, texts, tokenizer)
+        else:
+            run = packed(where, texts, tokenizer, documents, 128 if shape == "tiny" else LENGTH)
+        run |= {
             "model": {"path": str(where / "model"), "init": "random", "dtype": "bf16"},
-            "data": {"train": [str(file) for file in files], "max_length": length, "truncation": "split"},
-            "batch": {"size": SEQUENCES},
             "optim": {"lr": 1e-4, "schedule": "constant"},
             "train": {"epochs": 100, "log_every": 10},
             "run": {"dir": str(where / "run"), "offline": True},
@@ -122,9 +146,40 @@ def prepare(folder: Path, shape: str) -> Path:
     return where / "run.yaml"
 
 
-def of_fastft(config: Path, overrides: list[str], steps: int, limit: float) -> dict:
+def packed(where: Path, texts: list[str], tokenizer, documents: int | None, length: int) -> dict:
+    if documents:
+        texts = cut(texts, tokenizer, documents)
+    write(where / "train.jsonl", [{"text": text} for text in texts])
+    flat: list[int] = []
+    for ids in tokenizer(texts, verbose=False)["input_ids"]:
+        flat += [*ids, tokenizer.eos_token_id]
+    rows = np.array(flat[: len(flat) // length * length], dtype=np.int32).reshape(-1, length)
+    np.save(where / "rows.npy", np.random.default_rng(0).permutation(rows))
+    data = {"train": str(where / "train.jsonl"), "max_length": length, "truncation": "split"}
+    return {"task": "causal_lm", "data": data, "batch": {"size": SEQUENCES}}
+
+
+def classified(where: Path, texts: list[str], tokenizer) -> dict:
+    generator = np.random.default_rng(0)
+    ids = list(itertools.chain.from_iterable(tokenizer(texts, verbose=False)["input_ids"]))
+    sizes = np.clip(generator.lognormal(np.log(100) - 0.5, 1.0, ROWS), 8, 500).astype(int)
+    begins = generator.integers(0, len(ids) - 500, ROWS)
+    parts = [tokenizer.decode(ids[at : at + n]) for at, n in zip(begins, sizes, strict=True)]
+    labels = generator.integers(0, CLASSES, ROWS).tolist()
+    write(where / "train.jsonl", [{"text": t, "label": f"c{c}"} for t, c in zip(parts, labels, strict=True)])
+    encoded = tokenizer(parts, truncation=True, max_length=510)["input_ids"]
+    write(where / "rows.jsonl", [{"input_ids": row, "labels": c} for row, c in zip(encoded, labels, strict=True)])
+    data = {"train": str(where / "train.jsonl"), "max_length": 510, "truncation": "truncate"}
+    return {"task": "classification", "data": data, "batch": {"size": 128}}
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def of_fastft(config: Path, overrides: list[str], warmup: int, steps: int, limit: float) -> dict:
     command = [sys.executable, "-m", "fastft", "bench", str(config), *overrides]
-    report = json.loads(run([*command, "--warmup", str(WARMUP), "--steps", str(steps), "--json"], limit))
+    report = json.loads(run([*command, "--warmup", str(warmup), "--steps", str(steps), "--json"], limit))
     losses = report["losses"]
     return {
         "tokens_per_second": report["tokens_per_second"]["mean"],
@@ -143,19 +198,29 @@ def of_fastft(config: Path, overrides: list[str], steps: int, limit: float) -> d
     }
 
 
-def of_trainer(config: Path, settings: dict, steps: int, limit: float) -> dict:
+def of_trainer(config: Path, settings: dict, warmup: int, steps: int, limit: float) -> dict:
+    encoder = (config.parent / "rows.jsonl").is_file()
+    rows = config.parent / ("rows.jsonl" if encoder else "rows.npy")
     spec = {
         **settings,
+        "kind": "encoder" if encoder else "decoder",
+        "labels": CLASSES,
         "model": str(config.parent / "model"),
-        "rows": str(config.parent / "rows.npy"),
-        "sequences": SEQUENCES,
-        "warmup": WARMUP,
+        "rows": str(rows),
+        "sequences": json.loads(config.read_text())["batch"]["size"],
+        "warmup": warmup,
         "steps": steps,
         "folder": str(config.parent / "trainer"),
     }
+    if encoder:
+        tokens = sum(len(json.loads(line)["input_ids"]) for line in rows.read_text("utf-8").splitlines())
+        tokens *= steps * spec["sequences"] / ROWS
+    else:
+        tokens = steps * spec["sequences"] * np.load(rows).shape[1]
     found = config.parent / "spec.json"
     found.write_text(json.dumps(spec))
-    return json.loads(run([sys.executable, str(ROOT / "benchmarks/peers/decoder.py"), str(found)], limit))
+    report = json.loads(run([sys.executable, str(ROOT / "benchmarks/peers/steps.py"), str(found)], limit))
+    return {"tokens_per_second": tokens / report.pop("seconds"), **report}
 
 
 def run(command: list[str], limit: float) -> str:
@@ -209,8 +274,11 @@ def profile(config: Path, overrides: list[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", nargs="+", default=["llama-1.1b", "qwen2-0.5b"], choices=[*SHAPES])
-    parser.add_argument("--contenders", nargs="+", default=USUAL, choices=[*FASTFT, *TRAINER])
+    parser.add_argument("--contenders", nargs="+", choices=[*FASTFT, *TRAINER])
+    # Attention builds a graph when a step has more documents than those before; of the encoder 40 are an epoch.
+    parser.add_argument("--warmup", type=int, default=40, help="steps that are not counted")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--documents", type=int, metavar="TOKENS")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "build/gpu/step.jsonl")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/gpu/step")
@@ -219,20 +287,22 @@ def main() -> int:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     missing = 0
-    for shape in ["tiny"] if args.tiny else args.shapes:
-        config = prepare(args.folder, shape)
+    for shape in ["tiny", "tiny-bert"] if args.tiny else args.shapes:
+        encoder = SHAPES[shape][0] == "Bert"
+        config = prepare(args.folder, shape, args.documents)
         if args.profile:
-            for name in args.contenders:
+            for name in args.contenders or USUAL[:1]:
                 if name in FASTFT:
                     profile(config, FASTFT[name])
             continue
-        for name in args.contenders:
-            row = {"shape": shape, "contender": name, "date": time.strftime("%Y-%m-%d")}
+        steps = ROWS // 128 if encoder and not args.tiny else args.steps  # one epoch: its tokens are known
+        for name in args.contenders or (USUAL_ENCODER if encoder else USUAL):
+            row = {"shape": shape, "contender": name, "documents": args.documents, "date": time.strftime("%Y-%m-%d")}
             try:
                 if name in FASTFT:
-                    row |= of_fastft(config, FASTFT[name], args.steps, args.limit)
+                    row |= of_fastft(config, FASTFT[name], args.warmup, steps, args.limit)
                 else:
-                    row |= of_trainer(config, TRAINER[name], args.steps, args.limit)
+                    row |= of_trainer(config, TRAINER[name], args.warmup, steps, args.limit)
                 print(
                     f"{shape:12} {name:32} {row['tokens_per_second']:9.0f} tokens/s {row['peak_gib']:6.1f} GiB",
                     flush=True,

@@ -1,8 +1,8 @@
-"""Steps of Hugging Face Trainer on packed rows of tokens, with or without Liger's kernels.
+"""Steps of Hugging Face Trainer: on packed rows of tokens (a decoder), or on padded rows with a label (an encoder).
 
-    python benchmarks/peers/decoder.py SPEC.json
+    python benchmarks/peers/steps.py SPEC.json
 
-The last line printed is a JSON object: ``tokens_per_second`` after the warm-up, ``peak_gib``, ``start_s`` until the
+The last line printed is a JSON object: ``seconds`` of the steps after the warm-up, ``peak_gib``, ``start_s`` until the
 first step ended, ``losses`` (of every ten steps), ``versions``.
 """
 
@@ -18,16 +18,34 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 
+def decoder(spec, config):
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec["dtype"]))
+
+    def collate(features):
+        ids = torch.from_numpy(np.stack([f["input_ids"] for f in features]).astype(np.int64))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    return model, [{"input_ids": row, "labels": row} for row in np.load(spec["rows"])], collate
+
+
+def encoder(spec, config):
+    config.num_labels = spec["labels"]
+    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, spec["dtype"]))
+    with open(spec["rows"]) as file:
+        rows = [json.loads(line) for line in file]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(spec["model"])
+    return model, rows, transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+
+
 def main():
     with open(sys.argv[1]) as f:
         spec = json.load(f)
-    rows = np.load(spec["rows"])
     cuda = torch.cuda.is_available()
     wait = torch.cuda.synchronize if cuda else lambda: None
     with torch.device("cuda" if cuda else "cpu"):
         torch.manual_seed(0)
         config = transformers.AutoConfig.from_pretrained(spec["model"])
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec["dtype"]))
+        model, rows, collate = {"decoder": decoder, "encoder": encoder}[spec["kind"]](spec, config)
     times = {}
 
     class Clock(transformers.TrainerCallback):
@@ -43,6 +61,7 @@ def main():
         bf16=spec["dtype"] != "bfloat16",
         optim="adamw_torch_fused",
         use_liger_kernel=spec["liger"],
+        train_sampling_strategy="group_by_length" if spec.get("group_by_length") else "random",
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         weight_decay=0.0,
@@ -54,23 +73,13 @@ def main():
         disable_tqdm=True,
         use_cpu=not cuda,
     )
-
-    def collate(features):
-        ids = torch.from_numpy(np.stack([f["input_ids"] for f in features]).astype(np.int64))
-        return {"input_ids": ids, "labels": ids.clone()}
-
     trainer = transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
-        data_collator=collate,
-        callbacks=[Clock()],
+        model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()]
     )
     trainer.train()
-    last, first = times[spec["warmup"] + spec["steps"]], times[spec["warmup"]]
     losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
     found = {
-        "tokens_per_second": spec["sequences"] * rows.shape[1] * spec["steps"] / (last - first),
+        "seconds": times[spec["warmup"] + spec["steps"]] - times[spec["warmup"]],
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
         "start_s": times[1] - BEGUN,
         "losses": losses,
