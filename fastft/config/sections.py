@@ -65,14 +65,21 @@ class Source(Section):
     """Where rows are read from."""
 
     path: InputPath = Field(
-        description="File, folder of files, or a data set saved by Hugging Face datasets; or a pattern: data/*.jsonl."
+        "",
+        description="File, folder of files, or a data set saved by Hugging Face datasets; or a pattern: data/*.jsonl.",
     )
+    dataset: str | None = Field(None, description="Instead of path: a data set of the Hugging Face hub, owner/name.")
+    name: str | None = Field(None, description="dataset: its configuration, where it has several.")
+    revision: str | None = Field(None, description="dataset: a commit, branch or tag.")
     format: str = Field(
         "auto", description="txt, jsonl, json, csv, tsv, parquet, conll, hf; auto goes by the name (.gz allowed)."
     )
     split: str | None = Field(
         None,
-        description="Split to read: of a saved DatasetDict, or of a folder whose files begin with its name.",
+        description="Split to read: of a hub's or saved data set, or of a folder whose files begin with its name.",
+    )
+    columns: dict[str, str] = Field(
+        {}, description="Columns to rename: the name that the task reads -> the name in the data."
     )
     documents: Literal["blank_line", "line", "file"] = Field("blank_line", description="txt: what ends a document.")
     header: list[str] | None = Field(
@@ -84,6 +91,14 @@ class Source(Section):
     quoting: Literal["standard", "none"] = Field(
         "standard", description="csv/tsv: 'none' takes quote characters as text."
     )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if bool(self.path) == bool(self.dataset):
+            raise ValueError("a source has a path (of files here) or a dataset (owner/name on the hub): give one")
+        if not self.dataset and (self.name or self.revision):
+            raise ValueError("name and revision are of a dataset on the hub; files have a path alone")
+        return self
 
 
 def _sources(value: Any) -> Any:
@@ -101,7 +116,9 @@ def _eval_sets(evals: Any) -> Any:
     if isinstance(evals, (str, list)):
         evals = {"eval": evals}
     if isinstance(evals, dict):
-        if isinstance(evals.get("path"), str):  # one source written out, not a dict of sets
+        if isinstance(evals.get("path"), str) or isinstance(
+            evals.get("dataset"), str
+        ):  # one source written out, not a dict of sets
             evals = {"eval": evals}
         evals = {name: _sources(value) for name, value in evals.items()}
     return evals

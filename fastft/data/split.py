@@ -176,7 +176,7 @@ def _chunks(rows: Iterator) -> Iterator[list]:
 
 
 def _check_folders(name: str, sources: list[Source], run_dir: Path, cache: Path) -> None:
-    for folder in (path for source in sources if (path := Path(source.path)).is_dir()):
+    for folder in (path for source in sources if source.path and (path := Path(source.path)).is_dir()):
         own = {"run.dir": run_dir, **({"data.cache": cache} if formats.hf.is_saved_dataset(folder) else {})}
         if inside := [key for key, path in own.items() if holds(folder, path)]:
             raise UserError(

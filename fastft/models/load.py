@@ -49,6 +49,8 @@ def go_offline() -> None:
     import huggingface_hub.constants
 
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # read at import time, which may be past
+    if (datasets := sys.modules.get("datasets")) is not None:
+        datasets.config.HF_HUB_OFFLINE = True
 
 
 def check_path(path: str, what: str) -> None:

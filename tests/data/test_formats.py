@@ -1,5 +1,6 @@
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +34,8 @@ def write_all(folder):
             writer.writerows(ROWS)
     pq.write_table(pa.Table.from_pylist(ROWS), folder / "x.parquet")
     datasets.Dataset.from_list(ROWS).save_to_disk(folder / "saved")
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(folder / "splits")
+    parts = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    datasets.DatasetDict(parts).save_to_disk(folder / "splits")
     for name in ("x.jsonl", "x.csv", "x.tsv", "x.parquet"):
         (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes()))
 
@@ -53,6 +55,77 @@ def test_saved_dataset_dict(tmp_path):
         read(tmp_path / "splits")
     with pytest.raises(UserError, match="Did you mean 'train'"):
         read(tmp_path / "splits", split="trian")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the hub's data sets that holds acme/notes, as ``datasets`` writes it; no network."""
+    import datasets
+
+    cache = tmp_path / "cache"
+    for name, rows in (("train", ROWS), ("test", ROWS[:1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
+    made = datasets.load_dataset("json", data_files=files, cache_dir=str(cache))
+    folder = Path(made["train"].cache_files[0]["filename"]).parent
+    there = cache / "acme___notes" / "default" / "0.0.0" / ("a" * 40)
+    there.parent.mkdir(parents=True)
+    folder.rename(there)
+    for file in there.glob("json-*.arrow"):
+        file.rename(there / file.name.replace("json-", "notes-"))
+    info = json.loads((there / "dataset_info.json").read_text())
+    info |= {"builder_name": "notes", "dataset_name": "notes"}
+    (there / "dataset_info.json").write_text(json.dumps(info))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    formats.hf._of_hub.cache_clear()
+    yield there
+    formats.hf._of_hub.cache_clear()
+
+
+def of_hub(**source):
+    return list(formats.read(Source(**source)))
+
+
+def test_data_sets_of_the_hub_by_name(hub):
+    found = of_hub(dataset="acme/notes", split="train")
+    assert [dict(r) for _, r in found] == ROWS and found[1][0] == "acme/notes:row 2"
+    assert [r["text"] for _, r in of_hub(dataset="acme/notes", name="default", split="test")] == ["one"]
+    assert formats.files_of(Source(dataset="acme/notes", split="train")) == [hub / "notes-train.arrow"]
+    with pytest.raises(UserError, match="several splits"):
+        of_hub(dataset="acme/notes")
+    with pytest.raises(UserError, match="Did you mean 'train'"):
+        of_hub(dataset="acme/notes", split="trian")
+    with pytest.raises(UserError, match=r"acme/notes \(large\): cannot be had.*'large'"):
+        of_hub(dataset="acme/notes", name="large", split="train")
+    with pytest.raises(UserError, match="acme/other: cannot be had"):
+        of_hub(dataset="acme/other", split="train")
+
+
+def test_columns_are_renamed(hub, tmp_path):
+    for found in (
+        of_hub(dataset="acme/notes", split="train", columns={"content": "text"}),
+        read(tmp_path / "train.jsonl", columns={"content": "text"}),
+    ):
+        assert [dict(r) for _, r in found] == [{"content": r["text"], "label": r["label"]} for r in ROWS]
+    swapped = dict(of_hub(dataset="acme/notes", split="test", columns={"text": "label", "label": "text"})[0][1])
+    assert swapped == {"text": "a", "label": "one"}
+    with pytest.raises(UserError, match=r"row 1: no column 'txet', which columns.content names.*\n.*'text'"):
+        of_hub(dataset="acme/notes", split="test", columns={"content": "txet"})
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ({}, "give one"),
+        ({"path": "x", "dataset": "acme/notes"}, "give one"),
+        ({"path": "x", "revision": "main"}, "files have a path alone"),
+    ],
+)
+def test_a_source_is_in_one_place(source, message):
+    with pytest.raises(ValueError, match=message):
+        Source(**source)
 
 
 @pytest.mark.parametrize("zipped", [False, True])

@@ -7,14 +7,14 @@ import importlib
 import pkgutil
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fastft.config import Source
 from fastft.data.formats import hf
 from fastft.data.formats.base import FORMATS, Record, format_of
 from fastft.data.sources import walk
-from fastft.errors import UserError
+from fastft.errors import UserError, did_you_mean
 
 # A file registers itself, under its name and suffixes, when it is imported.
 for _module in pkgutil.iter_modules(__path__):
@@ -27,8 +27,10 @@ def files_of(source: Source) -> list[Path]:
     Raises
     ------
     UserError
-        The path does not exist, or the folder holds no file of a known format.
+        The path does not exist, the folder holds no file of a known format, or the hub's data set cannot be had.
     """
+    if source.dataset:
+        return hf.hub_files(source)
     path = Path(source.path)
     if not path.exists():
         siblings = sorted(p.name for p in path.parent.iterdir())[:20] if path.parent.is_dir() else []
@@ -66,7 +68,7 @@ def files_of(source: Source) -> list[Path]:
 def not_read(source: Source) -> list[Path]:
     """Files of a folder that could be read by their names, but are none of its data."""
     path = Path(source.path)
-    return _in_folder(source)[1] if path.is_dir() and not hf.is_saved_dataset(path) else []
+    return _in_folder(source)[1] if source.path and path.is_dir() and not hf.is_saved_dataset(path) else []
 
 
 # Of a clone, an archive or a hub's data set: text about the data, and descriptions that tools keep beside it.
@@ -122,8 +124,43 @@ def read(source: Source) -> Iterator[tuple[str, Record]]:
     Raises
     ------
     UserError
-        Unknown format, unreadable file, broken line (file and line number).
+        Unknown format, unreadable file, broken line (file and line number), a column to rename that is not there.
     """
+    for where, record in _read(source):
+        yield where, _Renamed(where, record, source.columns) if source.columns else record
+
+
+class _Renamed(Mapping):
+    """A record, some of whose columns have other names."""
+
+    def __init__(self, where: str, record: Record, columns: dict[str, str]):
+        self.record, self.columns = record, columns
+        for new, old in columns.items():
+            if old not in record:
+                raise UserError(
+                    f"{where}: no column {old!r}, which columns.{new} names.", did_you_mean(old, list(record))
+                )
+
+    def __getitem__(self, name: str) -> object:
+        if name not in self:
+            raise KeyError(name)
+        return self.record[self.columns.get(name, name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns or (name in self.record and name not in self.columns.values())
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.columns
+        yield from (name for name in self.record if name not in self.columns and name not in self.columns.values())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _read(source: Source) -> Iterator[tuple[str, Record]]:
+    if source.dataset:
+        yield from hf.read_hub(source)
+        return
     for path in files_of(source):
         name = source.format if source.format != "auto" else ("hf" if path.is_dir() else format_of(path))
         if name is None:

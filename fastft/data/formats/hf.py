@@ -1,5 +1,8 @@
-"""Data sets saved by Hugging Face ``datasets`` (``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``)."""
+"""Data sets of Hugging Face ``datasets``: saved ones (``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``), and
+those of the hub, by name, through its cache.
+"""
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,15 +26,54 @@ def read(path, source):
             f"{path}: not a data set saved by Dataset.save_to_disk.",
             "It must hold dataset_info.json or dataset_dict.json.",
         )
-    data = datasets.load_from_disk(str(path))
-    if isinstance(data, datasets.DatasetDict):
-        if source.split is None:
-            raise UserError(
-                f"{path}: holds several splits ({', '.join(data)}).", "Name one: {path: ..., split: train}."
-            )
-        if source.split not in data:
-            raise UserError(f"{path}: no split {source.split!r}.", did_you_mean(source.split, data))
-        data = data[source.split]
+    yield from _rows(_split_of(datasets.load_from_disk(str(path)), str(path), source.split), str(path))
+
+
+def read_hub(source: Any) -> Iterator[tuple[str, Any]]:
+    """Records of a source that names a data set of the hub."""
+    where = source.dataset + (f" ({source.name})" if source.name else "")
+    yield from _rows(_of_hub(source.dataset, source.name, source.revision, source.split), where)
+
+
+def hub_files(source: Any) -> list[Path]:
+    """The files of the cache that hold it."""
+    found = _of_hub(source.dataset, source.name, source.revision, source.split)
+    return [Path(file["filename"]) for file in found.cache_files]
+
+
+@functools.cache
+def _of_hub(dataset: str, name: str | None, revision: str | None, split: str | None) -> Any:
+    import datasets
+
+    try:
+        found = datasets.load_dataset(dataset, name, revision=revision)
+    except Exception as e:  # its own, the hub's, requests', and those of a data set's reader
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
+        raise UserError(
+            f"dataset {dataset}{f' ({name})' if name else ''}: cannot be had: {reason}",
+            "Check its name, configuration and revision; without a network only data sets in the cache "
+            "(HF_DATASETS_CACHE) can be read.",
+        ) from None
+    return _split_of(found, dataset, split)
+
+
+def _split_of(data: Any, where: str, split: str | None) -> Any:
+    import datasets
+
+    if not isinstance(data, datasets.DatasetDict):
+        return data
+    if split is None and len(data) == 1:
+        return next(iter(data.values()))
+    if split is None:
+        raise UserError(f"{where}: holds several splits ({', '.join(data)}).", "Name one, for example split: train.")
+    if split not in data:
+        raise UserError(f"{where}: no split {split!r}.", did_you_mean(split, data))
+    return data[split]
+
+
+def _rows(data: Any, where: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
     classes = {}  # column -> its ClassLabel; also where every row holds a list of them
     for name, feature in data.features.items():
         inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
@@ -41,7 +83,7 @@ def read(path, source):
     for batch in data.with_format("arrow").iter(BATCH):
         for record in rows_of_batch(batch):
             row += 1
-            yield f"{path}:row {row}", _Named(record, classes) if classes else record
+            yield f"{where}:row {row}", _Named(record, classes) if classes else record
 
 
 class _Named(Mapping):
