@@ -2,7 +2,7 @@
 
 ``checkpoints/step-N.tmp`` is filled by all ranks (DeepSpeed's files, plus RNG per rank; see writer.py), then rank 0
 writes ``MANIFEST.json`` with every file's size and SHA-256, renames the folder to ``step-N`` and replaces ``LATEST``.
-A folder is used only after its manifest verifies, which happens before anything in it is unpickled.
+A folder is used only after its manifest verifies and no file in it holds code, which is seen without running any.
 """
 
 import json
@@ -19,7 +19,7 @@ from fastft.errors import UserError
 from fastft.files import digest, fsync, remove, replacing, sha256_file
 from fastft.ranks import Ranks
 from fastft.train.writer import Writer, point
-from fastft.zero import reshard
+from fastft.zero import pickles, reshard
 from fastft.zero.snapshots import snapshot
 
 log = logging.getLogger(__name__)
@@ -216,12 +216,17 @@ def state_of(path: Path) -> dict:
 
 
 def _damage(path: Path, manifest: dict, rank: int = 0, world: int = 1) -> str | None:
+    for file in sorted(path.rglob("*.pt")):  # DeepSpeed takes what has a fitting name
+        if str(file.relative_to(path)) not in manifest["files"]:
+            return f"{file} is no part of the checkpoint: remove it."
     for name, entry in sorted(manifest["files"].items())[rank::world]:
         file = path / name
         if not file.is_file():
             return f"{file} is missing."
         if file.stat().st_size != entry["bytes"] or sha256_file(file) != entry["sha256"]:
             return f"{file} does not match its hash."
+        if file.suffix == ".pt" and (reason := pickles.refused(file)):
+            return f"{file} is not read: {reason}."
     return None
 
 

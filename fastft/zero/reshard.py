@@ -13,6 +13,7 @@ from fastft.errors import UserError
 from fastft.files import remove
 from fastft.optim.optimizers.base import OptimizerSpec
 from fastft.ranks import Ranks
+from fastft.zero import pickles
 
 CONVERTED = ("exp_avg", "exp_avg_sq")  # what DeepSpeed's converter knows
 SETTINGS = {"load_universal": True}  # checkpoint settings of the DeepSpeed engine that is to load what convert() made
@@ -86,7 +87,7 @@ def _fit(folder: Path, stage: int, world: int) -> None:
     the step per parameter or once, the groups' settings on their own or with the state, the weights flat or in shape.
     """
     found = sorted(folder.glob("*model_states.pt"))
-    counters = torch.load(found[0], map_location="cpu", weights_only=False)  # its hash was verified
+    counters = pickles.load(found[0], map_location="cpu")
     counters["module"] = {}  # the weights come from the universal folder
     for file in found:
         file.unlink()
@@ -98,12 +99,12 @@ def _fit(folder: Path, stage: int, world: int) -> None:
         torch.save(counters, folder / name)
 
     weights = folder / "zero"
-    before = torch.load(weights / "optimizer_state.pt", map_location="cpu", weights_only=False)
+    before = pickles.load(weights / "optimizer_state.pt", map_location="cpu")
     trained = [file.parent for file in weights.glob("*/exp_avg.pt")]
     step = (
         before["optimizer_state_dict"]["state"][0]["step"]
         if "optimizer_state_dict" in before
-        else torch.load(trained[0] / "step.pt")
+        else pickles.load(trained[0] / "step.pt")
     )
     after = {key: before[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow", "param_groups")}
     after |= {
@@ -115,9 +116,7 @@ def _fit(folder: Path, stage: int, world: int) -> None:
     for parameter in trained:
         torch.save(step, parameter / "step.pt")
         for file in (parameter / f"{name}.pt" for name in ("fp32", "exp_avg", "exp_avg_sq")):
-            if torch.is_tensor(
-                value := torch.load(file, map_location="cpu", weights_only=False)
-            ):  # stage 3's: flat, bare
+            if torch.is_tensor(value := pickles.load(file, map_location="cpu")):  # stage 3's: flat, bare
                 torch.save({"param": value[: shapes[parameter.name].numel()].view(shapes[parameter.name])}, file)
 
 

@@ -6,6 +6,8 @@ from collections import OrderedDict
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from fastft.zero import pickles
+
 
 class Snapshots(CheckpointEngine):
     """DeepSpeed's place for writing files: keeps copies of what it is given instead, in host memory."""
@@ -21,7 +23,7 @@ class Snapshots(CheckpointEngine):
         self.taken[path] = _copied(state_dict)
 
     def load(self, path: str, map_location=None):
-        return torch.load(path, map_location=map_location, weights_only=False)  # verified against the manifest before
+        return pickles.load(path, map_location=map_location)
 
     def commit(self, info) -> bool:
         return True

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from fastft.zero import pickles
+
 
 def consolidated(engine, main: bool) -> dict[str, torch.Tensor] | None:
     """The engine's weights by name on rank 0, in their own dtype; all ranks take part (under ZeRO-3 they gather)."""
@@ -29,5 +31,4 @@ def of_checkpoint(path: Path, tag: str, stage: int) -> dict[str, torch.Tensor]:
 
 
 def _module(folder: Path) -> dict[str, torch.Tensor]:
-    # DeepSpeed's file holds its own classes; its hash was verified against our manifest just now
-    return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    return pickles.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["module"]

@@ -1,6 +1,8 @@
 """A resumed run is the run that was never interrupted, bit for bit; damaged checkpoints are seen before use."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import time
@@ -16,6 +18,7 @@ from fastft import config as configuration
 from fastft import track
 from fastft.data import order
 from fastft.errors import UserError
+from fastft.files import digest, sha256_file
 from fastft.tasks.base import Metric
 from fastft.train import checkpoint
 from fastft.train.observers._standard import Best
@@ -175,6 +178,44 @@ def test_damage_is_found_before_use(finished):
         checkpoint.find(folder)
     with pytest.raises(UserError, match="no checkpoint of step 3"):
         checkpoint.find(folder, step=3)
+
+
+class Hostile:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_hostile_checkpoint_runs_nothing(finished, tmp_path, protocol):
+    """Whole by its manifest, with code in place of state, or beside it: it is named, and no code has run."""
+    folder, mark = finished / "checkpoints", tmp_path / "mark"
+    manifest_file = folder / "step-4" / "MANIFEST.json"
+    manifest = json.loads(manifest_file.read_text())
+    for name in [name for name in manifest["files"] if name.endswith(".pt")]:
+        file = folder / "step-4" / name
+        good = file.read_bytes()
+        state = torch.load(file, weights_only=True)
+        torch.save({**state, "more": Hostile(mark)}, file, pickle_protocol=protocol)
+        entry = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        forged = {**manifest, "files": {**manifest["files"], name: entry}}
+        forged.pop("digest")
+        manifest_file.write_text(json.dumps({**forged, "digest": digest(forged)}))
+        with pytest.raises(UserError, match=f"{re.escape(str(file))} is not read: it holds"):
+            checkpoint.find(folder, step=4)
+        assert checkpoint.find(folder)[0].name == "step-2"
+        file.write_bytes(good)
+    manifest_file.write_text(json.dumps(manifest))
+    assert checkpoint.find(folder)[0].name == "step-4"
+    beside = folder / "step-4" / "deepspeed" / "zero_pp_rank_9_mp_rank_00_optim_states.pt"
+    torch.save(Hostile(mark), beside)
+    with pytest.raises(UserError, match=f"{re.escape(str(beside))} is no part of the checkpoint"):
+        checkpoint.find(folder, step=4)
+    assert not mark.exists()
 
 
 def test_an_unfinished_save_is_not_a_checkpoint(finished):
