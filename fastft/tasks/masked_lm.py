@@ -179,10 +179,12 @@ class MaskedLM(TextTask):
 
     def _inputs(self, tokens: np.ndarray, documents: np.ndarray, positions: np.ndarray) -> dict[str, Any]:
         """Documents of a row see themselves alone; what is left of it is one more document."""
-        same = torch.from_numpy(documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)
         offset = load.position_offset(self.model_config)
-        inputs = {"input_ids": torch.from_numpy(tokens), "attention_mask": same}
-        return {**inputs, "position_ids": torch.from_numpy(positions + offset), **self.places(documents)}
+        inputs = {"input_ids": torch.from_numpy(tokens), "position_ids": torch.from_numpy(positions + offset)}
+        if not self.pads:
+            return {**inputs, **self.places(documents)}
+        same = torch.from_numpy(documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)
+        return {**inputs, "attention_mask": same}
 
     def documents(self, split: Split, sample: int) -> list[str]:
         return documents_of(split, sample)
