@@ -3,9 +3,9 @@
     python benchmarks/cpu_step.py --model FOLDER --peers-python PYTHON [--cases NAME ...] [--pairs 5] [--machine NAME]
 
 FOLDER holds a causal model, such as SmolLM2-135M; PYTHON has torch and transformers (`make peers`). A step is 4 rows of
-512 tokens; both train the same weights on the same rows, with clipping and AdamW, each in a process of its own that waits
-while the other computes. Ratios are of CPU time (all threads; waiting threads sleep), which neighbours disturb less than
-the clock; the row has both. fastft's process is its real training loop, defaults all through.
+512 tokens; both train the same weights on the same rows, with clipping and AdamW, each in a process of its own that
+waits while the other computes. Ratios are of CPU time (all threads; waiting threads sleep), which neighbours disturb
+less than the clock; the row has both. fastft's process is its real training loop, defaults all through.
 
 fp32-whole     a document fills its row
 fp32-isolated  several documents a row, which do not see each other
@@ -98,6 +98,7 @@ def worker(path: Path, steps: int) -> None:
 
     from fastft import config as configuration
     from fastft.bench.measure import _steps_only
+    from fastft.ops import cpu
     from fastft.track import Telemetry
     from fastft.train import loop as training
 
@@ -114,16 +115,17 @@ def worker(path: Path, steps: int) -> None:
             found["labels"].append(np.concatenate([b.labels.numpy() for b in batches]))
         np.savez(path.parent / "batches.npz", **{name: np.stack(list_) for name, list_ in found.items()})
         starts = (np.stack(found["positions"]) == 0).sum()
-        record = {name: loop.job.record.get(name) for name in ("attention", "layers", "cpu")}
+        record = {name: loop.job.record.get(name) for name in ("attention", "layers")}
+        record["cpu"] = cpu.describe()
         say(how=record, documents=float(starts) / (steps * ROWS), start_cpu=time.process_time() - begun)
         taken = loop.steps()
         while sys.stdin.readline():
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall, spent = time.perf_counter(), time.process_time()
             loss = next(taken)
             loop.after_step(loss)
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            wall, spent = time.perf_counter() - wall, time.process_time() - spent
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            say(wall=wall, cpu=cpu, loss=float(loss), peak_gb=peak)
+            say(wall=wall, cpu=spent, loss=float(loss), peak_gb=peak)
 
 
 def say(**values) -> None:

@@ -209,8 +209,9 @@ void rms_forward(Address x, Address residual, Address weight, Address total, Add
                  std::int64_t columns, double eps, int tag, int num_threads) {
   check_shape(rows, columns, columns);
   if (residual != 0 && total == 0) fail("total is 0; the sum needs a place");
-  const fastft::RmsForward args{at<void>(x), at<void>(residual), at<void>(weight), at<void>(total), at<void>(y),
-                                at<float>(rstd), rows, columns, eps, dtype(tag, "dtype")};
+  const fastft::RmsForward args{
+      at<void>(x), at<void>(residual), at<void>(weight), at<void>(total), at<void>(y), at<float>(rstd), rows, columns,
+      eps,         dtype(tag, "dtype")};
   py::gil_scoped_release release;
   fastft::rms_forward_cpu(args, num_threads);
 }
@@ -218,8 +219,9 @@ void rms_forward(Address x, Address residual, Address weight, Address total, Add
 void rms_backward(Address dy, Address x, Address weight, Address rstd, Address extra, Address dx, Address y,
                   Address dweight, std::int64_t rows, std::int64_t columns, int tag, int num_threads) {
   check_shape(rows, columns, columns);
-  const fastft::RmsBackward args{at<void>(dy), at<void>(x), at<void>(weight), at<float>(rstd), at<void>(extra),
-                                 at<void>(dx), at<void>(y), at<float>(dweight), rows, columns, dtype(tag, "dtype")};
+  const fastft::RmsBackward args{
+      at<void>(dy),       at<void>(x), at<void>(weight), at<float>(rstd),    at<void>(extra), at<void>(dx), at<void>(y),
+      at<float>(dweight), rows,        columns,          dtype(tag, "dtype")};
   py::gil_scoped_release release;
   fastft::rms_backward_cpu(args, num_threads);
 }
@@ -231,8 +233,8 @@ void rope(Address array, Address cos, Address sin, std::int64_t rows, std::int64
   if (dim < 2 || dim % 2 != 0) fail("dim=" + std::to_string(dim) + " is not an even number of elements");
   if (period < 1) fail("period=" + std::to_string(period) + " must be positive");
   check_shape(period, dim / 2, table_stride);
-  const fastft::Rope args{at<void>(array), at<float>(cos), at<float>(sin), rows, stride, heads, dim, period,
-                          table_stride, back, dtype(tag, "dtype")};
+  const fastft::Rope args{at<void>(array), at<float>(cos), at<float>(sin),     rows, stride, heads, dim, period,
+                          table_stride,    back,           dtype(tag, "dtype")};
   py::gil_scoped_release release;
   fastft::rope_cpu(args, num_threads);
 }
@@ -240,8 +242,8 @@ void rope(Address array, Address cos, Address sin, std::int64_t rows, std::int64
 void gated_forward(Address gate, Address up, Address out, std::int64_t rows, std::int64_t width, std::int64_t stride,
                    int tag, int num_threads) {
   check_shape(rows, width, stride);
-  const fastft::GatedForward args{at<void>(gate), at<void>(up), at<void>(out), rows, width, stride,
-                                  dtype(tag, "dtype")};
+  const fastft::GatedForward args{at<void>(gate), at<void>(up), at<void>(out),      rows,
+                                  width,          stride,       dtype(tag, "dtype")};
   py::gil_scoped_release release;
   fastft::gated_forward_cpu(args, num_threads);
 }
@@ -250,7 +252,7 @@ void gated_backward(Address gate, Address up, Address dout, Address out, Address
                     std::int64_t width, std::int64_t stride, int tag, int num_threads) {
   check_shape(rows, width, stride);
   const fastft::GatedBackward args{at<void>(gate), at<void>(up), at<void>(dout), at<void>(out), at<void>(dgate),
-                                   at<void>(dup), rows, width, stride, dtype(tag, "dtype")};
+                                   at<void>(dup),  rows,         width,          stride,        dtype(tag, "dtype")};
   py::gil_scoped_release release;
   fastft::gated_backward_cpu(args, num_threads);
 }
@@ -272,8 +274,9 @@ fastft::Attention attention_of(Address q, Address k, Address v, std::int64_t q_s
            std::to_string(ends[i]) + " among " + std::to_string(tokens) + " tokens");
     }
   }
-  return {at<void>(q), at<void>(k), at<void>(v), q_stride, k_stride, v_stride, ends, documents, heads, groups, dim,
-          scale, window, dtype(tag, "dtype"), at<void>(out), at<float>(lse)};
+  return {at<void>(q), at<void>(k),         at<void>(v),   q_stride,      k_stride, v_stride,
+          ends,        documents,           heads,         groups,        dim,      scale,
+          window,      dtype(tag, "dtype"), at<void>(out), at<float>(lse)};
 }
 
 void attention_forward(Address q, Address k, Address v, std::int64_t q_stride, std::int64_t k_stride,
@@ -294,7 +297,7 @@ void attention_backward(Address q, Address k, Address v, std::int64_t q_stride, 
   const fastft::Attention args = attention_of(q, k, v, q_stride, k_stride, v_stride, bounds, documents, tokens, heads,
                                               groups, dim, scale, window, out, lse, tag);
   const fastft::AttentionGradients grads{at<void>(grad), at<void>(dq), at<void>(dk), at<void>(dv),
-                                         dq_stride, dk_stride, dv_stride};
+                                         dq_stride,      dk_stride,    dv_stride};
   py::gil_scoped_release release;
   fastft::attention_backward_cpu(args, grads, num_threads);
 }

@@ -2,9 +2,9 @@
 
     python benchmarks/peers/turns.py SPEC.json
 
-SPEC: ``model`` (folder), ``dtype``, ``batches`` (npz: ids, labels, positions, each (steps, rows, length)), ``isolated``,
-``folder``. After each step a line of JSON behind an @: ``wall``, ``cpu`` (seconds), ``loss``, ``peak_gb``; before the
-first one with ``versions``.
+SPEC: ``model`` (folder), ``dtype``, ``batches`` (npz: ids, labels, positions, each (steps, rows, length)),
+``isolated``, ``folder``. After each step a line of JSON behind an @: ``wall``, ``cpu`` (seconds), ``loss``,
+``peak_gb``; before the first one with ``versions``.
 """
 
 import json

@@ -6,21 +6,22 @@
 // and the same panels are operands of the next products as they lie. A panel and the keys' block stay in the L1 cache.
 // Masked products are skipped by panels and groups of kTileRows keys; what is left of them is 0.
 
-constexpr int kVectors = kWidth == 1 ? 8 : 2;                             // of a tile's row
-constexpr std::int64_t kPanel = kVectors * kWidth;                        // a tile's columns
-constexpr int kTileRows = kWidth == 16 ? 12 : kWidth == 8 ? 6 : 4;        // 12 of 16, 24 of 32 registers add up
+constexpr int kVectors = kWidth == 1 ? 8 : 2;                       // of a tile's row
+constexpr std::int64_t kPanel = kVectors * kWidth;                  // a tile's columns
+constexpr int kTileRows = kWidth == 16 ? 12 : kWidth == 8 ? 6 : 4;  // 12 of 16, 24 of 32 registers add up
 static_assert(kAttentionKeys % kTileRows == 0, "tiles of the keys of a block");
 
 FASTFT_INLINE std::int64_t panels_of(std::int64_t n) { return (n + kPanel - 1) / kPanel; }
 
-// c (R, kPanel) = [c +] sum of a(i, k) b(k, :), for `blocks` times n values of k. a(i, k) is a[i * lda + k], or with
+// c (R, kPanel) = [c +] sum of a(i, k) b(k, :), for `blocks` times n values of k. With ADD the sum is taken first: one
+// chain of additions over all of a long document would lose a digit. a(i, k) is a[i * lda + k], or with
 // UNIT_ROWS a[i + k * lda]; the next n begin a_block further. Rows of b lie ldb apart.
 template <int R, bool UNIT_ROWS, bool ADD>
 FASTFT_INLINE void tile(const float* a, std::int64_t lda, std::int64_t a_block, const float* b, std::int64_t ldb,
                         std::int64_t blocks, std::int64_t n, float* c, std::int64_t ldc) {
   V sums[R][kVectors];
   for (int i = 0; i < R; ++i) {
-    for (int v = 0; v < kVectors; ++v) sums[i][v] = ADD ? load(c + i * ldc + v * kWidth) : set1(0.0f);
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = set1(0.0f);
   }
   for (std::int64_t block = 0; block < blocks; ++block, a += a_block) {
     for (std::int64_t k = 0; k < n; ++k, b += ldb) {
@@ -33,7 +34,10 @@ FASTFT_INLINE void tile(const float* a, std::int64_t lda, std::int64_t a_block, 
     }
   }
   for (int i = 0; i < R; ++i) {
-    for (int v = 0; v < kVectors; ++v) store(c + i * ldc + v * kWidth, sums[i][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = c + i * ldc + v * kWidth;
+      store(at, ADD ? load(at) + sums[i][v] : sums[i][v]);
+    }
   }
 }
 
@@ -254,7 +258,8 @@ void attention_forward(const AttentionGroup& g, std::int64_t first, std::int64_t
       float* rows = out + lane * width;
       for (std::int64_t i = 0; i < kPanel; ++i) {
         const V factor = set1(fade[i]);
-        for (std::int64_t j = 0; j < width; j += kWidth) store(rows + i * width + j, load(rows + i * width + j) * factor);
+        for (std::int64_t j = 0; j < width; j += kWidth)
+          store(rows + i * width + j, load(rows + i * width + j) * factor);
       }
       for (std::int64_t j = 0; j < width; j += kPanel) {
         tiles<true, true>(kPanel, products, kPanel, 0, values + j, width, 1, used, rows + j, width);

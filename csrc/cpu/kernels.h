@@ -76,7 +76,8 @@ using CeGradFn = void (*)(const CeLogits&, const CeGrad&);
 using SumSquaresFn = double (*)(const void* data, std::int64_t n);
 using StreamFn = void (*)(float* p, const float* g, float* m, float* v, std::int64_t n);
 
-// Rows of fastft/decoder.h's element-wise parts. rms_forward returns the row's rstd; rms_backward adds to sums_of_weight.
+// Rows of fastft/decoder.h's element-wise parts. rms_forward returns the row's rstd; rms_backward adds to
+// sums_of_weight.
 using RmsForwardFn = float (*)(const void* x, const void* residual, const void* weight, void* total, void* y,
                                std::int64_t n, float eps);
 using RmsBackwardFn = void (*)(const void* dy, const void* x, const void* weight, float rstd, const void* extra,
@@ -111,8 +112,8 @@ struct AttentionGroup {
   float scale;
 };
 
-// What of a backward one call does: sums of some keys' gradients, or queries' gradients, or both for all of them. Begins
-// are multiples of the blocks' sizes, so that every sum is taken in the same order however it is divided.
+// What of a backward one call does: sums of some keys' gradients, or queries' gradients, or both for all of them.
+// Begins are multiples of the blocks' sizes, so that every sum is taken in the same order however it is divided.
 struct AttentionPart {
   std::int64_t query_begin, query_end, key_begin, key_end;
   bool queries, keys;

@@ -138,7 +138,7 @@ def install(
     forward : callable
         The model, or the engine around it, on ``device``.
     choice : str
-        model.attention: "varlen", or "auto", which takes it where it is faster: on a GPU, and on a CPU with fastft's kernels.
+        model.attention: "varlen", or "auto", which takes it on a GPU, and on a CPU with fastft's kernels.
     length : int
         Tokens of the longest row in training.
 

@@ -228,8 +228,9 @@ def _inputs_of(
 
 
 def _differs(found: Match, seen: dict[str, Any], bounds: Tensor, longest: int, documents: ByDocument) -> str:
-    """Why the fused layer is not the plain one; "" where its errors are no larger. Where the fused layer computes bf16 in
-    float32, the plain one's errors are those of rounding once.
+    """Why the fused layer is not the plain one; "" where its errors are no larger.
+
+    Where the fused layer computes bf16 in float32, the errors that it is held to are those of rounding once.
     """
     x, rotation = seen["hidden_states"].detach(), seen.get("position_embeddings")
     if rotation is None:

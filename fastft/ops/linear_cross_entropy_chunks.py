@@ -49,9 +49,8 @@ def run(
     """
     dtype = weight.dtype
     if widens(weight):  # of all classes at once: 4 bytes an element, which a chunk's logits take too
-        tensors = (hidden, weight, bias, hidden2, weight2)
-        hidden, weight, bias, hidden2, weight2 = (None if t is None else t.float() for t in tensors)
-    assert hidden is not None and weight is not None
+        hidden, weight = hidden.float(), weight.float()
+        bias, hidden2, weight2 = (None if t is None else t.float() for t in (bias, hidden2, weight2))
     head = _Head(weight, bias, weight2)
     vocab = weight.shape[0]
     # Only the CPU leaves ignored rows out: on CUDA their number would have to come to the host, which stalls the

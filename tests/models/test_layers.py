@@ -13,7 +13,9 @@ import launch
 from fastft import track
 from fastft.errors import UserError
 from fastft.models import documents, layers, parts
+from fastft.ops import cpu as processor
 from fastft.ops.decoder import attention
+from tests.ops.common import NATIVE_BUILT
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 CPU = torch.device("cpu")
@@ -75,6 +77,42 @@ def test_what_attention_by_document_cannot_compute_is_refused_with_the_reason():
         assert model.config._attn_implementation != documents.NAME
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))  # it is as it was
     assert documents.install(model, model, "sdpa", 16, CPU) == (None, "asked for")
+
+
+def test_a_cpu_takes_them_unasked_where_its_kernels_are(monkeypatch):
+    if not NATIVE_BUILT:
+        pytest.skip("fastft._C is not built")
+    from fastft import _C
+    from fastft.ops.decoder import cpu
+
+    model = model_of("Llama")
+    found, why = documents.install(model, model, "auto", 16, CPU)
+    slow = _C.cpu_path() == "scalar"
+    assert (found is None) == slow and why.startswith("automatic: this CPU" if slow else "automatic, by kernels for ")
+    if found is not None:
+        assert layers.install(model, model, found, 16, CPU).startswith("fused: 4 layers")
+        found.remove()
+    monkeypatch.setattr(cpu, "refuses", lambda dtype: "fastft._C is not built")
+    assert documents.install(model, model, "auto", 16, CPU) == (None, "automatic: fastft._C is not built")
+    assert documents.install(model, model, "varlen", 16, CPU)[0] is not None  # in plain torch
+    assert documents.install(model, model, "sdpa", 16, CPU) == (None, "asked for")
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_with_and_without_instructions_for_it(has, monkeypatch):
+    """The model's losses and gradients are near those of float32 either way, and nearer where it computes in it."""
+    monkeypatch.setattr(processor, "cpu_multiplies_bf16", lambda: has)
+    results = []
+    for fused, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)):
+        model = model_of("Llama", torch.bfloat16).to(dtype)
+        if fused:
+            assert put_into(model)[1].startswith("fused: 4 layers")
+        model(**documents.packed_inputs(model, 20, CPU)).logits.float().square().mean().backward()
+        results.append([p.grad for p in model.parameters()])
+    for one, plain, exact in zip(*results, strict=True):
+        assert one.dtype == torch.bfloat16
+        error, allowed = ((t.float() - exact).norm() / exact.norm() for t in (one, plain))
+        assert error <= (1.5 if has else 1.0) * allowed + 2e-3
 
 
 def test_other_forwards_run_as_before():
@@ -149,6 +187,10 @@ def test_batches_say_where_documents_begin(no_dropout):
     by = attention.kernels(torch.empty(0, 4, 8), 2)
     assert job.record["attention"] == f"varlen: asked for, by {by}"
     assert job.record["layers"].startswith("fused: ")
+    lm_config["model"]["attention"] = "auto"
+    assert (
+        jobs.job_of(lm_config).record["attention"].startswith("automatic" if not NATIVE_BUILT else "varlen: automatic")
+    )
     lm_config["model"]["layers"] = "plain"
     assert jobs.job_of(lm_config).record["layers"] == "plain: asked for"
 
@@ -161,12 +203,12 @@ def test_training_is_the_same_at_every_stage(no_dropout, tmp_path):
     lm_config["train"]["steps"] = 6
     paths = {}
     for name, model, optim, zero in (
-        ("mask", {}, {}, 0),
+        ("mask", {"attention": "sdpa"}, {}, 0),
         ("varlen", {"attention": "varlen"}, {}, 0),
         ("plain layers", {"attention": "varlen", "layers": "plain"}, {}, 0),
         ("ZeRO 2", {"attention": "varlen"}, {}, 2),
         ("ZeRO 3", {"attention": "varlen"}, {}, 3),
-        ("bf16 ZeRO 1", {"dtype": "bf16"}, {}, 1),
+        ("bf16 ZeRO 1", {"dtype": "bf16", "attention": "varlen"}, {}, 1),
         ("bf16 varlen remainder", {"dtype": "bf16", "attention": "varlen"}, {"master": "remainder"}, 0),
         ("bf16 varlen checkpointing", {"dtype": "bf16", "attention": "varlen"}, {}, 0),
     ):
@@ -186,6 +228,7 @@ def test_training_is_the_same_at_every_stage(no_dropout, tmp_path):
     assert [name for name, layers in done.items() if layers.startswith("fused")] == [
         "varlen",
         "ZeRO 2",
+        "bf16 ZeRO 1",
         "bf16 varlen remainder",
         "bf16 varlen checkpointing",
     ]

@@ -40,8 +40,8 @@ void rms_backward_cpu(const RmsBackward& a, int num_threads);
 
 // Rotates pairs (x_j, x_{j + dim/2}) of the first `heads` heads of each row, in place.
 struct Rope {
-  void* rows;          // (count, stride), heads one after the other
-  const float* cos;    // (period, table_stride), of which the first dim / 2 are read; row i takes i % period
+  void* rows;        // (count, stride), heads one after the other
+  const float* cos;  // (period, table_stride), of which the first dim / 2 are read; row i takes i % period
   const float* sin;
   std::int64_t count;
   std::int64_t stride;

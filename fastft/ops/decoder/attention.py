@@ -37,7 +37,9 @@ def slow(device: torch.device, dtype: torch.dtype) -> str:
     """Why attention by document is not taken unasked on such a device; "" where it is faster than by a mask."""
     if device.type != "cpu":
         return ""
-    return cpu.refuses(dtype) or ("" if native.module().cpu_path() != "scalar" else "this CPU has neither AVX2 nor AVX-512")
+    return cpu.refuses(dtype) or (
+        "" if native.module().cpu_path() != "scalar" else "this CPU has neither AVX2 nor AVX-512"
+    )
 
 
 def kernels(query: Tensor, groups: int) -> str:
