@@ -1,8 +1,6 @@
 """Attention by document and fused decoder layers in the user's model: proven on it, or left out with the reason."""
 
 import copy
-import json
-import shutil
 
 import jobs
 import pytest
@@ -165,16 +163,6 @@ def test_bounds():
     positions = torch.tensor([[0, 1, 0, 1, 2, 0], [3, 4, 0, 1, 0, 1]])
     bounds, longest = documents.bounds_of(torch.zeros(2, 6), positions)
     assert bounds.tolist() == [0, 2, 5, 6, 8, 10, 12] and bounds.dtype == torch.int32 and longest == 3
-
-
-@pytest.fixture
-def no_dropout(lm_config, tmp_path) -> dict:
-    folder = tmp_path / "model"
-    shutil.copytree(lm_config["model"]["path"], folder)
-    settings = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.0}
-    (folder / "config.json").write_text(json.dumps(settings))
-    lm_config["model"]["path"] = str(folder)
-    return lm_config
 
 
 def test_batches_say_where_documents_begin(no_dropout):
