@@ -286,5 +286,5 @@ def test_hooks_inside_a_layer_are_called():
 def test_varlen_without_packed_documents_is_refused(no_dropout):
     no_dropout["model"]["attention"] = "varlen"
     no_dropout["data"]["packing"] = "none"
-    with pytest.raises(UserError, match="varlen is for packed documents"):
+    with pytest.raises(UserError, match="for packed documents"):
         jobs.job_of(no_dropout)
