@@ -11,6 +11,7 @@
 
 #include "fastft/adamw.h"
 #include "fastft/cross_entropy.h"
+#include "fastft/decoder.h"
 #include "fastft/sum_squares.h"
 #include "kernels.h"
 
@@ -198,6 +199,109 @@ void sum_squares(int device, Address stream, const Addresses& tensors, const std
 #endif
 }
 
+void check_shape(std::int64_t rows, std::int64_t columns, std::int64_t stride) {
+  check_not_negative(rows, "rows");
+  check_not_negative(columns, "columns");
+  if (stride < columns) fail("stride=" + std::to_string(stride) + " is less than " + std::to_string(columns));
+}
+
+void rms_forward(Address x, Address residual, Address weight, Address total, Address y, Address rstd, std::int64_t rows,
+                 std::int64_t columns, double eps, int tag, int num_threads) {
+  check_shape(rows, columns, columns);
+  if (residual != 0 && total == 0) fail("total is 0; the sum needs a place");
+  const fastft::RmsForward args{
+      at<void>(x), at<void>(residual), at<void>(weight), at<void>(total), at<void>(y), at<float>(rstd), rows, columns,
+      eps,         dtype(tag, "dtype")};
+  py::gil_scoped_release release;
+  fastft::rms_forward_cpu(args, num_threads);
+}
+
+void rms_backward(Address dy, Address x, Address weight, Address rstd, Address extra, Address dx, Address y,
+                  Address dweight, std::int64_t rows, std::int64_t columns, int tag, int num_threads) {
+  check_shape(rows, columns, columns);
+  const fastft::RmsBackward args{
+      at<void>(dy),       at<void>(x), at<void>(weight), at<float>(rstd),    at<void>(extra), at<void>(dx), at<void>(y),
+      at<float>(dweight), rows,        columns,          dtype(tag, "dtype")};
+  py::gil_scoped_release release;
+  fastft::rms_backward_cpu(args, num_threads);
+}
+
+void rope(Address array, Address cos, Address sin, std::int64_t rows, std::int64_t stride, std::int64_t heads,
+          std::int64_t dim, std::int64_t period, std::int64_t table_stride, bool back, int tag, int num_threads) {
+  check_not_negative(heads, "heads");
+  check_shape(rows, heads * dim, stride);
+  if (dim < 2 || dim % 2 != 0) fail("dim=" + std::to_string(dim) + " is not an even number of elements");
+  if (period < 1) fail("period=" + std::to_string(period) + " must be positive");
+  check_shape(period, dim / 2, table_stride);
+  const fastft::Rope args{at<void>(array), at<float>(cos), at<float>(sin),     rows, stride, heads, dim, period,
+                          table_stride,    back,           dtype(tag, "dtype")};
+  py::gil_scoped_release release;
+  fastft::rope_cpu(args, num_threads);
+}
+
+void gated_forward(Address gate, Address up, Address out, std::int64_t rows, std::int64_t width, std::int64_t stride,
+                   int tag, int num_threads) {
+  check_shape(rows, width, stride);
+  const fastft::GatedForward args{at<void>(gate), at<void>(up), at<void>(out),      rows,
+                                  width,          stride,       dtype(tag, "dtype")};
+  py::gil_scoped_release release;
+  fastft::gated_forward_cpu(args, num_threads);
+}
+
+void gated_backward(Address gate, Address up, Address dout, Address out, Address dgate, Address dup, std::int64_t rows,
+                    std::int64_t width, std::int64_t stride, int tag, int num_threads) {
+  check_shape(rows, width, stride);
+  const fastft::GatedBackward args{at<void>(gate), at<void>(up), at<void>(dout), at<void>(out), at<void>(dgate),
+                                   at<void>(dup),  rows,         width,          stride,        dtype(tag, "dtype")};
+  py::gil_scoped_release release;
+  fastft::gated_backward_cpu(args, num_threads);
+}
+
+fastft::Attention attention_of(Address q, Address k, Address v, std::int64_t q_stride, std::int64_t k_stride,
+                               std::int64_t v_stride, Address bounds, std::int64_t documents, std::int64_t tokens,
+                               std::int64_t heads, std::int64_t groups, std::int64_t dim, double scale,
+                               std::int64_t window, Address out, Address lse, int tag) {
+  check_not_negative(documents, "documents");
+  check_not_negative(window, "window");
+  if (groups < 1 || heads < 1 || heads % groups != 0) {
+    fail("heads=" + std::to_string(heads) + " is no multiple of groups=" + std::to_string(groups));
+  }
+  if (dim < 1) fail("dim=" + std::to_string(dim) + " must be positive");
+  const std::int32_t* ends = at<std::int32_t>(bounds);
+  for (std::int64_t i = 0; i < documents; ++i) {
+    if (ends[i] < 0 || ends[i + 1] < ends[i] || ends[i + 1] > tokens) {
+      fail("bounds[" + std::to_string(i + 1) + "]=" + std::to_string(ends[i + 1]) + " does not follow " +
+           std::to_string(ends[i]) + " among " + std::to_string(tokens) + " tokens");
+    }
+  }
+  return {at<void>(q), at<void>(k),         at<void>(v),   q_stride,      k_stride, v_stride,
+          ends,        documents,           heads,         groups,        dim,      scale,
+          window,      dtype(tag, "dtype"), at<void>(out), at<float>(lse)};
+}
+
+void attention_forward(Address q, Address k, Address v, std::int64_t q_stride, std::int64_t k_stride,
+                       std::int64_t v_stride, Address bounds, std::int64_t documents, std::int64_t tokens,
+                       std::int64_t heads, std::int64_t groups, std::int64_t dim, double scale, std::int64_t window,
+                       Address out, Address lse, int tag, int num_threads) {
+  const fastft::Attention args = attention_of(q, k, v, q_stride, k_stride, v_stride, bounds, documents, tokens, heads,
+                                              groups, dim, scale, window, out, lse, tag);
+  py::gil_scoped_release release;
+  fastft::attention_forward_cpu(args, num_threads);
+}
+
+void attention_backward(Address q, Address k, Address v, std::int64_t q_stride, std::int64_t k_stride,
+                        std::int64_t v_stride, Address bounds, std::int64_t documents, std::int64_t tokens,
+                        std::int64_t heads, std::int64_t groups, std::int64_t dim, double scale, std::int64_t window,
+                        Address out, Address lse, int tag, int num_threads, Address grad, Address dq, Address dk,
+                        Address dv, std::int64_t dq_stride, std::int64_t dk_stride, std::int64_t dv_stride) {
+  const fastft::Attention args = attention_of(q, k, v, q_stride, k_stride, v_stride, bounds, documents, tokens, heads,
+                                              groups, dim, scale, window, out, lse, tag);
+  const fastft::AttentionGradients grads{at<void>(grad), at<void>(dq), at<void>(dk), at<void>(dv),
+                                         dq_stride,      dk_stride,    dv_stride};
+  py::gil_scoped_release release;
+  fastft::attention_backward_cpu(args, grads, num_threads);
+}
+
 void stream_4r3w(Address p, Address g, Address m, Address v, std::int64_t n, int num_threads) {
   check_not_negative(n, "n");
   py::gil_scoped_release release;
@@ -267,6 +371,23 @@ PYBIND11_MODULE(_C, m) {
   m.attr("SUM_SQUARES_SCRATCH") = fastft::kSumSquaresScratch;
   m.def("sum_squares", &sum_squares, py::kw_only(), arg("device"), arg("stream"), arg("tensors"), arg("numels"),
         arg("dtype"), arg("out"), arg("scratch"), arg("num_threads"));
+  m.def("rms_forward", &rms_forward, py::kw_only(), arg("x"), arg("residual"), arg("weight"), arg("total"), arg("y"),
+        arg("rstd"), arg("rows"), arg("columns"), arg("eps"), arg("dtype"), arg("num_threads"));
+  m.def("rms_backward", &rms_backward, py::kw_only(), arg("dy"), arg("x"), arg("weight"), arg("rstd"), arg("extra"),
+        arg("dx"), arg("y"), arg("dweight"), arg("rows"), arg("columns"), arg("dtype"), arg("num_threads"));
+  m.def("rope", &rope, py::kw_only(), arg("array"), arg("cos"), arg("sin"), arg("rows"), arg("stride"), arg("heads"),
+        arg("dim"), arg("period"), arg("table_stride"), arg("back"), arg("dtype"), arg("num_threads"));
+  m.def("gated_forward", &gated_forward, py::kw_only(), arg("gate"), arg("up"), arg("out"), arg("rows"), arg("width"),
+        arg("stride"), arg("dtype"), arg("num_threads"));
+  m.def("gated_backward", &gated_backward, py::kw_only(), arg("gate"), arg("up"), arg("dout"), arg("out"), arg("dgate"),
+        arg("dup"), arg("rows"), arg("width"), arg("stride"), arg("dtype"), arg("num_threads"));
+  m.def("attention_forward", &attention_forward, py::kw_only(), arg("q"), arg("k"), arg("v"), arg("q_stride"),
+        arg("k_stride"), arg("v_stride"), arg("bounds"), arg("documents"), arg("tokens"), arg("heads"), arg("groups"),
+        arg("dim"), arg("scale"), arg("window"), arg("out"), arg("lse"), arg("dtype"), arg("num_threads"));
+  m.def("attention_backward", &attention_backward, py::kw_only(), arg("q"), arg("k"), arg("v"), arg("q_stride"),
+        arg("k_stride"), arg("v_stride"), arg("bounds"), arg("documents"), arg("tokens"), arg("heads"), arg("groups"),
+        arg("dim"), arg("scale"), arg("window"), arg("out"), arg("lse"), arg("dtype"), arg("num_threads"), arg("grad"),
+        arg("dq"), arg("dk"), arg("dv"), arg("dq_stride"), arg("dk_stride"), arg("dv_stride"));
   m.def("stream_4r3w", &stream_4r3w, py::kw_only(), arg("p"), arg("g"), arg("m"), arg("v"), arg("n"),
         arg("num_threads"));
 }

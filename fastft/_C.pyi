@@ -126,6 +126,124 @@ def sum_squares(
 ) -> None:
     """Sum of the squares of all elements of contiguous tensors, in float64."""
 
+# A decoder layer's parts on the CPU: csrc/include/fastft/decoder.h says what each computes and which results may lie
+# where an operand does. Arrays are contiguous and of one dtype, (rows, columns), where no stride is given; rstd,
+# dweight, cos, sin and lse are float32.
+
+def rms_forward(
+    *,
+    x: int,
+    residual: int,  # or 0
+    weight: int,  # (columns,)
+    total: int,  # x + residual out; 0 without a residual
+    y: int,
+    rstd: int,  # (rows,) out
+    rows: int,
+    columns: int,
+    eps: float,
+    dtype: int,
+    num_threads: int,
+) -> None: ...
+def rms_backward(
+    *,
+    dy: int,
+    x: int,
+    weight: int,
+    rstd: int,
+    extra: int,  # added to dx, or 0
+    dx: int,
+    y: int,  # the forward's result again, or 0
+    dweight: int,  # (columns,) out
+    rows: int,
+    columns: int,
+    dtype: int,
+    num_threads: int,
+) -> None: ...
+def rope(
+    *,
+    array: int,  # (rows, stride), rotated in place
+    cos: int,  # (period, table_stride), the first dim / 2 of each row
+    sin: int,
+    rows: int,
+    stride: int,
+    heads: int,
+    dim: int,
+    period: int,
+    table_stride: int,
+    back: bool,
+    dtype: int,
+    num_threads: int,
+) -> None: ...
+def gated_forward(
+    *, gate: int, up: int, out: int, rows: int, width: int, stride: int, dtype: int, num_threads: int
+) -> None:
+    """``stride``: elements between rows of gate and up."""
+
+def gated_backward(
+    *,
+    gate: int,
+    up: int,
+    dout: int,
+    out: int,  # the forward's result again, or 0
+    dgate: int,  # rows as far apart as those of gate and up
+    dup: int,
+    rows: int,
+    width: int,
+    stride: int,
+    dtype: int,
+    num_threads: int,
+) -> None: ...
+def attention_forward(
+    *,
+    q: int,  # (tokens, heads, dim), strides between tokens
+    k: int,  # (tokens, groups, dim)
+    v: int,
+    q_stride: int,
+    k_stride: int,
+    v_stride: int,
+    bounds: int,  # int32[documents + 1]
+    documents: int,
+    tokens: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    scale: float,
+    window: int,  # 0: none
+    out: int,  # (tokens, heads, dim)
+    lse: int,  # (tokens, heads)
+    dtype: int,
+    num_threads: int,
+) -> None:
+    """Raises ValueError for bounds that do not rise from 0 to ``tokens`` at most."""
+
+def attention_backward(
+    *,
+    q: int,
+    k: int,
+    v: int,
+    q_stride: int,
+    k_stride: int,
+    v_stride: int,
+    bounds: int,
+    documents: int,
+    tokens: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    scale: float,
+    window: int,
+    out: int,  # what the forward wrote
+    lse: int,
+    dtype: int,
+    num_threads: int,
+    grad: int,  # as out
+    dq: int,  # as q, with strides of their own
+    dk: int,
+    dv: int,
+    dq_stride: int,
+    dk_stride: int,
+    dv_stride: int,
+) -> None: ...
 def stream_4r3w(*, p: int, g: int, m: int, v: int, n: int, num_threads: int) -> None:
     """p += g, m += g, v += g over float32[n] on the CPU, the limit that benchmarks/adamw.py compares with.
 

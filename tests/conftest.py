@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -177,6 +178,17 @@ def lm_config(tmp_path, corpus, tiny_llama) -> dict:
         "train": {"steps": 4, "log_every": 1},
         "run": {"dir": str(tmp_path / "run"), "offline": True, "device": "cpu", "threads": 1},
     }
+
+
+@pytest.fixture
+def no_dropout(lm_config, tmp_path) -> dict:
+    """lm_config with a model that has no dropout in its attention: one that is fused where it can be."""
+    folder = tmp_path / "model"
+    shutil.copytree(lm_config["model"]["path"], folder)
+    settings = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.0}
+    (folder / "config.json").write_text(json.dumps(settings))
+    lm_config["model"]["path"] = str(folder)
+    return lm_config
 
 
 @pytest.fixture

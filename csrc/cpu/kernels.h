@@ -76,6 +76,53 @@ using CeGradFn = void (*)(const CeLogits&, const CeGrad&);
 using SumSquaresFn = double (*)(const void* data, std::int64_t n);
 using StreamFn = void (*)(float* p, const float* g, float* m, float* v, std::int64_t n);
 
+// Rows of fastft/decoder.h's element-wise parts. rms_forward returns the row's rstd; rms_backward adds to
+// sums_of_weight.
+using RmsForwardFn = float (*)(const void* x, const void* residual, const void* weight, void* total, void* y,
+                               std::int64_t n, float eps);
+using RmsBackwardFn = void (*)(const void* dy, const void* x, const void* weight, float rstd, const void* extra,
+                               void* dx, void* y, float* sums_of_weight, std::int64_t n);
+using RopeFn = void (*)(void* row, const float* cos, const float* sin, std::int64_t heads, std::int64_t dim,
+                        float sign);
+using GatedForwardFn = void (*)(const void* gate, const void* up, void* out, std::int64_t n);
+using GatedBackwardFn = void (*)(const void* gate, const void* up, const void* dout, void* out, void* dgate, void* dup,
+                                 std::int64_t n);
+
+// Keys of a block of attention: multiples of every path's tile, small enough for the L1 cache with their values.
+constexpr std::int64_t kAttentionKeys = 60;
+// Tokens of a block of queries: about 192 rows, all heads of a group together
+static inline std::int64_t attention_queries(std::int64_t ratio) { return ratio < 192 ? 192 / ratio : 1; }
+
+// One document and one group of heads. Pointers are at the document's first token and the group's first head; strides
+// are those between tokens.
+struct AttentionGroup {
+  const void *q, *k, *v;
+  std::int64_t q_stride, k_stride, v_stride;
+  void* out;
+  const void* grad;  // of out, for the backward
+  std::int64_t out_stride;
+  float* lse;
+  std::int64_t lse_stride;
+  void *dq, *dk, *dv;  // for the backward
+  std::int64_t dq_stride, dk_stride, dv_stride;
+  std::int64_t tokens;
+  std::int64_t ratio;  // heads of queries
+  std::int64_t dim;
+  std::int64_t window;  // 0: none
+  float scale;
+};
+
+// What of a backward one call does: sums of some keys' gradients, or queries' gradients, or both for all of them.
+// Begins are multiples of the blocks' sizes, so that every sum is taken in the same order however it is divided.
+struct AttentionPart {
+  std::int64_t query_begin, query_end, key_begin, key_end;
+  bool queries, keys;
+};
+
+using AttentionScratchFn = std::int64_t (*)(std::int64_t ratio, std::int64_t dim, std::int64_t keys);  // floats
+using AttentionForwardFn = void (*)(const AttentionGroup&, std::int64_t first, std::int64_t count, float* scratch);
+using AttentionBackwardFn = void (*)(const AttentionGroup&, const AttentionPart&, float* scratch);
+
 struct Kernels {
   const char* name;
   AdamWFn adamw[4][2][3];  // [fp32, bf16 to nearest, stochastic, with remainder][grad dtype][state]
@@ -83,6 +130,14 @@ struct Kernels {
   CeGradFn ce_grad[2];
   SumSquaresFn sum_squares[2];
   StreamFn stream;
+  RmsForwardFn rms_forward[2];
+  RmsBackwardFn rms_backward[2];
+  RopeFn rope[2];
+  GatedForwardFn gated_forward[2];
+  GatedBackwardFn gated_backward[2];
+  AttentionScratchFn attention_scratch;
+  AttentionForwardFn attention_forward[2];
+  AttentionBackwardFn attention_backward[2];
 };
 
 extern const Kernels kernels_scalar;

@@ -13,6 +13,8 @@ namespace {
 #include "adamw_kernel.h"
 #include "cross_entropy_kernel.h"
 #include "sum_squares_kernel.h"
+#include "decoder_kernel.h"
+#include "attention_kernel.h"
 }  // namespace
 }  // namespace avx2
 
@@ -24,6 +26,14 @@ extern const Kernels kernels_avx2 = {
     {avx2::ce_grad<float>, avx2::ce_grad<bf16>},
     {avx2::sum_squares<float>, avx2::sum_squares<bf16>},
     avx2::stream_chunk,
+    {avx2::rms_forward<float>, avx2::rms_forward<bf16>},
+    {avx2::rms_backward<float>, avx2::rms_backward<bf16>},
+    {avx2::rope<float>, avx2::rope<bf16>},
+    {avx2::gated_forward<float>, avx2::gated_forward<bf16>},
+    {avx2::gated_backward<float>, avx2::gated_backward<bf16>},
+    avx2::attention_scratch,
+    {avx2::attention_forward<float>, avx2::attention_forward<bf16>},
+    {avx2::attention_backward<float>, avx2::attention_backward<bf16>},
 };
 
 }  // namespace fastft::cpu

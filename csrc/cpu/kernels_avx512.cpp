@@ -13,6 +13,8 @@ namespace {
 #include "adamw_kernel.h"
 #include "cross_entropy_kernel.h"
 #include "sum_squares_kernel.h"
+#include "decoder_kernel.h"
+#include "attention_kernel.h"
 }  // namespace
 }  // namespace avx512
 
@@ -24,6 +26,14 @@ extern const Kernels kernels_avx512 = {
     {avx512::ce_grad<float>, avx512::ce_grad<bf16>},
     {avx512::sum_squares<float>, avx512::sum_squares<bf16>},
     avx512::stream_chunk,
+    {avx512::rms_forward<float>, avx512::rms_forward<bf16>},
+    {avx512::rms_backward<float>, avx512::rms_backward<bf16>},
+    {avx512::rope<float>, avx512::rope<bf16>},
+    {avx512::gated_forward<float>, avx512::gated_forward<bf16>},
+    {avx512::gated_backward<float>, avx512::gated_backward<bf16>},
+    avx512::attention_scratch,
+    {avx512::attention_forward<float>, avx512::attention_forward<bf16>},
+    {avx512::attention_backward<float>, avx512::attention_backward<bf16>},
 };
 
 }  // namespace fastft::cpu

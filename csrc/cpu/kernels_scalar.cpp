@@ -13,6 +13,8 @@ namespace {
 #include "adamw_kernel.h"
 #include "cross_entropy_kernel.h"
 #include "sum_squares_kernel.h"
+#include "decoder_kernel.h"
+#include "attention_kernel.h"
 }  // namespace
 }  // namespace scalar
 
@@ -24,6 +26,14 @@ extern const Kernels kernels_scalar = {
     {scalar::ce_grad<float>, scalar::ce_grad<bf16>},
     {scalar::sum_squares<float>, scalar::sum_squares<bf16>},
     scalar::stream_chunk,
+    {scalar::rms_forward<float>, scalar::rms_forward<bf16>},
+    {scalar::rms_backward<float>, scalar::rms_backward<bf16>},
+    {scalar::rope<float>, scalar::rope<bf16>},
+    {scalar::gated_forward<float>, scalar::gated_forward<bf16>},
+    {scalar::gated_backward<float>, scalar::gated_backward<bf16>},
+    scalar::attention_scratch,
+    {scalar::attention_forward<float>, scalar::attention_forward<bf16>},
+    {scalar::attention_backward<float>, scalar::attention_backward<bf16>},
 };
 
 }  // namespace fastft::cpu

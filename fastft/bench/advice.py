@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastft.config import Config
-from fastft.models.load import cpu_multiplies_bf16
+from fastft.ops.cpu import cpu_multiplies_bf16
 
 # Shares of a step, or of the tokens computed, from which on something is worth saying first.
 WAITING = 0.05

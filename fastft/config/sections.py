@@ -31,14 +31,14 @@ class Model(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "varlen"] = Field(
         "auto",
         description="transformers' attn_implementation, or varlen: packed documents one by one instead of behind a "
-        "mask, on a GPU by cuDNN or torch's flash attention, and encoders without padding. auto: where a check on "
-        "the model finds the same logits, varlen for encoders and on a GPU; else sdpa.",
+        "mask, on a GPU by cuDNN or torch's flash attention, and encoders without padding. auto: varlen where a check "
+        "on the model finds the same logits, sdpa elsewhere.",
     )
     layers: Literal["auto", "plain"] = Field(
         "auto",
-        description="auto: with varlen attention, decoder layers as one fused function each; elsewhere, on a GPU, "
-        "their norms and gated MLPs; where a check on the model finds the same gradients. plain: as transformers has "
-        "them.",
+        description="auto: with varlen attention, decoder layers as one fused function each, which on a CPU without "
+        "instructions for bf16 computes bf16 weights in float32; elsewhere, on a GPU, their norms and gated MLPs. "
+        "Where a check on the model finds the same gradients. plain: as transformers has them.",
     )
     revision: str | None = Field(None, description="Commit or tag of a hub id.")
     trust_remote_code: bool = Field(

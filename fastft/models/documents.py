@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastft.errors import UserError
 from fastft.models.load import vocabulary_rows
 from fastft.models.trial import REFUSALS, trial
-from fastft.ops.decoder.attention import DocumentAttention, kernels, refuses
+from fastft.ops.decoder.attention import DocumentAttention, kernels, refuses, slow
 
 NAME = "fastft_varlen"
 SHORT = 64  # tokens of a row that is enough where there is no window
@@ -138,7 +138,7 @@ def install(
     forward : callable
         The model, or the engine around it, on ``device``.
     choice : str
-        model.attention: "varlen", or "auto", which takes it on a GPU.
+        model.attention: "varlen", or "auto", which takes it on a GPU, and on a CPU with fastft's kernels.
     length : int
         Tokens of the longest row in training.
 
@@ -154,8 +154,8 @@ def install(
     """
     if choice not in ("auto", "varlen"):
         return None, "asked for"
-    if choice == "auto" and device.type != "cuda":
-        return None, "automatic: on a GPU alone"
+    if choice == "auto" and (reason := slow(device, next(model.parameters()).dtype)):
+        return None, f"automatic: {reason}"
     reason = _refused(model, device)
     if not reason:
         installed = ByDocument(model)

@@ -22,6 +22,7 @@ from torch.func import functional_call
 from fastft.models.documents import ByDocument, packed_inputs, probe_length
 from fastft.models.parts import epsilon, norm_forward
 from fastft.models.trial import REFUSALS, trial
+from fastft.ops.cpu import widens
 from fastft.ops.decoder import WEIGHTS, Documents, Shape, decoder_layer
 
 PARTS = {
@@ -148,10 +149,11 @@ def install(forward: Callable, model: Any, documents: ByDocument, length: int, d
     for found in matches:
         _lay_side_by_side(found.layer)
         found.layer.forward = types.MethodType(_forward_of(found.shape), found.layer)
-    kind = type(matches[0].layer.input_layernorm)
-    inside = {id(m) for layer in layers for m in layer.modules()}
-    for norm in (m for m in model.modules() if type(m) is kind and id(m) not in inside):
-        norm.forward = types.MethodType(norm_forward, norm)
+    if device.type == "cuda":  # on a CPU it gains nothing, and other forwards keep their bits
+        kind = type(matches[0].layer.input_layernorm)
+        inside = {id(m) for layer in layers for m in layer.modules()}
+        for norm in (m for m in model.modules() if type(m) is kind and id(m) not in inside):
+            norm.forward = types.MethodType(norm_forward, norm)
     return f"fused: {len(matches)} layers of {type(matches[0].layer).__name__}"
 
 
@@ -226,7 +228,10 @@ def _inputs_of(
 
 
 def _differs(found: Match, seen: dict[str, Any], bounds: Tensor, longest: int, documents: ByDocument) -> str:
-    """Why the fused layer is not the plain one; "" where its errors are no larger."""
+    """Why the fused layer is not the plain one; "" where its errors are no larger.
+
+    Where the fused layer computes bf16 in float32, the errors that it is held to are those of rounding once.
+    """
     x, rotation = seen["hidden_states"].detach(), seen.get("position_embeddings")
     if rotation is None:
         return "it is not given the rotation of its heads"
@@ -254,13 +259,17 @@ def _differs(found: Match, seen: dict[str, Any], bounds: Tensor, longest: int, d
         ordered = tuple(weights.get(PARTS[name]) for name in WEIGHTS)
         return _fused(found.shape, given, bounds, longest, rotation, ordered)
 
-    if _draws(found.layer, x, plain, parameters):
+    # Where bf16 is computed in float32, plain layers in bf16 would take minutes, and the results are to be better.
+    wide = widens(x)
+    computed = torch.float32 if wide else x.dtype
+    if _draws(found.layer, x.to(computed), plain, {name: p.to(computed) for name, p in parameters.items()}):
         return "it draws random numbers in training"
     training = found.layer.training
     found.layer.eval()  # in training it may be run twice, to keep fewer activations
     try:
         truth = gradients(torch.float32, plain)
-        own, ours = gradients(x.dtype, plain), gradients(x.dtype, fused)
+        own = [t.to(x.dtype) for t in truth] if wide else gradients(x.dtype, plain)
+        ours = gradients(x.dtype, fused)
     finally:
         found.layer.train(training)
     for name, exact, one, other in zip(("output", "input", *parameters), truth, own, ours, strict=True):

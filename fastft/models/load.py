@@ -25,13 +25,6 @@ def dtype_in(settings: Model) -> str:
     return "bf16" if config(settings).dtype == torch.bfloat16 else "fp32"
 
 
-def cpu_multiplies_bf16() -> bool:
-    """Whether torch multiplies bf16 matrices on this CPU through oneDNN. Elsewhere its own loops do, at a hundredth to
-    a fifth of fp32's rate (measured on an AVX2 machine, torch 2.13).
-    """
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def kept_in_fp32(model: torch.nn.Module, dtype: torch.dtype) -> re.Pattern | None:
     """Names of weights that transformers holds in float32 whatever dtype is asked for, by the lists that its classes
     carry (routers of DeepSeek-V3, GLM-4 MoE and others); None: there are none.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastft.ops import backends, linear_cross_entropy_plan
+from fastft.ops.cpu import widens
 from fastft.ops.linear_cross_entropy_plan import Plan
 from fastft.ops.linear_cross_entropy_sums import Parked, Sum, multiprocessors, sum_of_products, wide
 
@@ -46,6 +47,10 @@ def run(
     """Fills loss and lse; returns the gradients of sum_i grad_scale_i * loss_i that are wanted,
     None in the other places.
     """
+    dtype = weight.dtype
+    if widens(weight):  # of all classes at once: 4 bytes an element, which a chunk's logits take too
+        hidden, weight = hidden.float(), weight.float()
+        bias, hidden2, weight2 = (None if t is None else t.float() for t in (bias, hidden2, weight2))
     head = _Head(weight, bias, weight2)
     vocab = weight.shape[0]
     # Only the CPU leaves ignored rows out: on CUDA their number would have to come to the host, which stalls the
@@ -67,7 +72,7 @@ def run(
         "softcap": softcap,
         "logit_scale": logit_scale,
     }
-    buffer = weight.new_empty(min(plan.size, count), head.width)
+    buffer = weight.new_empty(min(plan.size, count), _pitch(head))[:, : head.width]
     padded: Tensor | None = None
     logits: Tensor | None = None
     grad: Tensor | None = None
@@ -97,7 +102,16 @@ def run(
             grads.add(padded, x, x2, rows)
     logits = grad = padded = None
     del buffer  # the sums may need as much memory again to become bfloat16
-    return grads.finish()
+    return [None if grad is None else grad.to(dtype) for grad in grads.finish()]
+
+
+def _pitch(head: "_Head") -> int:
+    """Elements from one row of logits to the next. On a CPU rows a multiple of a page apart meet in the same lines of
+    its caches: with 49152 float32 classes the three products take 1.06 to 1.16 times as long (AVX2, MKL).
+    """
+    if head.weight.device.type == "cpu" and head.width * head.weight.element_size() % 4096 == 0:
+        return head.width + 64 // head.weight.element_size()
+    return head.width
 
 
 def implementation(backend: str) -> Callable[[], Callable]:

@@ -66,24 +66,24 @@ def cross_entropy(
         device=device,
         stream=stream,
         logits=logits.data_ptr(),
-        dtype=_tag(logits.dtype),
+        dtype=tag(logits.dtype),
         rows=logits.shape[0],
         vocab=logits.shape[1],
         logits_stride=logits.stride(0),
         target=target.data_ptr(),
-        class_weight=_address(weight),
-        token_weight=_address(token_weight),
+        class_weight=address(weight),
+        token_weight=address(token_weight),
         token_weight_stride=_stride(token_weight),
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
         logit_scale=logit_scale,
-        loss=_address(loss),
-        lse=_address(lse),
-        grad=_address(grad),
+        loss=address(loss),
+        lse=address(lse),
+        grad=address(grad),
         grad_stride=0 if grad is None else grad.stride(0),
-        grad_scale=_address(grad_scale),
+        grad_scale=address(grad_scale),
         grad_scale_stride=_stride(grad_scale),
         bad_row=bad_row.data_ptr(),
         num_threads=torch.get_num_threads(),
@@ -140,21 +140,21 @@ def adamw(
         *(list(map(Tensor.data_ptr, tensors)) for tensors in lists),
         list(map(Tensor.numel, params)),
         list(offsets),
-        _tag(params[0].dtype),
-        _tag(grads[0].dtype),
+        tag(params[0].dtype),
+        tag(grads[0].dtype),
         2 if remainders else int(stochastic_rounding),  # ParamStore
         _STATE_STORE[exp_avgs[0].dtype],
         seed,
         lr,
-        _address(lr_tensor),
+        address(lr_tensor),
         beta1,
         beta2,
         eps,
         weight_decay,
         decoupled,
         maximize,
-        _address(grad_scale),
-        _address(found_inf),
+        address(grad_scale),
+        address(found_inf),
         torch.get_num_threads(),
         **captured,
     )
@@ -169,9 +169,9 @@ def sum_squares(tensors: list[Tensor], out: Tensor) -> None:
         stream=stream,
         tensors=[t.data_ptr() for t in tensors],
         numels=[t.numel() for t in tensors],
-        dtype=_tag(tensors[0].dtype),
+        dtype=tag(tensors[0].dtype),
         out=out.data_ptr(),
-        scratch=_address(scratch),
+        scratch=address(scratch),
         num_threads=torch.get_num_threads(),
     )
 
@@ -182,11 +182,13 @@ def _place(device: torch.device) -> tuple[int, int]:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _tag(dtype: torch.dtype) -> int:
+def tag(dtype: torch.dtype) -> int:
+    """The module's name for float32 or bfloat16."""
     return module().F32 if dtype == torch.float32 else module().BF16
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

@@ -11,7 +11,7 @@ from fastft.config import Source
 from fastft.config.every import interval
 from fastft.data import formats
 from fastft.data.split import Split
-from fastft.models.load import cpu_multiplies_bf16
+from fastft.ops.cpu import cpu_multiplies_bf16
 from fastft.optim.optimizers.base import OptimizerSpec
 from fastft.optim.schedules import steps_of
 from fastft.train.schedule import Schedule
@@ -34,7 +34,8 @@ def advice(job: Job, schedule: Schedule) -> list[str]:
 
 
 def _dtype(job: Job) -> Iterator[str]:
-    if job.config.model.dtype == "bf16" and job.ranks.device.type == "cpu" and not cpu_multiplies_bf16():
+    fused = job.record.get("layers", "").startswith("fused")  # these and the head compute in float32
+    if job.config.model.dtype == "bf16" and job.ranks.device.type == "cpu" and not (fused or cpu_multiplies_bf16()):
         yield (
             "model.dtype: bf16 on a CPU that has no instructions for it: matrix products take many times as long as in "
             "fp32. model.dtype: fp32 is faster here."

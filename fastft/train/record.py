@@ -8,6 +8,7 @@ import sys
 import torch
 
 from fastft.assemble import Job
+from fastft.ops import cpu
 from fastft.train.schedule import Schedule
 from fastft.versions import versions
 from fastft.zero.parameters import whole_numel
@@ -28,6 +29,7 @@ def run_record(job: Job, schedule: Schedule, start: int) -> dict:
         "world_size": job.ranks.world,
         "device": str(job.ranks.device),
         "threads": torch.get_num_threads(),
+        **({"cpu": cpu.describe()} if job.ranks.device.type == "cpu" else {}),
         "parameters": parameters(job.model),
         "frozen": job.frozen,
         "newly_initialized": job.initialized,
@@ -37,6 +39,14 @@ def run_record(job: Job, schedule: Schedule, start: int) -> dict:
         "versions": versions(),
         **job.record,
     }
+
+
+def cpu_sentence(job: Job) -> str:
+    """What the CPU has and what was chosen for it; "" on a GPU."""
+    if job.ranks.device.type != "cpu":
+        return ""
+    chosen = [f"{name} {job.record[name]}" for name in ("attention", "layers") if name in job.record]
+    return "; ".join([f"CPU: {cpu.describe()}", f"{torch.get_num_threads()} threads", *chosen])
 
 
 def parameters(model: torch.nn.Module, trained: bool = False) -> int:

@@ -1,8 +1,6 @@
 """Attention by document and fused decoder layers in the user's model: proven on it, or left out with the reason."""
 
 import copy
-import json
-import shutil
 
 import jobs
 import pytest
@@ -13,6 +11,9 @@ import launch
 from fastft import track
 from fastft.errors import UserError
 from fastft.models import documents, layers, parts
+from fastft.ops import cpu as processor
+from fastft.ops.decoder import attention
+from tests.ops.common import NATIVE_BUILT
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 CPU = torch.device("cpu")
@@ -73,8 +74,43 @@ def test_what_attention_by_document_cannot_compute_is_refused_with_the_reason():
             documents.install(model, model, "varlen", 64, CPU)
         assert model.config._attn_implementation != documents.NAME
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))  # it is as it was
-    assert documents.install(model, model, "auto", 16, CPU) == (None, "automatic: on a GPU alone")
     assert documents.install(model, model, "sdpa", 16, CPU) == (None, "asked for")
+
+
+def test_a_cpu_takes_them_unasked_where_its_kernels_are(monkeypatch):
+    if not NATIVE_BUILT:
+        pytest.skip("fastft._C is not built")
+    from fastft import _C
+    from fastft.ops.decoder import cpu
+
+    model = model_of("Llama")
+    found, why = documents.install(model, model, "auto", 16, CPU)
+    slow = _C.cpu_path() == "scalar"
+    assert (found is None) == slow and why.startswith("automatic: this CPU" if slow else "automatic, by kernels for ")
+    if found is not None:
+        assert layers.install(model, model, found, 16, CPU).startswith("fused: 4 layers")
+        found.remove()
+    monkeypatch.setattr(cpu, "refuses", lambda dtype: "fastft._C is not built")
+    assert documents.install(model, model, "auto", 16, CPU) == (None, "automatic: fastft._C is not built")
+    assert documents.install(model, model, "varlen", 16, CPU)[0] is not None  # in plain torch
+    assert documents.install(model, model, "sdpa", 16, CPU) == (None, "asked for")
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_with_and_without_instructions_for_it(has, monkeypatch):
+    """The model's losses and gradients are near those of float32 either way, and nearer where it computes in it."""
+    monkeypatch.setattr(processor, "cpu_multiplies_bf16", lambda: has)
+    results = []
+    for fused, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)):
+        model = model_of("Llama", torch.bfloat16).to(dtype)
+        if fused:
+            assert put_into(model)[1].startswith("fused: 4 layers")
+        model(**documents.packed_inputs(model, 20, CPU)).logits.float().square().mean().backward()
+        results.append([p.grad for p in model.parameters()])
+    for one, plain, exact in zip(*results, strict=True):
+        assert one.dtype == torch.bfloat16
+        error, allowed = ((t.float() - exact).norm() / exact.norm() for t in (one, plain))
+        assert error <= (1.5 if has else 1.0) * allowed + 2e-3
 
 
 def test_other_forwards_run_as_before():
@@ -129,16 +165,6 @@ def test_bounds():
     assert bounds.tolist() == [0, 2, 5, 6, 8, 10, 12] and bounds.dtype == torch.int32 and longest == 3
 
 
-@pytest.fixture
-def no_dropout(lm_config, tmp_path) -> dict:
-    folder = tmp_path / "model"
-    shutil.copytree(lm_config["model"]["path"], folder)
-    settings = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.0}
-    (folder / "config.json").write_text(json.dumps(settings))
-    lm_config["model"]["path"] = str(folder)
-    return lm_config
-
-
 def test_batches_say_where_documents_begin(no_dropout):
     lm_config = no_dropout
     lm_config["model"]["attention"] = "varlen"
@@ -146,8 +172,13 @@ def test_batches_say_where_documents_begin(no_dropout):
     batch = jobs.batch_of(job, [0, 1, 2])
     bounds, longest = documents.bounds_of(batch.inputs["input_ids"], batch.inputs["position_ids"])
     assert torch.equal(batch.inputs["cu_seq_lens_q"], bounds) and batch.inputs["max_length_q"] == longest
-    assert job.record["attention"] == "varlen: asked for, by one document after the other"
+    by = attention.kernels(torch.empty(0, 4, 8), 2)
+    assert job.record["attention"] == f"varlen: asked for, by {by}"
     assert job.record["layers"].startswith("fused: ")
+    lm_config["model"]["attention"] = "auto"
+    assert (
+        jobs.job_of(lm_config).record["attention"].startswith("automatic" if not NATIVE_BUILT else "varlen: automatic")
+    )
     lm_config["model"]["layers"] = "plain"
     assert jobs.job_of(lm_config).record["layers"] == "plain: asked for"
 
@@ -160,12 +191,12 @@ def test_training_is_the_same_at_every_stage(no_dropout, tmp_path):
     lm_config["train"]["steps"] = 6
     paths = {}
     for name, model, optim, zero in (
-        ("mask", {}, {}, 0),
+        ("mask", {"attention": "sdpa"}, {}, 0),
         ("varlen", {"attention": "varlen"}, {}, 0),
         ("plain layers", {"attention": "varlen", "layers": "plain"}, {}, 0),
         ("ZeRO 2", {"attention": "varlen"}, {}, 2),
         ("ZeRO 3", {"attention": "varlen"}, {}, 3),
-        ("bf16 ZeRO 1", {"dtype": "bf16"}, {}, 1),
+        ("bf16 ZeRO 1", {"dtype": "bf16", "attention": "varlen"}, {}, 1),
         ("bf16 varlen remainder", {"dtype": "bf16", "attention": "varlen"}, {"master": "remainder"}, 0),
         ("bf16 varlen checkpointing", {"dtype": "bf16", "attention": "varlen"}, {}, 0),
     ):
@@ -185,6 +216,7 @@ def test_training_is_the_same_at_every_stage(no_dropout, tmp_path):
     assert [name for name, layers in done.items() if layers.startswith("fused")] == [
         "varlen",
         "ZeRO 2",
+        "bf16 ZeRO 1",
         "bf16 varlen remainder",
         "bf16 varlen checkpointing",
     ]
@@ -254,5 +286,5 @@ def test_hooks_inside_a_layer_are_called():
 def test_varlen_without_packed_documents_is_refused(no_dropout):
     no_dropout["model"]["attention"] = "varlen"
     no_dropout["data"]["packing"] = "none"
-    with pytest.raises(UserError, match="varlen is for packed documents"):
+    with pytest.raises(UserError, match="for packed documents"):
         jobs.job_of(no_dropout)

@@ -19,9 +19,11 @@ from fastft import track
 from fastft.data import order
 from fastft.errors import UserError
 from fastft.files import digest, sha256_file
+from fastft.ops import cpu
 from fastft.tasks.base import Metric
 from fastft.train import checkpoint
 from fastft.train.observers._standard import Best
+from tests.ops.common import NATIVE_BUILT
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 
@@ -69,6 +71,27 @@ def test_resume_is_bit_exact(lm_config, tmp_path, monkeypatch, zero, dtype, worl
     """Weights, optimizer state, RNG (the model has dropout), losses and norms, after 6 steps resumed from 3 in a new
     process.
     """
+    if (zero, dtype, optim) == (3, "bf16", {}):
+        monkeypatch.setenv("FASTFT_TEST_COLD", "1")  # with hash seeds of their own, other than those it was saved with
+    resumed = resume_halfway(lm_config, tmp_path, zero, dtype, world, optim)
+    assert not run_record(resumed)["layers"].startswith("fused")
+
+
+@pytest.mark.skipif(not NATIVE_BUILT, reason="fastft._C is not built")
+@pytest.mark.parametrize("zero, dtype, world", [(0, "bf16", 1), (0, "fp32", 2), (1, "bf16", 2), (2, "fp32", 2)])
+def test_resume_of_fused_layers_is_bit_exact(no_dropout, tmp_path, zero, dtype, world):
+    """The same with attention by document and fused layers, which a CPU takes unasked."""
+    record = run_record(resume_halfway(no_dropout, tmp_path, zero, dtype, world, {}))
+    assert record["attention"].startswith("varlen: automatic, by kernels for ") and record["layers"].startswith("fused")
+    assert record["cpu"] == cpu.describe()
+
+
+def run_record(run: Path) -> dict:
+    return next(r for r in track.read(run) if r["kind"] == "run")
+
+
+def resume_halfway(lm_config: dict, tmp_path: Path, zero: int, dtype: str, world: int, optim: dict) -> Path:
+    """A run of 6 steps, and one resumed from its third, compared; the second's folder."""
     lm_config["optim"] |= optim
     lm_config["train"] = {"steps": 6, "log_every": 1}
     lm_config["checkpoint"] = {"every": 3, "keep": 9}
@@ -82,13 +105,12 @@ def test_resume_is_bit_exact(lm_config, tmp_path, monkeypatch, zero, dtype, worl
     shutil.rmtree(resumed / "checkpoints" / "step-6")
     shutil.rmtree(resumed / "model")
     (resumed / "metrics.jsonl").unlink()
-    if (zero, dtype, optim) == (3, "bf16", {}):
-        monkeypatch.setenv("FASTFT_TEST_COLD", "1")  # with hash seeds of their own, other than those it was saved with
     launch.ranks(world, ["-m", "fastft", "resume", resumed])
     same_checkpoints(whole / "checkpoints" / "step-6", resumed / "checkpoints" / "step-6")
     assert curve(resumed) == curve(whole)[3:]
     first, second = (load_file(run / "model" / "model.safetensors") for run in (whole, resumed))
     assert all(torch.equal(first[k], second[k]) for k in first)
+    return resumed
 
 
 @pytest.mark.parametrize(

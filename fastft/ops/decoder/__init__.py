@@ -8,6 +8,9 @@ writes memory some forty times beside its matrix products, keeps what the backwa
 hundred kernel launches. Here norms, rotation and gate are one pass each; query, key and value come from one product
 where their weights lie side by side in memory, so do gate and up; documents attend within themselves; and for the
 backward x, qkv, the attention's output, h, gate and up are kept, and three numbers a row.
+
+On a CPU without instructions for bf16 a layer of bf16 weights computes in float32: it widens them for its forward, and
+again for its backward, and what goes in and comes out is bf16.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.ops.decoder import attention, reference
+from fastft.ops.cpu import widened, widens
+from fastft.ops.decoder import attention, cpu, reference
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,12 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def kernels(x: Tensor) -> ModuleType:
-    """The element-wise kernels for tensors like x: Triton's on a GPU."""
+    """The element-wise kernels for tensors like x: Triton's on a GPU, fastft._C's on a CPU, or else plain torch."""
     if x.is_cuda:
         from fastft.ops.triton import decoder
 
         return decoder
-    return reference
+    return reference if cpu.refuses(x.dtype) else cpu
 
 
 def side_by_side(tensors: tuple[Tensor, ...]) -> Tensor | None:
@@ -161,9 +165,9 @@ def _input_gradient(grad: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, documents: Documents, shape: Shape, *weights: Any) -> Tensor:
-        n1, wq, wk, wv, bq, bk, bv, wo, n2, wg, wu, wd = weights
-        ops = kernels(x)
-        rows = x.reshape(-1, x.shape[-1])
+        given = x.reshape(-1, x.shape[-1])
+        rows, n1, wq, wk, wv, bq, bk, bv, wo, n2, wg, wu, wd = _computed_in(given, weights)
+        ops = kernels(rows)
         _, y, r1 = ops.rms_forward(rows, None, n1, shape.eps)
         qkv = _products(y, (wq, wk, wv), (bq, bk, bv))
         ops.rope_forward(qkv, documents.cos, documents.sin, shape.heads + shape.groups, shape.dim)
@@ -176,10 +180,10 @@ class _DecoderLayer(torch.autograd.Function):
         del y
         out = torch.addmm(h, ops.swiglu_forward(*gu.chunk(2, 1)), wd.t())
         ctx.save_for_backward(
-            rows, r1, qkv, o, h, r2, gu, documents.bounds, documents.cos, documents.sin, *weights, *kept
+            given, r1, qkv, o, h, r2, gu, documents.bounds, documents.cos, documents.sin, *weights, *kept
         )
         ctx.settings = documents.longest, shape, x.shape
-        return out.view(x.shape)
+        return out.to(x.dtype).view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -189,11 +193,12 @@ class _DecoderLayer(torch.autograd.Function):
         ctx.used = True
         rows, r1, qkv, o, h, r2, gu, bounds, cos, sin, *rest = ctx.saved_tensors
         weights, kept = rest[: len(WEIGHTS)], tuple(rest[len(WEIGHTS) :])
-        n1, wq, wk, wv, *_, wo, n2, wg, wu, wd = weights
+        dtype = rows.dtype
+        rows, n1, wq, wk, wv, *_, wo, n2, wg, wu, wd = _computed_in(rows, weights)
         longest, shape, given = ctx.settings
         need = dict(zip(WEIGHTS, ctx.needs_input_grad[3:], strict=True))
         ops = kernels(rows)
-        dout = dout.reshape(rows.shape).contiguous()
+        dout = dout.reshape(rows.shape).to(rows.dtype).contiguous()
         grads: dict[str, Tensor | None] = dict.fromkeys(WEIGHTS)
 
         a = torch.mm(dout, wd)
@@ -206,7 +211,7 @@ class _DecoderLayer(torch.autograd.Function):
         y = torch.empty_like(rows)
         dh, d = ops.rms_backward(dy, h, n2, r2, extra=dout, y=y)
         if need["norm2"]:
-            grads["norm2"] = d.to(n2.dtype)
+            grads["norm2"] = d
         if need["gate"] or need["up"]:
             grads["gate"], grads["up"] = torch.mm(gu.t(), y).split([wg.shape[0], wu.shape[0]])
         do = torch.mm(dh, wo)
@@ -223,13 +228,23 @@ class _DecoderLayer(torch.autograd.Function):
         dy = _input_gradient(dqkv, (wq, wk, wv))
         dx, d = ops.rms_backward(dy, rows, n1, r1, extra=dh, y=y, out=dh)
         if need["norm1"]:
-            grads["norm1"] = d.to(n1.dtype)
+            grads["norm1"] = d
         sizes = [w.shape[0] for w in (wq, wk, wv)]
         if need["q"] or need["k"] or need["v"]:
             grads["q"], grads["k"], grads["v"] = torch.mm(dqkv.t(), y).split(sizes)
         if need["q_bias"] or need["k_bias"] or need["v_bias"]:
             grads["q_bias"], grads["k_bias"], grads["v_bias"] = dqkv.sum(0).split(sizes)
-        return (dx.view(given), None, None, *(grads[name] if need[name] else None for name in WEIGHTS))
+        found = (grads[name] if need[name] else None for name in WEIGHTS)
+        return (dx.to(dtype).view(given), None, None, *(None if g is None else g.to(dtype) for g in found))
+
+
+def _computed_in(rows: Tensor, weights: Any) -> tuple:
+    """Rows and weights as the layer computes with them: as they are, or in float32 on a CPU that has no bf16."""
+    if not widens(rows):
+        return (rows, *weights)
+    n1, wq, wk, wv, bq, bk, bv, wo, n2, wg, wu, wd = weights
+    (n1, n2), (wo,), (wd,) = widened((n1, n2)), widened((wo,)), widened((wd,))
+    return (rows.float(), n1, *widened((wq, wk, wv)), *widened((bq, bk, bv)), wo, n2, *widened((wg, wu)), wd)
 
 
 def _heads(qkv: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:

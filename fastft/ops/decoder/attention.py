@@ -3,7 +3,8 @@ hide.
 
 On a Hopper GPU it is cuDNN's, where nvidia-cudnn-frontend is installed (extra ``gpu``); on others the flash attention
 that torch carries (the operators behind `torch.nn.attention.varlen`, called as they are, for the signature of that
-module changes from version to version); elsewhere one document after the other.
+module changes from version to version); on a CPU the kernels of `fastft.ops.decoder.cpu`, or, where those are not
+built, one document after the other in plain torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastft.ops.decoder import cudnn
+from fastft.ops import native
+from fastft.ops.decoder import cpu, cudnn
 
 
 def refuses(query: Tensor) -> str:
@@ -31,10 +33,21 @@ def refuses(query: Tensor) -> str:
     return ""
 
 
+def slow(device: torch.device, dtype: torch.dtype) -> str:
+    """Why attention by document is not taken unasked on such a device; "" where it is faster than by a mask."""
+    if device.type != "cpu":
+        return ""
+    return cpu.refuses(dtype) or (
+        "" if native.module().cpu_path() != "scalar" else "this CPU has neither AVX2 nor AVX-512"
+    )
+
+
 def kernels(query: Tensor, groups: int) -> str:
     """What computes attention for tensors like ``query`` (..., heads, dim) without a window, and why, for records."""
     if not query.is_cuda:
-        return "one document after the other"
+        reason = cpu.refuses(query.dtype)
+        path = "" if reason else native.module().cpu_path()
+        return f"one document after the other in plain torch ({reason})" if reason else f"kernels for {path}"
     reason = cudnn.refuses(query.device, query.dtype, query.shape[-2], groups, query.shape[-1])
     return f"flash attention of torch (cuDNN: {reason})" if reason else "cuDNN"
 
@@ -59,6 +72,8 @@ def forward(
         (n, heads, dim), and what ``backward`` wants besides.
     """
     if not q.is_cuda:
+        if not cpu.refuses(q.dtype):
+            return cpu.attention_forward(q, k, v, bounds, scale, window)
         return _by_document(q, k, v, bounds, scale, window), ()
     if _by_cudnn(q, k, window):
         return cudnn.forward(q, k, v, bounds, longest, scale)
@@ -82,6 +97,8 @@ def backward(
         if _by_cudnn(q, k, window):
             return cudnn.backward(grad, q, k, v, out, kept, longest, scale)
         return flash_backward(grad, q, k, v, out, kept, bounds, longest, scale, window)
+    if kept:
+        return cpu.attention_backward(grad, q, k, v, out, kept, bounds, scale, window)
     inputs = q, k, v = q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_()
     with torch.enable_grad():
         again = _by_document(q, k, v, bounds, scale, window)
