@@ -16,7 +16,7 @@ from fastft.config.base import PathKind, Section, extended, specialized
 from fastft.config.keys import NAMES
 from fastft.config.reading import read
 from fastft.config.reference import instead
-from fastft.config.sections import Config, Data, Loss, Optim, Run, Source
+from fastft.config.sections import Config, Data, Evaluation, Loss, Optim, Run, Source
 from fastft.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -174,6 +174,7 @@ def config_class(raw: dict, problems: list[str] | None = None) -> type[Config]:
     bases: dict[str, type[Section]] = {
         "data": data,
         "loss": task.Loss if task else _LenientLoss,
+        "evaluation": task.Evaluation if task else _LenientEvaluation,
         "optim": optimizer.Settings if optimizer else _LenientOptim,
     }
     for key, base in bases.items():
@@ -188,6 +189,10 @@ class _Lenient(Data, extra="allow"):
 
 
 class _LenientLoss(Loss, extra="allow"):
+    pass
+
+
+class _LenientEvaluation(Evaluation, extra="allow"):
     pass
 
 

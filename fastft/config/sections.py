@@ -229,6 +229,10 @@ class Loss(Section):
     members: ClassVar = rooms.OBJECTIVES
 
 
+class Evaluation(Section):
+    """What evaluations measure and keep; each task adds its own."""
+
+
 class Train(Section):
     """How long, and what is watched: every configurable observer is a key of this section."""
 
@@ -334,7 +338,8 @@ class Run(Section):
 
 
 class Config(Section):
-    """One fastft run. ``data``, ``loss`` and ``optim`` are those of the task and the optimizer that it names."""
+    """One fastft run. ``data``, ``loss``, ``evaluation`` and ``optim`` are those of the task and the
+    optimizer that it names."""
 
     version: Literal[1] = Field(1, description="Version of this file's format.")
     task: str = Field(description="The task: a file of fastft/tasks.")
@@ -343,10 +348,12 @@ class Config(Section):
         data: Any = None
         optim: Any = None
         loss: Any = None
+        evaluation: Any = None
     else:
         data: SerializeAsAny[Data] = Data()
         optim: SerializeAsAny[Optim] = Optim()
         loss: SerializeAsAny[Loss] = Loss()
+        evaluation: SerializeAsAny[Evaluation] = Evaluation()
     batch: Batch = Batch()
     train: SerializeAsAny[Train] = Train()
     parallel: Parallel = Parallel()
@@ -366,7 +373,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _across_sections(self) -> Self:
         self.optim.settle(self)
-        for section in (self.model, self.data, self.data.order, self.optim, self.loss, self.train, self.run.trackers):
+        parts = (self.data, self.data.order, self.optim, self.loss, self.evaluation, self.train, self.run.trackers)
+        for section in (self.model, *parts):
             section.check(self)
             for name, settings in section.chosen().items():
                 settings.check(self)

@@ -12,6 +12,7 @@ from fastft import assemble
 from fastft.assemble import Job
 from fastft.config import Config
 from fastft.data import formats
+from fastft.data.formats.base import MISSING, value_of
 from fastft.errors import UserError, did_you_mean
 from fastft.evaluate.predict import kept_beside, rounded
 from fastft.tasks.base import Metrics
@@ -87,9 +88,15 @@ def _rows(job: Job, name: str, metrics: Metrics, ids: np.ndarray, keep: Sequence
                 continue  # it was empty or too long: the evaluation's counts have it
             if missing := [column for column in keep if column not in record]:
                 raise UserError(f"{where}: no column {missing[0]!r}.", did_you_mean(missing[0], record))
-            row = {"set": name, "row": where, **{f: record.get(c) for f, c in texts.items()}, **by_place.pop(where)}
+            own = {field: _shown(record, column) for field, column in texts.items()}
+            row = {"set": name, "row": where, **own, **by_place.pop(where)}
             yield kept_beside({column: record[column] for column in keep}, row)
     yield from ({"set": name, "row": where, **record} for where, record in by_place.items())  # the file has moved
+
+
+def _shown(record: formats.Record, column: str) -> Any:
+    value = value_of(record, column)
+    return None if value is MISSING else value
 
 
 def _fields(job: Job) -> dict[str, str | None]:

@@ -11,6 +11,7 @@ import torch
 from fastft import assemble
 from fastft import config as configuration
 from fastft.data import formats
+from fastft.data.formats.base import MISSING, value_of
 from fastft.errors import UserError, did_you_mean
 from fastft.inference.base import Predictor, Row
 
@@ -104,14 +105,15 @@ def read(
         for name, column in wanted.items():
             if column is None:
                 continue
-            if record.get(column) is None:
+            value = value_of(record, column)
+            if value is None or value is MISSING:
                 if name in predictor.optional:
                     continue
                 raise UserError(
                     f"{where}: no {name} in column {column!r}.",
                     f"Columns: {', '.join(record)}. Name the column of {name.replace('_', ' ')}.",
                 )
-            row[name] = record[column]
+            row[name] = value
         if missing := [column for column in keep if column not in record]:
             raise UserError(f"{where}: no column {missing[0]!r} to keep.", did_you_mean(missing[0], record))
         yield where, row, {column: record[column] for column in keep}

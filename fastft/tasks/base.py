@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from fastft import rooms
-from fastft.config import Config, Data, Loss, Section
+from fastft.config import Config, Data, Evaluation, Loss, Section
 from fastft.data.encoder import Encoder, Learned
 from fastft.data.split import Split, data_key, open_split
 from fastft.errors import UserError, did_you_mean
@@ -123,9 +123,37 @@ class Metrics(ABC):
         """Of one rank: what each sample was judged by (_judged.py); None: nothing is kept."""
         return None
 
+    def error_of(self, judged: dict[str, Any]) -> float | None:
+        """How wrong a sample is by what ``judged`` says of it, to order them by; None: that cannot be said."""
+        return None
+
     def by_class(self, learned: Learned) -> dict[str, dict[str, float]]:
         """Of one rank: precision, recall, f1 and support by class."""
         return {}
+
+
+class SampleMetrics(Metrics):
+    """Metrics whose state is arrays with a row per sample, so that intervals can be drawn from them (_intervals.py)."""
+
+    @abstractmethod
+    def columns(self) -> dict[str, np.ndarray]:
+        """Of one rank, (samples, ...) each; empty where it had none."""
+
+    @abstractmethod
+    def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
+        """The metrics of some samples."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        return self.columns()
+
+    def finish(self, states: list[dict[str, np.ndarray]]) -> dict[str, float]:
+        return self.numbers(self.joined(states))
+
+    @staticmethod
+    def joined(states: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The columns of all ranks."""
+        states = [state for state in states if state]
+        return {name: np.concatenate([state[name] for state in states]) for name in states[0]}
 
 
 @dataclass(frozen=True)
@@ -152,8 +180,8 @@ class Task(ABC):
 
     Class attributes
     ----------------
-    Data, Loss, Predict : Section types
-        The task's keys in ``data`` and ``loss``, and the options of ``fastft predict``.
+    Data, Loss, Evaluation, Predict : Section types
+        The task's keys in ``data``, ``loss`` and ``evaluation``, and the options of ``fastft predict``.
     code_version : int
         Raise it when the same input gives other samples.
     pads : bool
@@ -164,6 +192,7 @@ class Task(ABC):
 
     Data: ClassVar[type[Data]] = Data
     Loss: ClassVar[type[Loss]] = Loss
+    Evaluation: ClassVar[type[Evaluation]] = Evaluation
     Predict: ClassVar[type[Section]] = Section
     code_version: ClassVar[int] = 3
     pads: bool = True
@@ -251,6 +280,13 @@ class Task(ABC):
     @abstractmethod
     def metrics(self) -> tuple[Metric, ...]:
         """What an evaluation measures that has a better and a worse."""
+
+    @property
+    def beams(self) -> int:
+        """Sequences that evaluations compute for each sample at once (beam search); so many fewer samples fit into
+        ``batch.micro_tokens``.
+        """
+        return 1
 
     @abstractmethod
     def new_metrics(self, objective: Objective, learned: Learned) -> Metrics:

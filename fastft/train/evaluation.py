@@ -12,6 +12,7 @@ import torch
 from fastft.assemble import Job
 from fastft.data import batches
 from fastft.data.split import Split
+from fastft.inference.forward import Forward
 from fastft.tasks.base import Batch, Draw, Metrics
 
 WINDOW = 1024  # sequences planned at a time: enough to sort by length, small enough for the planner's quadratic cost
@@ -37,10 +38,12 @@ def measure(
     beat : callable
         Called after every batch.
     """
-    forward = job.model if forward is None else forward
+    engine = job.model if forward is None else forward
     assert job.measured is not None
     was_training = job.model.training
-    forward.eval()
+    engine.eval()
+    sharded = forward is not None and job.config.parallel.zero == 3 and not job.ranks.alone
+    called = Forward(engine, job.model, sharded)
     metrics = job.task.new_metrics(job.measured, job.learned)
     seed = job.config.run.seed
 
@@ -55,13 +58,13 @@ def measure(
             batch = coming.result().to(job.ranks.device)
             if i + 1 < len(plan):
                 coming = ahead.submit(collate, plan[i + 1])
-            metrics.update(forward, batch)
+            metrics.update(called, batch)
             beat()
-    forward.train(was_training)
+    engine.train(was_training)
     return metrics, np.concatenate(plan)
 
 
 def _plan(job: Job, split: Split, start: int) -> batches.Plan:
     ids = np.arange(start, min(start + WINDOW, len(split)))
-    world, most = job.ranks.data_world, job.config.batch.micro_tokens
-    return batches.auto(ids, split.lengths[ids], world, most, job.task.pads, job.ranks.device.type)
+    world, most = job.ranks.data_world, max(1, job.config.batch.micro_tokens // job.task.beams)
+    return batches.auto(ids, split.sizes[ids], world, most, job.task.pads, job.ranks.device.type)

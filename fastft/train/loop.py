@@ -259,8 +259,8 @@ class Loop:
         ids, rows = samples.ids, np.arange(len(samples.ids))
         micro, world = config.batch.micro, ranks.data_world
         if micro == "auto":
-            lengths, most = self.split.lengths[ids], config.batch.micro_tokens
-            plan = batches.auto(rows, lengths, world, most, self.job.task.pads, ranks.device.type)
+            sizes, most = self.split.sizes[ids], config.batch.micro_tokens
+            plan = batches.auto(rows, sizes, world, most, self.job.task.pads, ranks.device.type)
         else:
             plan = batches.fixed(rows, world, micro)
         mine = [part[ranks.data_rank] for part in plan]
