@@ -13,10 +13,7 @@ from fastft import config as configuration
 from fastft.data import formats
 from fastft.data.formats.base import MISSING, value_of
 from fastft.errors import UserError, did_you_mean
-from fastft.inference.base import Predictor, Row
-
-SCORE_DIGITS, DIGITS = 6, 9  # significant ones of a probability, and of any other number
-SCORES = ("score", "scores", "gold_score")
+from fastft.inference.base import Predictor, Row, kept_beside, rounded
 
 
 def predictor(path: str, options: dict, task: str | None = None) -> Predictor:
@@ -74,20 +71,6 @@ def _keep_top(record: dict, top_k: int) -> None:
         raise UserError("--top-k: this model's task gives no scores.", f"It gives: {', '.join(record)}.")
     best = sorted(record["scores"].items(), key=lambda pair: -pair[1])
     record["scores"] = dict(best[:top_k])
-
-
-def kept_beside(columns: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """The record behind columns of its row; one whose name the record has, too, becomes ``input_NAME``."""
-    return {**{f"input_{name}" if name in record else name: value for name, value in columns.items()}, **record}
-
-
-def rounded(value: Any, digits: int = DIGITS) -> Any:
-    """A record as people read it: what float32 computed has no 17 digits."""
-    if isinstance(value, dict):
-        return {name: rounded(item, SCORE_DIGITS if name in SCORES else digits) for name, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item, digits) for item in value]
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def read(

@@ -97,6 +97,16 @@ class Scores:
             found |= dict(zip(ROUGE, columns["rouge"].mean(0).tolist(), strict=True))
         return found | {name: float(columns[name].mean()) for name in ("exact_match", "answer") if name in self.chosen}
 
+    def each(self, columns: dict[str, np.ndarray]) -> list[dict[str, float]]:
+        """The same of each text by itself."""
+        rows = range(len(next(iter(columns.values()))))
+        return [self.finish({name: column[i : i + 1] for name, column in columns.items()}) for i in rows]
+
+    def worth(self, scores: dict[str, float]) -> float:
+        """What texts are ordered by, of their own scores: the first of chrF, ROUGE-L, answer, exact match and BLEU."""
+        known = ("chrf", "rougeL", "answer", "exact_match", "bleu")
+        return next(scores[name] for name in known if name in scores)
+
     def score(self, name: str, statistics: np.ndarray) -> float:
         """BLEU or chrF of summed statistics."""
         return float(self.sacre[name]._compute_score_from_stats(statistics.tolist()).score)

@@ -8,7 +8,7 @@ a task keeps nothing between its methods.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -111,6 +111,13 @@ class Metrics(ABC):
     def update(self, model: Callable, batch: Batch) -> None:
         """Run the model (or the engine around it) on the batch and add what it says."""
 
+    def complete(self, model: Callable, most: Callable[[int], int]) -> Iterator[None]:
+        """What is left to do once all batches were seen, on all ranks together; yields now and then, as often on each.
+
+        ``most(n)``: the largest n of any rank.
+        """
+        return iter(())
+
     @abstractmethod
     def state(self) -> object:
         """Anything that pickles."""
@@ -143,17 +150,27 @@ class SampleMetrics(Metrics):
     def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
         """The metrics of some samples."""
 
-    def state(self) -> dict[str, np.ndarray]:
-        return self.columns()
+    def sums(self) -> dict[str, float]:
+        """Of one rank: what is known of all its samples together alone."""
+        return {}
 
-    def finish(self, states: list[dict[str, np.ndarray]]) -> dict[str, float]:
-        return self.numbers(self.joined(states))
+    def of_sums(self, sums: dict[str, float]) -> dict[str, float]:
+        """The metrics of those."""
+        return {}
+
+    def state(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        return self.sums(), self.columns()
+
+    def finish(self, states: list[tuple[dict[str, float], dict[str, np.ndarray]]]) -> dict[str, float]:
+        sums = {name: sum(state[0][name] for state in states) for name in states[0][0]}
+        columns = self.joined(states)
+        return {**self.of_sums(sums), **(self.numbers(columns) if columns else {})}
 
     @staticmethod
-    def joined(states: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The columns of all ranks."""
-        states = [state for state in states if state]
-        return {name: np.concatenate([state[name] for state in states]) for name in states[0]}
+    def joined(states: list[tuple[dict[str, float], dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+        """The columns of all ranks, one behind the other."""
+        parts = [columns for _, columns in states if columns]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 @dataclass(frozen=True)

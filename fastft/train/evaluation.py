@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,41 @@ from fastft.assemble import Job
 from fastft.data import batches
 from fastft.data.split import Split
 from fastft.inference.forward import Forward
-from fastft.tasks.base import Batch, Draw, Metrics
+from fastft.tasks._intervals import intervals
+from fastft.tasks.base import Batch, Draw, Metrics, SampleMetrics
+from fastft.train.errors import write_worst
 
 WINDOW = 1024  # sequences planned at a time: enough to sort by length, small enough for the planner's quadratic cost
 
 
-def evaluate(job: Job, split: Split, forward: Any = None, beat: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """The task's metrics over every sequence of the split, the same numbers on every rank; parameters as ``measure``
-    has them.
+@dataclass(frozen=True)
+class Measured:
+    """Metrics of a split, and a lower and upper end for each where ``evaluation.bootstrap`` asks for them; the same on
+    every rank.
     """
-    metrics, _ = measure(job, split, forward, beat)
-    return metrics.finish(job.ranks.gather(metrics.state()))
+
+    numbers: dict[str, float]
+    intervals: dict[str, list[float]]
+
+
+def evaluate(job: Job, name: str, step: int, forward: Any = None, beat: Callable[[], None] = lambda: None) -> Measured:
+    """The task's metrics over every sequence of an evaluation set; the worst rows go to a file of the run.
+
+    ``forward``, ``beat``: as ``measure`` has them.
+    """
+    metrics, ids = measure(job, job.evals[name], forward, beat)
+    states = job.ranks.gather(metrics.state())
+    numbers = metrics.finish(states)
+    write_worst(job, name, metrics, ids, step)
+    return Measured(numbers, intervals_of(job, metrics, states, job.config.evaluation.bootstrap))
+
+
+def intervals_of(job: Job, metrics: Metrics, states: list, resamples: int) -> dict[str, list[float]]:
+    """Of the task's metrics, from the states of all ranks; none where they are not of single samples."""
+    if not resamples or not isinstance(metrics, SampleMetrics):
+        return {}
+    names = [metric.name for metric in job.task.metrics]
+    return intervals(metrics, metrics.joined(states), names, resamples)
 
 
 def measure(
@@ -59,6 +84,8 @@ def measure(
             if i + 1 < len(plan):
                 coming = ahead.submit(collate, plan[i + 1])
             metrics.update(called, batch)
+            beat()
+        for _ in metrics.complete(called, lambda n: n if forward is None else job.ranks.max([n])[0]):
             beat()
     engine.train(was_training)
     return metrics, np.concatenate(plan)

@@ -308,6 +308,9 @@ def test_eval_of_a_run_is_that_of_training(pair_config, tmp_path):
     assert {name: found[name] for name in ("loss", "chrf")} == pytest.approx(
         {name: track.read(run)[-1]["eval"]["eval"][name] for name in ("loss", "chrf")}, rel=1e-5
     )
+    assert set(json.loads(output.strip().splitlines()[-1])["eval"]["intervals"]) >= {"loss", "bleu", "chrf", "rougeL"}
     rows = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
+    worst = [json.loads(line) for line in (run / "errors" / "eval.jsonl").read_text().splitlines()]
+    assert [row["chrf"] for row in worst] == sorted(row["chrf"] for row in rows) and worst[0]["gold"]
     assert [(row["text"], row["gold"]) for row in rows] == [(row["en"], row["zh"]) for row in pairs.rows()[:11]]
     assert all({"generated", "chrf", "loss"} <= set(row) for row in rows)

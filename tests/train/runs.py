@@ -51,11 +51,12 @@ def generated(out: Path, path: Path) -> None:
     Forward.generate = kept
     metrics, ids = measure(job, job.evals["eval"], built)
     Forward.generate = plain
-    assert len(rows) == len(ids)
-    every = dict(pair for part in job.ranks.gather(list(zip(ids.tolist(), rows, strict=True))) for pair in part)
+    if job.config.task == "sft":  # conversations, in the order of their prompts' lengths
+        ids, rows = [one.where for _, one in metrics.asked], metrics.texts
+    every = dict(pair for part in job.ranks.gather(list(zip(ids, rows, strict=True))) for pair in part)
     numbers = metrics.finish(job.ranks.gather(metrics.state()))
     if job.ranks.main:
-        found = {"tokens": [every[i] for i in range(len(every))], "metrics": numbers, "record": job.record}
+        found = {"tokens": [every[i] for i in sorted(every)], "metrics": numbers, "record": job.record}
         (out / f"{path.stem}.json").write_text(json.dumps(found))
 
 

@@ -62,18 +62,18 @@ class PairMetrics(SampleMetrics):
         return found
 
     def judged(self, learned: Learned) -> _judged.Judged:
-        """``loss`` (the mean of the row's target tokens), and where it was generated ``gold``, ``generated`` and
-        ``chrf``."""
+        """``loss`` (the mean of the row's target tokens), and where it was generated ``gold``, ``generated`` and its
+        scores."""
         columns = self.columns()
         means = columns["loss"] / columns["targets"]
+        each = self.scores.each(columns) if self.texts else []
         found: list[dict[str, Any]] = [{"loss": float(loss)} for loss in means]
         for i, (text, reference) in enumerate(zip(self.texts, self.references, strict=True)):
-            chrf = {"chrf": self.scores.score("chrf", columns["chrf"][i])} if "chrf" in columns else {}
-            found[i] = {"gold": reference, "generated": text, **chrf, **found[i]}
+            found[i] = {"gold": reference, "generated": text, **each[i], **found[i]}
         return list(enumerate(found))
 
     def error_of(self, judged: dict[str, Any]) -> float:
-        return -judged["chrf"] if "chrf" in judged else judged["loss"]
+        return -self.scores.worth(judged) if "generated" in judged else judged["loss"]
 
 
 def decoded(tokenizer: Any, tokens: Any) -> list[str]:
