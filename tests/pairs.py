@@ -22,6 +22,7 @@ VERBS = {
 }
 LANGUAGES = ("de", "zh", "ja", "ar")
 JOINED = {"de": "{} {}.", "zh": "{}{}。", "ja": "{}は{}。", "ar": "{} {}."}
+CODES_NLLB = {"en": "eng_Latn", "de": "deu_Latn", "zh": "zho_Hans", "ja": "jpn_Jpan", "ar": "arb_Arab"}
 CODES = {"en": "en_XX", "de": "de_DE", "zh": "zh_CN", "ja": "ja_XX", "ar": "ar_AR"}
 
 
@@ -36,7 +37,10 @@ def rows() -> list[dict]:
 
 def spoken(kind: str, target: str = "zh") -> dict[str, str]:
     """Languages of a run, of families that write their codes."""
-    return {"source_lang": CODES["en"], "target_lang": CODES[target]} if kind.startswith("mbart") else {}
+    if not kind.startswith(("mbart", "nllb")):
+        return {}
+    codes = CODES_NLLB if kind == "nllb" else CODES
+    return {"source_lang": codes["en"], "target_lang": codes[target]}
 
 
 def write(path: Path, rows: list) -> str:
@@ -50,7 +54,7 @@ def texts() -> list[str]:
 
 def model_of(kind: str, folder: Path, **changes) -> Path:
     """A model with random weights and without dropout, and its tokenizer, as a Hugging Face folder: "t5", "bart",
-    "marian", "mbart" or "mbart50".
+    "marian", "mbart", "mbart50" or "nllb".
 
     ``changes``: of its config.
     """
@@ -65,7 +69,7 @@ def model_of(kind: str, folder: Path, **changes) -> Path:
     with torch.no_grad():  # of some size, as trained weights are: random outputs that differ from row to row
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(3 if kind == "t5" else 10)
+                parameter.mul_(1.5 if kind == "t5" else 10)
     if kind == "bart":
         model.final_logits_bias.normal_()
     model.save_pretrained(folder)
@@ -179,7 +183,30 @@ def _mbart(folder, fifty: bool = False):
     return tokenizer, config, MBartForConditionalGeneration
 
 
+def _nllb(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbTokenizer
+
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trained.train_from_iterator(
+        texts(), trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    )
+    model = json.loads(trained.to_str())["model"]
+    codes = [CODES_NLLB[name] for name in CODES]
+    vocab = {**model["vocab"], **{code: len(model["vocab"]) + i for i, code in enumerate(codes)}}
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = NllbTokenizer(
+        vocab=vocab, merges=merges, src_lang="eng_Latn", tgt_lang="deu_Latn", extra_special_tokens=codes
+    )
+    sizes = {**SIZES, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+    config = M2M100Config(vocab_size=len(tokenizer), **sizes, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+    return tokenizer, config, M2M100ForConditionalGeneration
+
+
 MAKERS = {
+    "nllb": _nllb,
     "t5": _t5,
     "bart": _bart,
     "marian": _marian,

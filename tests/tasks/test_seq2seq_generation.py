@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shlex
 
 import jobs
 import numpy as np
@@ -9,6 +10,7 @@ import pairs
 import pytest
 import torch
 import transformers
+import yaml
 
 import launch
 from fastft import track
@@ -19,7 +21,7 @@ from fastft.tasks._generated import GenerationEvaluation, Scores, answer, rouge
 from fastft.train.evaluation import measure
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
-FAMILIES = ["t5", "bart", "marian", "mbart", "mbart50"]
+FAMILIES = ["t5", "bart", "marian", "mbart", "mbart50", "nllb"]
 
 
 def scored(make, kind: str, tmp_path, **generation) -> dict:
@@ -38,8 +40,8 @@ def by_transformers(config: dict, folder=None, **options) -> tuple[list[list[int
     if "source_lang" in config["data"]:
         tokenizer.src_lang = config["data"]["source_lang"]
         code = tokenizer.convert_tokens_to_ids(config["data"]["target_lang"])
-        # https://huggingface.co/docs/transformers/model_doc/mbart: mBART starts with the code, mBART-50 is forced to it
-        first = "forced_bos_token_id" if "50" in type(tokenizer).__name__ else "decoder_start_token_id"
+        # as transformers documents it: mBART starts with the code, the others are forced to it
+        first = "decoder_start_token_id" if type(tokenizer).__name__ == "MBartTokenizer" else "forced_bos_token_id"
         options[first] = code
     tokens = []
     for row in pairs.rows()[:11]:
@@ -81,7 +83,7 @@ def test_generation_is_that_of_transformers(pair_config, tmp_path, kind, beams):
     assert [metrics.references[list(ids).index(i)] for i in range(11)] == [row["zh"] for row in pairs.rows()[:11]]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("mbart", marks=pytest.mark.long), "t5", "marian"])
+@pytest.mark.parametrize("kind", ["t5", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("marian", "mbart"))])
 def test_generation_on_two_ranks_is_that_of_one(pair_config, tmp_path, kind):
     """ZeRO 0 to 3, greedy and beams: ranks keep in step though they end at different lengths and one is without rows
     (transformers#20130, DeepSpeed#8262); the same metrics as one process."""
@@ -229,7 +231,9 @@ def test_without_sacrebleu_the_extra_is_named(pair_config, tmp_path, monkeypatch
     jobs.job_of(made, evals=True)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.long) for kind in ("t5", "bart", "mbart")), "marian", "mbart50"]
+)
 def test_export_and_predict_are_one(pair_config, tmp_path, kind):
     """Trained, evaluated and exported: the folder, by transformers' classes alone, writes what `fastft predict` does,
     in batches of 1 and 32, and its generation config is what evaluations used; `best_by` takes a score."""
@@ -314,3 +318,25 @@ def test_eval_of_a_run_is_that_of_training(pair_config, tmp_path):
     assert [row["chrf"] for row in worst] == sorted(row["chrf"] for row in rows) and worst[0]["gold"]
     assert [(row["text"], row["gold"]) for row in rows] == [(row["en"], row["zh"]) for row in pairs.rows()[:11]]
     assert all({"generated", "chrf", "loss"} <= set(row) for row in rows)
+
+
+def test_the_commands_of_the_page(pair_models, tmp_path, monkeypatch):
+    """docs/tasks/seq2seq.md: its configuration, and every command of it, on a small model."""
+    page = (launch.ROOT / "docs" / "tasks" / "seq2seq.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    config["model"]["path"] = str(pair_models("t5"))
+    config |= {"train": {"steps": 2}, "run": {"dir": "runs/my", "offline": True, "device": "cpu", "threads": 1}}
+    config["evaluation"] = {"generation": {"max_new_tokens": 5}}
+    launch.write_config(tmp_path / "my.yaml", config)
+    for name in ("train", "dev"):
+        lines = ["en\tzh", *(f"{row['en']}\t{row['zh']}" for row in pairs.rows())]
+        (tmp_path / f"{name}.tsv").write_text("".join(f"{line}\n" for line in lines))
+    commands = page.partition("```bash\n")[2].partition("```")[0].strip().splitlines()
+    assert len(commands) == 5
+    for command in commands:
+        name, *arguments = shlex.split(command)
+        assert name == "fastft"
+        launch.fastft(*arguments)
+    found = {name: (tmp_path / name).read_text().splitlines() for name in ("judged.jsonl", "translated.jsonl")}
+    assert all(len(lines) == 16 for lines in found.values())
