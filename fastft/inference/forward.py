@@ -12,6 +12,7 @@ from fastft.lazy import torch
 log = logging.getLogger(__name__)
 
 USUAL_LENGTH = 20  # what transformers takes for max_length where nobody set it
+ONE_TOKEN: dict[str, Any] = {"max_new_tokens": 1, "max_length": None, "min_new_tokens": None, "min_length": None}
 
 
 class Forward:
@@ -54,7 +55,7 @@ class Forward:
         if dummy and not self.synced:
             return None
         if dummy:
-            options |= {"max_new_tokens": 1, "min_new_tokens": None, "min_length": None}
+            options |= ONE_TOKEN
         own: Any = self.model.generate
         found = own(**inputs, do_sample=False, num_return_sequences=1, synced_gpus=self.synced, **options)
         return None if dummy else found
@@ -108,7 +109,7 @@ def check_generates(model: Any, inputs: Mapping[str, torch.Tensor], device: torc
 
     try:
         with trial(model, device):
-            Forward(model, model).generate({name: value.to(device) for name, value in inputs.items()}, max_new_tokens=1)
+            Forward(model, model).generate({name: value.to(device) for name, value in inputs.items()}, **ONE_TOKEN)
     except REFUSALS as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         raise UserError(

@@ -41,6 +41,8 @@ class GenerationEvaluation(Evaluation):
             raise ValueError("evaluation.metrics names one twice")
         if self.generation.get("do_sample"):
             raise ValueError("evaluation.generation: do_sample: evaluations do not sample: they are to be compared")
+        if fixed := sorted({"num_return_sequences", "return_dict_in_generate"} & set(self.generation)):
+            raise ValueError(f"evaluation.generation: {fixed[0]}: an evaluation takes one text for each row")
 
 
 def names_of(chosen: list[TextMetric]) -> tuple[Metric, ...]:

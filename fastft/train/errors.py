@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import heapq
 import json
+import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from fastft.errors import UserError, did_you_mean
 from fastft.files import replacing
 from fastft.inference.base import kept_beside, rounded
 from fastft.tasks.base import Metrics
+
+log = logging.getLogger(__name__)
 
 Judged = list[tuple[str, dict[str, Any]]]  # file and line of a row, and what is known of it
 
@@ -63,18 +67,26 @@ def write_worst(job: Job, name: str, metrics: Metrics, ids: np.ndarray, step: in
     if not number:
         return
     rows = judged_rows(job, name, metrics, ids) or []
-    sized = [(error, row) for row in rows if (error := metrics.error_of(row[1])) is not None and error == error]
+    sized = [(error, row) for row in rows if (error := metrics.error_of(row[1])) is not None and not math.isnan(error)]
     own = heapq.nlargest(number, sized, key=lambda pair: pair[0])
     every = [pair for part in job.ranks.gather(own) for pair in part]
     if not every or not job.ranks.main:
         return
-    worst = heapq.nlargest(number, every, key=lambda pair: pair[0])
-    lines = sorted(with_texts(job, name, [row for _, row in worst]), key=metrics.error_of, reverse=True)  # type: ignore
+    worst = [row for _, row in heapq.nlargest(number, every, key=lambda pair: pair[0])]
+    try:
+        lines = list(with_texts(job, name, worst))
+    except UserError as e:  # training needs the files no more once they are prepared
+        log.warning("%s the worst rows are kept without their texts", e.message)
+        lines = [{"set": name, "row": where, **rounded(record)} for where, record in worst]
+    lines.sort(key=lambda line: metrics.error_of(line) or 0.0, reverse=True)
     path = Path(job.config.run.dir) / "errors" / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as scratch:
-        written = (json.dumps({"step": step, **line}, ensure_ascii=False) for line in lines)
-        scratch.write_text("".join(f"{line}\n" for line in written), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as scratch:
+            written = (json.dumps({"step": step, **line}, ensure_ascii=False) for line in lines)
+            scratch.write_text("".join(f"{line}\n" for line in written), encoding="utf-8")
+    except OSError as e:
+        log.warning("%s: not written: %s", path, e)
 
 
 def _shown(record: Record, column: str) -> Any:

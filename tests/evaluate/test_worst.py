@@ -3,6 +3,7 @@
 import json
 import math
 
+import jobs
 import numpy as np
 import pytest
 
@@ -11,6 +12,8 @@ from fastft import track
 from fastft.tasks._generated import GenerationEvaluation, Scores
 from fastft.tasks._intervals import intervals
 from fastft.tasks.base import SampleMetrics
+from fastft.train.errors import write_worst
+from fastft.train.evaluation import measure
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 
@@ -87,3 +90,19 @@ def test_nothing_is_kept_where_nothing_is_asked_for(classification_config, tmp_p
     launch.fastft("train", launch.write_config(tmp_path / "c.yaml", classification_config))
     assert not (tmp_path / "run" / "errors").exists()
     assert "intervals" not in next(r for r in track.read(tmp_path / "run") if r["kind"] == "eval")
+
+
+def test_a_file_that_is_gone_does_not_end_a_run(classification_config, tmp_path, caplog):
+    """Once data is prepared, training does not need the files any more: the worst rows are then without texts."""
+    job = jobs.job_of(classification_config, evals=True)
+    metrics, ids = measure(job, job.evals["test"])
+    (tmp_path / "test.jsonl").unlink()
+    write_worst(job, "test", metrics, ids, 3)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "errors" / "test.jsonl").read_text().splitlines()]
+    assert len(lines) == 12 and all("text" not in line and line["gold"] and line["step"] == 3 for line in lines)
+    assert "no such file" in caplog.text and "without their texts" in caplog.text
+    (tmp_path / "run" / "errors" / "test.jsonl").unlink()
+    (tmp_path / "run" / "errors").rmdir()
+    (tmp_path / "run" / "errors").write_text("in the way")
+    write_worst(job, "test", metrics, ids, 3)
+    assert "not written" in caplog.text

@@ -210,6 +210,7 @@ def test_trap_the_default_length_of_twenty(pair_config, tmp_path):
         ({"generation": {"num_beam": 2}}, r"'num_beam' is no key of transformers' GenerationConfig(?s:.*)num_beams"),
         ({"generation": {"num_beams": "x"}}, "evaluation.generation: "),
         ({"generation": {"do_sample": True}}, "evaluations do not sample"),
+        ({"generation": {"num_return_sequences": 2}}, "takes one text for each row"),
         ({"metrics": ["bleu", "bleu"]}, "names one twice"),
         ({"metrics": ["blue"]}, "evaluation.metrics"),
         ({"bleu_tokenize": "klingon"}, r"sacrebleu knows no 'klingon'(?s:.*)It knows: .*13a"),
