@@ -81,6 +81,7 @@ FOREIGN: dict[str, str] = {
     "target_column": "data.target",
     "summary_column": "data.target",
     "max_source_length": "data.max_length (of sources) and data.max_target_length",
+    "max_target_length": "data.max_target_length",
     "val_max_target_length": "data.max_target_length; evaluation.generation: {max_new_tokens: 128}",
     "forced_bos_token": "data.target_lang (generation begins with its code)",
     "predict_with_generate": "evaluation.metrics: [bleu, chrf, rouge] (an empty list generates nothing)",
