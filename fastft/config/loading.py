@@ -13,10 +13,11 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fastft import rooms
 from fastft.config.base import PathKind, Section, extended, specialized
+from fastft.config.evaluation import Evaluation
 from fastft.config.keys import NAMES
 from fastft.config.reading import read
 from fastft.config.reference import instead
-from fastft.config.sections import Config, Data, Evaluation, Loss, Optim, Run, Source
+from fastft.config.sections import Config, Data, Loss, Optim, Run, Source
 from fastft.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)

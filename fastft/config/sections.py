@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from fastft import rooms
 from fastft.config.base import InputPath, OutputPath, Section
+from fastft.config.evaluation import Evaluation
 from fastft.config.every import Every
 
 
@@ -227,23 +228,6 @@ class Loss(Section):
     """Each task adds the settings of its loss."""
 
     members: ClassVar = rooms.OBJECTIVES
-
-
-class Evaluation(Section):
-    """What evaluations measure and keep; each task adds its own."""
-
-    worst: int = Field(
-        50,
-        ge=0,
-        description="Rows with the largest errors, of the last evaluation of each set, in <run.dir>/errors/SET.jsonl; "
-        "0: no such file. For tasks that judge single rows.",
-    )
-    bootstrap: int = Field(
-        0,
-        ge=0,
-        description="Resamples for a 95 % interval of each metric, which the records of evaluations then have; fastft "
-        "eval takes 1000 where it is 0.",
-    )
 
 
 class Train(Section):
