@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from fastft.config import Config, Evaluation
+from fastft.data import batches
 from fastft.errors import UserError
 from fastft.tasks.base import Metric
 
@@ -49,6 +51,32 @@ def names_of(chosen: list[TextMetric]) -> tuple[Metric, ...]:
     """What ``evaluation.metrics`` measures."""
     each = {"rouge": ROUGE}
     return tuple(Metric(name) for kind in chosen for name in each.get(kind, (kind,)))
+
+
+STEP = 64  # what one step of generation costs beside its tokens, in tokens (data/batches.py: a forward's)
+
+
+def generation_steps(
+    sizes: np.ndarray, settings: Any, micro_tokens: int, most: Callable[[int], int]
+) -> Iterator[np.ndarray]:
+    """Rows that are generated together, by length; as many arrays on every rank, empty ones where there are no more.
+
+    Parameters
+    ----------
+    sizes : (rows, 2) int
+        Tokens of each row's prompt or source, and about how many it will be answered with.
+    settings : GenerationConfig
+    micro_tokens : int
+        Most padded tokens computed at once; a beam counts as a row.
+    most : callable
+        ``most(n)``: the largest n of any rank.
+    """
+    plan: batches.Plan = []
+    if len(sizes):
+        beams, overhead = settings.num_beams or 1, int(STEP * sizes[:, 1].mean())
+        plan = batches.by_length(np.arange(len(sizes)), sizes, 1, max(1, micro_tokens // beams), overhead)
+    for i in range(most(len(plan))):
+        yield plan[i][0] if i < len(plan) else np.zeros(0, np.int64)
 
 
 class Scores:

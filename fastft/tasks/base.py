@@ -298,13 +298,6 @@ class Task(ABC):
     def metrics(self) -> tuple[Metric, ...]:
         """What an evaluation measures that has a better and a worse."""
 
-    @property
-    def beams(self) -> int:
-        """Sequences that evaluations compute for each sample at once (beam search); so many fewer samples fit into
-        ``batch.micro_tokens``.
-        """
-        return 1
-
     @abstractmethod
     def new_metrics(self, objective: Objective, learned: Learned) -> Metrics:
         """An empty accumulator."""

@@ -93,5 +93,5 @@ def measure(
 
 def _plan(job: Job, split: Split, start: int) -> batches.Plan:
     ids = np.arange(start, min(start + WINDOW, len(split)))
-    world, most = job.ranks.data_world, max(1, job.config.batch.micro_tokens // job.task.beams)
+    world, most = job.ranks.data_world, job.config.batch.micro_tokens
     return batches.auto(ids, split.sizes[ids], world, most, job.task.pads, job.ranks.device.type)

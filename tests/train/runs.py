@@ -15,7 +15,6 @@ import torch.distributed as dist
 from fastft import assemble
 from fastft import config as configuration
 from fastft.cli.main import leave
-from fastft.inference.forward import Forward
 from fastft.track import Telemetry
 from fastft.train import loop
 from fastft.train.evaluation import measure
@@ -41,19 +40,12 @@ def put_together(path: Path):
 
 def generated(out: Path, path: Path) -> None:
     _, job, built = put_together(path)
-    rows, plain = [], Forward.generate
-
-    def kept(self, inputs, **options):
-        found = plain(self, inputs, **options)
-        rows.extend([] if found is None else found.tolist())
-        return found
-
-    Forward.generate = kept
     metrics, ids = measure(job, job.evals["eval"], built)
-    Forward.generate = plain
-    if job.config.task == "sft":  # conversations, in the order of their prompts' lengths
-        ids, rows = [one.where for _, one in metrics.asked], metrics.texts
-    every = dict(pair for part in job.ranks.gather(list(zip(ids, rows, strict=True))) for pair in part)
+    if job.config.task == "sft":
+        keys, rows = [one.where for _, one in metrics.asked], metrics.texts
+    else:
+        keys, rows = ids.tolist(), [row.tolist() for row in metrics.written]
+    every = dict(pair for part in job.ranks.gather(list(zip(keys, rows, strict=True))) for pair in part)
     numbers = metrics.finish(job.ranks.gather(metrics.state()))
     if job.ranks.main:
         found = {"tokens": [every[i] for i in sorted(every)], "metrics": numbers, "record": job.record}

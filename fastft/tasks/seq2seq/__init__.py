@@ -237,14 +237,6 @@ class Seq2Seq(TextTask):
         limit = self.limit("decoder")
         return settle(model, self.config.evaluation.generation, min(self.target_length, (limit or 1 << 62) - 1))
 
-    @property
-    def beams(self) -> int:
-        return int(self.config.evaluation.generation.get("num_beams") or self._own_beams)
-
-    @cached_property
-    def _own_beams(self) -> int:
-        return load.generation_config(self.config.model).num_beams or 1
-
     def scores(self, learned: Learned) -> Scores:
         """What generated texts are judged by. Raises UserError where that is not installed."""
         return Scores(self.config.evaluation, learned.get("bleu_tokenize", "13a"))
@@ -255,7 +247,7 @@ class Seq2Seq(TextTask):
 
     def new_metrics(self, objective: Objective, learned: Learned) -> PairMetrics:
         assert isinstance(objective, Seq2SeqObjective)
-        return PairMetrics(objective, self.tokenizer, self.scores(learned))
+        return PairMetrics(objective, self, self.scores(learned))
 
     def predictor(self, model: torch.nn.Module, learned: Learned, options: Seq2SeqOptions) -> Predictor:
         from fastft.tasks.seq2seq.writer import Writer

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastft.data.encoder import Learned
 from fastft.inference.forward import Forward
 from fastft.tasks import _judged
-from fastft.tasks._generated import Scores
+from fastft.tasks._generated import Scores, generation_steps
 from fastft.tasks.base import IGNORE, SampleMetrics
 from fastft.tasks.seq2seq.objective import Seq2SeqObjective
+
+if TYPE_CHECKING:
+    from fastft.tasks.seq2seq import Seq2Seq
 
 
 class PairMetrics(SampleMetrics):
@@ -21,37 +24,58 @@ class PairMetrics(SampleMetrics):
     number of tokens in one (``generated_tokens``).
     """
 
-    def __init__(self, objective: Seq2SeqObjective, tokenizer: Any, scores: Scores):
-        self.objective, self.tokenizer, self.scores = objective, tokenizer, scores
+    def __init__(self, objective: Seq2SeqObjective, task: Seq2Seq, scores: Scores):
+        self.objective, self.task, self.scores = objective, task, scores
         self.losses: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
-        self.lengths: list[np.ndarray] = []
-        self.texts: list[str] = []
+        self.sources: list[np.ndarray] = []
         self.references: list[str] = []
+        self.written: list[np.ndarray] = []  # tokens of each row, with the one that decoding starts with
+        self.texts: list[str] = []
 
     def update(self, model: Callable, batch: Any) -> None:
         losses = self.objective.row_losses(model, batch)
-        written = self._generated(model, batch) if self.scores.chosen else None
         if batch.samples == 0:
             return
         self.losses.append(losses.detach().double().cpu().numpy())
         self.targets.append((batch.labels != IGNORE).sum(1).cpu().numpy())
-        if written is not None:
-            ordinary = written[:, 1:].ne(self.tokenizer.pad_token_id)  # the first is what decoding starts with
-            self.lengths.append(ordinary.sum(1).cpu().numpy())
-            self.texts += decoded(self.tokenizer, written)
+        if self.scores.chosen:
+            tokens, lengths = batch.inputs["input_ids"].cpu().numpy(), batch.inputs["attention_mask"].sum(1).tolist()
+            self.sources += [row[:length] for row, length in zip(tokens, lengths, strict=True)]
             self.references += batch.references
 
-    @staticmethod
-    def _generated(model: Any, batch: Any) -> Any:
-        """(rows, width) tokens; None of a rank without rows."""
+    def complete(self, model: Any, most: Callable[[int], int]) -> Iterator[None]:
+        """Generate: rows of all batches, by the lengths of their sources and references."""
+        if not self.scores.chosen:
+            return
         forward = model if isinstance(model, Forward) else Forward(model, model)
-        return forward.generate(batch.inputs, dummy=batch.samples == 0)
+        targets = np.concatenate([np.zeros(0, np.int64), *self.targets])
+        sizes = np.stack([np.array([len(row) for row in self.sources], np.int64), targets], axis=1)
+        found: dict[int, np.ndarray] = {}
+        device = next(forward.model.parameters()).device
+        for rows in generation_steps(sizes, forward.model.generation_config, self._micro_tokens, most):
+            sources = [self.sources[int(i)] for i in rows] or [np.zeros(1, np.int64)]
+            inputs = {name: value.to(device) for name, value in self.task.padded_inputs(sources).items()}
+            written = forward.generate(inputs, dummy=not len(rows))
+            if written is not None:
+                found |= dict(zip(rows.tolist(), written.cpu().numpy(), strict=True))
+            yield
+        self.written = [found[i] for i in range(len(self.sources))]
+        self.texts = decoded(self.task.tokenizer, self.written)
+
+    @property
+    def _micro_tokens(self) -> int:
+        return self.task.config.batch.micro_tokens
 
     def columns(self) -> dict[str, np.ndarray]:
-        found = {"loss": self.losses, "targets": self.targets, "generated_tokens": self.lengths}
-        columns = {name: np.concatenate(parts) for name, parts in found.items() if parts}
-        return {**columns, **self.scores.columns(self.texts, self.references)} if self.texts else columns
+        if not self.losses:
+            return {}
+        columns = {"loss": np.concatenate(self.losses), "targets": np.concatenate(self.targets)}
+        if not self.texts:
+            return columns
+        pad = self.task.tokenizer.pad_token_id
+        lengths = np.array([int((row[1:] != pad).sum()) for row in self.written])
+        return {**columns, "generated_tokens": lengths, **self.scores.columns(self.texts, self.references)}
 
     def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
         tokens = int(columns["targets"].sum())

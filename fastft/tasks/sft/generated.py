@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from fastft.config import Config
-from fastft.data import batches
 from fastft.data.encoder import Learned
 from fastft.inference.forward import Forward
 from fastft.inference.generate import prompts_padded
 from fastft.models import load
 from fastft.tasks import _judged
-from fastft.tasks._generated import Scores
+from fastft.tasks._generated import Scores, generation_steps
 from fastft.tasks.base import IGNORE, SampleMetrics
 
 LONGEST = 256  # tokens of an answer, where nobody says how many
@@ -77,10 +76,9 @@ class ChatMetrics(SampleMetrics):
         if not self.scores.chosen:
             return
         forward = model if isinstance(model, Forward) else Forward(model, model)
-        plan = self._plan(forward.model)
         found: dict[int, np.ndarray] = {}
-        for i in range(most(len(plan))):
-            rows = plan[i] if i < len(plan) else np.zeros(0, np.int64)
+        settings = forward.model.generation_config
+        for rows in generation_steps(self._sizes(settings), settings, self.config.batch.micro_tokens, most):
             for row, written in zip(rows, self._written(forward, rows), strict=True):
                 found[int(row)] = written
             yield
@@ -88,14 +86,10 @@ class ChatMetrics(SampleMetrics):
         self.texts = [self._text(written) for written in order]
         self.lengths = [int((written != self.tokenizer.pad_token_id).sum()) for written in order]
 
-    def _plan(self, model: Any) -> list[np.ndarray]:
-        """Conversations whose answers are generated together."""
-        if not self.asked:
-            return []
-        settings = model.generation_config
-        lengths = np.array([len(one.prompt) for _, one in self.asked]) + (settings.max_new_tokens or LONGEST)
-        tokens = max(1, self.config.batch.micro_tokens // (settings.num_beams or 1))
-        return [step[0] for step in batches.by_length(np.arange(len(lengths)), lengths, 1, tokens)]
+    def _sizes(self, settings: Any) -> np.ndarray:
+        longest = settings.max_new_tokens or LONGEST
+        sizes = [(len(one.prompt), min(len(one.answer), longest)) for _, one in self.asked]
+        return np.array(sizes, np.int64).reshape(-1, 2)
 
     def _written(self, forward: Forward, rows: np.ndarray) -> list[np.ndarray]:
         """The tokens that the model writes behind some prompts; a rank that has none left keeps step."""
