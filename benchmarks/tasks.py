@@ -29,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 
 import common
+import pair_models
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"batch": 16, "epochs": 3, "lr": 1e-4, "schedule": "linear", "warmup": 0.1, "max_length": 96}
@@ -45,8 +46,8 @@ class Case:
         (data folder, "train" or "dev") -> rows.
     kept : (int, int)
         Rows used of each.
-    metric : str
-        The one that is compared.
+    metric, also : str, tuple of str
+        The one that is compared, and others that are shown.
     columns : dict
         Keys of fastft's ``data`` section that name columns.
     settings : dict
@@ -68,11 +69,14 @@ class Case:
     overrides: dict[str, object] = field(default_factory=dict)
     peer: str = "trainer.py"
     model: str = "minilm"
+    also: tuple[str, ...] = ()
 
 
 MODELS = {
     "minilm": "all-MiniLM-L6-v2 (6-layer BERT, 22.7 M parameters)",
     "smollm2": "SmolLM2-135M-Instruct (30-layer Llama, 134.5 M parameters)",
+    "marian": "Marian from random weights (3 + 3 layers, d_model 192, 6,000 pieces; benchmarks/pair_models.py)",
+    "t5": "T5 from random weights (3 + 3 layers, d_model 192, 6,000 pieces; benchmarks/pair_models.py)",
 }
 
 
@@ -119,6 +123,36 @@ def documents(length: int) -> Callable[[Path, str], Rows]:
     return read
 
 
+def translations(data: Path, part: str) -> Rows:
+    """Short sentences, English and Chinese."""
+    folder = data / "translation" / "tatoeba_en_zh"
+    path = next(folder.glob(f"{part}.tsv*"))
+    text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+    rows = [line.split("\t") for line in text.split("\n")[1:] if line]
+    return [{"en": en, "zh": zh} for en, zh, _ in rows]
+
+
+def translation(model: str) -> Case:
+    overrides = {
+        "evaluation.metrics": "[bleu, chrf]",
+        "evaluation.generation.max_new_tokens": 48,
+        "evaluation.generation.num_beams": 1,
+    }
+    settings = {"lr": 1e-3, "epochs": 3, "batch": 32, "max_length": 64, "new_tokens": 48}
+    return Case(
+        "seq2seq",
+        translations,
+        (6000, 300),
+        "chrf",
+        columns={"source": "en", "target": "zh"},
+        settings=settings,
+        overrides=overrides,
+        peer="seq2seq.py",
+        model=model,
+        also=("bleu", "loss"),
+    )
+
+
 PAIR = {"text": "sentence1", "text_pair": "sentence2", "target": "similarity_score"}
 CASES = {
     "wnut17": Case("token_classification", conll("wnut17"), (800, 300), "f1", settings={"lr": 3e-4}),
@@ -153,6 +187,8 @@ CASES = {
         peer="language.py",
         model="smollm2",
     ),
+    "tatoeba_marian": translation("marian"),
+    "tatoeba_t5": translation("t5"),
 }
 
 
@@ -240,7 +276,13 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
     case, runs = CASES[name], {tool: list[dict]() for tool in args.tools}
     with tempfile.TemporaryDirectory() as folder:
         files = write_rows(case, args.data, Path(folder), args.quick, args.share)
-        settings = {**SETTINGS, **case.settings, **({"epochs": 1} if args.quick else {})}
+        if case.task == "seq2seq":
+            with open(files["train"]) as file:
+                made = pair_models.build(case.model, [json.loads(line) for line in file], Path(folder) / case.model)
+            args.models[case.model] = str(made)
+        settings = {**SETTINGS, **case.settings}
+        if args.quick:
+            settings |= {"epochs": 1, "batch": min(settings["batch"], 16)}
         for seed in range(17, 17 + args.seeds):
             for tool in args.tools:
                 own = Path(folder) / f"{tool}-{seed}"
@@ -258,6 +300,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
             **rows,
             "tool": tool,
             "value": [run["metrics"][case.metric] for run in found],
+            **({"also": {name: [run["metrics"][name] for run in found] for name in case.also}} if case.also else {}),
             "samples_per_second": [run["samples_per_second"] for run in found],
             "tokens_per_second": [run["tokens_per_second"] for run in found if "tokens_per_second" in run],
             "model": MODELS[case.model],
@@ -321,13 +364,19 @@ def markdown() -> str:
             out += [f"Timings are preliminary: other work ran on the machine (load {one['load_before']} before).", ""]
         counted = all(row.get("tokens_per_second") for row in rows)
         unit = "tokens_per_second" if counted else "samples_per_second"
-        out += [f"| tool | {one['metric']} | {unit.split('_')[0]}/s | fastft is faster by |", "|---|---|---|---|"]
+        also = list(one.get("also", {}))
+        names = " | ".join([one["metric"], *also])
+        out += [
+            f"| tool | {names} | {unit.split('_')[0]}/s | fastft is faster by |",
+            "|---|---|---|---|" + "---|" * len(also),
+        ]
         base = next((row[unit] for row in rows if row["tool"] == "fastft"), None)
         for row in rows:
             pairs = zip(base or [], row[unit], strict=False)
             ratios = [ours / theirs for ours, theirs in pairs]
             faster = f"{statistics.median(ratios):.2f}" if ratios else "-"
-            out.append(f"| {row['tool']} | {spread(row['value'], 4)} | {spread(row[unit], 1)} | {faster} |")
+            values = [spread(numbers, 4) for numbers in (row["value"], *(row["also"][name] for name in also))]
+            out.append(f"| {row['tool']} | {' | '.join(values)} | {spread(row[unit], 1)} | {faster} |")
     return "\n".join(out) + "\n"
 
 

@@ -153,6 +153,8 @@ def _open_trained(job: Job, spec: ModelSpec) -> None:
     job.model, _ = load.build(base, spec.auto_class, spec.new_parameters, job.config.run.seed, **spec.overrides)
     for kind in kinds:
         kind.open(folder, job.model)
+    if job.model.can_generate():
+        job.model.generation_config = load.generation_config(settings, job.model.generation_config)
 
 
 def add_optimizer(job: Job) -> None:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import jsonschema
+import pairs
 import pytest
 import yaml
 
@@ -83,6 +84,10 @@ def test_shipped_configs_train(path, tiny_bert, tiny_llama, tmp_path, monkeypatc
     model = tiny_llama if config.task in ("causal_lm", "sft") else tiny_bert
     if config.task == "masked_lm":
         model = masked(tiny_bert, tmp_path)
+    if config.task == "seq2seq":
+        path_says = {"mbart": "mbart50", "opus": "marian"}
+        kind = next((kind for part, kind in path_says.items() if part in config.model.path), "t5")
+        model = pairs.model_of(kind, tmp_path / "model")
     if config.task == "sft":
         model = chatting(tiny_llama, tmp_path)
     changes = [
@@ -92,6 +97,8 @@ def test_shipped_configs_train(path, tiny_bert, tiny_llama, tmp_path, monkeypatc
         "checkpoint.every=null",
         f"data.max_length={256 if config.task == 'sft' else 32}",  # which a question alone would fill
     ]
+    if config.task == "seq2seq":
+        changes += ["data.max_target_length=32", "evaluation.generation.max_new_tokens=6"]
     changes += ["data.truncation=truncate", "batch.size=2", "run.device=cpu", "run.threads=1", "run.offline=true"]
     launch.fastft("train", path, f"model.path={model}", f"run.dir={tmp_path / 'run'}", *changes)
     end = track.read(tmp_path / "run")[-1]

@@ -3,6 +3,7 @@ no torch.
 """
 
 from fastft.config.base import InputPath, OutputPath, Section
+from fastft.config.evaluation import Evaluation
 from fastft.config.loading import absolute, dump, inputs, load, load_either, load_run, run_dir, section, validate
 from fastft.config.runs import changes, configured, of_trained
 from fastft.config.schema import json_schema
@@ -26,6 +27,7 @@ __all__ = [
     "Checkpoint",
     "Config",
     "Data",
+    "Evaluation",
     "InputPath",
     "Loss",
     "Model",

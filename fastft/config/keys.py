@@ -53,6 +53,7 @@ PARTS = {
     for part in (
         Part("data", "task", rooms.TASKS, lambda task: task.Data),
         Part("loss", "task", rooms.TASKS, lambda task: task.Loss),
+        Part("evaluation", "task", rooms.TASKS, lambda task: task.Evaluation),
         Part("optim", "optim.name", rooms.OPTIMIZERS, lambda spec: spec.Settings, "fused_adamw"),
         Part("data.order", "data.order.name", rooms.ORDERS, lambda order: order.Settings, "permutation"),
     )

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fastft import rooms
 from fastft.config.base import PathKind, Section, extended, specialized
+from fastft.config.evaluation import Evaluation
 from fastft.config.keys import NAMES
 from fastft.config.reading import read
 from fastft.config.reference import instead
@@ -174,6 +175,7 @@ def config_class(raw: dict, problems: list[str] | None = None) -> type[Config]:
     bases: dict[str, type[Section]] = {
         "data": data,
         "loss": task.Loss if task else _LenientLoss,
+        "evaluation": task.Evaluation if task else _LenientEvaluation,
         "optim": optimizer.Settings if optimizer else _LenientOptim,
     }
     for key, base in bases.items():
@@ -188,6 +190,10 @@ class _Lenient(Data, extra="allow"):
 
 
 class _LenientLoss(Loss, extra="allow"):
+    pass
+
+
+class _LenientEvaluation(Evaluation, extra="allow"):
     pass
 
 

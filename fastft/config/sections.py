@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from fastft import rooms
 from fastft.config.base import InputPath, OutputPath, Section
+from fastft.config.evaluation import Evaluation
 from fastft.config.every import Every
 
 
@@ -334,7 +335,8 @@ class Run(Section):
 
 
 class Config(Section):
-    """One fastft run. ``data``, ``loss`` and ``optim`` are those of the task and the optimizer that it names."""
+    """One fastft run. ``data``, ``loss``, ``evaluation`` and ``optim`` are those of the task and the
+    optimizer that it names."""
 
     version: Literal[1] = Field(1, description="Version of this file's format.")
     task: str = Field(description="The task: a file of fastft/tasks.")
@@ -343,10 +345,12 @@ class Config(Section):
         data: Any = None
         optim: Any = None
         loss: Any = None
+        evaluation: Any = None
     else:
         data: SerializeAsAny[Data] = Data()
         optim: SerializeAsAny[Optim] = Optim()
         loss: SerializeAsAny[Loss] = Loss()
+        evaluation: SerializeAsAny[Evaluation] = Evaluation()
     batch: Batch = Batch()
     train: SerializeAsAny[Train] = Train()
     parallel: Parallel = Parallel()
@@ -366,7 +370,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _across_sections(self) -> Self:
         self.optim.settle(self)
-        for section in (self.model, self.data, self.data.order, self.optim, self.loss, self.train, self.run.trackers):
+        parts = (self.data, self.data.order, self.optim, self.loss, self.evaluation, self.train, self.run.trackers)
+        for section in (self.model, *parts):
             section.check(self)
             for name, settings in section.chosen().items():
                 settings.check(self)

@@ -70,8 +70,8 @@ def by_length(
     ----------
     ids : (n,) int64
         Samples of the whole step.
-    lengths : (n,) int
-        Their lengths in tokens.
+    lengths : (n,) or (n, parts) int
+        Their lengths in tokens; of parts that are padded each by itself, as source and target are.
     micro_tokens : int
         Most padded tokens in one rank's forward (a single longer sequence still gets one of its own).
     overhead : int
@@ -80,19 +80,23 @@ def by_length(
     Notes
     -----
     Every rank takes part in every micro-step (ZeRO's collectives need it). The cut is a shortest path over positions in
-    the sorted order: cost of a micro-step = longest length * sequences on the fullest rank + overhead.
+    the sorted order: cost of a micro-step = longest length * sequences on the fullest rank + overhead. With several
+    parts the order is that of their sum, then of the parts, and the longest length the sum of every part's.
     """
-    order = np.argsort(lengths, kind="stable")
-    sorted_lengths = lengths[order]
+    parts = lengths.reshape(len(ids), -1)
+    order = np.lexsort((*parts.T[::-1], parts.sum(1)))
+    parts = parts[order]
     n = len(ids)
     best = np.full(n + 1, np.inf)
     best[0], back = 0, np.zeros(n + 1, dtype=np.int64)
     for end in range(1, n + 1):
-        longest = int(sorted_lengths[end - 1])
+        longest = int(parts[end - 1].sum())
         most = max(1, micro_tokens // longest) * ranks  # sequences that fit beside the longest
         starts = np.arange(max(0, end - most), end)
         per_rank = -(-(end - starts) // ranks)
-        costs = best[starts] + longest * per_rank + overhead
+        width = longest if parts.shape[1] == 1 else _widths(parts[starts])
+        costs = best[starts] + width * per_rank + overhead
+        costs[(width * per_rank > micro_tokens) & (per_rank > 1)] = np.inf
         pick = int(np.argmin(costs))
         best[end], back[end] = costs[pick], starts[pick]
     cuts = [n]
@@ -100,3 +104,8 @@ def by_length(
         cuts.append(int(back[cuts[-1]]))
     cuts.reverse()
     return [np.array_split(ids[order[a:b]], ranks) for a, b in pairwise(cuts)]
+
+
+def _widths(parts: np.ndarray) -> np.ndarray:
+    """(n,): the padded length of the sequences from each one on to the last: every part's longest, summed."""
+    return np.maximum.accumulate(parts[::-1], axis=0)[::-1].sum(1)

@@ -102,8 +102,11 @@ class Encoder(ABC):
 
 def write_sizes(store: Store, lengths: np.ndarray, targets: np.ndarray) -> dict:
     """Columns ``lengths`` and ``targets`` (see Split), and their totals: a resume reads neither, and there may be
-    10^9.
+    10^9. ``lengths`` of several parts, (n, parts), are the column ``sizes``, too.
     """
+    if lengths.ndim == 2:
+        store.write("sizes", lengths.astype(np.int64))
+        lengths = lengths.sum(1)
     store.write("lengths", lengths.astype(np.int64))
     store.write("targets", targets.astype(np.float64))
     longest = int(lengths.max(initial=0))

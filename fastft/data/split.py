@@ -31,6 +31,8 @@ class Split:
     ----------
     lengths : (n,) int64, memory-mapped
         Tokens of each sequence before padding.
+    sizes : (n,) or (n, parts) int64, memory-mapped
+        The same, by the parts that are padded each by itself (source and target); ``lengths`` where there is one.
     targets : (n,) float64, memory-mapped
         What each sequence contributes to the loss's denominator (target tokens, or 1 per classified text).
     totals : dict
@@ -40,6 +42,7 @@ class Split:
     def __init__(self, name: str, data: Prepared):
         self.name, self.data = name, data
         self.lengths, self.targets, self.totals = data["lengths"], data["targets"], data.meta["totals"]
+        self.sizes = data["sizes"] if "sizes" in data.columns else self.lengths
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -11,11 +11,12 @@ import numpy as np
 from fastft import assemble
 from fastft.assemble import Job
 from fastft.config import Config
-from fastft.data import formats
-from fastft.errors import UserError, did_you_mean
-from fastft.evaluate.predict import kept_beside, rounded
+from fastft.errors import UserError
 from fastft.tasks.base import Metrics
-from fastft.train.evaluation import measure
+from fastft.train.errors import judged_rows, with_texts
+from fastft.train.evaluation import intervals_of, measure
+
+RESAMPLES = 1000  # of the intervals, where evaluation.bootstrap does not say how many
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,15 @@ class Evaluation:
     rows : list of dict or None
         Where they were asked for: ``set``, ``row`` (file and line), the row's texts, and what the task judged it by
         (``gold``, ``label``, ``score``, ...), in the order of the files.
+    intervals : dict
+        Lower and upper end of a 95 % interval by metric, by the bootstrap over the rows; of those that are means or the
+        like of single rows.
     """
 
     metrics: dict[str, float]
     classes: dict[str, dict[str, float]] = field(default_factory=dict)
     rows: list[dict[str, Any]] | None = None
+    intervals: dict[str, list[float]] = field(default_factory=dict)
 
 
 def evaluate_model(config: Config, *, rows: bool = False, keep: Sequence[str] = ()) -> dict[str, Evaluation]:
@@ -66,31 +71,18 @@ def evaluate_model(config: Config, *, rows: bool = False, keep: Sequence[str] = 
     found = {}
     for name, split in job.evals.items():
         metrics, ids = measure(job, split)
-        numbers, classes = metrics.finish([metrics.state()]), metrics.by_class(job.learned)
+        states = [metrics.state()]
+        numbers, classes = metrics.finish(states), metrics.by_class(job.learned)
+        sure = intervals_of(job, metrics, states, config.evaluation.bootstrap or RESAMPLES)
         judged = list(_rows(job, name, metrics, ids, keep)) if rows else None
-        found[name] = Evaluation(numbers, classes, judged)
+        found[name] = Evaluation(numbers, classes, judged, sure)
     return found
 
 
 def _rows(job: Job, name: str, metrics: Metrics, ids: np.ndarray, keep: Sequence[str]) -> Iterator[dict[str, Any]]:
-    judged = metrics.judged(job.learned)
+    judged = judged_rows(job, name, metrics, ids)
     if judged is None:
         raise UserError(
             f"The task {job.config.task} judges no single rows.", "Leave --out away; its metrics are of whole sets."
         )
-    data = job.evals[name].data
-    by_place = {data.origin(int(ids[place])): rounded(record) for place, record in judged}
-    texts = {field: column for field, column in _fields(job).items() if column is not None}
-    for source in job.config.data.eval[name]:
-        for where, record in formats.read(source):
-            if where not in by_place:
-                continue  # it was empty or too long: the evaluation's counts have it
-            if missing := [column for column in keep if column not in record]:
-                raise UserError(f"{where}: no column {missing[0]!r}.", did_you_mean(missing[0], record))
-            row = {"set": name, "row": where, **{f: record.get(c) for f, c in texts.items()}, **by_place.pop(where)}
-            yield kept_beside({column: record[column] for column in keep}, row)
-    yield from ({"set": name, "row": where, **record} for where, record in by_place.items())  # the file has moved
-
-
-def _fields(job: Job) -> dict[str, str | None]:
-    return job.task.predictor(job.model, job.learned, type(job.task).Predict()).fields
+    return with_texts(job, name, judged, keep)

@@ -11,11 +11,9 @@ import torch
 from fastft import assemble
 from fastft import config as configuration
 from fastft.data import formats
+from fastft.data.formats.base import MISSING, value_of
 from fastft.errors import UserError, did_you_mean
-from fastft.inference.base import Predictor, Row
-
-SCORE_DIGITS, DIGITS = 6, 9  # significant ones of a probability, and of any other number
-SCORES = ("score", "scores", "gold_score")
+from fastft.inference.base import Predictor, Row, kept_beside, rounded
 
 
 def predictor(path: str, options: dict, task: str | None = None) -> Predictor:
@@ -75,20 +73,6 @@ def _keep_top(record: dict, top_k: int) -> None:
     record["scores"] = dict(best[:top_k])
 
 
-def kept_beside(columns: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """The record behind columns of its row; one whose name the record has, too, becomes ``input_NAME``."""
-    return {**{f"input_{name}" if name in record else name: value for name, value in columns.items()}, **record}
-
-
-def rounded(value: Any, digits: int = DIGITS) -> Any:
-    """A record as people read it: what float32 computed has no 17 digits."""
-    if isinstance(value, dict):
-        return {name: rounded(item, SCORE_DIGITS if name in SCORES else digits) for name, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item, digits) for item in value]
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
-
-
 def read(
     predictor: Predictor, source: configuration.Source, columns: dict[str, str | None], keep: Sequence[str] = ()
 ) -> Iterator[tuple[str, Row, dict[str, Any]]]:
@@ -104,14 +88,15 @@ def read(
         for name, column in wanted.items():
             if column is None:
                 continue
-            if record.get(column) is None:
+            value = value_of(record, column)
+            if value is None or value is MISSING:
                 if name in predictor.optional:
                     continue
                 raise UserError(
                     f"{where}: no {name} in column {column!r}.",
                     f"Columns: {', '.join(record)}. Name the column of {name.replace('_', ' ')}.",
                 )
-            row[name] = record[column]
+            row[name] = value
         if missing := [column for column in keep if column not in record]:
             raise UserError(f"{where}: no column {missing[0]!r} to keep.", did_you_mean(missing[0], record))
         yield where, row, {column: record[column] for column in keep}

@@ -8,6 +8,8 @@ from typing import Any
 from fastft.errors import UserError
 
 Row = dict[str, Any]
+SCORE_DIGITS, DIGITS = 6, 9  # significant ones of a probability, and of any other number
+SCORES = ("score", "scores", "gold_score")
 
 
 class Predictor(ABC):
@@ -38,3 +40,17 @@ class Predictor(ABC):
     @abstractmethod
     def run(self, rows: list[Row]) -> list[dict]:
         """One record per row, in order, as JSON."""
+
+
+def kept_beside(columns: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """The record behind columns of its row; one whose name the record has, too, becomes ``input_NAME``."""
+    return {**{f"input_{name}" if name in record else name: value for name, value in columns.items()}, **record}
+
+
+def rounded(value: Any, digits: int = DIGITS) -> Any:
+    """A record as people read it: what float32 computed has no 17 digits."""
+    if isinstance(value, dict):
+        return {name: rounded(item, SCORE_DIGITS if name in SCORES else digits) for name, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value

@@ -38,8 +38,7 @@ class Generator(Predictor):
         ``streamer``: of transformers; is given the tokens of a single prompt as they come.
         """
         tokenizer = self.tokenizer
-        padded = [{"input_ids": ids} for ids in prompts]
-        encoded = tokenizer.pad(padded, padding=True, padding_side="left", return_tensors="pt").to(self.model.device)
+        encoded = prompts_padded(tokenizer, prompts, self.model.device)
         width, limit = encoded["input_ids"].shape[1], load.length_limit(self.model.config)
         if limit is not None and width + self.max_new_tokens > limit:
             raise UserError(
@@ -66,3 +65,9 @@ class Generator(Predictor):
             ids = ids[: before + len(own)]
             found.append(ids[1:] if load.starts_twice(self.tokenizer, ids) else ids)
         return found
+
+
+def prompts_padded(tokenizer: Any, prompts: list[list[int]], device: Any) -> Any:
+    """``input_ids`` and ``attention_mask``, (rows, width) int64, padded on the left: what is written comes behind."""
+    padded = [{"input_ids": ids} for ids in prompts]
+    return tokenizer.pad(padded, padding=True, padding_side="left", return_tensors="pt").to(device)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from fastft.errors import UserError
-from fastft.models.load import vocabulary_rows
+from fastft.models.load import vocabulary_rows, written_rows
 
 HINT = "Set data.packing: none for this model (one document per row), or choose another model.attention."
 
@@ -78,15 +78,23 @@ def refuse_leak(model: torch.nn.Module, packed: torch.Tensor, alone: torch.Tenso
     return difference
 
 
-def check_causality(forward: Callable, model: torch.nn.Module, length: int, device: torch.device) -> None:
+def check_causality(
+    forward: Callable,
+    model: torch.nn.Module,
+    length: int,
+    device: torch.device,
+    source: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Change the second half of a row of random tokens: the logits of the first half must stay.
+
+    ``source``: of an encoder-decoder model, the encoder's inputs; the row is then the decoder's.
 
     Raises UserError when they do not: such a model (an encoder with a language modeling head, whose config does not say
     is_decoder) would read the answer, and its loss fall to 0.
     """
     from fastft.models.trial import trial
 
-    rows = vocabulary_rows(model)
+    rows = vocabulary_rows(model) if source is None else written_rows(model)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(rows, (1, length), generator=generator)
     other, half = tokens.clone(), max(length // 2, 1)
@@ -96,7 +104,8 @@ def check_causality(forward: Callable, model: torch.nn.Module, length: int, devi
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
         with trial(model, device):  # the same random numbers for both: some models hash by them
-            return forward(input_ids=ids.to(device), use_cache=False).logits[:, :half].float()
+            own = {"input_ids": ids.to(device)} if source is None else {**source, "decoder_input_ids": ids.to(device)}
+            return forward(**own, use_cache=False).logits[:, :half].float()
 
     before, after = logits(tokens), logits(other)
     difference = ((before - after).abs().max() / before.abs().max().clamp_min(1e-6)).item()

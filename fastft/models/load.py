@@ -132,6 +132,17 @@ def config(settings: Model):
     )
 
 
+def generation_config(settings: Model, default: Any = None) -> Any:
+    """The generation config in the model's folder; where it has none ``default``, or what its config says of it."""
+    import transformers
+
+    path = str(Path(settings.path).expanduser())
+    try:
+        return transformers.GenerationConfig.from_pretrained(path, revision=settings.revision or "main")
+    except (OSError, ValueError):
+        return default or transformers.GenerationConfig.from_model_config(config(settings))
+
+
 _offsets: dict[str, int] = {}  # a model's config as JSON -> the number of a sequence's first position
 
 
@@ -183,6 +194,13 @@ def length_limit(model_config) -> int | None:
     return None
 
 
+def start_of_decoder(model_config) -> int | None:
+    """The token that an encoder-decoder model's decoder starts with, by its config; None: it does not say."""
+    own = getattr(model_config, "decoder_start_token_id", None)
+    decoder = getattr(model_config, "decoder", None)
+    return own if own is not None or decoder is None else getattr(decoder, "decoder_start_token_id", None)
+
+
 def is_of(model_config, auto_class: str) -> bool:
     """Whether a saved model is of a class that an Auto class chooses, also where its name does not say so (Gemma 3's
     text and vision model generates text as ``Gemma3ForConditionalGeneration``).
@@ -217,6 +235,14 @@ def vocabulary_rows(model: torch.nn.Module) -> int:
     from fastft.zero.parameters import whole_shape
 
     return whole_shape(embeddings().weight)[0]
+
+
+def written_rows(model: torch.nn.Module) -> int:
+    """Tokens that the model can write: rows of its output head, or of the embedding where it has none."""
+    head: Any = model.get_output_embeddings  # a method, too
+    from fastft.zero.parameters import whole_shape
+
+    return vocabulary_rows(model) if head() is None else whole_shape(head().weight)[0]
 
 
 def build(
@@ -257,7 +283,7 @@ def build(
         common["attn_implementation"] = settings.attention
     if settings.init == "random":
         with torch.device(device):
-            return _cast(loader.from_config(model_config, **common), common["dtype"]), []
+            return _ready(loader.from_config(model_config, **common), common["dtype"]), []
     options = {**common, "config": model_config, "revision": settings.revision, "output_loading_info": True}
     # Other sizes are reported, not raised: what the weights' own error says to do would be wrong here.
     model, info = _from_pretrained(loader, settings.path, "model", ignore_mismatched_sizes=True, **options)
@@ -272,13 +298,19 @@ def build(
             f"{type(model).__name__}: {', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}.",
             "The folder holds another kind of model; choose the task that fits it, or model.init: random.",
         )
-    return _cast(model, common["dtype"]), missing
+    return _ready(model, common["dtype"]), missing
 
 
-def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """Parameters that transformers left in float32 without a reason (XLNet's attention), to the dtype asked for."""
+def _ready(model: Any, dtype: torch.dtype) -> Any:
+    """Parameters that transformers left in float32 without a reason (XLNet's attention), to the dtype asked for; those
+    that its class computes and never saves (Marian's sinusoidal positions) frozen, though it would train them: what is
+    saved would be another model.
+    """
     kept = kept_in_fp32(model, dtype)
+    computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     for name, p in model.named_parameters():
+        if name in computed:
+            p.requires_grad_(False)
         if p.is_floating_point() and p.dtype != dtype and not (kept and kept.search(name)):
             p.data = p.data.to(dtype)
     return model

@@ -84,7 +84,7 @@ class LanguageModelObjective(Objective):
     def _sum(self, model: Callable, batch: Batch, **options: Any) -> torch.Tensor:
         from fastft.ops import cross_entropy
 
-        options |= {"ignore_index": IGNORE, "reduction": "sum"}
+        options = {"ignore_index": IGNORE, "reduction": "sum", **options}
         if self.head is not None:
             loss = self.head.loss(model, dict(batch.inputs), batch.labels, **options)
             self.aux_loss = self.head.aux_loss

@@ -8,7 +8,7 @@ a task keeps nothing between its methods.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from fastft import rooms
-from fastft.config import Config, Data, Loss, Section
+from fastft.config import Config, Data, Evaluation, Loss, Section
 from fastft.data.encoder import Encoder, Learned
 from fastft.data.split import Split, data_key, open_split
 from fastft.errors import UserError, did_you_mean
@@ -111,6 +111,13 @@ class Metrics(ABC):
     def update(self, model: Callable, batch: Batch) -> None:
         """Run the model (or the engine around it) on the batch and add what it says."""
 
+    def complete(self, model: Callable, most: Callable[[int], int]) -> Iterator[None]:
+        """What is left to do once all batches were seen, on all ranks together; yields now and then, as often on each.
+
+        ``most(n)``: the largest n of any rank.
+        """
+        return iter(())
+
     @abstractmethod
     def state(self) -> object:
         """Anything that pickles."""
@@ -123,9 +130,47 @@ class Metrics(ABC):
         """Of one rank: what each sample was judged by (_judged.py); None: nothing is kept."""
         return None
 
+    def error_of(self, judged: dict[str, Any]) -> float | None:
+        """How wrong a sample is by what ``judged`` says of it, to order them by; None: that cannot be said."""
+        return None
+
     def by_class(self, learned: Learned) -> dict[str, dict[str, float]]:
         """Of one rank: precision, recall, f1 and support by class."""
         return {}
+
+
+class SampleMetrics(Metrics):
+    """Metrics whose state is arrays with a row per sample, so that intervals can be drawn from them (_intervals.py)."""
+
+    @abstractmethod
+    def columns(self) -> dict[str, np.ndarray]:
+        """Of one rank, (samples, ...) each; empty where it had none."""
+
+    @abstractmethod
+    def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
+        """The metrics of some samples."""
+
+    def sums(self) -> dict[str, float]:
+        """Of one rank: what is known of all its samples together alone."""
+        return {}
+
+    def of_sums(self, sums: dict[str, float]) -> dict[str, float]:
+        """The metrics of those."""
+        return {}
+
+    def state(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        return self.sums(), self.columns()
+
+    def finish(self, states: list[tuple[dict[str, float], dict[str, np.ndarray]]]) -> dict[str, float]:
+        sums = {name: sum(state[0][name] for state in states) for name in states[0][0]}
+        columns = self.joined(states)
+        return {**self.of_sums(sums), **(self.numbers(columns) if columns else {})}
+
+    @staticmethod
+    def joined(states: list[tuple[dict[str, float], dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+        """The columns of all ranks, one behind the other."""
+        parts = [columns for _, columns in states if columns]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 @dataclass(frozen=True)
@@ -152,8 +197,8 @@ class Task(ABC):
 
     Class attributes
     ----------------
-    Data, Loss, Predict : Section types
-        The task's keys in ``data`` and ``loss``, and the options of ``fastft predict``.
+    Data, Loss, Evaluation, Predict : Section types
+        The task's keys in ``data``, ``loss`` and ``evaluation``, and the options of ``fastft predict``.
     code_version : int
         Raise it when the same input gives other samples.
     pads : bool
@@ -164,6 +209,7 @@ class Task(ABC):
 
     Data: ClassVar[type[Data]] = Data
     Loss: ClassVar[type[Loss]] = Loss
+    Evaluation: ClassVar[type[Evaluation]] = Evaluation
     Predict: ClassVar[type[Section]] = Section
     code_version: ClassVar[int] = 3
     pads: bool = True

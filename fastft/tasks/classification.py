@@ -26,7 +26,7 @@ from fastft.lazy import torch
 from fastft.objectives.base import Objective, OutputsObjective
 from fastft.tasks import _judged
 from fastft.tasks._sequence import HEADS, SequenceEncoder, SequenceTask
-from fastft.tasks.base import IGNORE, Batch, Draw, Metric, Metrics, ModelSpec
+from fastft.tasks.base import IGNORE, Batch, Draw, Metric, ModelSpec, SampleMetrics
 
 
 class ClassificationData(Data):
@@ -266,7 +266,7 @@ class LabelEncoder(SequenceEncoder):
         return out
 
 
-class ClassificationMetrics(Metrics):
+class ClassificationMetrics(SampleMetrics):
     """Accuracy and macro F1; for multi-label: micro and macro F1, and the share of rows with every label right."""
 
     def __init__(self, task: Classification):
@@ -283,29 +283,42 @@ class ClassificationMetrics(Metrics):
         self.logits.append(outputs.logits.float().cpu().numpy())
         self.labels.append(batch.labels.cpu().numpy())
 
-    def state(self) -> tuple:
-        return self.loss, self.logits, self.labels
+    def sums(self) -> dict[str, float]:
+        return {"loss": self.loss, "examples": sum(map(len, self.labels))}
 
-    def finish(self, states: list) -> dict[str, float]:
-        from sklearn.metrics import accuracy_score, f1_score
+    def of_sums(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"loss": sums["loss"] / sums["examples"], "examples": int(sums["examples"])}
 
-        logits = np.concatenate([x for s in states for x in s[1]])
-        labels = np.concatenate([x for s in states for x in s[2]])
-        result = {"loss": sum(s[0] for s in states) / len(labels), "examples": len(labels)}
+    def columns(self) -> dict[str, np.ndarray]:
+        if not self.labels:
+            return {}
+        labels, logits = np.concatenate(self.labels), np.concatenate(self.logits)
+        if labels.ndim == 1:
+            return {"labels": labels, "predicted": logits.argmax(-1)}
+        return {"labels": labels > 0.5, "predicted": logits > 0}  # probability above one half
 
-        def f1(predicted: np.ndarray, average: str) -> float:
+    def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
+        from sklearn.metrics import f1_score
+
+        labels, predicted = columns["labels"], columns["predicted"]
+
+        def f1(average: str) -> float:
             return float(f1_score(labels, predicted, average=average, zero_division=0))
 
-        if labels.ndim == 1:
-            predicted = logits.argmax(-1)
-            accuracy = float(accuracy_score(labels, predicted))
-            return {**result, "accuracy": accuracy, "f1_macro": f1(predicted, "macro")}
-        predicted = logits > 0  # probability above one half
-        accuracy = float((predicted == (labels > 0.5)).all(-1).mean())
-        return {**result, "accuracy": accuracy, "f1_micro": f1(predicted, "micro"), "f1_macro": f1(predicted, "macro")}
+        right = (predicted == labels).reshape(len(labels), -1).all(-1)
+        micro = {"f1_micro": f1("micro")} if labels.ndim == 2 else {}
+        return {"accuracy": float(right.mean()), **micro, "f1_macro": f1("macro")}
 
     def judged(self, learned: Learned) -> _judged.Judged:
         return _judged.classified(np.concatenate(self.logits), np.concatenate(self.labels), learned["labels"])
+
+    def error_of(self, judged: dict[str, Any]) -> float:
+        """One less the label's probability; of several labels the number that are wrong, then how far off they are."""
+        if "gold_score" in judged:
+            return 1 - judged["gold_score"]
+        gold, scores = set(judged["gold"]), judged["scores"]
+        off = sum(abs((name in gold) - score) for name, score in scores.items())
+        return len(gold ^ set(judged["labels"])) + off / (1 + len(scores))
 
     def by_class(self, learned: Learned) -> dict[str, dict[str, float]]:
         return _judged.class_scores(np.concatenate(self.logits), np.concatenate(self.labels), learned["labels"])

@@ -21,7 +21,7 @@ from fastft.lazy import torch
 from fastft.objectives.base import Objective, OutputsObjective
 from fastft.tasks import _judged
 from fastft.tasks._sequence import HEADS, SequenceEncoder, SequenceTask
-from fastft.tasks.base import Batch, Draw, Metric, Metrics, ModelSpec
+from fastft.tasks.base import Batch, Draw, Metric, ModelSpec, SampleMetrics
 
 MEASURES = (("mse", True), ("mae", True), ("pearson", False), ("spearman", False))  # name, lower is better
 
@@ -204,12 +204,12 @@ class TargetEncoder(SequenceEncoder):
         return {"totals": write_sizes(store, lengths, (~np.isnan(values)).mean(1))}
 
 
-class RegressionMetrics(Metrics):
+class RegressionMetrics(SampleMetrics):
     """Squared and absolute error in the targets' own units, Pearson's and Spearman's correlation: per target, and their
     mean. NaN where it is not defined (all predictions are equal)."""
 
     def __init__(self, learned: Learned):
-        self.names, self.error = learned["targets"], SquaredError(learned)
+        self.names, self.squared_error = learned["targets"], SquaredError(learned)
         self.mean, self.std = (np.array(learned[name]) for name in ("mean", "std"))
         self.loss = 0.0
         self.predicted: list[np.ndarray] = []
@@ -220,20 +220,28 @@ class RegressionMetrics(Metrics):
         if batch.tokens == 0:
             return
         one = torch.ones((), dtype=torch.float32, device=outputs.logits.device)
-        self.loss += float(self.error(outputs, batch, one))
+        self.loss += float(self.squared_error(outputs, batch, one))
         self.predicted.append(outputs.logits.double().cpu().numpy() * self.std + self.mean)
         self.values.append(batch.labels.double().cpu().numpy())
 
-    def state(self) -> tuple:
-        return self.loss, self.predicted, self.values
+    def sums(self) -> dict[str, float]:
+        return {"loss": self.loss}
+
+    def columns(self) -> dict[str, np.ndarray]:
+        if not self.values:
+            return {}
+        return {"predicted": np.concatenate(self.predicted), "values": np.concatenate(self.values)}
 
     def finish(self, states: list) -> dict[str, float]:
-        predicted, values = (np.concatenate([x for s in states for x in s[part]]) for part in (1, 2))
+        values = self.joined(states)["values"]
+        loss = sum(sums["loss"] for sums, _ in states) / (~np.isnan(values)).mean(1).sum()
+        return {"loss": loss, "examples": len(values), **super().finish(states)}
+
+    def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
+        predicted, values = columns["predicted"], columns["values"]
         used = ~np.isnan(values)
-        columns = zip(predicted.T, values.T, used.T, strict=True)
-        each = [_measures(p[mask], v[mask]) for p, v, mask in columns]
-        result = {"loss": sum(s[0] for s in states) / used.mean(1).sum(), "examples": len(values)}
-        result |= {name: float(np.mean([found[name] for found in each])) for name, _ in MEASURES}
+        each = [_measures(p[mask], v[mask]) for p, v, mask in zip(predicted.T, values.T, used.T, strict=True)]
+        result = {name: float(np.mean([found[name] for found in each])) for name, _ in MEASURES}
         if len(each) > 1:
             for target, found in zip(self.names, each, strict=True):
                 result |= {f"{name}_{target}": value for name, value in found.items()}
@@ -241,6 +249,11 @@ class RegressionMetrics(Metrics):
 
     def judged(self, learned: Learned) -> _judged.Judged:
         return _judged.rated(np.concatenate(self.predicted), np.concatenate(self.values), self.names)
+
+    def error_of(self, judged: dict[str, Any]) -> float:
+        """The largest of its targets."""
+        errors = judged["error"].values() if isinstance(judged["error"], dict) else [judged["error"]]
+        return max((abs(error) for error in errors if error is not None), default=0.0)
 
 
 class Rater(Predictor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,42 @@ import torch
 from fastft.assemble import Job
 from fastft.data import batches
 from fastft.data.split import Split
-from fastft.tasks.base import Batch, Draw, Metrics
+from fastft.inference.forward import Forward
+from fastft.tasks._intervals import intervals
+from fastft.tasks.base import Batch, Draw, Metrics, SampleMetrics
+from fastft.train.errors import write_worst
 
 WINDOW = 1024  # sequences planned at a time: enough to sort by length, small enough for the planner's quadratic cost
 
 
-def evaluate(job: Job, split: Split, forward: Any = None, beat: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """The task's metrics over every sequence of the split, the same numbers on every rank; parameters as ``measure``
-    has them.
+@dataclass(frozen=True)
+class Measured:
+    """Metrics of a split, and a lower and upper end for each where ``evaluation.bootstrap`` asks for them; the same on
+    every rank.
     """
-    metrics, _ = measure(job, split, forward, beat)
-    return metrics.finish(job.ranks.gather(metrics.state()))
+
+    numbers: dict[str, float]
+    intervals: dict[str, list[float]]
+
+
+def evaluate(job: Job, name: str, step: int, forward: Any = None, beat: Callable[[], None] = lambda: None) -> Measured:
+    """The task's metrics over every sequence of an evaluation set; the worst rows go to a file of the run.
+
+    ``forward``, ``beat``: as ``measure`` has them.
+    """
+    metrics, ids = measure(job, job.evals[name], forward, beat)
+    states = job.ranks.gather(metrics.state())
+    numbers = metrics.finish(states)
+    write_worst(job, name, metrics, ids, step)
+    return Measured(numbers, intervals_of(job, metrics, states, job.config.evaluation.bootstrap))
+
+
+def intervals_of(job: Job, metrics: Metrics, states: list, resamples: int) -> dict[str, list[float]]:
+    """Of the task's metrics, from the states of all ranks; none where they are not of single samples."""
+    if not resamples or not isinstance(metrics, SampleMetrics):
+        return {}
+    names = [metric.name for metric in job.task.metrics]
+    return intervals(metrics, metrics.joined(states), names, resamples)
 
 
 def measure(
@@ -37,10 +63,12 @@ def measure(
     beat : callable
         Called after every batch.
     """
-    forward = job.model if forward is None else forward
+    engine = job.model if forward is None else forward
     assert job.measured is not None
     was_training = job.model.training
-    forward.eval()
+    engine.eval()
+    sharded = forward is not None and job.config.parallel.zero == 3 and not job.ranks.alone
+    called = Forward(engine, job.model, sharded)
     metrics = job.task.new_metrics(job.measured, job.learned)
     seed = job.config.run.seed
 
@@ -55,13 +83,15 @@ def measure(
             batch = coming.result().to(job.ranks.device)
             if i + 1 < len(plan):
                 coming = ahead.submit(collate, plan[i + 1])
-            metrics.update(forward, batch)
+            metrics.update(called, batch)
             beat()
-    forward.train(was_training)
+        for _ in metrics.complete(called, lambda n: n if forward is None else job.ranks.max([n])[0]):
+            beat()
+    engine.train(was_training)
     return metrics, np.concatenate(plan)
 
 
 def _plan(job: Job, split: Split, start: int) -> batches.Plan:
     ids = np.arange(start, min(start + WINDOW, len(split)))
     world, most = job.ranks.data_world, job.config.batch.micro_tokens
-    return batches.auto(ids, split.lengths[ids], world, most, job.task.pads, job.ranks.device.type)
+    return batches.auto(ids, split.sizes[ids], world, most, job.task.pads, job.ranks.device.type)

@@ -260,8 +260,8 @@ class Loop:
         ids, rows = samples.ids, np.arange(len(samples.ids))
         micro, world = config.batch.micro, ranks.data_world
         if micro == "auto":
-            lengths, most = self.split.lengths[ids], config.batch.micro_tokens
-            plan = batches.auto(rows, lengths, world, most, self.job.task.pads, ranks.device.type)
+            sizes, most = self.split.sizes[ids], config.batch.micro_tokens
+            plan = batches.auto(rows, sizes, world, most, self.job.task.pads, ranks.device.type)
         else:
             plan = batches.fixed(rows, world, micro)
         mine = [part[ranks.data_rank] for part in plan]
@@ -343,9 +343,11 @@ class Loop:
 
     def _measure(self) -> None:
         with self.throughput.paused():
-            for name, split in self.job.evals.items():
-                self.metrics[name] = evaluate(self.job, split, self.engine, lambda: self.heart.beat(self.step))
-                self.log.record("eval", step=self.step, set=name, **self.metrics[name])
+            for name in self.job.evals:
+                found = evaluate(self.job, name, self.step, self.engine, lambda: self.heart.beat(self.step))
+                self.metrics[name], sure = found.numbers, found.intervals
+                more = {"intervals": sure} if sure else {}
+                self.log.record("eval", step=self.step, set=name, **self.metrics[name], **more)
                 shown = "  ".join(f"{k} {v:.4g}" for k, v in self.metrics[name].items())
                 self.log.say(f"step {self.step}  {name}: {shown}")
 

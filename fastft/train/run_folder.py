@@ -14,6 +14,7 @@ from fastft.launch import protocol
 
 OF_A_RUN = (
     "checkpoints",
+    "errors",
     "model",
     "metrics.jsonl",
     "config.yaml",

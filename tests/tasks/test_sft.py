@@ -589,3 +589,57 @@ def test_chat_takes_models_with_a_template(tiny_llama, tiny_bert):
     for model, part in ((tiny_llama, "no chat template"), (tiny_bert, "")):
         code, output = launch.fastft("chat", model, check=False)
         assert code == 1 and part in output and "Traceback" not in output
+
+
+def test_evaluations_generate_the_last_answers(config, tmp_path):
+    """Overfitted answers are found again, by length and not by pack; ZeRO 0 and 3 on two ranks, of which one has less
+    to generate, give the same."""
+    asked = (
+        ("red?", "Apple."),
+        ("how much is 2 + 2? Please tell me in one word", "So it is #### 4"),
+        ("high?", "Cloud."),
+    )
+    first = [ASKED, ANSWERED]
+    rows = [
+        {"messages": [*(first if i == 1 else []), {"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for i, (q, a) in enumerate(asked)
+    ]
+    config["data"] |= {"train": write(tmp_path / "r.jsonl", rows * 8), "eval": write(tmp_path / "e.jsonl", rows)}
+    config["evaluation"] = {"metrics": ["exact_match", "rouge", "answer"], "generation": {"max_new_tokens": 30}}
+    config |= {"train": {"steps": 60, "log_every": 20}, "optim": {"lr": 1e-2, "warmup": 5}}
+    config["checkpoint"] = {"best_by": "eval.exact_match"}
+    launch.fastft("train", launch.write_config(tmp_path / "c.yaml", config))
+    found = track.read(tmp_path / "run")[-1]["eval"]["eval"]
+    assert {name: found[name] for name in ("exact_match", "rouge1", "rougeL")} == dict.fromkeys(
+        ("exact_match", "rouge1", "rougeL"), 1
+    )
+    assert found["answer"] == pytest.approx(1 / 3)  # the others hold no number
+    launch.fastft("eval", tmp_path / "run", "--json", "--out", tmp_path / "judged.jsonl")
+    judged = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
+    assert [(row["gold"], row["generated"], row["exact_match"]) for row in judged] == [(a, a, 1.0) for _, a in asked]
+    assert [row["row"].rpartition(":")[2] for row in judged] == ["1", "2", "3"]
+    paths = []
+    for zero in (0, 3):
+        config |= {"parallel": {"zero": zero}}
+        config["model"]["path"], config["run"]["dir"] = str(tmp_path / "run" / "model"), str(tmp_path / f"z{zero}")
+        paths.append(launch.write_config(tmp_path / f"z{zero}.yaml", config))
+    launch.ranks(2, [launch.ROOT / "tests" / "train" / "runs.py", "generated", tmp_path, *paths])
+    for path in paths:
+        ranks = json.loads(path.with_suffix(".json").read_text())
+        assert ranks["tokens"] == [a for _, a in asked] and ranks["metrics"] == pytest.approx(found, rel=1e-3), (
+            path.stem
+        )
+
+
+def test_an_answer_that_is_cut_is_not_asked_for(config, tmp_path):
+    """Its end is not there, and nothing that is generated could match it."""
+    config["data"] |= {"truncation": "truncate", "max_length": 40}
+    long = [CHAT[1], {"role": "assistant", "content": "long " * 60}]
+    config["data"]["train"] = write(tmp_path / "c.jsonl", [{"messages": long}, {"messages": CHAT[1:3]}])
+    config["evaluation"] = {"metrics": ["exact_match"]}
+    job = jobs.job_of(config)
+    batch = jobs.batch_of(job, range(len(job.train)))
+    tokenizer = job.task.tokenizer
+    ((place, one),) = batch.asked
+    assert one.where.endswith("c.jsonl:2") and tokenizer.decode(one.answer) == "It is 4.<|im_end|>"
+    assert tokenizer.decode(one.prompt).endswith("<|im_start|>assistant\n") and 0 <= place < batch.samples

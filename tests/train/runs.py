@@ -2,8 +2,10 @@
 
 train C...       train every configuration
 gradients OUT C...   one step's gradients and loss, by full parameter name, to OUT/<name of C>.pt (rank 0)
+generated OUT C...   what an evaluation generates, tokens by sample, and its metrics, to OUT/<name of C>.json (rank 0)
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from fastft import config as configuration
 from fastft.cli.main import leave
 from fastft.track import Telemetry
 from fastft.train import loop
+from fastft.train.evaluation import measure
 from fastft.train.heartbeat import Heartbeat
 from fastft.train.saver import Saver
 from fastft.train.schedule import Schedule
@@ -22,17 +25,37 @@ from fastft.train.signals import StopRequest
 from fastft.zero import engine
 
 
-def gradients(out: Path, path: Path) -> None:
-    from deepspeed.utils import safe_get_full_grad
-
+def put_together(path: Path):
+    """The run and its engine."""
     config = configuration.load(path, ["optim.weight_decay=0"])
     job = assemble.start(config)
-    assemble.add_data(job, evals=False)
+    assemble.add_data(job)
     engine.start_process_group()
     assemble.add_model(job)
     assemble.add_optimizer(job)
     built = engine.build_engine(job.model, job.optimizer, engine.deepspeed_config(config, job.ranks))
     assemble.add_objective(job, built)
+    return config, job, built
+
+
+def generated(out: Path, path: Path) -> None:
+    _, job, built = put_together(path)
+    metrics, ids = measure(job, job.evals["eval"], built)
+    if job.config.task == "sft":
+        keys, rows = [one.where for _, one in metrics.asked], metrics.texts
+    else:
+        keys, rows = ids.tolist(), [row.tolist() for row in metrics.written]
+    every = dict(pair for part in job.ranks.gather(list(zip(keys, rows, strict=True))) for pair in part)
+    numbers = metrics.finish(job.ranks.gather(metrics.state()))
+    if job.ranks.main:
+        found = {"tokens": [every[i] for i in sorted(every)], "metrics": numbers, "record": job.record}
+        (out / f"{path.stem}.json").write_text(json.dumps(found))
+
+
+def gradients(out: Path, path: Path) -> None:
+    from deepspeed.utils import safe_get_full_grad
+
+    config, job, built = put_together(path)
     schedule = Schedule.of(config, job.order, job.task.max_length)
     saver = Saver(job, built, schedule, "", StopRequest(), Heartbeat())
     run = loop.Loop(job, built, schedule, saver, Heartbeat())
@@ -41,7 +64,7 @@ def gradients(out: Path, path: Path) -> None:
     found = {}
 
     def keep() -> None:  # instead of the optimizer's step
-        for name, p in built.module.named_parameters():
+        for name, p in [(n, p) for n, p in built.module.named_parameters() if p.requires_grad]:
             found[name] = (safe_get_full_grad(p) if config.parallel.zero else p.grad).clone()
 
     run.stepper._step = keep
@@ -58,6 +81,6 @@ if __name__ == "__main__":
             loop.train(configuration.load(path))
     else:
         for path in arguments[1:]:
-            gradients(Path(arguments[0]), Path(path))
+            {"gradients": gradients, "generated": generated}[verb](Path(arguments[0]), Path(path))
     dist.destroy_process_group()
     leave(0)

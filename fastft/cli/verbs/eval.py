@@ -35,13 +35,17 @@ def run(
     if out is not None:
         write_lines((row for evaluation in found.values() for row in evaluation.rows or []), out)
     if as_json:
-        by_class = {name: {"classes": e.classes} if e.classes else {} for name, e in found.items()}
-        print(json.dumps({name: {**e.metrics, **by_class[name]} for name, e in found.items()}))
+        more = {name: {"classes": e.classes, "intervals": e.intervals} for name, e in found.items()}
+        parts = {name: {part: value for part, value in more[name].items() if value} for name in found}
+        print(json.dumps({name: {**e.metrics, **parts[name]} for name, e in found.items()}))
         return
     from fastft.cli.training import format_metrics
 
     for name, evaluation in found.items():
         print(f"{name}: {format_metrics(evaluation.metrics)}")
+        if evaluation.intervals:
+            ends = (f"{metric} {low:.4g} to {high:.4g}" for metric, (low, high) in evaluation.intervals.items())
+            print(f"{name}: 95 % intervals: {'  '.join(ends)}")
         if evaluation.classes:
             _print_classes(evaluation.classes)
 

@@ -12,6 +12,7 @@ from fastft.errors import UserError
 from fastft.registry import Registry
 
 Record = Mapping[str, object]
+MISSING: Any = object()
 Reader = Callable[[Path, Source], Iterator[tuple[str, Record]]]
 FORMATS: Registry[Reader] = Registry("data format")
 SUFFIXES: dict[str, str] = {}  # ".jsonl" -> "jsonl"
@@ -40,6 +41,15 @@ def open_text(path: Path, newline: str | None = None) -> TextIO:
         raise UserError(f"{path}: is UTF-16, not UTF-8.", f"Convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE")
     zipped = start == b"\x1f\x8b"
     return (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline=newline)
+
+
+def value_of(record: Record, column: str) -> Any:
+    """A column's value, ``translation.en`` being the key of a mapping in one; MISSING where there is none."""
+    if column in record:
+        return record[column]
+    name, _, rest = column.partition(".")
+    inner = record[name] if rest and name in record else None
+    return value_of(inner, rest) if isinstance(inner, Mapping) else MISSING
 
 
 class Unreadable:

@@ -25,7 +25,13 @@ PREFIX = "base_model.model."  # before every name in peft's files
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
 PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 # peft's names for what a model does, by the end of its class's name.
-TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "MTModel": "SEQ_2_SEQ_LM",
+}
 # What a resume may not change: the weights in a checkpoint mean something else with another of these.
 FIXED = ("r", "alpha", "targets", "dora", "rslora", "train")
 # Largest error of a merged layer over its largest output: rounding of the sum, once.
@@ -175,6 +181,8 @@ class LoRA(Edit):
         (folder / BASE).write_text(json.dumps(self.state(), indent=1))
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)  # the labels of a new head are in it
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
         return True
 
     def merged(self, state: State, model: torch.nn.Module, dtype: torch.dtype) -> State:

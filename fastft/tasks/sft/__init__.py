@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +22,18 @@ from fastft.data.split import Split
 from fastft.data.store import Store
 from fastft.errors import did_you_mean
 from fastft.inference.base import Predictor
+from fastft.inference.forward import check_generates, settle
 from fastft.lazy import torch
 from fastft.models import load
 from fastft.objectives.base import Objective
 from fastft.tasks._decoder import DecoderTask, GenerationOptions
 from fastft.tasks._documents import pack, pieces, write_packs
+from fastft.tasks._generated import GenerationEvaluation, Scores, names_of
 from fastft.tasks._language import LanguageModelObjective, sample_inputs
 from fastft.tasks._text import TextEncoder
-from fastft.tasks.base import IGNORE, Batch, Draw
+from fastft.tasks.base import IGNORE, Batch, Draw, Metric
 from fastft.tasks.sft import conversations
+from fastft.tasks.sft.generated import LONGEST, Asked, ChatMetrics, asked
 from fastft.tasks.sft.rendering import ChatTemplate, Plain, Sample
 
 log = logging.getLogger(__name__)
@@ -116,9 +119,12 @@ class WeightedBatch(Batch):
     ----------
     weights : Tensor or None
         (rows, width) float32, of each label; None: all count 1.
+    asked : list of (int, Asked)
+        Where evaluations generate: the last answer of each conversation, with its sequence's place in the batch.
     """
 
     weights: torch.Tensor | None = None
+    asked: list[tuple[int, Asked]] = field(default_factory=list)
 
 
 @rooms.TASKS.register("sft")
@@ -127,6 +133,7 @@ class SFT(DecoderTask):
     answer."""
 
     Data = SFTData
+    Evaluation = GenerationEvaluation
     code_version = 1
 
     @cached_property
@@ -141,6 +148,11 @@ class SFT(DecoderTask):
         data = self.config.data
         return Plain(self.tokenizer) if data.plain else ChatTemplate(self.tokenizer, data.template_options)
 
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The token that ends an answer; None: the template writes none."""
+        return self.template.end_of_turn()
+
     def processor_key(self) -> dict:
         written = repr(self.tokenizer.chat_template).encode()
         return {**super().processor_key(), "chat_template": hashlib.sha256(written).hexdigest()}
@@ -151,7 +163,7 @@ class SFT(DecoderTask):
     def describe(self, split: Split) -> list[str]:
         tokens, targets = split.totals["tokens"], split.totals["targets"]
         said = [f"{split.data.meta['documents']:,} conversations; {targets / tokens:.1%} of their tokens are learned"]
-        if self.template.end_of_turn() is None:
+        if self.end_of_turn is None:
             said.append(
                 "warning: the chat template ends an answer with no token of its own: the model does not learn to stop"
             )
@@ -161,30 +173,49 @@ class SFT(DecoderTask):
         batch = super().collate(split, ids, draw)
         weights = torch.zeros(batch.labels.numel(), dtype=torch.float32)
         width = batch.labels.numel() // max(len(ids), 1)  # of a row, before flash attention's rows become one
+        answers: list[tuple[int, Asked]] = []
         for r, sample in enumerate(ids):
             at = r * width
-            for piece in pack(split.data, int(sample), "weights"):
+            pieces_of_row = pack(split.data, int(sample), "weights")
+            if self.config.evaluation.metrics:
+                parts = (self.documents(split, int(sample)), pack(split.data, int(sample)), pieces_of_row)
+                found = [asked(*part, self.end_of_turn) for part in zip(*parts, strict=True)]
+                answers += [(r, one) for one in found if one is not None]
+            for piece in pieces_of_row:
                 weights[at : at + len(piece) - 1] = torch.from_numpy(np.array(piece[1:], np.float32))
                 at += len(piece)
         weights = weights.view_as(batch.labels)
         labels = batch.labels.masked_fill(weights == 0, IGNORE)
         even = bool(((weights == 0) | (weights == 1)).all())
         counts = (batch.samples, batch.tokens, batch.padded)
-        return WeightedBatch(batch.inputs, labels, *counts, weights=None if even else weights)
+        return WeightedBatch(batch.inputs, labels, *counts, weights=None if even else weights, asked=answers)
 
     @classmethod
     def fits(cls, model_config: Any) -> bool:
         return False  # nothing in a config tells it from causal_lm, but what an export writes there
 
     def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
-        _stop_at(model, self.template.end_of_turn())
+        _stop_at(model, self.end_of_turn)
         sample = {**sample_inputs(model, self.max_length, device), "use_cache": False}
-        return WeightedObjective(self.config.loss, forward, model, sample)
+        objective = WeightedObjective(self.config.loss, forward, model, sample)
+        evaluation = self.config.evaluation
+        if evaluation.metrics:
+            settings = settle(model, evaluation.generation, min(LONGEST, self.max_length))
+            check_generates(model, {name: sample[name][:1] for name in ("input_ids",)}, device)
+            objective.record |= {"generation": settings, "signatures": Scores(evaluation).signatures}
+        return objective
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return (*super().metrics, *names_of(self.config.evaluation.metrics))
+
+    def new_metrics(self, objective: Objective, learned: Learned) -> ChatMetrics:  # type: ignore[override]
+        return ChatMetrics(objective, self.tokenizer, Scores(self.config.evaluation), self.config)
 
     def predictor(self, model: torch.nn.Module, learned: Learned, options: GenerationOptions) -> Predictor:
         from fastft.tasks.sft.chat import Chat
 
-        _stop_at(model, self.template.end_of_turn())
+        _stop_at(model, self.end_of_turn)
         columns = self.config.data.columns
         return Chat(model, self.template, columns, options.max_new_tokens, options.temperature)
 

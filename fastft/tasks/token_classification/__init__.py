@@ -253,6 +253,10 @@ class EntityMetrics(Metrics):
         sentences = zip(*self._sentences(self.windows), strict=True)
         return [(first[sentence], {"gold": gold, "predicted": tags}) for sentence, gold, tags in sentences]
 
+    def error_of(self, judged: dict[str, Any]) -> float:
+        """Words with a wrong tag."""
+        return float(sum(a != b for a, b in zip(judged["gold"], judged["predicted"], strict=True)))
+
     def by_class(self, learned: Learned) -> dict[str, dict[str, float]]:
         """Of entities, by their type."""
         _, expected, found = self._sentences(self.windows)
