@@ -8,16 +8,15 @@ implementation is chosen forward by forward. That the model's logits are the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastft.errors import UserError
 from fastft.models.load import vocabulary_rows
-from fastft.models.trial import REFUSALS, trial
+from fastft.models.switch import Switch, proven, refuse
+from fastft.models.trial import trial
 from fastft.ops.decoder.attention import DocumentAttention, kernels, refuses, slow
 
 NAME = "fastft_varlen"
@@ -60,49 +59,12 @@ def attend(
     return out.view(rows, length, heads, dim), None
 
 
-class ByDocument:
-    """A model whose attention is by document where a forward says where documents begin.
-
-    Attributes
-    ----------
-    on : bool
-        False: every forward runs as without it.
-    """
+class ByDocument(Switch):
+    """A model whose attention is by document where a forward says where documents begin."""
 
     def __init__(self, model: nn.Module):
-        import transformers
-
-        transformers.AttentionInterface.register(NAME, attend)
-        self.on = True
-        found: dict[int, Any] = {}
-        for module in model.modules():
-            config = getattr(module, "config", None)
-            if getattr(config, "_attn_implementation", None) is not None:
-                found[id(config)] = config
-        self.configs = list(found.values())
-        self.plain = [config._attn_implementation for config in self.configs]
-        self.now = False
-        self.hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
-
-    def remove(self) -> None:
-        self._switch(False)
-        self.hook.remove()
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """While inside, every forward runs as without it."""
-        self.on = False
-        try:
-            yield
-        finally:
-            self.on = True
-
-    def _switch(self, now: bool) -> None:
-        """Not back after each forward: activation checkpointing runs layers again in the backward."""
-        if now != self.now:
-            self.now = now
-            for config, plain in zip(self.configs, self.plain, strict=True):
-                config._attn_implementation = NAME if now else plain
+        super().__init__(model, NAME, attend)
+        self.hooks.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         bounds, longest = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("max_length_q", None)
@@ -110,7 +72,7 @@ class ByDocument:
         if packed and bounds is None and kwargs.get("position_ids") is not None:
             bounds, longest = bounds_of(kwargs["input_ids"], kwargs["position_ids"])
         packed = packed and bounds is not None
-        self._switch(packed)
+        self.take(packed)
         if packed:
             kwargs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
             kwargs |= {"max_length_q": longest, "max_length_k": longest}
@@ -158,23 +120,16 @@ def install(
         return None, f"automatic: {reason}"
     reason = _refused(model, device)
     if not reason:
-        installed = ByDocument(model)
-        try:
-            difference = _difference(installed, forward, model, probe_length(model, length), device)
-        except REFUSALS as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        else:
-            allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
-            if difference <= allowed:
-                by = kernels(_query(model, device), getattr(model.config.get_text_config(), "num_key_value_heads", 1))
-                return installed, f"{'automatic' if choice == 'auto' else 'asked for'}, by {by}"
-            reason = f"logits differ from those of plain attention by {difference:.2g} (allowed {allowed:.0e})"
-        installed.remove()
-    if choice == "varlen":
-        raise UserError(
-            f"model.attention: varlen cannot be used for {type(model).__name__}: {reason}.",
-            "Set model.attention: auto or sdpa.",
-        )
+        installed, dtype = ByDocument(model), next(model.parameters()).dtype
+
+        def difference() -> float:
+            return _difference(installed, forward, model, probe_length(model, length), device)
+
+        reason = proven(installed, difference, dtype, "plain attention")
+        if not reason:
+            by = kernels(_query(model, device), getattr(model.config.get_text_config(), "num_key_value_heads", 1))
+            return installed, f"{'automatic' if choice == 'auto' else 'asked for'}, by {by}"
+    refuse(model, choice, reason)
     return None, reason
 
 

@@ -8,21 +8,17 @@ are the same both ways is measured on the model.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastft.errors import UserError
-from fastft.models.trial import REFUSALS, on_device, trial
+from fastft.models.switch import Switch, proven, refuse
+from fastft.models.trial import on_device, trial
 from fastft.ops.decoder.attention import refuses
 from fastft.ops.encoder_attention import attention
-
-log = logging.getLogger(__name__)
 
 NAME = "fastft_unpadded"
 KEYS = ("rows_at", "cu_seq_lens_q", "max_length_q")
@@ -81,52 +77,23 @@ def attend(
     return attention(q, k, v, bounds, longest, scale, dropout)[None], None
 
 
-class Unpadded:
+class Unpadded(Switch):
     """A model whose encoder runs without padding where a forward says where its tokens are."""
 
     def __init__(self, model: nn.Module, stack: nn.Module):
-        import transformers
-
-        transformers.AttentionInterface.register(NAME, attend)
-        found: dict[int, Any] = {
-            id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
-        }
-        self.configs = [c for c in found.values() if getattr(c, "_attn_implementation", None) is not None]
-        self.plain = [config._attn_implementation for config in self.configs]
-        self.on, self.now = True, False
+        super().__init__(model, NAME, attend)
         self.rows: tuple[Tensor, Tensor, int] | None = None
         self.shape = torch.Size()
-        self.hooks = [
+        self.hooks += [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             stack.register_forward_pre_hook(self._strip, with_kwargs=True),
             stack.register_forward_hook(self._pad),
         ]
 
-    def remove(self) -> None:
-        self._switch(False)
-        for hook in self.hooks:
-            hook.remove()
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """While inside, every forward runs as without it."""
-        self.on = False
-        try:
-            yield
-        finally:
-            self.on = True
-
-    def _switch(self, now: bool) -> None:
-        """Not back after each forward: activation checkpointing runs layers again in the backward."""
-        if now != self.now:
-            self.now = now
-            for config, plain in zip(self.configs, self.plain, strict=True):
-                config._attn_implementation = NAME if now else plain
-
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         at, bounds, longest = (kwargs.pop(name, None) for name in KEYS)
         self.rows = None if at is None or not self.on else (at, bounds, longest)
-        self._switch(self.rows is not None)
+        self.take(self.rows is not None)
         if self.rows is not None:
             kwargs = {**kwargs, "attention_mask": None}
         return args, kwargs
@@ -205,23 +172,12 @@ def install(
     if not reason:
         stack = stack_of(model)
         assert isinstance(stack, nn.Module)
-        installed = Unpadded(model, stack)
+        installed, dtype = Unpadded(model, stack), next(model.parameters()).dtype
         given = {name: on_device(value, device) for name, value in inputs.items()}
-        try:
-            difference = _difference(installed, forward, model, given, device)
-        except REFUSALS as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        else:
-            allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
-            if difference <= allowed:
-                return installed, "automatic" if choice == "auto" else "asked for"
-            reason = f"logits differ from those of padded rows by {difference:.2g} (allowed {allowed:.0e})"
-        installed.remove()
-    if choice == "varlen":
-        raise UserError(
-            f"model.attention: varlen cannot be used for {type(model).__name__}: {reason}.",
-            "Set model.attention: auto or sdpa.",
-        )
+        reason = proven(installed, lambda: _difference(installed, forward, model, given, device), dtype, "padded rows")
+        if not reason:
+            return installed, "automatic" if choice == "auto" else "asked for"
+    refuse(model, choice, reason)
     return None, reason
 
 
