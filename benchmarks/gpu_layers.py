@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from fastft.ops import decoder
-from fastft.ops.decoder import Documents, attention, decoder_layer
+from fastft.ops.decoder import Documents, attention, decoder_layer, flash
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -103,17 +103,17 @@ def attentions(t: Table) -> None:
         q = flat[0]
         print(f"{'':10} {'':60} by {attention.kernels(q, groups)}", flush=True)
         where = bounds_of(t, rows, length, length)
-        bounds = where, length, dim**-0.5, None
+        bounds = where, length, dim**-0.5
 
-        def flash(flat=flat, bounds=bounds) -> None:
-            out, kept = attention.flash_forward(*flat[:3], *bounds)
-            attention.flash_backward(flat[3], *flat[:3], out, kept, *bounds)
+        def by_torch(flat=flat, bounds=bounds) -> None:
+            out, kept = flash.forward(*flat[:3], *bounds)
+            flash.backward(flat[3], *flat[:3], out, kept, *bounds)
 
         if not t.quick:
             t.row(
                 "attention",
                 f"{heads}/{groups} x {dim}: torch's flash attention by document, of {length}",
-                flash,
+                by_torch,
                 **same,
             )
 

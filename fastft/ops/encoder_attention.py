@@ -1,8 +1,8 @@
 """Attention of rows of any length that lie one after the other, each token to all of its row: what an encoder computes
 without padding.
 
-On a GPU it is the flash attention that torch carries (the operators behind `torch.nn.attention.varlen`), with dropout;
-elsewhere torch's attention of one row after the other, neighbours of one length together.
+On a GPU it is the flash attention that torch carries, with dropout; elsewhere torch's attention of one row after the
+other, neighbours of one length together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastft.ops.decoder import flash
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, dropout: float) -> Tensor:
@@ -40,21 +42,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, sca
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, dropout: float):
-        out, lse, state, more, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, bounds, bounds, longest, longest, dropout, False, False, scale=scale
-        )
-        ctx.save_for_backward(q, k, v, out, lse, bounds, state, more)
+        out, kept = flash.forward(q, k, v, bounds, longest, scale, causal=False, dropout=dropout)
+        ctx.save_for_backward(q, k, v, out, bounds, *kept)
         ctx.settings = longest, scale, dropout
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v, out, lse, bounds, state, more = ctx.saved_tensors
+        q, k, v, out, bounds, *kept = ctx.saved_tensors
         longest, scale, dropout = ctx.settings
-        same = bounds, bounds, longest, longest, dropout, False, state, more
-        found = torch.ops.aten._flash_attention_backward(grad.contiguous(), q, k, v, out, lse, *same, scale=scale)
-        return (*found, None, None, None, None)
+        given = grad.contiguous(), q, k, v, out, tuple(kept), bounds, longest, scale
+        return (*flash.backward(*given, causal=False, dropout=dropout), None, None, None, None)
 
 
 def _by_row(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, dropout: float) -> Tensor:

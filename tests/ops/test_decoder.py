@@ -256,8 +256,8 @@ def test_documents_as_cudnn_wants_them(monkeypatch):
     assert cudnn._key(q, k, v, out, 17, 300, 0.5).documents == 32
     # One row of a model that joins heads last: (n, heads, dim) with other strides
     odd = torch.empty(4, 40, 8).transpose(0, 1)
-    assert cudnn._heads_side_by_side(q) is q
-    assert cudnn._heads_side_by_side(odd).stride() == (32, 8, 1)
+    assert cudnn.heads_side_by_side(q) is q
+    assert cudnn.heads_side_by_side(odd).stride() == (32, 8, 1)
 
 
 def test_a_graph_serves_what_is_not_larger(monkeypatch):

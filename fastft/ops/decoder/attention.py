@@ -2,9 +2,8 @@
 hide.
 
 On a Hopper GPU it is cuDNN's, where nvidia-cudnn-frontend is installed (extra ``gpu``); on others the flash attention
-that torch carries (the operators behind `torch.nn.attention.varlen`, called as they are, for the signature of that
-module changes from version to version); on a CPU the kernels of `fastft.ops.decoder.cpu`, or, where those are not
-built, one document after the other in plain torch.
+that torch carries; on a CPU the kernels of `fastft.ops.decoder.cpu`, or, where those are not built, one document after
+the other in plain torch.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastft.ops import native
-from fastft.ops.decoder import cpu, cudnn
+from fastft.ops.decoder import cpu, cudnn, flash
 
 
 def refuses(query: Tensor) -> str:
@@ -77,7 +76,7 @@ def forward(
         return _by_document(q, k, v, bounds, scale, window), ()
     if _by_cudnn(q, k, window):
         return cudnn.forward(q, k, v, bounds, longest, scale)
-    return flash_forward(q, k, v, bounds, longest, scale, window)
+    return flash.forward(q, k, v, bounds, longest, scale, window=window)
 
 
 def backward(
@@ -96,7 +95,7 @@ def backward(
     if q.is_cuda:
         if _by_cudnn(q, k, window):
             return cudnn.backward(grad, q, k, v, out, kept, longest, scale)
-        return flash_backward(grad, q, k, v, out, kept, bounds, longest, scale, window)
+        return flash.backward(grad, q, k, v, out, kept, bounds, longest, scale, window=window)
     if kept:
         return cpu.attention_backward(grad, q, k, v, out, kept, bounds, scale, window)
     inputs = q, k, v = q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_()
@@ -108,38 +107,6 @@ def backward(
 
 def _by_cudnn(q: Tensor, k: Tensor, window: int | None) -> bool:
     return window is None and not cudnn.refuses(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2])
-
-
-def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, window: int | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """``forward`` by the flash attention that torch carries."""
-    out, *rest = torch.ops.aten._flash_attention_forward(
-        q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale, **_window(window)
-    )
-    return out, tuple(rest[:3])  # lse, random state, and one more of it
-
-
-def flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    kept: tuple[Tensor, ...],
-    bounds: Tensor,
-    longest: int,
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``backward`` by the flash attention that torch carries."""
-    lse, state, more = kept
-    same = bounds, bounds, longest, longest, 0.0, True, state, more
-    return torch.ops.aten._flash_attention_backward(grad, q, k, v, out, lse, *same, scale=scale, **_window(window))
-
-
-def _window(window: int | None) -> dict[str, int]:
-    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, window: int | None) -> Tensor:

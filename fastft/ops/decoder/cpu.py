@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.ops.decoder.flash import heads_side_by_side
 from fastft.ops.native import DTYPES, address, module, tag
 
 
@@ -114,7 +115,7 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``attention.forward``: q (n, heads, dim), k and v (n, groups, dim); the result, and the rows' logsumexp."""
-    q, k, v = (_heads_side_by_side(t) for t in (q, k, v))
+    q, k, v = (heads_side_by_side(t) for t in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
     module().attention_forward(**_attention(q, k, v, out, lse, bounds, scale, window))
@@ -133,7 +134,7 @@ def attention_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``attention.backward``: the gradients are parts of one tensor, side by side."""
-    q, k, v = (_heads_side_by_side(t) for t in (q, k, v))
+    q, k, v = (heads_side_by_side(t) for t in (q, k, v))
     grad = grad.contiguous()
     sizes = [t.shape[1] * t.shape[2] for t in (q, k, v)]
     whole = torch.empty(q.shape[0], sum(sizes), dtype=q.dtype)
@@ -147,11 +148,6 @@ def attention_backward(
         **{f"{name}_stride": part.stride(0) for name, part in zip(names, parts, strict=True)},
     )
     return parts[0], parts[1], parts[2]
-
-
-def _heads_side_by_side(t: Tensor) -> Tensor:
-    """(n, heads, dim), whose heads follow each other in memory; tokens may lie further apart."""
-    return t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous()
 
 
 def _attention(

@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastft.ops.decoder import flash
+from fastft.ops.decoder.flash import heads_side_by_side
+
 log = logging.getLogger(__name__)
 
 SMALLEST = 16, 256  # documents and length of the smallest graph; then powers of two
@@ -75,8 +78,6 @@ def _refuses(device: torch.device, dtype: torch.dtype, heads: int, groups: int, 
 
 
 def _differs(device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
-    from fastft.ops.decoder import attention
-
     lengths = [130, 1, 61, 320]
     n = sum(lengths)
     generator = torch.Generator().manual_seed(0)
@@ -87,8 +88,8 @@ def _differs(device: torch.device, dtype: torch.dtype, heads: int, groups: int, 
     scale = dim**-0.5
     found, kept = forward(q, k, v, ends, max(lengths), scale)
     results = [found, *backward(grad, q, k, v, found, kept, max(lengths), scale)]
-    out, rest = attention.flash_forward(q, k, v, ends, max(lengths), scale, None)
-    expected = [out, *attention.flash_backward(grad, q, k, v, out, rest, ends, max(lengths), scale, None)]
+    out, rest = flash.forward(q, k, v, ends, max(lengths), scale)
+    expected = [out, *flash.backward(grad, q, k, v, out, rest, ends, max(lengths), scale)]
     for name, one, other in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
         error = ((one.float() - other.float()).norm() / other.float().norm()).item()
         if not error < 2e-2:
@@ -100,7 +101,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As `fastft.ops.decoder.attention.forward`, without a window."""
-    q, k, v = map(_heads_side_by_side, (q, k, v))
+    q, k, v = map(heads_side_by_side, (q, k, v))
     n, heads, dim = q.shape
     out = torch.empty(n, heads, dim, dtype=q.dtype, device=q.device)
     key = _key(q, k, v, out, bounds.numel() - 1, longest, scale)
@@ -123,7 +124,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fastft.ops.decoder.attention.backward`, without a window; gradients lie as q, k and v do."""
     stats, *tables = kept
-    q, k, v = map(_heads_side_by_side, (q, k, v))
+    q, k, v = map(heads_side_by_side, (q, k, v))
     n, heads, dim = q.shape
     groups = k.shape[1]
     if len({t.untyped_storage().data_ptr() for t in (q, k, v)}) == 1 and q.stride(0) == (heads + 2 * groups) * dim:
@@ -136,11 +137,6 @@ def backward(
     given = {"q": q, "k": k, "v": v, "o": out, "do": grad, "stats": stats, "dq": dq, "dk": dk, "dv": dv}
     _execute(_backward_graph(key), q.device, tuple(tables), **given)
     return dq, dk, dv
-
-
-def _heads_side_by_side(t: Tensor) -> Tensor:
-    """(n, heads, dim) whose heads follow each other in memory, as the graphs want them."""
-    return t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous()
 
 
 def _key(q: Tensor, k: Tensor, v: Tensor, out: Tensor, documents: int, longest: int, scale: float) -> Key:
