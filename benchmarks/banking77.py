@@ -4,7 +4,8 @@
 
 Every training runs in a process of its own. Throughput: short runs in turn, round by round; samples/s between the end
 of the first and the end of the last step, and the median of the rounds' ratios. ``trainer, heap kept`` is Trainer under
-the allocator settings that fastft makes for itself, to tell that share of the difference apart. Accuracy: full
+the allocator settings that fastft makes for itself, to tell that share of the difference apart; ``trainer, by length``
+the same with group_by_length. Accuracy: full
 trainings (3 epochs) of fastft and Trainer, one after the other.
 """
 
@@ -23,7 +24,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"epochs": 3, "batch": 32, "lr": 1e-4, "warmup": 50, "max_length": 128, "seed": 17}
 HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-CONTENDERS = {"fastft": ("fastft", {}), "trainer": ("trainer", {}), "trainer, heap kept": ("trainer", HEAP)}
+CONTENDERS = {
+    "fastft": ("fastft", {}),
+    "trainer": ("trainer", {}),
+    "trainer, heap kept": ("trainer", HEAP),
+    "trainer, by length": ("by_length", HEAP),
+}
 
 
 def run_fastft(model: str, data: Path, steps: int | None, folder: Path) -> dict:
@@ -59,7 +65,7 @@ def run_fastft(model: str, data: Path, steps: int | None, folder: Path) -> dict:
     }
 
 
-def run_trainer(model: str, data: Path, steps: int | None, folder: Path) -> dict:
+def run_trainer(model: str, data: Path, steps: int | None, folder: Path, order: str = "random") -> dict:
     import numpy as np
     import transformers
     from datasets import load_dataset
@@ -92,6 +98,7 @@ def run_trainer(model: str, data: Path, steps: int | None, folder: Path) -> dict
         lr_scheduler_type="linear",
         warmup_steps=SETTINGS["warmup"],
         seed=SETTINGS["seed"],
+        train_sampling_strategy=order,
         logging_strategy="no",
         save_strategy="no",
         report_to=[],
@@ -145,17 +152,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps of a short run")
     parser.add_argument("--no-full", action="store_true", help="throughput only")
     parser.add_argument("--machine", default=f"{os.cpu_count()} cores {platform.machine()}")
-    parser.add_argument("--child", choices=["fastft", "trainer"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["fastft", "trainer", "by_length"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(
-            json.dumps(
-                {"fastft": run_fastft, "trainer": run_trainer}[args.child](
-                    args.model, args.data, args.steps or None, args.folder
-                )
-            )
-        )
+        given = args.model, args.data, args.steps or None, args.folder
+        if args.child == "fastft":
+            print(json.dumps(run_fastft(*given)))
+        else:
+            print(json.dumps(run_trainer(*given, "group_by_length" if args.child == "by_length" else "random")))
         return
     rounds = [
         {name: child(name, args, args.steps)["samples_per_second"] for name in CONTENDERS} for _ in range(args.rounds)
