@@ -87,7 +87,7 @@ class FusedHead:
             What each position of the head's input is to predict: not shifted.
         rows : (n,) int64, optional
             Positions of the flattened target that are looked at, the others being ignored: where few have a target the
-            head's product is taken of those alone. Not with reduction="none".
+            head's product is taken of those alone.
         **options
             Of linear_cross_entropy, but for bias, low_rank, softcap and logit_scale, which the model brings.
 
@@ -213,6 +213,8 @@ def _forward_of(fused: FusedHead) -> Callable:
         if (shift := after.pop("shift", None)) is not None:
             bias = shift.to(hidden.dtype) if bias is None else bias + shift
         loss = linear_cross_entropy(hidden, weight, target, bias=bias, low_rank=low_rank, **after, **call.options)
+        if call.rows is not None and call.options.get("reduction") == "none":
+            loss = loss.new_zeros(call.target.numel()).index_copy(0, call.rows, loss)
         # In the shape of logits with one class, so that what the model does to logits next goes through; nobody reads
         # the result.
         return loss.reshape(1, -1, 1)

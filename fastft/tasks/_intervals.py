@@ -26,11 +26,12 @@ def intervals(
     """
     if not columns:
         return {}
-    samples, generator = len(next(iter(columns.values()))), np.random.default_rng(0)
+    lengths, generator = sorted({len(column) for column in columns.values()}), np.random.default_rng(0)
     found: dict[str, list[float]] = {}
     for _ in range(resamples):
-        which = generator.integers(samples, size=samples)
-        for name, value in metrics.numbers({name: column[which] for name, column in columns.items()}).items():
+        which = {samples: generator.integers(samples, size=samples) for samples in lengths}
+        drawn = {name: column[which[len(column)]] for name, column in columns.items()}
+        for name, value in metrics.numbers(drawn).items():
             found.setdefault(name, []).append(value)
     outside = (1 - SHARE) / 2
     wanted = [name for name in names if name in found and not np.isnan(found[name]).all()]

@@ -36,11 +36,13 @@ def _many(found: np.ndarray, wanted: np.ndarray, scores: np.ndarray, names: list
     return {"gold": gold, "labels": labels, "scores": shown}
 
 
-def class_scores(logits: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, dict[str, float]]:
-    """``precision``, ``recall``, ``f1`` and ``support`` (rows that have it) by label."""
+def class_scores(predicted: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, dict[str, float]]:
+    """``precision``, ``recall``, ``f1`` and ``support`` (rows that have it) by label.
+
+    ``predicted``, ``labels``: (rows,) int, or (rows, labels) bool where a row has any number of them.
+    """
     from sklearn.metrics import precision_recall_fscore_support
 
-    predicted: Any = logits > 0 if labels.ndim == 2 else logits.argmax(-1)
     which = None if labels.ndim == 2 else range(len(names))
     found = precision_recall_fscore_support(labels, predicted, labels=which, average=None, zero_division=0)
     return by_class(names, *found)

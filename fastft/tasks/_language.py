@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from fastft.config import Loss
 from fastft.lazy import torch
 from fastft.objectives.base import Objective
-from fastft.tasks.base import IGNORE, Batch, Metric, Metrics
+from fastft.tasks.base import IGNORE, Batch, Metric, SampleMetrics
 
 if TYPE_CHECKING:
     from fastft.models.head import FusedHead
@@ -77,9 +78,9 @@ class LanguageModelObjective(Objective):
         """0-dim: what the batch contributes to the step's denominator."""
         return (batch.labels != IGNORE).sum()
 
-    def negative_log_likelihood(self, model: Callable, batch: Batch) -> torch.Tensor:
-        """0-dim: summed over the batch's targets, without smoothing."""
-        return self._sum(model, batch)
+    def token_losses(self, model: Callable, batch: Batch) -> torch.Tensor:
+        """Of the labels' shape, float32: each target's negative log-likelihood, without smoothing; 0 elsewhere."""
+        return self._sum(model, batch, reduction="none").reshape(batch.labels.shape)
 
     def _sum(self, model: Callable, batch: Batch, **options: Any) -> torch.Tensor:
         from fastft.ops import cross_entropy
@@ -107,22 +108,30 @@ def sample_inputs(model: torch.nn.Module, length: int, device: torch.device) -> 
     return {"input_ids": tokens.to(device)}
 
 
-class Perplexity(Metrics):
+class Perplexity(SampleMetrics):
     """Mean negative log-likelihood per target token, and its exponential."""
 
     names = (Metric("loss", lower_is_better=True), Metric("perplexity", lower_is_better=True))
 
     def __init__(self, objective: Any):  # a LanguageModelObjective
-        self.objective, self.nll, self.tokens = objective, 0.0, 0
+        self.objective = objective
+        self.losses: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
 
     def update(self, model: Callable, batch: Batch) -> None:
-        self.nll += float(self.objective.negative_log_likelihood(model, batch))
-        self.tokens += int((batch.labels != IGNORE).sum())
+        losses = self.objective.token_losses(model, batch)
+        if batch.samples == 0:
+            return
+        # Some attention wants all samples in one row.
+        self.losses.append(losses.detach().reshape(batch.samples, -1).double().sum(1).cpu().numpy())
+        self.targets.append((batch.labels != IGNORE).reshape(batch.samples, -1).sum(1).cpu().numpy())
 
-    def state(self) -> tuple[float, int]:
-        return self.nll, self.tokens
+    def columns(self) -> dict[str, np.ndarray]:
+        if not self.losses:
+            return {}
+        return {"loss": np.concatenate(self.losses), "targets": np.concatenate(self.targets)}
 
-    def finish(self, states: list) -> dict[str, float]:
-        tokens = sum(s[1] for s in states)
-        loss = sum(s[0] for s in states) / tokens
+    def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
+        tokens = int(columns["targets"].sum())
+        loss = float(columns["loss"].sum()) / tokens if tokens else math.nan
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}

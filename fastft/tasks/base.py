@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from fastft.inference.base import Predictor
 from fastft.lazy import torch
 from fastft.models import load
 from fastft.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from fastft.ranks import Ranks
 
 TASKS = rooms.TASKS
 IGNORE = -100  # a target that no loss is taken of
@@ -118,6 +121,9 @@ class Metrics(ABC):
         """
         return iter(())
 
+    def bring_together(self, ranks: Ranks) -> None:
+        """After ``complete``, on all ranks together: samples whose parts were with several ranks, to one of them."""
+
     @abstractmethod
     def state(self) -> object:
         """Anything that pickles."""
@@ -134,8 +140,8 @@ class Metrics(ABC):
         """How wrong a sample is by what ``judged`` says of it, to order them by; None: that cannot be said."""
         return None
 
-    def by_class(self, learned: Learned) -> dict[str, dict[str, float]]:
-        """Of one rank: precision, recall, f1 and support by class."""
+    def by_class(self, states: list, learned: Learned) -> dict[str, dict[str, float]]:
+        """precision, recall, f1 and support by class, from the states of all ranks."""
         return {}
 
 
@@ -144,33 +150,24 @@ class SampleMetrics(Metrics):
 
     @abstractmethod
     def columns(self) -> dict[str, np.ndarray]:
-        """Of one rank, (samples, ...) each; empty where it had none."""
+        """Of one rank, (samples, ...) each; empty where it had none. Columns of one length have the same samples."""
 
     @abstractmethod
     def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
         """The metrics of some samples."""
 
-    def sums(self) -> dict[str, float]:
-        """Of one rank: what is known of all its samples together alone."""
-        return {}
+    def state(self) -> Any:
+        return self.columns()
 
-    def of_sums(self, sums: dict[str, float]) -> dict[str, float]:
-        """The metrics of those."""
-        return {}
-
-    def state(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        return self.sums(), self.columns()
-
-    def finish(self, states: list[tuple[dict[str, float], dict[str, np.ndarray]]]) -> dict[str, float]:
-        sums = {name: sum(state[0][name] for state in states) for name in states[0][0]}
+    def finish(self, states: list) -> dict[str, float]:
         columns = self.joined(states)
-        return {**self.of_sums(sums), **(self.numbers(columns) if columns else {})}
+        return self.numbers(columns) if columns else {}
 
-    @staticmethod
-    def joined(states: list[tuple[dict[str, float], dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+    def joined(self, states: list) -> dict[str, np.ndarray]:
         """The columns of all ranks, one behind the other."""
-        parts = [columns for _, columns in states if columns]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        parts = [columns for columns in states if columns]
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: np.concatenate([part[name] for part in parts if name in part]) for name in names}
 
 
 @dataclass(frozen=True)

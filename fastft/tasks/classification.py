@@ -153,29 +153,34 @@ class Classification(SequenceTask):
             labels = torch.full((1,), IGNORE) if labels.dim() == 1 else torch.full((1, labels.shape[1]), float("nan"))
         return Batch(inputs, labels, len(ids), real, padded)
 
-    def loss(self, outputs: Any, batch: Batch, scale: torch.Tensor, training: bool = True) -> torch.Tensor:
-        """Of the model's outputs: cross-entropy, or the mean over labels of binary cross-entropy; summed over rows.
-
-        ``training``: with what ``loss`` adds to it; an evaluation measures the plain one.
-        """
+    def loss(self, outputs: Any, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        """Of the model's outputs: cross-entropy, or the mean over labels of binary cross-entropy; summed over rows."""
         from fastft.ops import cross_entropy
 
-        logits, settings = outputs.logits, self.config.loss
+        settings = self.config.loss
         if batch.labels.dim() == 1:
             return cross_entropy(
-                logits,
+                outputs.logits,
                 batch.labels,
                 ignore_index=IGNORE,
                 reduction="sum",
                 token_weight=scale,
-                label_smoothing=settings.label_smoothing if training else 0.0,
-                z_loss=settings.z_loss if training else 0.0,
+                label_smoothing=settings.label_smoothing,
+                z_loss=settings.z_loss,
             )
+        return self.row_losses(outputs, batch).sum() * scale
+
+    def row_losses(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """(rows,) float32: the same of each row, without what the section ``loss`` adds in training."""
+        from fastft.ops import cross_entropy
+
+        if batch.labels.dim() == 1:
+            return cross_entropy(outputs.logits, batch.labels, ignore_index=IGNORE, reduction="none")
         used = ~batch.labels.isnan()
         losses = torch.nn.functional.binary_cross_entropy_with_logits(
-            logits.float(), batch.labels.nan_to_num(), reduction="none"
+            outputs.logits.float(), batch.labels.nan_to_num(), reduction="none"
         )
-        return (losses * used).sum() * scale / batch.labels.shape[1]
+        return (losses * used).sum(1) / batch.labels.shape[1]
 
     def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
         return OutputsObjective(self.loss)
@@ -270,7 +275,8 @@ class ClassificationMetrics(SampleMetrics):
     """Accuracy and macro F1; for multi-label: micro and macro F1, and the share of rows with every label right."""
 
     def __init__(self, task: Classification):
-        self.task, self.loss = task, 0.0
+        self.task = task
+        self.losses: list[np.ndarray] = []
         self.logits: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
 
@@ -278,24 +284,18 @@ class ClassificationMetrics(SampleMetrics):
         outputs = model(**batch.inputs)
         if batch.tokens == 0:
             return
-        one = torch.ones((), dtype=torch.float32, device=outputs.logits.device)
-        self.loss += float(self.task.loss(outputs, batch, one, training=False))
+        self.losses.append(self.task.row_losses(outputs, batch).double().cpu().numpy())
         self.logits.append(outputs.logits.float().cpu().numpy())
         self.labels.append(batch.labels.cpu().numpy())
-
-    def sums(self) -> dict[str, float]:
-        return {"loss": self.loss, "examples": sum(map(len, self.labels))}
-
-    def of_sums(self, sums: dict[str, float]) -> dict[str, float]:
-        return {"loss": sums["loss"] / sums["examples"], "examples": int(sums["examples"])}
 
     def columns(self) -> dict[str, np.ndarray]:
         if not self.labels:
             return {}
         labels, logits = np.concatenate(self.labels), np.concatenate(self.logits)
+        found = {"loss": np.concatenate(self.losses)}
         if labels.ndim == 1:
-            return {"labels": labels, "predicted": logits.argmax(-1)}
-        return {"labels": labels > 0.5, "predicted": logits > 0}  # probability above one half
+            return {**found, "labels": labels, "predicted": logits.argmax(-1)}
+        return {**found, "labels": labels > 0.5, "predicted": logits > 0}  # probability above one half
 
     def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
         from sklearn.metrics import f1_score
@@ -307,7 +307,8 @@ class ClassificationMetrics(SampleMetrics):
 
         right = (predicted == labels).reshape(len(labels), -1).all(-1)
         micro = {"f1_micro": f1("micro")} if labels.ndim == 2 else {}
-        return {"accuracy": float(right.mean()), **micro, "f1_macro": f1("macro")}
+        whole = {"loss": float(columns["loss"].mean()), "examples": len(labels), "accuracy": float(right.mean())}
+        return {**whole, **micro, "f1_macro": f1("macro")}
 
     def judged(self, learned: Learned) -> _judged.Judged:
         return _judged.classified(np.concatenate(self.logits), np.concatenate(self.labels), learned["labels"])
@@ -320,8 +321,9 @@ class ClassificationMetrics(SampleMetrics):
         off = sum(abs((name in gold) - score) for name, score in scores.items())
         return len(gold ^ set(judged["labels"])) + off / (1 + len(scores))
 
-    def by_class(self, learned: Learned) -> dict[str, dict[str, float]]:
-        return _judged.class_scores(np.concatenate(self.logits), np.concatenate(self.labels), learned["labels"])
+    def by_class(self, states: list, learned: Learned) -> dict[str, dict[str, float]]:
+        columns = self.joined(states)
+        return _judged.class_scores(columns["predicted"], columns["labels"], learned["labels"])
 
 
 class Classifier(Predictor):

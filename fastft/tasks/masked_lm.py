@@ -261,8 +261,8 @@ class MaskedObjective(LanguageModelObjective):
         smoothing = {"label_smoothing": self.settings.label_smoothing, "z_loss": self.settings.z_loss}
         return self._masked(model, batch, batch.weights * scale, **smoothing)
 
-    def negative_log_likelihood(self, model: Callable, batch: Any) -> torch.Tensor:
-        return self._masked(model, batch, torch.ones_like(batch.weights))
+    def token_losses(self, model: Callable, batch: Any) -> torch.Tensor:
+        return self._masked(model, batch, torch.ones_like(batch.weights), reduction="none").reshape(batch.labels.shape)
 
     def _masked(self, model: Callable, batch: Any, weights: torch.Tensor, **options: Any) -> torch.Tensor:
         if self.head is None or not len(batch.rows):

@@ -146,10 +146,14 @@ class SquaredError:
         self.mean, self.std = (torch.tensor(learned[name], dtype=torch.float64) for name in ("mean", "std"))
 
     def __call__(self, outputs: Any, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        return self.rows(outputs, batch).sum() * scale
+
+    def rows(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """(rows,) float32"""
         logits, values = outputs.logits.float(), batch.labels  # (rows, targets); float64: large values differ by little
         wanted = ((values - self.mean.to(values.device)) / self.std.to(values.device)).float()
         errors = (logits - wanted.nan_to_num()).square() * ~values.isnan()
-        return errors.sum() * scale / values.shape[1]
+        return errors.sum(1) / values.shape[1]
 
 
 class TargetEncoder(SequenceEncoder):
@@ -211,7 +215,7 @@ class RegressionMetrics(SampleMetrics):
     def __init__(self, learned: Learned):
         self.names, self.squared_error = learned["targets"], SquaredError(learned)
         self.mean, self.std = (np.array(learned[name]) for name in ("mean", "std"))
-        self.loss = 0.0
+        self.losses: list[np.ndarray] = []
         self.predicted: list[np.ndarray] = []
         self.values: list[np.ndarray] = []
 
@@ -219,29 +223,22 @@ class RegressionMetrics(SampleMetrics):
         outputs = model(**batch.inputs)
         if batch.tokens == 0:
             return
-        one = torch.ones((), dtype=torch.float32, device=outputs.logits.device)
-        self.loss += float(self.squared_error(outputs, batch, one))
+        self.losses.append(self.squared_error.rows(outputs, batch).double().cpu().numpy())
         self.predicted.append(outputs.logits.double().cpu().numpy() * self.std + self.mean)
         self.values.append(batch.labels.double().cpu().numpy())
-
-    def sums(self) -> dict[str, float]:
-        return {"loss": self.loss}
 
     def columns(self) -> dict[str, np.ndarray]:
         if not self.values:
             return {}
-        return {"predicted": np.concatenate(self.predicted), "values": np.concatenate(self.values)}
-
-    def finish(self, states: list) -> dict[str, float]:
-        values = self.joined(states)["values"]
-        loss = sum(sums["loss"] for sums, _ in states) / (~np.isnan(values)).mean(1).sum()
-        return {"loss": loss, "examples": len(values), **super().finish(states)}
+        found = {"loss": self.losses, "predicted": self.predicted, "values": self.values}
+        return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
         predicted, values = columns["predicted"], columns["values"]
         used = ~np.isnan(values)
         each = [_measures(p[mask], v[mask]) for p, v, mask in zip(predicted.T, values.T, used.T, strict=True)]
-        result = {name: float(np.mean([found[name] for found in each])) for name, _ in MEASURES}
+        result: dict[str, float] = {"loss": float(columns["loss"].sum() / used.mean(1).sum()), "examples": len(values)}
+        result |= {name: float(np.mean([found[name] for found in each])) for name, _ in MEASURES}
         if len(each) > 1:
             for target, found in zip(self.names, each, strict=True):
                 result |= {f"{name}_{target}": value for name, value in found.items()}

@@ -136,7 +136,7 @@ def test_many_labels_a_row():
         "labels": [],
         "scores": {},
     }
-    found = _judged.class_scores(logits, labels, ["a", "b", "c"])
+    found = _judged.class_scores(logits > 0, labels > 0.5, ["a", "b", "c"])
     precision, recall, f1, support = precision_recall_fscore_support(labels, logits > 0, zero_division=0)
     assert [s["f1"] for s in found.values()] == list(f1) and found["b"]["support"] == support[1] == 1
     assert [(s["precision"], s["recall"]) for s in found.values()] == list(zip(precision, recall, strict=True))

@@ -81,8 +81,8 @@ def test_a_run_keeps_its_worst_rows(classification_config, tmp_path, world):
         low, high = record["intervals"]["accuracy"]
         assert 0 <= low <= record["accuracy"] <= high <= 1 and low < high
     found = json.loads(launch.fastft("eval", run, "--json")[1].strip().splitlines()[-1])["test"]
-    assert set(found["intervals"]) == {"accuracy", "f1_macro"}  # the loss is not kept by row
-    assert "95 % intervals: accuracy " in launch.fastft("eval", run)[1]
+    assert set(found["intervals"]) == {"loss", "accuracy", "f1_macro"}
+    assert "95 % intervals: loss " in launch.fastft("eval", run)[1]
 
 
 def test_nothing_is_kept_where_nothing_is_asked_for(classification_config, tmp_path):

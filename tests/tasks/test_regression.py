@@ -122,14 +122,17 @@ def test_metrics_are_scipys_and_constant_predictions_give_nan():
     predicted, values = generator.normal(size=(2, 50, 2)).round(1)
     values[3, 1] = np.nan
     learned = {"targets": ["a", "b"], "mean": [0.0, 0.0], "std": [1.0, 1.0]}
+    columns = {"loss": np.full(50, 0.04), "predicted": predicted, "values": values}
     found = RegressionMetrics(learned).finish(
-        [({"loss": 1.0}, {"predicted": predicted[a:b], "values": values[a:b]}) for a, b in ((0, 20), (20, 50))]
+        [{name: column[a:b] for name, column in columns.items()} for a, b in ((0, 20), (20, 50))]
     )
     assert found["pearson_a"] == pytest.approx(stats.pearsonr(predicted[:, 0], values[:, 0])[0])
     used = ~np.isnan(values[:, 1])
     assert found["spearman_b"] == pytest.approx(stats.spearmanr(predicted[used, 1], values[used, 1])[0])
-    assert found["mse"] == pytest.approx((found["mse_a"] + found["mse_b"]) / 2) and found["loss"] == 2 / 49.5
-    same = RegressionMetrics(learned).finish([({"loss": 1.0}, {"predicted": np.ones((50, 2)), "values": values})])
+    assert found["mse"] == pytest.approx((found["mse_a"] + found["mse_b"]) / 2) and found["loss"] == pytest.approx(
+        2 / 49.5
+    )
+    same = RegressionMetrics(learned).finish([{**columns, "predicted": np.ones((50, 2))}])
     assert math.isnan(same["pearson"]) and math.isnan(same["spearman_a"]) and same["mae"] > 0
 
 

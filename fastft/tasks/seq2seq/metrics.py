@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,34 +11,29 @@ from fastft.data.encoder import Learned
 from fastft.inference.forward import Forward
 from fastft.tasks import _judged
 from fastft.tasks._generated import Scores, generation_steps
-from fastft.tasks.base import IGNORE, SampleMetrics
+from fastft.tasks._language import Perplexity
 from fastft.tasks.seq2seq.objective import Seq2SeqObjective
 
 if TYPE_CHECKING:
     from fastft.tasks.seq2seq import Seq2Seq
 
 
-class PairMetrics(SampleMetrics):
+class PairMetrics(Perplexity):
     """Loss and perplexity per target token; where the task asks for scores, those of the generated texts, and the mean
     number of tokens in one (``generated_tokens``).
     """
 
     def __init__(self, objective: Seq2SeqObjective, task: Seq2Seq, scores: Scores):
-        self.objective, self.task, self.scores = objective, task, scores
-        self.losses: list[np.ndarray] = []
-        self.targets: list[np.ndarray] = []
+        super().__init__(objective)
+        self.task, self.scores = task, scores
         self.sources: list[np.ndarray] = []
         self.references: list[str] = []
         self.written: list[np.ndarray] = []  # tokens of each row, with the one that decoding starts with
         self.texts: list[str] = []
 
     def update(self, model: Callable, batch: Any) -> None:
-        losses = self.objective.row_losses(model, batch)
-        if batch.samples == 0:
-            return
-        self.losses.append(losses.detach().double().cpu().numpy())
-        self.targets.append((batch.labels != IGNORE).sum(1).cpu().numpy())
-        if self.scores.chosen:
+        super().update(model, batch)
+        if self.scores.chosen and batch.samples:
             tokens, lengths = batch.inputs["input_ids"].cpu().numpy(), batch.inputs["attention_mask"].sum(1).tolist()
             self.sources += [row[:length] for row, length in zip(tokens, lengths, strict=True)]
             self.references += batch.references
@@ -68,9 +62,7 @@ class PairMetrics(SampleMetrics):
         return self.task.config.batch.micro_tokens
 
     def columns(self) -> dict[str, np.ndarray]:
-        if not self.losses:
-            return {}
-        columns = {"loss": np.concatenate(self.losses), "targets": np.concatenate(self.targets)}
+        columns = super().columns()
         if not self.texts:
             return columns
         pad = self.task.tokenizer.pad_token_id
@@ -78,9 +70,7 @@ class PairMetrics(SampleMetrics):
         return {**columns, "generated_tokens": lengths, **self.scores.columns(self.texts, self.references)}
 
     def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
-        tokens = int(columns["targets"].sum())
-        loss = float(columns["loss"].sum()) / tokens
-        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
+        found = super().numbers(columns)
         if "generated_tokens" in columns:
             found |= {**self.scores.finish(columns), "generated_tokens": float(columns["generated_tokens"].mean())}
         return found

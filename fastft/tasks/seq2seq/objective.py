@@ -71,7 +71,3 @@ class Seq2SeqObjective(LanguageModelObjective):
         labels = batch.labels if batch.samples else torch.zeros_like(batch.labels)
         inputs = {**batch.inputs, "decoder_input_ids": shift(self.model, labels), "use_cache": False}
         return super()._sum(model, replace(batch, inputs=inputs), **options)
-
-    def row_losses(self, model: Callable, batch: Batch) -> torch.Tensor:
-        """(rows,) float32: each row's negative log-likelihood, summed over its targets, without smoothing."""
-        return self._sum(model, batch, reduction="none").reshape(batch.labels.shape).sum(1)

@@ -209,7 +209,7 @@ class SFT(DecoderTask):
     def metrics(self) -> tuple[Metric, ...]:
         return (*super().metrics, *names_of(self.config.evaluation.metrics))
 
-    def new_metrics(self, objective: Objective, learned: Learned) -> ChatMetrics:  # type: ignore[override]
+    def new_metrics(self, objective: Objective, learned: Learned) -> ChatMetrics:
         return ChatMetrics(objective, self.tokenizer, Scores(self.config.evaluation), self.config)
 
     def predictor(self, model: torch.nn.Module, learned: Learned, options: GenerationOptions) -> Predictor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from fastft.inference.generate import prompts_padded
 from fastft.models import load
 from fastft.tasks import _judged
 from fastft.tasks._generated import Scores, generation_steps
-from fastft.tasks.base import IGNORE, SampleMetrics
+from fastft.tasks._language import Perplexity
 
 LONGEST = 256  # tokens of an answer, where nobody says how many
 
@@ -53,22 +52,21 @@ def asked(where: str, tokens: np.ndarray, weights: np.ndarray, ends_in: int | No
     return Asked(where, tokens[: int(before[-1]) + 1], tokens[int(before[-1]) + 1 : end]) if len(before) else None
 
 
-class ChatMetrics(SampleMetrics):
-    """Loss and perplexity per learned token; where scores are asked for, those of the last answers of all
+class ChatMetrics(Perplexity):
+    """Loss and perplexity per learned token, of packs; where scores are asked for, those of the last answers of all
     conversations, generated once all batches are seen: by length, however they were packed.
     """
 
     def __init__(self, objective: Any, tokenizer: Any, scores: Scores, config: Config):
-        self.objective, self.tokenizer, self.scores, self.config = objective, tokenizer, scores, config
-        self.nll, self.tokens = 0.0, 0
+        super().__init__(objective)
+        self.tokenizer, self.scores, self.config = tokenizer, scores, config
         self.asked: list[tuple[int, Asked]] = []  # with the place of their sequence
         self.places = 0
         self.texts: list[str] = []
         self.lengths: list[int] = []
 
     def update(self, model: Callable, batch: Any) -> None:
-        self.nll += float(self.objective.negative_log_likelihood(model, batch))
-        self.tokens += int((batch.labels != IGNORE).sum())
+        super().update(model, batch)
         self.asked += [(self.places + place, one) for place, one in batch.asked]
         self.places += batch.samples
 
@@ -108,26 +106,24 @@ class ChatMetrics(SampleMetrics):
     def references(self) -> list[str]:
         return [self._text(one.answer) for _, one in self.asked]
 
-    def sums(self) -> dict[str, float]:
-        return {"nll": self.nll, "tokens": self.tokens}
-
-    def of_sums(self, sums: dict[str, float]) -> dict[str, float]:
-        loss = sums["nll"] / sums["tokens"]
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(sums["tokens"])}
-
     def columns(self) -> dict[str, np.ndarray]:
-        if not self.texts:
-            return {}
+        return {**super().columns(), **(self._generated() if self.texts else {})}
+
+    def _generated(self) -> dict[str, np.ndarray]:
+        """A row for each conversation that was asked, not for each pack."""
         return {**self.scores.columns(self.texts, self.references()), "generated_tokens": np.array(self.lengths)}
 
     def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
-        return {**self.scores.finish(columns), "generated_tokens": float(columns["generated_tokens"].mean())}
+        found = super().numbers(columns)
+        if "generated_tokens" in columns:
+            found |= {**self.scores.finish(columns), "generated_tokens": float(columns["generated_tokens"].mean())}
+        return found
 
     def judged(self, learned: Learned) -> _judged.Judged | None:
         """``row``, ``gold``, ``generated`` and the scores of each; None where nothing is generated."""
         if not self.scores.chosen:
             return None
-        each = self.scores.each(self.columns()) if self.texts else []
+        each = self.scores.each(self._generated()) if self.texts else []
         return [
             (place, {"row": one.where, "gold": gold, "generated": text, **scores})
             for (place, one), gold, text, scores in zip(self.asked, self.references(), self.texts, each, strict=True)

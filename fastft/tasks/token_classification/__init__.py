@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -20,9 +20,12 @@ from fastft.lazy import torch
 from fastft.models import load
 from fastft.objectives.base import Objective, OutputsObjective
 from fastft.tasks._text import TextTask, padded
-from fastft.tasks.base import IGNORE, Batch, Draw, Metric, Metrics, ModelSpec
+from fastft.tasks.base import IGNORE, Batch, Draw, Metric, ModelSpec, SampleMetrics
 from fastft.tasks.token_classification import alignment, schemes
 from fastft.tasks.token_classification.encoder import TagEncoder
+
+if TYPE_CHECKING:
+    from fastft.ranks import Ranks
 
 HEADS = ("classifier", "score")
 
@@ -177,15 +180,20 @@ class TokenClassification(TextTask):
         later = [index.get(schemes.later_piece(name, meta["scheme"]), i) for name, i in index.items()]
         return np.array([index[name] for name in meta["tags"]]), np.array(later)
 
-    def loss(self, outputs: Any, batch: Batch, scale: torch.Tensor, training: bool = True) -> torch.Tensor:
-        """Cross-entropy, summed over the target tokens. ``training``: smoothed as ``loss`` says; an evaluation
-        measures the plain one.
-        """
+    def loss(self, outputs: Any, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy, summed over the target tokens."""
         from fastft.ops import cross_entropy
 
         options: dict[str, Any] = {"ignore_index": IGNORE, "reduction": "sum", "token_weight": scale}
-        options["label_smoothing"] = self.label_smoothing if training else 0.0
+        options["label_smoothing"] = self.label_smoothing
         return cross_entropy(outputs.logits.flatten(0, 1), batch.labels.flatten(), **options)
+
+    @staticmethod
+    def row_losses(outputs: Any, batch: Batch) -> torch.Tensor:
+        """(rows,) float32: each row's cross-entropy, summed over its target tokens, without smoothing."""
+        from fastft.ops import cross_entropy
+
+        return cross_entropy(outputs.logits, batch.labels, ignore_index=IGNORE, reduction="none").sum(1)
 
     def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
         return OutputsObjective(self.loss)
@@ -201,7 +209,21 @@ class TokenClassification(TextTask):
         return Tagger(self, model, learned, options)
 
 
-class EntityMetrics(Metrics):
+class Window(NamedTuple):
+    """A part of a sentence, as an evaluation saw it: its words, their labels, the tags of all words of the sentence,
+    the loss summed over its target tokens and their number, and its place in the order of its rank.
+    """
+
+    sentence: int
+    words: np.ndarray
+    predicted: np.ndarray
+    tags: np.ndarray
+    loss: float
+    targets: int
+    place: int
+
+
+class EntityMetrics(SampleMetrics):
     """precision, recall and f1 of entities (micro), accuracy of words, over whole sentences.
 
     A word that the model did not see (it has no token, or was cut away) counts as predicted O.
@@ -209,39 +231,68 @@ class EntityMetrics(Metrics):
 
     def __init__(self, task: TokenClassification, learned: Learned):
         self.task, self.names, self.scheme = task, learned["labels"], learned["scheme"]
-        self.loss, self.targets = 0.0, 0
-        self.windows: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []  # sentence, words, predicted, tags
+        self.windows: list[Window] = []
 
     def update(self, model: Callable, batch: Batch) -> None:
         assert isinstance(batch, TokenBatch)
         outputs = model(**batch.inputs)
         if batch.tokens == 0:
             return
-        one = torch.ones((), dtype=torch.float32, device=outputs.logits.device)
-        self.loss += float(self.task.loss(outputs, batch, one, training=False))
-        self.targets += int((batch.labels != IGNORE).sum())
+        losses, targets = self.task.row_losses(outputs, batch).tolist(), (batch.labels != IGNORE).sum(1).tolist()
         predicted = outputs.logits.argmax(-1).cpu().numpy()
-        for row, (sentence, positions, words, tags) in zip(predicted, batch.windows, strict=True):
-            self.windows.append((sentence, words, row[positions], tags))
+        for row, (sentence, positions, words, tags), loss, n in zip(
+            predicted, batch.windows, losses, targets, strict=True
+        ):
+            self.windows.append(Window(sentence, words, row[positions], tags, loss, n, len(self.windows)))
 
-    def state(self) -> tuple:
-        return self.loss, self.targets, self.windows
+    def state(self) -> list:
+        return self.windows
 
-    def finish(self, states: list) -> dict[str, float]:
-        order, expected, found = self._sentences([window for state in states for window in state[2]])
-        pairs = [(a, b) for one, other in zip(expected, found, strict=True) for a, b in zip(one, other, strict=True)]
-        targets = sum(state[1] for state in states)
-        result = {"loss": sum(state[0] for state in states) / targets, "sentences": len(order), "words": len(pairs)}
-        accuracy = sum(a == b for a, b in pairs) / len(pairs)
-        return {**result, **schemes.scores(expected, found, self.scheme), "accuracy": accuracy}
+    def bring_together(self, ranks: Ranks) -> None:
+        """A sentence to the first rank that has a window of it."""
+        every = ranks.gather(self.windows)
+        before = {window.sentence for part in every[: ranks.rank] for window in part}
+        own = {window.sentence for window in self.windows} - before
+        others = [window for r, part in enumerate(every) if r != ranks.rank for window in part]
+        self.windows = [window for window in (*self.windows, *others) if window.sentence in own]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        return self.joined([self.windows])
+
+    def joined(self, states: list) -> dict[str, np.ndarray]:
+        """A row per sentence, whose windows may have been with several ranks."""
+        windows = [window for state in states for window in state]
+        if not windows:
+            return {}
+        order, expected, found = self._sentences(windows)
+        place = {sentence: i for i, sentence in enumerate(order)}
+        loss, targets = np.zeros(len(order)), np.zeros(len(order), np.int64)
+        for window in windows:
+            loss[place[window.sentence]] += window.loss
+            targets[place[window.sentence]] += window.targets
+        right = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(expected, found, strict=True)]
+        return {
+            "loss": loss,
+            "targets": targets,
+            "entities": schemes.counts(expected, found, self.scheme),
+            "right": np.array(right),
+            "words": np.array([len(tags) for tags in expected]),
+        }
+
+    def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
+        words = int(columns["words"].sum())
+        loss = float(columns["loss"].sum() / columns["targets"].sum())
+        result = {"loss": loss, "sentences": len(columns["words"]), "words": words}
+        entities = schemes.of_counts(*columns["entities"].sum(0).tolist())
+        return {**result, **entities, "accuracy": float(columns["right"].sum()) / words}
 
     def _sentences(self, windows: list) -> tuple[list[int], list[list[str]], list[list[str]]]:
         """Their numbers, ascending, and the tags of each: expected, predicted."""
         truth: dict[int, np.ndarray] = {}
         guess: dict[int, np.ndarray] = {}
-        for sentence, words, predicted, tags in windows:
-            truth[sentence] = tags
-            guess.setdefault(sentence, np.full(len(tags), -1))[words] = predicted
+        for window in windows:
+            truth[window.sentence] = window.tags
+            guess.setdefault(window.sentence, np.full(len(window.tags), -1))[window.words] = window.predicted
         names = [*self.names, schemes.OUTSIDE]  # the last for -1
         order = sorted(truth)
         expected, found = ([[names[i] for i in rows[s]] for s in order] for rows in (truth, guess))
@@ -249,7 +300,7 @@ class EntityMetrics(Metrics):
 
     def judged(self, learned: Learned) -> list[tuple[int, dict]]:
         """``gold`` and ``predicted``: the tags of a sentence's words."""
-        first = {sentence: place for place, (sentence, *_) in reversed(list(enumerate(self.windows)))}
+        first = {window.sentence: window.place for window in reversed(self.windows)}
         sentences = zip(*self._sentences(self.windows), strict=True)
         return [(first[sentence], {"gold": gold, "predicted": tags}) for sentence, gold, tags in sentences]
 
@@ -257,9 +308,9 @@ class EntityMetrics(Metrics):
         """Words with a wrong tag."""
         return float(sum(a != b for a, b in zip(judged["gold"], judged["predicted"], strict=True)))
 
-    def by_class(self, learned: Learned) -> dict[str, dict[str, float]]:
+    def by_class(self, states: list, learned: Learned) -> dict[str, dict[str, float]]:
         """Of entities, by their type."""
-        _, expected, found = self._sentences(self.windows)
+        _, expected, found = self._sentences([window for state in states for window in state])
         return schemes.scores_by_type(expected, found, self.scheme)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from fastft.data.encoder import RowError
 from fastft.errors import UserError
 from fastft.tasks._judged import by_class
@@ -100,18 +102,28 @@ def entities(tags: Sequence[str], scheme: str) -> list[tuple[str, int, int]]:
 
 def scores(truth: list[list[str]], predicted: list[list[str]], scheme: str) -> dict[str, float]:
     """precision, recall and f1 over all entities (micro), as seqeval's default mode counts them."""
-    precision, recall, f1, _ = _scores(truth, predicted, scheme, "micro")
-    return {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
+    return of_counts(*counts(truth, predicted, scheme).sum(0).tolist())
+
+
+def counts(truth: list[list[str]], predicted: list[list[str]], scheme: str) -> np.ndarray:
+    """(sentences, 3) int64: entities that are there and were found, that were found, and that are there."""
+    pairs = ((set(entities(a, scheme)), set(entities(b, scheme))) for a, b in zip(truth, predicted, strict=True))
+    found = [(len(wanted & found), len(found), len(wanted)) for wanted, found in pairs]
+    return np.array(found, np.int64).reshape(-1, 3)
+
+
+def of_counts(right: int, found: int, there: int) -> dict[str, float]:
+    """precision, recall and f1; 0 where nothing was found, or is there."""
+    precision, recall = right / max(found, 1), right / max(there, 1)
+    return {"precision": precision, "recall": recall, "f1": 2 * right / max(found + there, 1)}
 
 
 def scores_by_type(truth: list[list[str]], predicted: list[list[str]], scheme: str) -> dict[str, dict[str, float]]:
     """precision, recall, f1 and support (entities that are there) by the entities' type."""
     types = sorted({kind for tags in (*truth, *predicted) for kind, *_ in entities(tags, scheme)})
-    return by_class(types, *_scores(truth, predicted, scheme, None)) if types else {}
-
-
-def _scores(truth: list[list[str]], predicted: list[list[str]], scheme: str, average: str | None) -> tuple:
+    if not types:
+        return {}
     from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
     both = ([[readable(tag, scheme) for tag in tags] for tags in sentences] for sentences in (truth, predicted))
-    return precision_recall_fscore_support(*both, average=average, zero_division=0)
+    return by_class(types, *precision_recall_fscore_support(*both, average=None, zero_division=0))
