@@ -15,6 +15,7 @@ import argparse
 import csv
 import functools
 import gzip
+import itertools
 import json
 import os
 import platform
@@ -132,6 +133,37 @@ def translations(data: Path, part: str) -> Rows:
     return [{"en": en, "zh": zh} for en, zh, _ in rows]
 
 
+def conversations(name: str) -> Callable[[Path, str], Rows]:
+    """Rows of ``messages``: chats, or questions and their answers."""
+
+    def read(data: Path, part: str) -> Rows:
+        path = next((data / "instruct" / name).glob(f"{part}.jsonl*"))
+        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+        rows = [json.loads(line) for line in text.splitlines()]
+        return [{"messages": row.get("messages") or turns(row["question"], row["answer"])} for row in rows]
+
+    return read
+
+
+def turns(question: str, answer: str) -> Rows:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def instruction(name: str, train_rows: int, rows: int, lora: bool) -> Case:
+    """One epoch in sequences of 512 tokens, two a step; a tool that does not pack has ``rows`` conversations a step."""
+    settings = {"batch": 2, "rows": rows, "epochs": 1, "lr": 2e-5, "warmup": 3, "max_length": 512}
+    return Case(
+        "sft",
+        conversations(name),
+        (train_rows, 24),
+        "loss",
+        settings=settings | ({"lora": 16, "lr": 2e-4} if lora else {}),
+        overrides={"model.lora.r": 16, "model.lora.alpha": 32} if lora else {},
+        peer="sft.py",
+        model="smollm2",
+    )
+
+
 def translation(model: str) -> Case:
     overrides = {
         "evaluation.metrics": "[bleu, chrf]",
@@ -187,6 +219,11 @@ CASES = {
         peer="language.py",
         model="smollm2",
     ),
+    **{
+        f"{name}_{'lora' if lora else 'full'}": instruction(name, *size, lora)
+        for name, size in {"medquad_qa": (112, 5), "sgd_chat": (56, 3), "gsm8k": (96, 5)}.items()
+        for lora in (False, True)
+    },
     "tatoeba_marian": translation("marian"),
     "tatoeba_t5": translation("t5"),
 }
@@ -210,7 +247,7 @@ def fastft(spec: dict, args: argparse.Namespace, by_length: bool = False) -> dic
         **({"train.steps": settings["steps"]} if "steps" in settings else {"train.epochs": settings["epochs"]}),
         **spec["overrides"],
         **({"data.order.name": "length_groups", "data.order.block": settings["batch"]} if by_length else {}),
-        "train.log_every": 10**6,
+        "train.log_every": 1 if "rows" in settings else 10**6,
         "run.dir": str(run),
         "run.seed": spec["seed"],
         "data.seed": spec["seed"],
@@ -223,12 +260,16 @@ def fastft(spec: dict, args: argparse.Namespace, by_length: bool = False) -> dic
     command = [sys.executable, "-m", "fastft", "train", str(yaml), *(f"{k}={v}" for k, v in overrides.items())]
     subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": str(ROOT)})
     records = track.read(run)
-    first, last = [r for r in records if r["kind"] == "train"]
+    trained = [r for r in records if r["kind"] == "train"]
+    first, last = trained[0], trained[-1]
     samples = settings["steps"] * settings["batch"] if "steps" in settings else spec["train_rows"] * settings["epochs"]
     rest = (last["step"] - 1) / last["step"] * samples
-    tokens = {"tokens_per_second": last["tokens_per_second"]} if "steps" in settings else {}
+    more: dict = {"tokens_per_second": last["tokens_per_second"]} if "steps" in settings else {}
+    if "rows" in settings:
+        totals = json.loads((run / "prepared" / "train" / "MANIFEST.json").read_text())["meta"]["totals"]
+        more = {"losses": [r["loss"] for r in trained], "peak_gb": last["memory"] / 1e9, "targets": totals["targets"]}
     return {
-        **tokens,
+        **more,
         "metrics": next(r for r in reversed(records) if r["kind"] == "eval"),
         "samples_per_second": rest / (last["time"] - first["time"]),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
@@ -252,10 +293,13 @@ def peer(**options: object) -> Callable[[dict, argparse.Namespace], dict]:
 
 TOOLS = {
     "fastft": fastft,
+    "TRL, packing": peer(packing=True),
+    "TRL": peer(packing=False),
     "fastft, length_groups": functools.partial(fastft, by_length=True),
     "Trainer": peer(group_by_length=False),
     "Trainer, group_by_length": peer(group_by_length=True),
 }
+SFT_TOOLS = ["fastft", "TRL, packing", "TRL"]
 
 
 def write_rows(case: Case, data: Path, folder: Path, quick: bool, share: float = 1.0) -> dict:
@@ -273,7 +317,9 @@ def write_rows(case: Case, data: Path, folder: Path, quick: bool, share: float =
 
 def measure(name: str, args: argparse.Namespace) -> list[dict]:
     """A row per tool: its metric and its samples/s for every seed, tools in turn."""
-    case, runs = CASES[name], {tool: list[dict]() for tool in args.tools}
+    case = CASES[name]
+    theirs = SFT_TOOLS if case.task == "sft" else [tool for tool in TOOLS if tool not in SFT_TOOLS[1:]]
+    runs = {tool: list[dict]() for tool in theirs if tool in args.tools}
     with tempfile.TemporaryDirectory() as folder:
         files = write_rows(case, args.data, Path(folder), args.quick, args.share)
         if case.task == "seq2seq":
@@ -284,7 +330,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
         if args.quick:
             settings |= {"epochs": 1, "batch": min(settings["batch"], 16)}
         for seed in range(17, 17 + args.seeds):
-            for tool in args.tools:
+            for tool in runs:
                 own = Path(folder) / f"{tool}-{seed}"
                 own.mkdir()
                 spec = {"task": case.task, "model": args.models[case.model], "columns": case.columns}
@@ -303,6 +349,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
             **({"also": {name: [run["metrics"][name] for run in found] for name in case.also}} if case.also else {}),
             "samples_per_second": [run["samples_per_second"] for run in found],
             "tokens_per_second": [run["tokens_per_second"] for run in found if "tokens_per_second" in run],
+            **{key: [run[key] for run in found] for key in ("losses", "targets", "peak_gb") if key in found[0]},
             "model": MODELS[case.model],
             "versions": found[0]["versions"],
         }
@@ -362,6 +409,7 @@ def markdown() -> str:
         out += [f"{facts}. {versions(rows)}.", ""]
         if one["shared_machine"]:
             out += [f"Timings are preliminary: other work ran on the machine (load {one['load_before']} before).", ""]
+        digits = 2 if "losses" in one else 1
         counted = all(row.get("tokens_per_second") for row in rows)
         unit = "tokens_per_second" if counted else "samples_per_second"
         also = list(one.get("also", {}))
@@ -376,8 +424,30 @@ def markdown() -> str:
             ratios = [ours / theirs for ours, theirs in pairs]
             faster = f"{statistics.median(ratios):.2f}" if ratios else "-"
             values = [spread(numbers, 4) for numbers in (row["value"], *(row["also"][name] for name in also))]
-            out.append(f"| {row['tool']} | {' | '.join(values)} | {spread(row[unit], 1)} | {faster} |")
+            out.append(f"| {row['tool']} | {' | '.join(values)} | {spread(row[unit], digits)} | {faster} |")
+        if "losses" in one:
+            out += ["", *curves(rows)]
     return "\n".join(out) + "\n"
+
+
+PARTS = 5
+
+
+def curves(rows: list[dict]) -> list[str]:
+    """The training loss by fifths of the epoch, of the first seed: mean of the steps and its standard error, for each
+    tool has its conversations in an order of its own."""
+    out = [
+        "| tool | trained tokens | peak GB | " + " | ".join(f"loss, part {i + 1}" for i in range(PARTS)) + " |",
+        "|---" * (3 + PARTS) + "|",
+    ]
+    for row in rows:
+        losses = row["losses"][0]
+        bounds = [round(i * len(losses) / PARTS) for i in range(PARTS + 1)]
+        parts = [losses[a:b] for a, b in itertools.pairwise(bounds)]
+        cells = [f"{statistics.mean(part):.3f} ± {statistics.stdev(part) / len(part) ** 0.5:.3f}" for part in parts]
+        peak = spread(row["peak_gb"], 2)
+        out.append(f"| {row['tool']} | {row['targets'][0]:,} | {peak} | {' | '.join(cells)} |")
+    return out
 
 
 def versions(rows: list[dict]) -> str:
