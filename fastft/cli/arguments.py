@@ -8,11 +8,24 @@ from typing import Any
 from fastft.errors import UserError
 
 
+def _options_of(arguments: list[str]) -> set[str]:
+    """Of the verb that is named among the arguments of another."""
+    from importlib import import_module
+
+    from fastft.cli.main import verbs
+
+    inner = next((verbs()[argument].stem for argument in arguments if argument in verbs()), None)
+    run = getattr(import_module(f"fastft.cli.verbs.{inner}"), "run", None) if inner else None
+    return set(inspect.signature(run).parameters) if run else set()
+
+
 def check(verb: str, run: Callable[..., Any], arguments: list[str]) -> None:
     """UserError for ``--optim.lr=5e-5`` and ``--learning_rate 5e-5``, where the verb takes overrides."""
-    own = inspect.signature(run).parameters
-    if not {"overrides", "arguments"} & set(own):
+    own = set(inspect.signature(run).parameters)
+    if not {"overrides", "arguments"} & own:
         return
+    if "arguments" in own:  # a verb that starts another one, whose options follow it
+        own |= _options_of(arguments)
     for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if not argument.startswith("--"):
             continue

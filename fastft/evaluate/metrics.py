@@ -1,4 +1,4 @@
-"""`fastft eval`: the metrics of a model on the configuration's evaluation sets, in this process."""
+"""`fastft eval`: the metrics of a model on the configuration's evaluation sets."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from fastft import assemble
 from fastft.assemble import Job
 from fastft.config import Config
 from fastft.errors import UserError
+from fastft.files import digest
+from fastft.ranks import keep_heap
 from fastft.tasks.base import Metrics
+from fastft.train import health
 from fastft.train.errors import judged_rows, with_texts
 from fastft.train.evaluation import intervals_of, measure
+from fastft.zero import engine as zero
 
 RESAMPLES = 1000  # of the intervals, where evaluation.bootstrap does not say how many
 
@@ -46,6 +50,8 @@ class Evaluation:
 def evaluate_model(config: Config, *, rows: bool = False, keep: Sequence[str] = ()) -> dict[str, Evaluation]:
     """Evaluations by set name, of the model in ``config.model.path``.
 
+    Several ranks share the rows, all together, and all get the same.
+
     Parameters
     ----------
     rows : bool
@@ -56,23 +62,25 @@ def evaluate_model(config: Config, *, rows: bool = False, keep: Sequence[str] = 
     Raises
     ------
     UserError
-        No evaluation set; a model that was never trained for this task; more than one rank; rows of a task that keeps
-        nothing of them; a column that is not there.
+        No evaluation set; a model that was never trained for this task; rows of a task that keeps nothing of them; a
+        column that is not there.
     """
     job = assemble.start(config)
-    if not job.ranks.alone:
-        raise UserError("fastft eval runs in one process.", "Start it without a launcher.")
     if not config.data.eval:
         raise UserError("data.eval: no evaluation data given.", "For example: data.eval=test.csv")
     job.learned = job.task.learned_of_model()
     assemble.add_data(job, train=False)
+    if not job.ranks.alone:
+        zero.start_process_group()
+        health.check_agreement(config, digest([split.data.key for split in job.evals.values()]), job.ranks)
     assemble.add_model(job, "trained")
     assemble.add_objective(job)
+    keep_heap(job.ranks.device)
     found = {}
     for name, split in job.evals.items():
         metrics, ids = measure(job, split)
-        states = [metrics.state()]
-        numbers, classes = metrics.finish(states), metrics.by_class(job.learned)
+        states = job.ranks.gather(metrics.state())
+        numbers, classes = metrics.finish(states), metrics.by_class(states, job.learned)
         sure = intervals_of(job, metrics, states, config.evaluation.bootstrap or RESAMPLES)
         judged = list(_rows(job, name, metrics, ids, keep)) if rows else None
         found[name] = Evaluation(numbers, classes, judged, sure)
@@ -80,9 +88,9 @@ def evaluate_model(config: Config, *, rows: bool = False, keep: Sequence[str] = 
 
 
 def _rows(job: Job, name: str, metrics: Metrics, ids: np.ndarray, keep: Sequence[str]) -> Iterator[dict[str, Any]]:
-    judged = judged_rows(job, name, metrics, ids)
-    if judged is None:
+    every = job.ranks.gather(judged_rows(job, name, metrics, ids))
+    if all(judged is None for judged in every):
         raise UserError(
             f"The task {job.config.task} judges no single rows.", "Leave --out away; its metrics are of whole sets."
         )
-    return with_texts(job, name, judged, keep)
+    return with_texts(job, name, [row for judged in every for row in judged or []], keep)

@@ -14,6 +14,7 @@ from fastft.data import formats
 from fastft.data.formats.base import MISSING, value_of
 from fastft.errors import UserError, did_you_mean
 from fastft.inference.base import Predictor, Row, kept_beside, rounded
+from fastft.ranks import Ranks
 
 
 def predictor(path: str, options: dict, task: str | None = None) -> Predictor:
@@ -31,14 +32,23 @@ def predictor(path: str, options: dict, task: str | None = None) -> Predictor:
     UserError
         No such model, or an option that the task does not have.
     """
+    return together(path, options, task)[0]
+
+
+def together(path: str, options: dict, task: str | None = None) -> tuple[Predictor, Ranks]:
+    """The same, and the ranks that this process is one of, which can share the rows of ``predict``."""
     job = assemble.trained(path, task)
     given = {name: value for name, value in options.items() if value is not None}
     section = configuration.section(type(job.task).Predict, given, f"fastft predict ({job.config.task})")
-    return job.task.predictor(job.model, job.learned, section)
+    return job.task.predictor(job.model, job.learned, section), job.ranks
 
 
 def predict(
-    predictor: Predictor, rows: Iterable[tuple], batch_size: int = 32, top_k: int | None = None
+    predictor: Predictor,
+    rows: Iterable[tuple],
+    batch_size: int = 32,
+    top_k: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[dict]:
     """One record per row, in order.
 
@@ -49,6 +59,9 @@ def predict(
         ``kept_beside`` names them.
     top_k : int, optional
         Keep so many of the ``scores``, the highest.
+    ranks : Ranks, optional
+        Those that share the rows, in a process group: each is given all of them, takes a batch in turn, and rank 0
+        gets every record, the others none.
 
     Raises
     ------
@@ -56,14 +69,27 @@ def predict(
         A row that the predictor refuses, named; ``top_k`` where the task gives no scores.
     """
     rows = iter(rows)
-    while chunk := list(islice(rows, batch_size)):
-        prepared = [predictor.prepare(where, row) for where, row, *_ in chunk]
-        with torch.inference_mode():
-            records = predictor.run(prepared)
-        for record, (_, _, *kept) in zip(records, chunk, strict=True):
-            if top_k is not None:
-                _keep_top(record, top_k)
-            yield kept_beside(kept[0] if kept else {}, rounded(record))
+    if ranks is None or ranks.alone:
+        while chunk := list(islice(rows, batch_size)):
+            yield from _predicted(predictor, chunk, top_k)
+        return
+    while chunk := list(islice(rows, batch_size * ranks.world)):
+        own = chunk[batch_size * ranks.rank :][:batch_size]
+        every = ranks.gather(_predicted(predictor, own, top_k) if own else [])
+        if ranks.main:
+            yield from (record for part in every for record in part)
+
+
+def _predicted(predictor: Predictor, chunk: list[tuple], top_k: int | None) -> list[dict]:
+    prepared = [predictor.prepare(where, row) for where, row, *_ in chunk]
+    with torch.inference_mode():
+        records = predictor.run(prepared)
+    found = []
+    for record, (_, _, *kept) in zip(records, chunk, strict=True):
+        if top_k is not None:
+            _keep_top(record, top_k)
+        found.append(kept_beside(kept[0] if kept else {}, rounded(record)))
+    return found
 
 
 def _keep_top(record: dict, top_k: int) -> None:

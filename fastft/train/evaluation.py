@@ -59,7 +59,7 @@ def measure(
     Parameters
     ----------
     forward : callable
-        The DeepSpeed engine around the model; None: there is none.
+        The DeepSpeed engine around the model; None: there is none, and every rank has the whole model.
     beat : callable
         Called after every batch.
     """
@@ -87,6 +87,7 @@ def measure(
             beat()
         for _ in metrics.complete(called, lambda n: n if forward is None else job.ranks.max([n])[0]):
             beat()
+    metrics.bring_together(job.ranks)
     engine.train(was_training)
     return metrics, np.concatenate(plan)
 

@@ -58,7 +58,7 @@ def test_plans(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["eval", "x"], "starts `train CONFIG`"),
+        (["chat", "x"], "starts `train CONFIG`"),
         (["train"], "starts `train CONFIG`"),
         (["train", "none.yaml"], "no such configuration"),
         (["--hostfile", "h", "--nproc", "2", "train", "c"], "exclude each other"),

@@ -1,6 +1,7 @@
 """Metrics of a model on the evaluation sets."""
 
 import json
+import os
 from typing import Annotated
 
 import typer
@@ -30,8 +31,14 @@ def run(
     check_out(out, overwrite, configuration.inputs(config).values())
     with results_only():
         from fastft.evaluate.metrics import evaluate_model  # imports torch, which a wrong key need not wait for
+        from fastft.zero.engine import stop_process_group
 
-        found = evaluate_model(config, rows=out is not None, keep=names_in(keep))
+        try:
+            found = evaluate_model(config, rows=out is not None, keep=names_in(keep))
+        finally:
+            stop_process_group()
+    if os.environ["RANK"] != "0":
+        return
     if out is not None:
         write_lines((row for evaluation in found.values() for row in evaluation.rows or []), out)
     if as_json:

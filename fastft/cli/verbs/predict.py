@@ -50,9 +50,14 @@ def run(
     check_out(out, overwrite, [Path(source)] if source not in (None, "-") else [])
     shorthands = {"max_length": max_length, "max_new_tokens": max_new_tokens, "temperature": temperature}
     with results_only():
-        from fastft.evaluate.predict import predict, predictor, read
+        from fastft.evaluate.predict import predict, read, together
+        from fastft.zero.engine import start_process_group, stop_process_group
 
-        ready = predictor(model, {**shorthands, **_parsed(options or [])})
+        ready, ranks = together(model, {**shorthands, **_parsed(options or [])})
+        if not ranks.alone:
+            if source in (None, "-"):
+                raise UserError("fastft predict on several ranks reads a data file.", "Give one, or start it alone.")
+            start_process_group()
     first = next(iter(ready.fields))
     if source == "-":
         rows: Iterable = _lines(first)
@@ -74,7 +79,15 @@ def run(
         wanted["header"] = header.split(",") if header else None
         chosen = configuration.section(configuration.Source, wanted, "fastft predict")
         rows = read(ready, chosen, {first: column, "text_pair": pair_column}, kept)
-    write_lines(predict(ready, rows, batch_size, top_k), out)
+    try:
+        records = predict(ready, rows, batch_size, top_k, ranks)
+        if ranks.main:
+            write_lines(records, out)
+        else:
+            for _ in records:  # none: they are rank 0's
+                pass
+    finally:
+        stop_process_group()
 
 
 def _parsed(options: list[str]) -> dict[str, Any]:
