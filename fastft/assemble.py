@@ -23,7 +23,7 @@ from fastft.models.edits.base import Edit
 from fastft.objectives.base import Objective
 from fastft.optim.groups import ParameterGroups
 from fastft.optim.optimizers.base import ClientOptimizer, OptimizerSpec
-from fastft.ranks import Ranks, environment
+from fastft.ranks import Ranks, environment, keep_heap
 from fastft.tasks.base import ModelSpec, Task
 from fastft.zero.parameters import whole_numel
 
@@ -101,7 +101,7 @@ def add_data(job: Job, *, train: bool = True, evals: bool = True) -> None:
         job.evals = task.eval_splits(job.learned)
 
 
-def add_model(job: Job, weights: Weights = "start") -> None:
+def add_model(job: Job, weights: Weights = "start", shards: dict | None = None) -> None:
     """The model, edited, with its frozen parameters.
 
     Parameters
@@ -109,6 +109,8 @@ def add_model(job: Job, weights: Weights = "start") -> None:
     weights : str
         "start": those that the run begins with, a new head initialized; "trained": of an exported model, none of
         which may be missing; "empty": any, for a checkpoint brings them.
+    shards : dict, optional
+        DeepSpeed's settings of the ZeRO-3 engine that is to come: each rank keeps its part of every parameter.
     """
     config, task = job.config, job.task
     spec = task.model(job.learned)
@@ -123,20 +125,25 @@ def add_model(job: Job, weights: Weights = "start") -> None:
         )
     settings = config.model.changed(init="random") if weights == "empty" else config.model
     new = spec.new_parameters if weights == "start" else ()
-    job.model, job.initialized = load.build(
-        settings, spec.auto_class, new, config.run.seed, device=job.ranks.device, **spec.overrides
-    )
+    chosen = config.model.chosen().items()
+    # What an edit or a new row begins with depends on the dtype of the weights beside it.
+    as_stored = shards is not None and not (chosen or config.model.new_head or config.model.resize_embeddings)
+    how = {"device": job.ranks.device, "as_stored": as_stored, **spec.overrides}
+    job.model, job.initialized = load.build(settings, spec.auto_class, new, config.run.seed, **how)
     if config.model.new_head and weights == "start":
         job.initialized = sorted({*job.initialized, *load.new_head(job.model, new)})
     if config.model.resize_embeddings:
         load.resize(job.model, task.processor)
-    chosen = config.model.chosen().items()
     job.edits = [rooms.EDITS.get(name)(settings, config) for name, settings in chosen]
     job.edits.sort(key=lambda edit: edit.order)
     load.freeze(job.model, config.model.freeze)  # by the model's own names
     for edit in job.edits:
         edit.apply(job.model, spec.new_parameters)
         job.record |= edit.record()
+    if shards is not None:
+        from fastft.zero.sharding import shard
+
+        shard(job.model, shards, load.dtype_of(config.model.dtype))
     job.frozen = sum(whole_numel(p) for p in job.model.parameters() if not p.requires_grad)
 
 
@@ -228,4 +235,5 @@ def trained(path: str, task: str | None = None) -> Job:
     job.learned = job.task.learned_of_model()
     add_model(job, "trained")
     job.model.to(job.ranks.device).eval()
+    keep_heap(job.ranks.device)
     return job

@@ -213,7 +213,6 @@ def environment(config: Config) -> Ranks:
         )
     device = torch.device("cuda", local_rank) if cuda and config.run.device != "cpu" else torch.device("cpu")
     if device.type == "cpu":
-        _keep_heap()
         env["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(config.run.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     else:
@@ -226,13 +225,15 @@ def environment(config: Config) -> Ranks:
     return Ranks(rank, world, local_rank, local_world, device)
 
 
-def _keep_heap() -> None:
+def keep_heap(device: torch.device) -> None:
     """Tell glibc to keep freed memory: by default it unmaps every large array on free, and the next one costs page
-    faults.
+    faults. Of a process that computes on a CPU.
 
     A training step frees and takes the same arrays over and over. Measured on a 6-layer BERT, batch 32, 2 cores:
     1,270 -> 1,510 tokens/s.
     """
+    if device.type != "cpu":
+        return
     libc = ctypes.CDLL(None)
     if sys.platform != "linux" or not hasattr(libc, "gnu_get_libc_version"):
         return

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -334,21 +335,25 @@ def test_replacing_is_all_or_nothing(tmp_path, kind):
 
 
 def test_an_export_is_compared_and_refuses_nan(trained, tmp_path, capsys, monkeypatch):
+    from fastft.models import weight_files
     from fastft.train import export
 
-    real = export._same_bits
-    compared = []
-    monkeypatch.setattr(export, "_same_bits", lambda a, b: compared.append(1) or real(a, b))
     assert in_process(capsys, "export", trained[1], tmp_path / "a")[0] == 0
-    assert len(compared) == len(load_file(tmp_path / "a" / "model.safetensors"))
-    monkeypatch.setattr(export, "_same_bits", lambda a, b: False)
+    last = max(load_file(tmp_path / "a" / "model.safetensors"))
+
+    def failing_disk(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(weight_files, "fsync", failing_disk)
     code, output = in_process(capsys, "export", trained[1], tmp_path / "b")
-    assert code == 1 and "read back differ" in output and not (tmp_path / "b").exists()
+    assert code == 1 and f"{tmp_path / 'b'}: {last} read back differ" in output and not (tmp_path / "b").exists()
     monkeypatch.undo()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(trained[1] / "model")
     state = model.state_dict()
     state["classifier.bias"] = torch.full_like(state["classifier.bias"], float("nan"))
-    with pytest.raises(UserError, match=r"classifier.bias hold NaN"):
+    with pytest.raises(UserError, match=r"classifier.bias holds NaN"):
         export.save(assemble.trained(str(trained[1])), state, tmp_path / "c", "fp32")
     assert sorted(os.listdir(tmp_path)) == ["a"]
 

@@ -42,11 +42,12 @@ def export_checkpoint(
     state, own = weights.of_checkpoint(path, checkpoint.TAG, manifest["zero"]), job.model.state_dict()
     if partial:
         state = {**own, **state}
-    there = {own[name].data_ptr() for name in state if name in own}  # tied weights are in a checkpoint once
+    there = {own[name].data_ptr(): name for name in state if name in own}  # tied weights are in a checkpoint once
     if missing := [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in there]:
         raise UserError(
             f"{path}: holds no {', '.join(missing[:5])}.", "Export the run's own folder instead: <run.dir>/model."
         )
+    state |= {name: state[there[tensor.data_ptr()]] for name, tensor in own.items() if name not in state}
     return save(job, state, to, dtype or own_dtype(job), {"step": manifest["step"]}, merge)
 
 

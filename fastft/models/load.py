@@ -251,6 +251,7 @@ def build(
     new_parameters: tuple[str, ...],
     seed: int,
     device: torch.device | str = "cpu",
+    as_stored: bool = False,
     **overrides: Any,
 ):
     """The model, ready to train.
@@ -263,6 +264,9 @@ def build(
         Where weights of model.init: random are drawn; others are loaded to the CPU.
     new_parameters : tuple of str
         Name parts of weights that may be newly initialized (a head); any other missing weight is an error.
+    as_stored : bool
+        Leave the weights in the dtype of their files, which are then mapped and not read, where nothing else depends on
+        it: who asks for this converts them.
     **overrides
         Config attributes (``num_labels``, or a task's own), which an export keeps.
 
@@ -286,7 +290,13 @@ def build(
             return _ready(loader.from_config(model_config, **common), common["dtype"]), []
     options = {**common, "config": model_config, "revision": settings.revision, "output_loading_info": True}
     # Other sizes are reported, not raised: what the weights' own error says to do would be wrong here.
-    model, info = _from_pretrained(loader, settings.path, "model", ignore_mismatched_sizes=True, **options)
+    how: dict[str, Any] = {"ignore_mismatched_sizes": True, **options}
+    model, info = _from_pretrained(loader, settings.path, "model", **how | ({"dtype": "auto"} if as_stored else {}))
+    if as_stored and (info["missing_keys"] or info["mismatched_keys"] or not _buffers_are_of(model, common["dtype"])):
+        del model
+        as_stored = False
+        torch.manual_seed(seed)  # a head has drawn from it
+        model, info = _from_pretrained(loader, settings.path, "model", **how)
     missing = sorted(info["missing_keys"])
     if other := sorted(info["mismatched_keys"]):
         _check_sizes(settings, other, new_parameters)
@@ -298,20 +308,28 @@ def build(
             f"{type(model).__name__}: {', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}.",
             "The folder holds another kind of model; choose the task that fits it, or model.init: random.",
         )
-    return _ready(model, common["dtype"]), missing
+    return _ready(model, None if as_stored else common["dtype"]), missing
 
 
-def _ready(model: Any, dtype: torch.dtype) -> Any:
-    """Parameters that transformers left in float32 without a reason (XLNet's attention), to the dtype asked for; those
-    that its class computes and never saves (Marian's sinusoidal positions) frozen, though it would train them: what is
-    saved would be another model.
+def _buffers_are_of(model: Any, dtype: torch.dtype) -> bool:
+    """Whether the model's buffers have the dtypes that they would have in a model of this dtype."""
+    config = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        wanted = type(model)._from_config(config, dtype=dtype)
+    return {n: b.dtype for n, b in wanted.named_buffers()} == {n: b.dtype for n, b in model.named_buffers()}
+
+
+def _ready(model: Any, dtype: torch.dtype | None) -> Any:
+    """Parameters that transformers left in float32 without a reason (XLNet's attention), to the dtype asked for (None:
+    they stay as they are); those that its class computes and never saves (Marian's sinusoidal positions) frozen, though
+    it would train them: what is saved would be another model.
     """
-    kept = kept_in_fp32(model, dtype)
+    kept = None if dtype is None else kept_in_fp32(model, dtype)
     computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     for name, p in model.named_parameters():
         if name in computed:
             p.requires_grad_(False)
-        if p.is_floating_point() and p.dtype != dtype and not (kept and kept.search(name)):
+        if dtype is not None and p.is_floating_point() and p.dtype != dtype and not (kept and kept.search(name)):
             p.data = p.data.to(dtype)
     return model
 

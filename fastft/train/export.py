@@ -5,6 +5,7 @@ then put in place.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from safetensors import SafetensorError
 from fastft.assemble import Job
 from fastft.errors import UserError
 from fastft.files import replacing
+from fastft.models import weight_files
 from fastft.models.load import dtype_of, kept_in_fp32
 from fastft.train import model_card
 from fastft.zero import weights
+from fastft.zero.parameters import whole_shape
 
 
 def save_engine(engine: Any, job: Job, folder: Path, results: dict | None = None) -> Path:
@@ -24,10 +27,17 @@ def save_engine(engine: Any, job: Job, folder: Path, results: dict | None = None
 
     ``results``: metrics and the like, for the model card.
     """
-    state = weights.consolidated(engine, job.ranks.main)
-    if job.ranks.main:
-        assert state is not None
-        save(job, state, folder, own_dtype(job), results)
+    if engine.zero_optimization_partition_weights():
+        gathered = weights.Gathered(engine, job.ranks)
+        if job.ranks.main:
+            try:
+                save(job, gathered, folder, own_dtype(job), results)
+            finally:
+                gathered.close()
+        else:
+            gathered.follow()
+    elif job.ranks.main:
+        save(job, engine.module.state_dict(), folder, own_dtype(job), results)
     job.ranks.barrier()
     return folder
 
@@ -43,7 +53,7 @@ def own_dtype(job: Job) -> str:
 
 def save(
     job: Job,
-    state: dict[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
     folder: Path,
     dtype: str,
     results: dict | None = None,
@@ -53,8 +63,8 @@ def save(
 
     Parameters
     ----------
-    state : dict
-        Of ``job.model``, by name.
+    state : mapping
+        Of ``job.model``, by name; each tensor is asked for when it is written.
     dtype : str
         fp32 or bf16: of the floating-point weights.
     merge : bool
@@ -67,24 +77,19 @@ def save(
         save).
     """
     model, kind = job.model, dtype_of(dtype)
-    trained = {name for name, _ in model.named_parameters()}
-    if bad := [name for name in trained if name in state and not state[name].isfinite().all()]:
-        raise UserError(
-            f"{folder}: not written: {', '.join(sorted(bad)[:3])}{', ...' if len(bad) > 3 else ''} hold NaN or Inf.",
-            "The training diverged; export an older checkpoint with `fastft export --step`.",
-        )
     model.config.fastft_task = job.config.task  # for whoever opens the folder alone
     with replacing(folder) as scratch:
         try:
             scratch.mkdir()
-            if merge or not any(edit.write(state, model, scratch, kind) for edit in job.edits):
-                for edit in reversed(job.edits):
-                    state = edit.merged(state, model, kind)
-                kept = kept_in_fp32(model, kind)
-                whole = {n: _exported(t, torch.float32 if kept and kept.search(n) else kind) for n, t in state.items()}
-                model.save_pretrained(scratch, state_dict=dict(whole))  # which takes tensors out of the mapping
+            names = None if job.edits else weight_files.names_in_files(model)
+            whole = _finite(dict(state), model, folder) if names is None else {}
+            if merge or not any(edit.write(whole, model, scratch, kind) for edit in job.edits):
+                if names is None:
+                    _write_whole(job, whole, scratch, kind, folder)
+                else:
+                    model.save_pretrained(scratch, state_dict={})  # all but the weights
+                    weight_files.write(scratch, names, state, _stored(model, kind), folder)
                 _say_dtype(scratch / "config.json", kind)
-                _compare(scratch, whole, model)
             job.task.processor.save_pretrained(scratch)
             model_card.write(scratch, job, results or {})
             for file in filter(Path.is_file, scratch.rglob("*")):  # safetensors lets nobody but the owner read its own
@@ -95,6 +100,35 @@ def save(
                 "Fix the disk, then `fastft resume` (a run) or `fastft export` writes it; the checkpoints are whole.",
             ) from None
     return folder
+
+
+def _stored(model: Any, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every weight in the files, by its name."""
+    kept = kept_in_fp32(model, dtype)
+
+    def kind(name: str, tensor: torch.Tensor) -> torch.dtype:
+        floating = torch.float32 if kept and kept.search(name) else dtype
+        return floating if tensor.is_floating_point() else tensor.dtype
+
+    return {n: (whole_shape(t), kind(n, t)) for n, t in model.state_dict(keep_vars=True).items()}
+
+
+def _write_whole(job: Job, state: dict[str, torch.Tensor], folder: Path, kind: torch.dtype, place: Path) -> None:
+    """By transformers, all at once: what an edit merged, or a model whose files hold other tensors than it does."""
+    model = job.model
+    for edit in reversed(job.edits):
+        state = edit.merged(state, model, kind)
+    kept = kept_in_fp32(model, kind)
+    whole = {n: _exported(t, torch.float32 if kept and kept.search(n) else kind) for n, t in state.items()}
+    model.save_pretrained(folder, state_dict=dict(whole))  # which takes tensors out of the mapping
+    _compare(folder, whole, model, place)
+
+
+def _finite(state: dict[str, torch.Tensor], model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    trained = {name for name, _ in model.named_parameters()}
+    if bad := [name for name in trained if name in state and not state[name].isfinite().all()]:
+        weight_files.refuse(folder, sorted(bad))
+    return state
 
 
 def _say_dtype(config: Path, dtype: torch.dtype) -> None:
@@ -113,18 +147,14 @@ def _exported(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
 
 
-def _compare(folder: Path, state: dict[str, torch.Tensor], model: Any) -> None:
+def _compare(folder: Path, state: dict[str, torch.Tensor], model: Any, place: Path) -> None:
     """Reload through the model's own class and compare every tensor, bit for bit."""
     loaded, info = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
     reloaded = loaded.state_dict()
     wrong = [name for name, t in state.items() if name not in reloaded or not _same_bits(reloaded[name], t)]
     wrong += sorted(info["missing_keys"])
     if wrong:
-        raise UserError(
-            f"{folder}: {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''} read back differ from what was "
-            "exported.",
-            "The training checkpoint is intact; export again with `fastft export`.",
-        )
+        weight_files.differs(place, wrong)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

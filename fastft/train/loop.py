@@ -19,7 +19,7 @@ from fastft.data import batches
 from fastft.errors import Interrupted
 from fastft.ops import backends
 from fastft.optim.groupings.base import Progress
-from fastft.ranks import environment
+from fastft.ranks import environment, keep_heap
 from fastft.tasks.base import Batch, Draw
 from fastft.track import Telemetry
 from fastft.train import export, health, resuming, run_folder
@@ -114,18 +114,19 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
     health.check_agreement(config, job.train.data.key, ranks)
     if not steps_only:
         health.check_shared(Path(config.run.dir), ranks)
-    assemble.add_model(job)
+    settings = zero.deepspeed_config(config, ranks)
+    assemble.add_model(job, shards=settings if config.parallel.zero == 3 else None)
     zero.check_layers(job.model, config, ranks)
     assemble.add_optimizer(job)
     assert job.optimizer is not None and job.spec is not None
     layout = zero.layout(job.model, job.optimizer)
     found = resuming.find(job, layout) if resume else None
     schedule = found.schedule if found else Schedule.of(config, job.order, job.task.max_length)
-    settings = zero.deepspeed_config(config, ranks)
     if found and found.converted:
         settings["checkpoint"] = {**settings.get("checkpoint", {}), **reshard.SETTINGS}
     engine = zero.build_engine(job.model, job.optimizer, settings, config.parallel.fused_step)
     assemble.add_objective(job, engine)
+    keep_heap(ranks.device)  # not before: what is loaded and let go of is to be given back
     ranks.seed(config.run.seed)
     stop = StopRequest()
     if not steps_only:

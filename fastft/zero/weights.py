@@ -1,19 +1,50 @@
 """Whole weights, from an engine or from its checkpoints."""
 
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 
+from fastft.ranks import Ranks
 from fastft.zero import pickles
 
 
-def consolidated(engine, main: bool) -> dict[str, torch.Tensor] | None:
-    """The engine's weights by name on rank 0, in their own dtype; all ranks take part (under ZeRO-3 they gather)."""
-    if engine.zero_optimization_partition_weights():
-        return engine._zero3_consolidated_16bit_state_dict()  # named so, but it keeps the parameters' own dtype
-    return engine.module.state_dict() if main else None
+class Gathered(Mapping[str, torch.Tensor]):
+    """A ZeRO-3 engine's weights by name, in their own dtype, each gathered when rank 0 asks for it: nobody holds more
+    than one. All ranks make this together; the others then ``follow`` until rank 0 has closed it.
+    """
+
+    def __init__(self, engine, ranks: Ranks):
+        self.ranks, self.own = ranks, engine.module.state_dict(keep_vars=True)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.own[name]  # a KeyError is rank 0's alone
+        self.ranks.from_main(name)
+        return self._gather(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def follow(self) -> None:
+        while (name := self.ranks.from_main(None)) is not None:
+            self._gather(name)
+
+    def close(self) -> None:
+        self.ranks.from_main(None)
+
+    def _gather(self, name: str) -> torch.Tensor:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        tensor = self.own[name]
+        if not hasattr(tensor, "ds_id"):
+            return tensor.detach()
+        with GatheredParameters([tensor]):
+            return tensor.detach().cpu().clone() if self.ranks.main else tensor.detach()[:0]
 
 
 def of_checkpoint(path: Path, tag: str, stage: int) -> dict[str, torch.Tensor]:

@@ -2,11 +2,14 @@
 
 train C...       train every configuration
 gradients OUT C...   one step's gradients and loss, by full parameter name, to OUT/<name of C>.pt (rank 0)
+shards OUT C...      names of the weights whose shards are not those of a model that was loaded whole, and the first
+                     loss, to OUT/<name of C>.json (rank 0)
 generated OUT C...   what an evaluation generates, tokens by sample, and its metrics, to OUT/<name of C>.json (rank 0)
 """
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ import torch.distributed as dist
 from fastft import assemble
 from fastft import config as configuration
 from fastft.cli.main import leave
+from fastft.tasks.base import Draw
 from fastft.track import Telemetry
 from fastft.train import loop
 from fastft.train.evaluation import measure
@@ -22,7 +26,7 @@ from fastft.train.heartbeat import Heartbeat
 from fastft.train.saver import Saver
 from fastft.train.schedule import Schedule
 from fastft.train.signals import StopRequest
-from fastft.zero import engine
+from fastft.zero import engine, weights
 
 
 def put_together(path: Path):
@@ -50,6 +54,43 @@ def generated(out: Path, path: Path) -> None:
     if job.ranks.main:
         found = {"tokens": [every[i] for i in sorted(every)], "metrics": numbers, "record": job.record}
         (out / f"{path.stem}.json").write_text(json.dumps(found))
+
+
+def shards(out: Path, path: Path) -> None:
+    """Against the same job without shards: what DeepSpeed's engine would have divided."""
+    config = configuration.load(path)
+    whole = assemble.start(config)
+    assemble.add_data(whole)
+    assemble.add_model(whole)
+    expected = {name: t.detach().clone() for name, t in whole.model.state_dict().items()}
+    parameters = dict(whole.model.named_parameters())
+    requires_grad = {name for name, p in parameters.items() if p.requires_grad}
+    batch = whole.task.collate(whole.train, [0, 1], Draw.fixed(0, 2))
+    with ExitStack() as cleanup:
+        run = loop.build(config, cleanup)
+        model = run.job.model
+        assert all(p.numel() == 0 or p.ds_persist for p in model.parameters()), "a parameter is whole"
+        gathered = weights.Gathered(run.engine, run.job.ranks)
+        own = {name for name, p in model.named_parameters() if p.requires_grad}
+        run.engine.eval()
+        one = torch.ones(())
+        with torch.no_grad():
+            loss = float(run.job.objective.compute_loss(run.engine, batch, one))
+        if not run.job.ranks.main:
+            gathered.follow()
+            return
+        wrong = [n for n, t in expected.items() if n not in gathered or not same(gathered[n], t)]
+        gathered.close()
+    wrong += sorted(own ^ requires_grad) + sorted(set(gathered) ^ set(expected))
+    assemble.add_objective(whole)
+    whole.model.eval()
+    with torch.no_grad():
+        plain = float(whole.objective.compute_loss(whole.model, batch, one))
+    (out / f"{path.stem}.json").write_text(json.dumps({"wrong": wrong, "loss": loss, "whole": plain}))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def gradients(out: Path, path: Path) -> None:
@@ -81,6 +122,6 @@ if __name__ == "__main__":
             loop.train(configuration.load(path))
     else:
         for path in arguments[1:]:
-            {"gradients": gradients, "generated": generated}[verb](Path(arguments[0]), Path(path))
+            {"gradients": gradients, "generated": generated, "shards": shards}[verb](Path(arguments[0]), Path(path))
     dist.destroy_process_group()
     leave(0)

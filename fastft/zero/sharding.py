@@ -1,0 +1,37 @@
+"""A model's parameters into the shards of ZeRO-3, before there is an engine: no rank ever holds the whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastft.models.load import kept_in_fp32
+
+
+def shard(model: torch.nn.Module, settings: dict, dtype: torch.dtype) -> None:
+    """Keep this rank's part of every parameter and let go of the rest, one parameter at a time.
+
+    DeepSpeed does this when its engine begins, and there sends every parameter from rank 0 to the others, which thereby
+    write to all of what they had mapped of the files. Here each rank reads its own part: all ranks must have the same
+    model.
+
+    Parameters
+    ----------
+    model : Module
+        As it was loaded: weights that are mapped from a file are read only where this rank's part is.
+    settings : dict
+        DeepSpeed's, of the engine that is to come.
+    dtype : torch.dtype
+        Of the parameters, whatever they are now; those that transformers keeps in float32 stay as they are.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    made: Any = Init(module=torch.nn.Module(), config_dict_or_path=settings)
+    kept = kept_in_fp32(model, dtype)
+    for name, parameter in model.named_parameters():
+        other = not parameter.is_floating_point() or (kept is not None and kept.search(name))
+        parameter.data = parameter.data.to(made.local_device, parameter.dtype if other else dtype)
+        made._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
+    made._keep_in_fp32(model)
