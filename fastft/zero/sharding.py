@@ -31,7 +31,27 @@ def shard(model: torch.nn.Module, settings: dict, dtype: torch.dtype) -> None:
     kept = kept_in_fp32(model, dtype)
     for name, parameter in model.named_parameters():
         other = not parameter.is_floating_point() or (kept is not None and kept.search(name))
-        parameter.data = parameter.data.to(made.local_device, parameter.dtype if other else dtype)
+        wanted = parameter.dtype if other else dtype
+        if wanted != parameter.dtype and made.param_swapper is None:
+            _converted(made, parameter, wanted)
+            continue
+        parameter.data = parameter.data.to(made.local_device, wanted)
         made._convert_to_deepspeed_param(parameter)
         parameter.partition()  # type: ignore[attr-defined]
     made._keep_in_fp32(model)
+
+
+def _converted(made: Any, parameter: Any, dtype: torch.dtype) -> None:
+    """This rank's part alone in another dtype: DeepSpeed copies into a shard that is there, whatever its dtype."""
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
+    made._convert_to_deepspeed_param(parameter)
+    whole = made._aligned_size(parameter)
+    size = whole // made._partition_world_size(parameter)
+    device = made.local_device if parameter.ds_persist else made.remote_device
+    part = torch.empty(size, dtype=dtype, device=device)
+    part = part.pin_memory() if made.pin_memory else part
+    part.ds_numel, part.status, part.final_location = size, PartitionedParamStatus.AVAILABLE, None  # type: ignore
+    parameter.ds_tensor, parameter.ds_numel_aligned = part, whole
+    parameter.partition(has_been_updated=True)
+    parameter.data = torch.empty(0, dtype=dtype, device=made.local_device)
