@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from fastft.models.load import kept_in_fp32
-
 
 def shard(model: torch.nn.Module, settings: dict, dtype: torch.dtype) -> None:
     """Keep this rank's part of every parameter and let go of the rest, one parameter at a time.
@@ -23,15 +21,14 @@ def shard(model: torch.nn.Module, settings: dict, dtype: torch.dtype) -> None:
     settings : dict
         DeepSpeed's, of the engine that is to come.
     dtype : torch.dtype
-        Of the parameters, whatever they are now; those that transformers keeps in float32 stay as they are.
+        Of the parameters, whatever they are now. All: DeepSpeed lays them one behind the other in one tensor, and its
+        engine would convert those, too, that transformers keeps in float32.
     """
     from deepspeed.runtime.zero.partition_parameters import Init
 
     made: Any = Init(module=torch.nn.Module(), config_dict_or_path=settings)
-    kept = kept_in_fp32(model, dtype)
-    for name, parameter in model.named_parameters():
-        other = not parameter.is_floating_point() or (kept is not None and kept.search(name))
-        wanted = parameter.dtype if other else dtype
+    for parameter in model.parameters():
+        wanted = dtype if parameter.is_floating_point() else parameter.dtype
         if wanted != parameter.dtype and made.param_swapper is None:
             _converted(made, parameter, wanted)
             continue
