@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastft.data.sources import walk
 from fastft.errors import UserError
 from fastft.files import digest, fsync, remove, replacing, sha256_file
 from fastft.ranks import Ranks
@@ -216,18 +217,26 @@ def state_of(path: Path) -> dict:
 
 
 def _damage(path: Path, manifest: dict, rank: int = 0, world: int = 1) -> str | None:
-    for file in sorted(path.rglob("*.pt")):  # DeepSpeed takes what has a fitting name
-        if str(file.relative_to(path)) not in manifest["files"]:
+    for file in walk(path):
+        name = file.relative_to(path)
+        if _unpickled(name) and str(name) not in manifest["files"]:
             return f"{file} is no part of the checkpoint: remove it."
-    for name, entry in sorted(manifest["files"].items())[rank::world]:
-        file = path / name
+    for listed, entry in sorted(manifest["files"].items())[rank::world]:
+        file, name = path / listed, Path(listed)
         if not file.is_file():
             return f"{file} is missing."
         if file.stat().st_size != entry["bytes"] or sha256_file(file) != entry["sha256"]:
             return f"{file} does not match its hash."
-        if file.suffix == ".pt" and (reason := pickles.refused(file)):
+        if _unpickled(name) and (reason := pickles.refused(file)):
             return f"{file} is not read: {reason}."
     return None
+
+
+def _unpickled(name: Path) -> bool:
+    """Whether a file of a checkpoint may be, by its path in it: DeepSpeed takes what begins as its own files do, however
+    it ends.
+    """
+    return name.suffix == ".pt" or name.parts[0] == TAG
 
 
 def _prune(folder: Path, current: int, keep: int, moved: Callable[[], None] = lambda: None) -> None:

@@ -233,10 +233,25 @@ def test_a_hostile_checkpoint_runs_nothing(finished, tmp_path, protocol):
         file.write_bytes(good)
     manifest_file.write_text(json.dumps(manifest))
     assert checkpoint.find(folder)[0].name == "step-4"
-    beside = folder / "step-4" / "deepspeed" / "zero_pp_rank_9_mp_rank_00_optim_states.pt"
-    torch.save(Hostile(mark), beside)
-    with pytest.raises(UserError, match=f"{re.escape(str(beside))} is no part of the checkpoint"):
-        checkpoint.find(folder, step=4)
+    # Beside them, also behind a link, and by names that DeepSpeed's converter takes for its own.
+    inside, moved = folder / "step-4" / "deepspeed", tmp_path / "moved"
+    for linked in (False, True):
+        if linked:
+            inside.rename(moved)
+            inside.symlink_to(moved)
+        for name in ("zero_pp_rank_9_mp_rank_00_optim_states.pt", "mp_rank_00", "mp_rank_00.bin"):
+            torch.save(Hostile(mark), inside / name)
+            with pytest.raises(UserError, match=f"{re.escape(str(inside / name))} is no part of the checkpoint"):
+                checkpoint.find(folder, step=4)
+            entry = {"bytes": (inside / name).stat().st_size, "sha256": sha256_file(inside / name)}
+            forged = {**manifest, "files": {**manifest["files"], f"deepspeed/{name}": entry}}
+            forged.pop("digest")
+            manifest_file.write_text(json.dumps({**forged, "digest": digest(forged)}))
+            with pytest.raises(UserError, match=f"{re.escape(str(inside / name))} is not read: it holds"):
+                checkpoint.find(folder, step=4)
+            manifest_file.write_text(json.dumps(manifest))
+            (inside / name).unlink()
+            assert checkpoint.find(folder)[0].name == "step-4"
     assert not mark.exists()
 
 
