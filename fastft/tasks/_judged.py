@@ -48,6 +48,24 @@ def class_scores(predicted: np.ndarray, labels: np.ndarray, names: list[str]) ->
     return by_class(names, *found)
 
 
+def f1_scores(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """``f1_macro``, and ``f1_micro`` where a row has any number of labels: those of sklearn with zero_division=0, which
+    takes tens of times as long; an interval is drawn from a thousand of them.
+
+    Parameters
+    ----------
+    labels, predicted : (rows,) int or (rows, classes) bool
+    """
+    if labels.ndim == 2:
+        both, sizes = (labels & predicted).sum(0), labels.sum(0) + predicted.sum(0)
+        micro = {"f1_micro": 2.0 * both.sum() / max(int(sizes.sum()), 1)}
+        return {name: float(f1) for name, f1 in {**micro, "f1_macro": (2 * both / np.maximum(sizes, 1)).mean()}.items()}
+    classes = int(max(labels.max(), predicted.max())) + 1
+    counts = [np.bincount(of, minlength=classes) for of in (labels[labels == predicted], labels, predicted)]
+    seen = counts[1] + counts[2] > 0  # a class that no row has and none is given does not count
+    return {"f1_macro": float((2 * counts[0][seen] / (counts[1] + counts[2])[seen]).mean())}
+
+
 def by_class(names: list[str], precision, recall, f1, support) -> dict[str, dict[str, float]]:
     columns = zip(*(np.asarray(column).tolist() for column in (precision, recall, f1, support)), strict=True)
     keys = ("precision", "recall", "f1", "support")

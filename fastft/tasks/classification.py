@@ -298,17 +298,10 @@ class ClassificationMetrics(SampleMetrics):
         return {**found, "labels": labels > 0.5, "predicted": logits > 0}  # probability above one half
 
     def numbers(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
-        from sklearn.metrics import f1_score
-
         labels, predicted = columns["labels"], columns["predicted"]
-
-        def f1(average: str) -> float:
-            return float(f1_score(labels, predicted, average=average, zero_division=0))
-
         right = (predicted == labels).reshape(len(labels), -1).all(-1)
-        micro = {"f1_micro": f1("micro")} if labels.ndim == 2 else {}
         whole = {"loss": float(columns["loss"].mean()), "examples": len(labels), "accuracy": float(right.mean())}
-        return {**whole, **micro, "f1_macro": f1("macro")}
+        return {**whole, **_judged.f1_scores(labels, predicted)}
 
     def judged(self, learned: Learned) -> _judged.Judged:
         return _judged.classified(np.concatenate(self.logits), np.concatenate(self.labels), learned["labels"])

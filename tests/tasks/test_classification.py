@@ -206,3 +206,21 @@ def test_all_bad_rows_are_counted(task_of, tmp_path):
         task.eval_splits(task.learned(task.train_split()))
     with pytest.raises(UserError, match=r"n.jsonl:2: the label is empty \(2 more rows cannot be used\)"):
         task_of(train=write(tmp_path / "n.jsonl", rows)).train_split()
+
+
+@pytest.mark.parametrize("rows, classes", [(1, 2), (7, 5), (400, 3), (400, 60)])
+def test_f1_is_that_of_sklearn(rows, classes):
+    """Also where classes are missing, and where rows or classes have no label at all."""
+    from sklearn.metrics import f1_score
+
+    from fastft.tasks._judged import f1_scores
+
+    rng = np.random.default_rng(rows + classes)
+    one = [rng.integers(0, classes, rows) for _ in range(2)]
+    many = [rng.random((rows, classes)) > share for share in (0.7, 0.9)]
+    for values in many:
+        values[:, -1] = False
+    for labels, predicted in (one, many, (many[0] & False, many[1] & False)):
+        averages = ("micro", "macro") if labels.ndim == 2 else ("macro",)
+        expected = {f"f1_{name}": f1_score(labels, predicted, average=name, zero_division=0) for name in averages}
+        assert f1_scores(labels, predicted) == pytest.approx(expected, abs=1e-12)
