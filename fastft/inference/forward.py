@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,7 +62,7 @@ class Forward:
         return None if dummy else found
 
 
-def settle(model: Any, given: Mapping[str, Any], longest: int) -> dict[str, Any]:
+def settle(model: Any, given: Mapping[str, Any], longest: int, limit: int | None = None) -> dict[str, Any]:
     """Write into the model's generation config, which an export keeps, what evaluations generate by.
 
     Parameters
@@ -70,6 +71,9 @@ def settle(model: Any, given: Mapping[str, Any], longest: int) -> dict[str, Any]
         Keys of transformers' GenerationConfig, over the model's own.
     longest : int
         ``max_new_tokens`` where neither says how long a text may become: transformers would stop at 20 tokens.
+    limit : int or None
+        Most tokens that can be generated, where positions of their own count them (those of a decoder beside an
+        encoder).
 
     Returns
     -------
@@ -79,9 +83,9 @@ def settle(model: Any, given: Mapping[str, Any], longest: int) -> dict[str, Any]
     Raises
     ------
     UserError
-        A key that GenerationConfig does not have, or values that it refuses.
+        A key that GenerationConfig does not have, values that it refuses, or texts beyond ``limit``.
     """
-    config = model.generation_config
+    config = mended(model.generation_config)
     known = {name for name in type(config)().to_dict() if not name.startswith("_")} - {"transformers_version"}
     if unknown := sorted(set(given) - known):
         raise UserError(
@@ -92,26 +96,63 @@ def settle(model: Any, given: Mapping[str, Any], longest: int) -> dict[str, Any]
         config.max_length = None
     if "max_length" in given:
         config.max_new_tokens = None
-    config.update(**given)
-    if config.max_new_tokens is None and config.max_length in (None, USUAL_LENGTH) and "max_length" not in given:
-        config.max_new_tokens, config.max_length = longest, None
     try:
+        config.update(**given)
+        if config.max_new_tokens is None and config.max_length in (None, USUAL_LENGTH) and "max_length" not in given:
+            config.max_new_tokens, config.max_length = longest, None
+        if config.num_beams is not None and config.num_beams < 1:
+            raise ValueError(f"`num_beams` must be at least 1, but is {config.num_beams}.")
         config.validate(strict=True)
     except (TypeError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0][:300]
+        reason = " ".join(str(e).split())[:400]
         raise UserError(f"evaluation.generation: {reason}", "It goes into the model's generation config.") from None
+    most = config.max_new_tokens or (config.max_length or 1) - 1  # that one counts the token decoding starts with
+    if limit is not None and most > limit:
+        if {"max_new_tokens", "max_length"} & set(given):
+            raise UserError(
+                f"evaluation.generation: texts of {most} tokens are beyond the limit of {limit} positions of the "
+                "model's decoder.",
+                f"Set max_new_tokens to at most {limit}.",
+            )
+        config.max_new_tokens, config.max_length = longest, None
     return {name: value for name, value in config.to_diff_dict().items() if _is_json(name, value)}
 
 
+def mended(config: Any) -> Any:
+    """A model's generation config without what does nothing as the rest of it stands (a temperature where nothing is
+    sampled). There are models that have it, and transformers saves it as it was loaded, but not once it was changed: a
+    run would learn that at its end.
+
+    Raises UserError for one that is wrong otherwise.
+    """
+    usual = type(config)()
+    try:
+        config.validate(strict=True)
+    except ValueError as first:
+        idle = re.findall(r"^- `(\w+)`", str(first), re.MULTILINE)  # the message has a line for each
+        for name in idle:
+            setattr(config, name, getattr(usual, name))
+        try:
+            config.validate(strict=True)
+        except ValueError as e:
+            reason = " ".join(str(e).split())[:400]
+            raise UserError(f"The model's generation config: {reason}", "Fix its generation_config.json.") from None
+        log.warning("the model's generation config: left out, for it does nothing there: %s", ", ".join(idle))
+    return config
+
+
 def check_generates(model: Any, inputs: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """UserError when the model cannot generate by its generation config; tried on one token, before training."""
+    """UserError when the model cannot generate by its generation config; tried on one token, before training.
+
+    ``inputs``: of two rows, for some ways to generate take only one.
+    """
     from fastft.models.trial import REFUSALS, trial
 
     try:
         with trial(model, device):
             Forward(model, model).generate({name: value.to(device) for name, value in inputs.items()}, **ONE_TOKEN)
     except REFUSALS as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
+        reason = " ".join(str(e).split())[:400] or type(e).__name__
         raise UserError(
             f"evaluation.generation: {type(model).__name__} cannot generate by it: {reason}",
             "Its keys are those of transformers' GenerationConfig; an empty evaluation.metrics generates nothing.",

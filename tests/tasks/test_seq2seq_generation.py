@@ -213,6 +213,11 @@ def test_trap_the_default_length_of_twenty(pair_config, tmp_path):
     [
         ({"generation": {"num_beam": 2}}, r"'num_beam' is no key of transformers' GenerationConfig(?s:.*)num_beams"),
         ({"generation": {"num_beams": "x"}}, "evaluation.generation: "),
+        ({"generation": {"num_beams": 0}}, "`num_beams` must be at least 1"),
+        ({"generation": {"max_new_tokens": "5"}}, "evaluation.generation: '<=' not supported"),
+        ({"generation": {"max_new_tokens": -3}}, "`max_new_tokens` must be greater than 0"),
+        ({"generation": {"early_stopping": True, "num_beams": 1}}, "invalid: - `early_stopping`: `num_beams` is set to"),
+        ({"generation": {"prompt_lookup_num_tokens": 3}}, "cannot generate by it: .*batch_size = 1"),
         ({"generation": {"do_sample": True}}, "evaluations do not sample"),
         ({"generation": {"num_return_sequences": 2}}, "takes one text for each row"),
         ({"metrics": ["bleu", "bleu"]}, "names one twice"),
@@ -225,6 +230,25 @@ def test_bad_settings(pair_config, tmp_path, evaluation, part):
     made["evaluation"] |= evaluation
     with pytest.raises(UserError, match=part):
         jobs.job_of(made)
+
+
+def test_texts_end_where_the_decoder_has_positions(pair_config, tmp_path):
+    """As many tokens as it has positions, and one more is refused before training, and in a prediction; a length of
+    the model's own beyond them is not kept."""
+    for generation in ({"max_new_tokens": 65}, {"max_length": 66}):
+        with pytest.raises(UserError, match="texts of 65 tokens are beyond the limit of 64 positions"):
+            jobs.job_of(scored(pair_config, "bart", tmp_path, **generation))
+    for generation in ({"max_new_tokens": 64}, {"max_length": 65}):
+        job = jobs.job_of(scored(pair_config, "bart", tmp_path, **generation))
+        inputs = jobs.batch_of(job, range(4)).inputs
+        assert Forward(job.model, job.model).generate(inputs, eos_token_id=None).shape == (4, 65)
+    job.model.generation_config.max_new_tokens, job.model.generation_config.max_length = None, 200
+    settle(job.model, {}, 40, 64)
+    assert (job.model.generation_config.max_new_tokens, job.model.generation_config.max_length) == (40, None)
+    with pytest.raises(UserError, match="max_new_tokens = 65 is beyond the limit of 64 positions"):
+        predictor(job.config.model.path, {"max_new_tokens": 65}, "seq2seq")
+    ready = predictor(job.config.model.path, {"max_new_tokens": 64}, "seq2seq")
+    assert next(predict(ready, [("x", {"text": "a bird sleeps."})]))["generated"] is not None
 
 
 def test_without_sacrebleu_the_extra_is_named(pair_config, tmp_path, monkeypatch):

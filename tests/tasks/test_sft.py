@@ -16,7 +16,9 @@ from fastft import config as configuration
 from fastft import track
 from fastft.errors import UserError
 from fastft.evaluate.predict import predict, predictor
+from fastft.inference.forward import mended
 from fastft.tasks.sft.rendering import Plain
+from fastft.train.evaluation import measure
 
 
 @pytest.fixture(scope="session")
@@ -319,3 +321,52 @@ def test_an_answer_that_is_cut_is_not_asked_for(config, tmp_path):
     ((place, one),) = batch.asked
     assert one.where.endswith("c.jsonl:2") and tokenizer.decode(one.answer) == "It is 4.<|im_end|>"
     assert tokenizer.decode(one.prompt).endswith("<|im_start|>assistant\n") and 0 <= place < batch.samples
+
+
+def test_lengths_of_answers_do_not_count_the_prompt(config, chat_model, tmp_path):
+    """max_length does: given it is refused, and the model's own, which a prompt may exceed, is not kept."""
+    config["data"]["eval"] = config["data"]["train"]
+    config["evaluation"] = {"metrics": ["exact_match"], "generation": {"max_length": 10}}
+    with pytest.raises(UserError, match="max_length counts the prompt, too"):
+        jobs.job_of(config)
+    config["evaluation"].pop("generation")
+    settings = json.loads((chat_model / "generation_config.json").read_text()) | {"max_length": 12}
+    (chat_model / "generation_config.json").write_text(json.dumps(settings))
+    job = jobs.job_of(config, evals=True)
+    metrics, _ = measure(job, job.evals["eval"])
+    own = job.model.generation_config
+    assert own.max_new_tokens == 128 and own.max_length is None
+    assert max(metrics.lengths) > 12 and metrics.finish([metrics.state()])["exact_match"] == 0
+
+
+def test_a_set_without_an_answer_to_ask_for(config, tmp_path):
+    """All are cut: scores are NaN, by which no checkpoint is the best, and the run goes on."""
+    cut = [CHAT[1], {"role": "assistant", "content": "long " * 60}]
+    rows = write(tmp_path / "e.jsonl", [{"messages": cut}])
+    config["data"] |= {"truncation": "truncate", "max_length": 40, "eval": rows}
+    config["evaluation"] = {"metrics": ["exact_match", "rouge"]}
+    config["checkpoint"] = {"best_by": "eval.exact_match"}
+    config["train"] = {"steps": 2}
+    launch.fastft("train", launch.write_config(tmp_path / "c.yaml", config))
+    found = track.read(tmp_path / "run")[-1]["eval"]["eval"]
+    assert found["loss"] > 0  # and NaN as JSON has it
+    assert all(found[name] is None for name in ("exact_match", "rouge1", "rouge2", "rougeL"))
+
+
+def test_trap_a_generation_config_that_is_not_saved(config, chat_model, tmp_path):
+    """A temperature where nothing is sampled does nothing, but once the end of a turn is written beside it transformers
+    would not save it: the export is whole."""
+    file = chat_model / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.6, "top_p": 0.9, "num_beams": 2}))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(chat_model)
+    plain.generation_config.eos_token_id = 3
+    with pytest.raises(ValueError, match="temperature"):
+        plain.save_pretrained(tmp_path / "x")
+    config["train"] = {"steps": 1}
+    launch.fastft("train", launch.write_config(tmp_path / "c.yaml", config))
+    written = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert written["num_beams"] == 2 and not {"temperature", "top_p"} & set(written)
+    job = jobs.job_of(config)
+    job.model.generation_config.max_new_tokens = -1
+    with pytest.raises(UserError, match="model's generation config: `max_new_tokens` must be greater than 0"):
+        mended(job.model.generation_config)

@@ -214,7 +214,8 @@ class Seq2Seq(TextTask):
         objective = Seq2SeqObjective(self.config.loss, forward, model, sample)
         settings = self.settle(model)
         if self.config.evaluation.metrics:
-            check_generates(model, self.padded_inputs([np.array(self.encoder(None).source_ids(["a"])[0])]), device)
+            rows = [np.array(ids) for ids in self.encoder(None).source_ids(["a", "a a"])]
+            check_generates(model, self.padded_inputs(rows), device)
         if self.config.data.eval and (signatures := self.scores(learned).signatures):
             objective.record["signatures"] = signatures
         objective.record["generation"] = settings
@@ -235,7 +236,8 @@ class Seq2Seq(TextTask):
         if not ends & set(row):
             config.eos_token_id = self.tokenizer.eos_token_id
         limit = self.limit("decoder")
-        return settle(model, self.config.evaluation.generation, min(self.target_length, (limit or 1 << 62) - 1))
+        longest = min(self.target_length, (limit or 1 << 62) - 1)
+        return settle(model, self.config.evaluation.generation, longest, limit)
 
     def scores(self, learned: Learned) -> Scores:
         """What generated texts are judged by. Raises UserError where that is not installed."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastft.errors import UserError
 from fastft.inference.base import Predictor, Row
 from fastft.inference.forward import Forward
 from fastft.tasks.seq2seq.metrics import decoded
@@ -23,6 +24,13 @@ class Writer(Predictor):
         self.limit = min(options.max_length or task.max_length, task.max_length)
         given: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "num_beams": options.num_beams}
         self.given: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        limit = task.limit("decoder")
+        if limit is not None and (options.max_new_tokens or 0) > limit:
+            raise UserError(
+                f"max_new_tokens = {options.max_new_tokens} is beyond the limit of {limit} positions of the model's "
+                "decoder.",
+                f"Set it to at most {limit}.",
+            )
         if "max_new_tokens" in self.given:
             self.given["max_length"] = None  # of the model's generation config
         self.fields = {"text": task.config.data.source}

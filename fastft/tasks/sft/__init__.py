@@ -22,7 +22,7 @@ from fastft.data.split import Split
 from fastft.data.store import Store
 from fastft.errors import did_you_mean
 from fastft.inference.base import Predictor
-from fastft.inference.forward import check_generates, settle
+from fastft.inference.forward import check_generates, mended, settle
 from fastft.lazy import torch
 from fastft.models import load
 from fastft.objectives.base import Objective
@@ -111,6 +111,15 @@ class SFTData(Data):
             )
 
 
+class ChatEvaluation(GenerationEvaluation):
+    """What evaluations generate, and how it is judged."""
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if "max_length" in self.generation:
+            raise ValueError("evaluation.generation: max_length counts the prompt, too: give max_new_tokens")
+
+
 @dataclass
 class WeightedBatch(Batch):
     """A batch whose targets count differently.
@@ -133,7 +142,7 @@ class SFT(DecoderTask):
     answer."""
 
     Data = SFTData
-    Evaluation = GenerationEvaluation
+    Evaluation = ChatEvaluation
     code_version = 1
 
     @cached_property
@@ -200,8 +209,9 @@ class SFT(DecoderTask):
         objective = WeightedObjective(self.config.loss, forward, model, sample)
         evaluation = self.config.evaluation
         if evaluation.metrics:
+            model.generation_config.max_length = None  # it counts the prompt, which may be longer
             settings = settle(model, evaluation.generation, min(LONGEST, self.max_length))
-            check_generates(model, {name: sample[name][:1] for name in ("input_ids",)}, device)
+            check_generates(model, {"input_ids": sample["input_ids"]}, device)
             objective.record |= {"generation": settings, "signatures": Scores(evaluation).signatures}
         return objective
 
@@ -304,4 +314,4 @@ def _stop_at(model: Any, token: int | None) -> None:
     known = settings.eos_token_id
     ends = known if isinstance(known, list) else [] if known is None else [known]
     if token not in ends:
-        settings.eos_token_id = [token, *ends]
+        mended(settings).eos_token_id = [token, *ends]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from fastft.inference.forward import Forward
 from fastft.inference.generate import prompts_padded
 from fastft.models import load
 from fastft.tasks import _judged
-from fastft.tasks._generated import Scores, generation_steps
+from fastft.tasks._generated import Scores, generation_steps, names_of
 from fastft.tasks._language import Perplexity
 
 LONGEST = 256  # tokens of an answer, where nobody says how many
@@ -85,7 +86,7 @@ class ChatMetrics(Perplexity):
         self.lengths = [int((written != self.tokenizer.pad_token_id).sum()) for written in order]
 
     def _sizes(self, settings: Any) -> np.ndarray:
-        longest = settings.max_new_tokens or LONGEST
+        longest = settings.max_new_tokens
         sizes = [(len(one.prompt), min(len(one.answer), longest)) for _, one in self.asked]
         return np.array(sizes, np.int64).reshape(-1, 2)
 
@@ -96,7 +97,7 @@ class ChatMetrics(Perplexity):
         inputs = prompts_padded(self.tokenizer, prompts, device)
         width, limit = inputs["input_ids"].shape[1], load.length_limit(forward.model.config)
         longest = forward.model.generation_config.max_new_tokens
-        room = {} if limit is None or longest is None else {"max_new_tokens": max(1, min(longest, limit - width))}
+        room = {} if limit is None else {"max_new_tokens": max(1, min(longest, limit - width))}
         out = forward.generate(inputs, dummy=not len(rows), **room)
         return [] if out is None else list(out[:, width:].cpu().numpy())
 
@@ -117,6 +118,8 @@ class ChatMetrics(Perplexity):
         found = super().numbers(columns)
         if "generated_tokens" in columns:
             found |= {**self.scores.finish(columns), "generated_tokens": float(columns["generated_tokens"].mean())}
+        else:  # no conversation has an answer to ask for
+            found |= {metric.name: math.nan for metric in names_of(self.scores.chosen)}
         return found
 
     def judged(self, learned: Learned) -> _judged.Judged | None:
