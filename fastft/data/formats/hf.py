@@ -45,6 +45,11 @@ def hub_files(source: Any) -> list[Path]:
 def _of_hub(dataset: str, name: str | None, revision: str | None, split: str | None) -> Any:
     import datasets
 
+    if Path(dataset).expanduser().exists() or "/" not in dataset:  # datasets would read files here, and for csv all
+        raise UserError(
+            f"dataset {dataset}: is no name on the hub: owner/name.",
+            f"Data of this machine have a path: {{path: {dataset}}}.",
+        )
     try:
         found = datasets.load_dataset(dataset, name, revision=revision)
     except Exception as e:  # its own, the hub's, requests', and those of a data set's reader
