@@ -103,6 +103,16 @@ def test_data_sets_of_the_hub_by_name(hub):
         of_hub(dataset="acme/other", split="train")
 
 
+def test_trap_names_that_datasets_takes_for_files(hub, tmp_path, monkeypatch):
+    """`csv` would read every file below the current folder, a folder's name its files instead of the hub's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "acme" / "notes").mkdir(parents=True)
+    (tmp_path / "acme" / "notes" / "train.csv").write_text("text\nhere\n")
+    for name in ("csv", "json", "text", "acme/notes"):
+        with pytest.raises(UserError, match=f"dataset {name}: is no name on the hub: owner/name"):
+            of_hub(dataset=name, split="train")
+
+
 def test_columns_are_renamed(hub, tmp_path):
     for found in (
         of_hub(dataset="acme/notes", split="train", columns={"content": "text"}),
