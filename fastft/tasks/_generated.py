@@ -34,8 +34,8 @@ class GenerationEvaluation(Evaluation):
     )
     bleu_tokenize: str = Field(
         "auto",
-        description="How sacrebleu cuts words: 13a, zh, char, intl, ja-mecab, ko-mecab, flores200; auto: with seq2seq zh "
-        "for Chinese targets, char for Japanese, Thai, Lao, Burmese and Khmer, 13a for others; with sft 13a.",
+        description="How sacrebleu cuts words: 13a, zh, char, intl, ja-mecab, ko-mecab, flores200; auto: with seq2seq "
+        "zh for Chinese targets, char for Japanese, Thai, Lao, Burmese and Khmer, 13a for others; with sft 13a.",
     )
 
     def check(self, config: Config) -> None:

@@ -233,8 +233,8 @@ def _damage(path: Path, manifest: dict, rank: int = 0, world: int = 1) -> str | 
 
 
 def _unpickled(name: Path) -> bool:
-    """Whether a file of a checkpoint may be, by its path in it: DeepSpeed takes what begins as its own files do, however
-    it ends.
+    """Whether a file of a checkpoint may be, by its path in it: DeepSpeed takes what begins as its own files do,
+    however it ends.
     """
     return name.suffix == ".pt" or name.parts[0] == TAG
 
