@@ -209,7 +209,8 @@ class SFT(DecoderTask):
         objective = WeightedObjective(self.config.loss, forward, model, sample)
         evaluation = self.config.evaluation
         if evaluation.metrics:
-            model.generation_config.max_length = None  # it counts the prompt, which may be longer
+            own: Any = model.generation_config
+            own.max_length = None  # it counts the prompt, which may be longer
             settings = settle(model, evaluation.generation, min(LONGEST, self.max_length))
             check_generates(model, {"input_ids": sample["input_ids"]}, device)
             objective.record |= {"generation": settings, "signatures": Scores(evaluation).signatures}
