@@ -87,12 +87,14 @@ def speedup(times: dict[str, list[float]], baseline: str, name: str) -> float:
     return statistics.median(b / t for b, t in zip(times[baseline], times[name], strict=True))
 
 
+def status(key: str) -> int:
+    """Bytes of this process, by Linux's account: VmRSS: resident now, VmHWM: at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
 def peak_memory(work: Callable[[], object]) -> tuple[int, int]:
     """(resident bytes before, largest resident bytes during work()), of this process, by Linux's own account."""
-
-    def status(key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present resident set
     before = status("VmRSS:")

@@ -13,6 +13,7 @@ from fastft import rooms
 from fastft.config.base import InputPath, OutputPath, Section
 from fastft.config.evaluation import Evaluation
 from fastft.config.every import Every
+from fastft.errors import UserError
 
 
 class Model(Section):
@@ -187,6 +188,17 @@ class Batch(Section):
         if isinstance(self.micro, int) and self.micro < 1:
             raise ValueError("batch.micro must be at least 1, or 'auto'")
         return self
+
+    def sequences(self, longest: int) -> int:
+        """Of an optimizer step, of at most ``longest`` tokens each. UserError for global_tokens of less than one."""
+        if self.global_tokens is None:
+            return self.size or 32
+        if self.global_tokens < longest:
+            raise UserError(
+                f"batch.global_tokens = {self.global_tokens} is less than one sequence (data.max_length = {longest}).",
+                "Raise batch.global_tokens or lower data.max_length.",
+            )
+        return self.global_tokens // longest
 
 
 class Optim(Section):

@@ -11,14 +11,13 @@ no formula gives are in `Constants`; fit.py gets them from published measurement
 
 from dataclasses import dataclass
 
-from fastft.train.footprint import ACTIVATION_BYTES, CHECKPOINT_BYTES
+from fastft.plan.memory import ACTIVATION_BYTES, CHECKPOINT_BYTES, RESERVED_BYTES, sharded
 
 WEIGHT_BYTES = 2  # bf16
 MASTER_BYTES = 12  # fp32 master weights and Adam's two moments
 OPTIMIZER_BYTES = (
     28  # read and written per parameter of the shard: fp32 weight, moments and their stores, bf16 gradient and weight
 )
-RESERVED_BYTES = 4e9  # CUDA context, NCCL's buffers, fragmentation: an allowance, not a measurement
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Hardware:
         Bytes per second and direction of a whole node's network cards: a ring crosses between two nodes over all of
         them at once.
     gpus_per_node : int
+    price : float
+        Of one GPU for an hour, in any currency; None: not known.
     """
 
     flops: float
@@ -45,6 +46,7 @@ class Hardware:
     intra_node_bandwidth: float
     inter_node_bandwidth: float
     gpus_per_node: int = 8
+    price: float | None = None
 
 
 # NVIDIA's data sheets of the SXM parts; nodes are DGX: one network card of 200 (A100) or 400 Gbit/s per GPU.
@@ -98,6 +100,8 @@ class Setup:
         Bytes per element in which gradients are reduced.
     stall : float
         Seconds per step that nothing hides (loading data, logging).
+    trained : float
+        Share of the parameters that is trained: an adapter beside frozen weights needs none of their gradients.
     """
 
     model: Shape
@@ -110,6 +114,7 @@ class Setup:
     recompute: bool = False
     reduce_bytes: int = 2
     stall: float = 0.0
+    trained: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -197,12 +202,13 @@ def communicated_bytes(setup: Setup) -> tuple[float, float]:
     """
     elements = setup.model.parameters * (setup.world_size - 1) / setup.world_size
     weights, gradients, passes = WEIGHT_BYTES * elements, setup.reduce_bytes * elements, setup.accumulation
+    gradients *= setup.trained
     if setup.zero == 0:
         return 2 * gradients, 0.0  # all-reduce: reduce-scatter and all-gather
     if setup.zero == 1:
-        return gradients, weights
+        return gradients, weights * setup.trained
     if setup.zero == 2:
-        return passes * gradients, weights
+        return passes * gradients, weights * setup.trained
     return passes * (2 * weights + gradients), 0.0
 
 
@@ -249,7 +255,8 @@ def compute_seconds(setup: Setup, constants: Constants) -> float:
     Attention's FLOPs matter: at 2,048 tokens they are 4 % of a 70B model's, 17 % of a 1B model's. So does the traffic,
     which falls with 1/hidden and is why small models reach less of the peak.
     """
-    flops = model_flops_per_token(setup) / (setup.hardware.flops * constants.kernel_efficiency)
+    worked = model_flops_per_token(setup) - 2 * setup.model.used * (1 - setup.trained)  # no gradient of frozen weights
+    flops = worked / (setup.hardware.flops * constants.kernel_efficiency)
     traffic = constants.activation_traffic * setup.model.layers * setup.model.hidden / setup.hardware.hbm_bandwidth
     again = 1 + constants.recompute_share / 3 if setup.recompute else 1.0
     return setup.tokens * (flops + traffic) * again
@@ -257,7 +264,7 @@ def compute_seconds(setup: Setup, constants: Constants) -> float:
 
 def optimizer_seconds(setup: Setup) -> float:
     """One pass over the parameters that this rank updates: all at stage 0, a shard above."""
-    local = setup.model.parameters / (setup.world_size if setup.zero else 1)
+    local = setup.trained * setup.model.parameters / (setup.world_size if setup.zero else 1)
     return OPTIMIZER_BYTES * local / setup.hardware.hbm_bandwidth
 
 
@@ -280,11 +287,7 @@ def memory(setup: Setup) -> Memory:
     parameters, n, layers = setup.model.parameters, setup.world_size, setup.model.layers
     weights, gradients, optimizer = WEIGHT_BYTES * parameters, WEIGHT_BYTES * parameters, MASTER_BYTES * parameters
     gathered = min(1.0, 2 / layers) * WEIGHT_BYTES * parameters if setup.zero == 3 and n > 1 else 0.0
-    states = (
-        weights / (n if setup.zero == 3 else 1)
-        + gradients / (n if setup.zero >= 2 else 1)
-        + optimizer / (n if setup.zero >= 1 else 1)
-    )
+    states = sum(sharded(setup.zero, n, weights, gradients, optimizer))
     unit = setup.tokens * setup.model.hidden
     activations = (
         unit * (CHECKPOINT_BYTES * layers + ACTIVATION_BYTES) if setup.recompute else unit * ACTIVATION_BYTES * layers

@@ -10,6 +10,7 @@ from typing import Any
 from fastft.config import Model
 from fastft.config.reading import read
 from fastft.errors import UserError, did_you_mean
+from fastft.plan.experts import active
 from fastft.plan.failures import reliability
 from fastft.plan.fit import calibrated
 from fastft.plan.model import HARDWARE, Hardware, Setup, Shape, memory, step
@@ -155,28 +156,7 @@ def _shape_of_config(path: str) -> Shape:
         raise UserError(
             f"model path {path}: its config.json has no num_hidden_layers or hidden_size.", "Give --params instead."
         )
-    return Shape(sum(p.numel() for p in model.parameters()), layers, hidden, _active(model, text))
-
-
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # as configs call their number
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "num_selected_experts")  # of a token
-
-
-def _active(model: Any, config: Any) -> int | None:
-    """Parameters that a token uses, of a mixture of experts; None: all of them.
-
-    UserError when it has experts, and its config does not say how many of them a token uses.
-    """
-    count, chosen = (next((v for n in names if (v := getattr(config, n, None))), None) for names in (EXPERTS, CHOSEN))
-    held = sum(p.numel() for name, p in model.named_parameters() if "experts." in name and "shared" not in name)
-    if not held:
-        return None
-    if not isinstance(count, int) or not isinstance(chosen, int):
-        raise UserError(
-            f"{type(model).__name__} has experts, and its config.json does not say how many a token uses.",
-            "Give --params instead.",
-        )
-    return round(sum(p.numel() for p in model.parameters()) - held * (1 - chosen / count))
+    return Shape(sum(p.numel() for p in model.parameters()), layers, hidden, active(model))
 
 
 def plan(model: Shape, request: Request) -> dict:

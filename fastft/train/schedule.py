@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from fastft.config import Config
 from fastft.config.every import interval
 from fastft.data.orders.base import Order, Samples
-from fastft.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -28,16 +27,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: Config, order: Order, max_length: int, segments: Iterable[Iterable[int]] = ()) -> Schedule:
-        size = config.batch.size
-        if config.batch.global_tokens is not None:
-            size = config.batch.global_tokens // max_length
-            if size == 0:
-                raise UserError(
-                    f"batch.global_tokens = {config.batch.global_tokens} is less than one sequence "
-                    f"(data.max_length = {max_length}).",
-                    "Raise batch.global_tokens or lower data.max_length.",
-                )
-        size = size or 32
+        size = config.batch.sequences(max_length)
         before = tuple((steps, taken) for steps, taken in segments)
         steps, taken = before[-1] if before else (0, 0)
         if config.train.steps is not None:

@@ -1,0 +1,392 @@
+"""Memory of one rank, part by part and moment by moment: the one formula, of plans and of `fastft validate`.
+
+A step has several moments at which memory may be fullest, and the peak is the largest of them: the loss at the end of
+the forward, the first and the last layer of the backward, the reduction of gradients, the update. What each holds is
+read off fastft's and DeepSpeed's code (0.19: stage_1_and_2.py, stage3.py, engine.py) and is held to measured runs by
+benchmarks/plan_memory.py. Bytes throughout, of one rank, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# Bytes held per token, layer and hidden unit for the backward pass, in bf16 with flash attention (Korthikanti et al.
+# 2022, arXiv 2205.05198, equation 2), and with full recomputation: each layer's input. Where a model cannot be traced.
+ACTIVATION_BYTES = 34
+CHECKPOINT_BYTES = 2
+
+# Of one element of one state tensor: in memory, and in a checkpoint, which holds int8 as the float32 that it encodes.
+STATE_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+SAVED_BYTES = {**STATE_BYTES, "int8": 4}
+
+# DeepSpeed's defaults, in elements: of one reduction, and within which ZeRO 3 keeps a gathered weight for its next use.
+REDUCE_BUCKET = 500_000_000
+REUSE_DISTANCE = 1_000_000_000
+PREFETCH = 50_000_000
+
+# Beside all that is counted. On a GPU its context, NCCL's buffers and fragmentation: an allowance, not a measurement.
+# On a CPU Python with torch, transformers and DeepSpeed: measured with a model of nothing (benchmarks/plan_memory.py).
+RESERVED_BYTES = 4e9
+PROCESS_BYTES = 0.8e9
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buckets")
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A model's parameters.
+
+    Attributes
+    ----------
+    trained, frozen : int
+        Elements.
+    trained_bytes, frozen_bytes : int
+    embedding_bytes : int
+        The gradient of the input embedding; 0 where it is not trained.
+    head : tuple of int or None
+        Rows and columns of the output head whose loss is taken over a vocabulary.
+    head_trained, tied : bool
+        Whether the head is trained, and whether it is the input embedding.
+    largest, block : int
+        The largest parameter, and all of the largest layer.
+    """
+
+    trained: int
+    frozen: int
+    trained_bytes: int
+    frozen_bytes: int
+    embedding_bytes: int = 0
+    head: tuple[int, int] | None = None
+    head_trained: bool = False
+    tied: bool = False
+    largest: int = 0
+    block: int = 0
+
+    @property
+    def whole(self) -> int:
+        return self.trained_bytes + self.frozen_bytes
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a forward of ``tokens`` tokens keeps.
+
+    Attributes
+    ----------
+    layers : int
+        For the backward pass, of everything but the head.
+    transient : int
+        Most that the backward of one layer takes beside it; with activation checkpointing also what is computed again.
+    ends : int
+        What is still kept when the backward reaches the embedding.
+    traced : bool
+        Counted on the model without weights; False: an estimate from layers and hidden size.
+    """
+
+    tokens: int
+    layers: int
+    transient: int
+    ends: int
+    traced: bool = True
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of a run's configuration and machine decides its memory.
+
+    Attributes
+    ----------
+    states : int
+        State tensors that the optimizer keeps for each parameter, of ``state_dtype``.
+    master : str
+        fp32, remainder or stochastic, for bf16 weights.
+    accumulates : bool
+        Whether a step has several micro-steps.
+    widens : bool
+        Whether a CPU computes bf16 in float32.
+    fused_loss : bool
+        linear_cross_entropy: never all logits.
+    bucket : int
+        Elements that DeepSpeed reduces at a time.
+    reads : bool
+        Weights are read from files, which a CPU maps into memory beside them.
+    exported : int
+        Bytes of an exported element.
+    """
+
+    device: str = "cuda"
+    zero: int = 0
+    ranks: int = 1
+    bf16: bool = True
+    master: str = "fp32"
+    states: int = 2
+    state_dtype: str = "fp32"
+    accumulates: bool = False
+    widens: bool = False
+    fused_loss: bool = True
+    adapter_only: bool = False
+    bucket: int = REDUCE_BUCKET
+    reads: bool = True
+    exported: int = 2
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight, and of its gradient."""
+        return 2 if self.bf16 else 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one rank, by moment and part.
+
+    Attributes
+    ----------
+    step : dict
+        Moments of a training step, each a dict of ``PARTS``: on the device.
+    around : dict
+        Of loading (on the device), checkpoint and export (in the host's memory, which a CPU's run has in one with the
+        device's), beside which the weights and the optimizer are held.
+    kept : Kept
+    """
+
+    setting: Setting
+    kept: Kept
+    step: dict[str, dict[str, int]]
+    around: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def moment(self) -> str:
+        """When a step's memory is fullest."""
+        return max(self.step, key=lambda name: sum(self.step[name].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """At that moment."""
+        return self.step[self.moment]
+
+    @property
+    def training(self) -> int:
+        """Until the last step: the fullest of its moments, or loading."""
+        return max(sum(m.values()) for m in (*self.step.values(), self.around["loading"]))
+
+    @property
+    def peak(self) -> int:
+        """Of the device. On a CPU the checkpoint and the export are in the same memory."""
+        after = [self.around[name] for name in ("checkpoint", "export") if self.setting.device == "cpu"]
+        return max(self.training, *(sum(m.values()) for m in after), 0)
+
+    @property
+    def process(self) -> int:
+        """Beside what is counted."""
+        return int(PROCESS_BYTES if self.setting.device == "cpu" else RESERVED_BYTES)
+
+
+def masters(setting: Setting, trained: int) -> int:
+    """Of the weights that are updated, beside those that compute, of all ranks together.
+
+    Stages 1 and 2 clone their part whatever the dtype; stage 3 only where the dtypes differ; stage 0 in bf16 alone.
+    """
+    if not setting.bf16:
+        return 4 * trained if setting.zero in (1, 2) else 0
+    if setting.master == "fp32":
+        return 4 * trained
+    remainder = 2 if setting.master == "remainder" else 0
+    clone = 2 if setting.zero in (1, 2) else 0
+    return (remainder + clone) * trained
+
+
+def optimizer(setting: Setting, trained: int) -> int:
+    """Masters and state, of all ranks together."""
+    return masters(setting, trained) + trained * setting.states * STATE_BYTES[setting.state_dtype]
+
+
+def sharded(zero: int, ranks: int, weights: float, gradients: float, optimizer: float) -> tuple[float, float, float]:
+    """What a rank holds of them: stage 1 divides the optimizer, stage 2 also gradients, stage 3 also weights."""
+    return (
+        weights / (ranks if zero == 3 else 1),
+        gradients / (ranks if zero >= 2 else 1),
+        optimizer / (ranks if zero >= 1 else 1),
+    )
+
+
+def checkpoint(setting: Setting, tensors: Tensors) -> int:
+    """One checkpoint, of all ranks together."""
+    weights = tensors.trained_bytes if setting.adapter_only else tensors.whole
+    if setting.zero == 3:  # its weights are the masters
+        weights = tensors.trained_bytes if not setting.bf16 or setting.master != "fp32" else 0
+        weights += 0 if setting.adapter_only else tensors.frozen_bytes
+    state = tensors.trained * setting.states * SAVED_BYTES[setting.state_dtype]
+    return weights + state + masters(setting, tensors.trained)
+
+
+def plan(tensors: Tensors, kept: Kept, setting: Setting) -> Plan:
+    """Memory of one rank at every moment that may be its fullest."""
+    return Plan(setting, kept, _step(tensors, kept, setting), _around(tensors, setting))
+
+
+def _step(t: Tensors, kept: Kept, s: Setting) -> dict[str, dict[str, int]]:
+    zero, ranks = s.zero, s.ranks
+    whole = t.trained_bytes  # gradients
+    weights, part, states = (int(x) for x in sharded(zero, ranks, t.whole, whole, optimizer(s, t.trained)))
+    loss = head(t, kept.tokens, s)
+    bucket = _buckets(t, s)
+    gathered = _gathered(t, s)
+    # Before the backward: of earlier micro-steps. ZeRO 3 has a place for its part from the beginning.
+    before = part if zero == 3 else (part if zero == 2 else whole) if s.accumulates else 0
+    # A layer's new gradients stand beside those that they are added to.
+    added = t.block if s.accumulates and zero < 2 else 0
+    hidden = loss.gradient_of_hidden
+    found = {
+        "loss": _parts(
+            weights, before + loss.gradient_in_loss, states, kept.layers + hidden, loss.logits,
+            bucket.always + gathered,
+        ),
+        "first layer": _parts(
+            weights, before + loss.gradient + added, states, kept.layers + kept.transient + hidden, loss.kept,
+            bucket.filling + gathered,
+        ),
+    }  # fmt: skip
+    # The embedding's gradient comes last, and beside the head's where they are one weight, or beside its copy in
+    # DeepSpeed's bucket.
+    doubled = t.embedding_bytes if t.tied or zero >= 2 or s.accumulates else 0
+    ending = whole if zero < 2 else bucket.after
+    found["last layer"] = _parts(weights, ending + doubled, states, kept.ends, 0, bucket.beside)
+    found["reduction"] = _parts(weights, bucket.reduced, states, 0, 0, bucket.flat)
+    if whole > s.bucket * s.element and zero >= 2:  # the first reduction is before the backward has ended
+        left = int(kept.layers * (1 - s.bucket * s.element / whole))
+        found["first reduction"] = _parts(weights, bucket.reduced, states, left + kept.transient, 0, bucket.flat)
+    if s.bf16 and zero == 0 and s.master == "fp32":  # DeepSpeed makes float32 copies of all gradients
+        found["update"] = _parts(weights, whole + 4 * t.trained, states, 0, 0, 0)
+    return found
+
+
+def _parts(weights: int, gradients: int, optimizer: int, activations: int, logits: int, buckets: int) -> dict[str, int]:
+    return dict(zip(PARTS, map(int, (weights, gradients, optimizer, activations, logits, buckets)), strict=True))
+
+
+@dataclass(frozen=True)
+class _Buckets:
+    """What DeepSpeed takes to reduce gradients.
+
+    Attributes
+    ----------
+    always, filling : int
+        From the beginning, and from the first gradient on.
+    beside : int
+        Beside the gradients when the backward has ended.
+    after : int
+        Gradients, in the bucket or in their place, when the backward has ended (ZeRO 2 and 3).
+    reduced, flat : int
+        Gradients while the last bucket is reduced, and the copy that is sent.
+    """
+
+    always: int
+    filling: int
+    beside: int
+    after: int
+    reduced: int
+    flat: int
+
+
+def _buckets(t: Tensors, s: Setting) -> _Buckets:
+    whole, size = t.trained_bytes, s.bucket * s.element
+    used = min(whole, size)
+    part = whole // s.ranks
+    if s.zero == 0:
+        return _Buckets(0, 0, 0, whole, whole, used if s.ranks > 1 else 0)
+    # A GPU's bucket has its whole size; of a CPU's only the pages that were written are there.
+    held = size if s.device == "cuda" else used
+    idle = held - used
+    if s.zero == 1:  # gradients move into the bucket when the backward has ended; then the rank's own are copied out
+        room = size if s.device == "cuda" else 0
+        own = part if whole > size else 0
+        return _Buckets(0, room, room, whole, whole + idle + own, max(used, 0 if own else part))
+    if s.zero == 2:
+        room = size if s.device == "cuda" else 0
+        own = part if whole > size or s.accumulates else 0
+        return _Buckets(0, room, idle, used + own, used + own, idle + max(used, 0 if own else part))
+    # ZeRO 3 keeps its bucket from step to step.
+    return _Buckets(held, held, idle, used + part, used + part, idle + used)
+
+
+def _gathered(t: Tensors, s: Setting) -> int:
+    """Weights that ZeRO 3 has gathered at the turn from forward to backward: those that it needs again within
+    DeepSpeed's distance, which is both ways.
+    """
+    if s.zero != 3 or s.ranks == 1:
+        return 0
+    return min(t.whole, (REUSE_DISTANCE // 2 + PREFETCH) * s.element + t.block)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The loss over a vocabulary.
+
+    Attributes
+    ----------
+    logits : int
+        A chunk of them, or all, with what is widened to compute them.
+    kept : int
+        Of that, what is there until the backward.
+    gradient_in_loss, gradient : int
+        Of the head's weight, while it is summed, and from then on: it comes in the forward.
+    gradient_of_hidden : int
+    """
+
+    logits: int = 0
+    kept: int = 0
+    gradient_in_loss: int = 0
+    gradient: int = 0
+    gradient_of_hidden: int = 0
+
+
+def head(t: Tensors, tokens: int, s: Setting) -> Head:
+    """What the loss takes, by the chunks of `fastft.ops.linear_cross_entropy`, or with all logits."""
+    if t.head is None:
+        return Head()
+    from fastft.ops import linear_cross_entropy_plan  # torch comes with it
+
+    rows, columns = t.head
+    element = s.element
+    gradient = rows * columns * element if t.head_trained else 0
+    if not s.fused_loss:
+        return Head(tokens * rows * element, tokens * rows * element)
+    of_hidden = tokens * columns * element
+    computed = 4 if s.widens else element
+    wide_sum = 4 * rows * columns if t.head_trained and computed == 2 else 0
+    if s.device == "cuda":
+        chunks = linear_cross_entropy_plan.by_model(tokens, rows, columns, computed, True, t.head_trained, 132)
+    else:
+        chunks = linear_cross_entropy_plan.by_bytes(tokens, rows, computed, None, wide_sum)
+    logits = min(chunks.size, tokens) * rows * computed
+    summed = gradient
+    if wide_sum and not chunks.parked and len(chunks.chunks(tokens)) > 1:
+        summed = wide_sum
+    if s.widens:
+        summed *= 2  # the sum is float32, and is rounded beside it at the end
+        logits += 4 * rows * columns + 2 * 4 * tokens * columns
+        summed += gradient
+    return Head(logits, 0, summed, gradient, of_hidden)
+
+
+def _around(t: Tensors, s: Setting) -> dict[str, dict[str, int]]:
+    weights, _, states = (int(x) for x in sharded(s.zero, s.ranks, t.whole, 0, optimizer(s, t.trained)))
+    own = int(masters(s, t.trained) / (s.ranks if s.zero else 1))
+    # DeepSpeed copies the weights of a group into one flat tensor, and then its part into the masters.
+    made = {0: own, 1: max(t.trained_bytes, own), 2: max(t.trained_bytes, own), 3: weights + t.largest}[s.zero]
+    reading = t.whole if s.reads and s.device == "cpu" else 0
+    found: dict[str, Any] = {"loading": {"weights": t.whole, "buckets": max(made, reading)}}
+    saved = checkpoint(s, t)
+    module = (t.trained_bytes if s.adapter_only else t.whole) if s.zero < 3 else 0  # rank 0 alone writes it
+    snapshot = module + (saved - module) // (s.ranks if s.zero else 1)
+    held = {"weights": weights, "optimizer": states} if s.device == "cpu" else {}
+    found["checkpoint"] = {**held, "copies": snapshot}
+    exported = (t.trained_bytes if s.adapter_only else t.whole) // s.element * s.exported
+    copies = 0 if s.adapter_only else exported  # read back, to be compared
+    if s.exported != s.element or s.device == "cuda":
+        copies += exported
+    if s.zero == 3:
+        copies += t.whole
+    found["export"] = {**held, "copies": copies}
+    return found
