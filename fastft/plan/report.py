@@ -235,3 +235,16 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
+
+
+def is_configuration(target: str) -> bool:
+    """Whether it is a configuration's file or a run's folder, rather than a model."""
+    path = Path(target)
+    return path.is_file() or path.suffix in (".yaml", ".yml") or (path / "config.yaml").is_file()
+
+
+def only_of_configurations(given: dict[str, Any]) -> None:
+    """UserError for what a model alone has no use for."""
+    for name, value in given.items():
+        if value:
+            raise UserError(f"{name}: is for a configuration.", "For example: fastft plan config.yaml --memory 80GB")

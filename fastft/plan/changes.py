@@ -1,0 +1,157 @@
+"""The cheapest changes of a configuration that make it fit, each with its price."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fastft.errors import UserError
+from fastft.plan.configured import Planned
+
+# Of a plan's options what a change costs beside time, in words.
+NOTHING, ROUNDING = "the same gradient", "moments rounded at random"
+MOST_RANKS = 4096
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change, or several together.
+
+    Attributes
+    ----------
+    overrides : tuple of str
+        As the command line takes them.
+    ranks : int
+        With which it is meant.
+    words : str
+        What it costs beside time.
+    """
+
+    overrides: tuple[str, ...]
+    ranks: int
+    words: str
+
+    def __add__(self, other: Change) -> Change:
+        words = dict.fromkeys([*self.words.split("; "), *other.words.split("; ")])
+        told = [w for w in words if w and w != NOTHING] or [NOTHING]
+        return Change((*self.overrides, *other.overrides), max(self.ranks, other.ranks), "; ".join(told))
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A change, its plan, and its price: how many times the step's time it takes, and of all ranks' time together."""
+
+    change: Change
+    planned: Planned
+    fits: bool
+    time: float
+    work: float
+
+
+Replan = Callable[[Sequence[str], int], Planned]  # overrides, ranks
+Seconds = Callable[[Planned], float]  # of a step
+
+
+def candidates(planned: Planned) -> Iterator[Change]:
+    """Single changes that fastft can make, those that cost least first."""
+    config, ranks, batch = planned.config, planned.setting.ranks, planned.batching
+    zero = config.parallel.zero
+    for rows in sorted({batch.rows // 2, 1}, reverse=True):
+        if 0 < rows < batch.rows:
+            auto = config.batch.micro == "auto"
+            key = f"batch.micro_tokens={rows * batch.width}" if auto else f"batch.micro={rows}"
+            yield Change((key,), ranks, NOTHING)
+    if ranks > 1:
+        for stage in range(zero + 1, 4):
+            yield Change((f"parallel.zero={stage}",), ranks, NOTHING)
+    if not config.parallel.activation_checkpointing:
+        yield Change(("parallel.activation_checkpointing=true",), ranks, NOTHING)
+    if planned.setting.states and hasattr(config.optim, "state_dtype"):
+        order = ["fp32", "bf16", "int8"]
+        for dtype in order[order.index(config.optim.state_dtype) + 1 :]:
+            yield Change((f"optim.state_dtype={dtype}",), ranks, ROUNDING)
+    if not planned.setting.bf16:
+        yield Change(("model.dtype=bf16",), ranks, "weights and gradients in bf16")
+    elif planned.setting.master == "fp32" and hasattr(config.optim, "master"):
+        yield Change(("optim.master=remainder",), ranks, "the step in two passes")
+        yield Change(("optim.master=stochastic",), ranks, "weights rounded at random; the step in two passes")
+    more = 2 * ranks
+    while more <= min(MOST_RANKS, 64 * ranks) and planned.setting.device == "cuda":
+        # More ranks divide only what the stage divides.
+        keys = () if zero == 3 else ("parallel.zero=3",)
+        yield Change(keys, more, f"{more} GPUs")
+        more *= 2
+    if not config.model.chosen():
+        yield Change(("model.lora={r: 16}",), ranks, "an adapter instead of all weights")
+
+
+def offers(planned: Planned, fits: Callable[[Planned], bool], replan: Replan, seconds: Seconds) -> list[Offer]:
+    """Changes that make it fit, the cheapest first; where no single one does, the fewest that do together. [] where
+    it fits as it is, and where nothing helps.
+    """
+    if fits(planned):
+        return []
+    before = seconds(planned)
+
+    def offer(change: Change) -> Offer | None:
+        try:
+            new = replan(change.overrides, change.ranks)
+        except UserError:  # not with this model
+            return None
+        ratio = seconds(new) / before
+        sequences = new.batching.size / planned.batching.size
+        return Offer(change, new, fits(new), ratio / sequences, ratio / sequences * change.ranks / planned.setting.ranks)
+
+    single = [found for change in candidates(planned) if (found := offer(change))]
+    fitting = _cheapest(o for o in single if o.fits)
+    own = [o for o in fitting if o.change.ranks == planned.setting.ranks]
+    if any("model.lora" not in o.change.overrides[0] for o in own):
+        return fitting
+    together = _together(planned, single, offer)
+    return _cheapest([*fitting, *([together] if together else [])])
+
+
+def _cheapest(found: Iterator[Offer] | list[Offer]) -> list[Offer]:
+    """One of each kind (the key that is changed; the fewest ranks), by work and then time."""
+    kinds: dict[tuple, Offer] = {}
+    for o in sorted(found, key=lambda o: (round(o.work, 3), round(o.time, 3))):
+        grown = o.change.words.endswith("GPUs")
+        kinds.setdefault(("ranks",) if grown else tuple(k.partition("=")[0] for k in o.change.overrides), o)
+    return sorted(kinds.values(), key=lambda o: (round(o.work, 3), round(o.time, 3)))
+
+
+def _together(planned: Planned, single: list[Offer], offer: Callable[[Change], Offer | None]) -> Offer | None:
+    """Changes on the ranks that there are, without an adapter: added in the order of their price until it fits, and
+    those taken away again that it fits without.
+    """
+    usable = [o for o in single if o.change.ranks == planned.setting.ranks and "lora" not in o.change.overrides[0]]
+    need = planned.plan.training
+    best: dict[str, Offer] = {}  # the one of each key that helps most
+    for o in usable:
+        key = o.change.overrides[0].partition("=")[0]
+        if o.planned.plan.training < 0.99 * need and (
+            key not in best or o.planned.plan.training < best[key].planned.plan.training
+        ):
+            best[key] = o
+    chosen: list[Change] = []
+    found: Offer | None = None
+    for o in sorted(best.values(), key=lambda o: o.work):
+        chosen.append(o.change)
+        found = offer(_sum(chosen))
+        if found and found.fits:
+            break
+    if found is None or not found.fits:
+        return None
+    for change in list(chosen):
+        fewer = [c for c in chosen if c is not change]
+        if fewer and (less := offer(_sum(fewer))) and less.fits:
+            chosen, found = fewer, less
+    return found
+
+
+def _sum(changes: list[Change]) -> Change:
+    total = changes[0]
+    for change in changes[1:]:
+        total = total + change
+    return total
+
