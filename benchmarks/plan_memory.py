@@ -1,6 +1,6 @@
 """The memory that `fastft plan` says beside what real runs take on a CPU, by Linux's account of each process.
 
-    python benchmarks/plan_memory.py [--cases NAME ...] [--quick] [--machine NAME]
+    python benchmarks/plan_memory.py [--cases NAME ...] [--raw FILE] [--quick] [--machine NAME]
 
 Each case is a whole run of fastft in processes of its own: loading, checks, three steps, a checkpoint, the export.
 Models of 75 and 135 M parameters are made here. `process` is what a run of a model of nothing takes (Python, torch,
@@ -62,13 +62,13 @@ QUICK = ("process", "stage 0")
 COLUMNS = {
     "case": "s",
     "model": "s",
-    "fullest": "s",
     "weights": ".2f",
     "gradients": ".2f",
     "optimizer": ".2f",
     "activations": ".2f",
     "logits": ".2f",
     "buckets": ".2f",
+    "heap": ".2f",
     "process": ".2f",
     "training planned": ".2f",
     "training measured": ".2f",
@@ -181,7 +181,6 @@ def row(folder: Path, name: str, ranks: list[dict], process: dict[int, int]) -> 
     return {
         "case": name,
         "model": model,
-        "fullest": plan.moment if plan.training > sum(plan.around["loading"].values()) else "loading",
         **gb,
         "process": base / 1e9,
         "training planned": (plan.training + base) / 1e9,
@@ -202,16 +201,22 @@ def main() -> None:
 
     def more(parser):
         parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+        parser.add_argument("--raw", type=Path, help="what runs took, by case: those in it are not run again")
 
     args = common.arguments(__doc__.split("\n\n")[0], rounds=1, more=more)
     wanted = QUICK if args.quick else args.cases
     names = list(dict.fromkeys([*(n for n in CASES if n.startswith("process") and not args.quick), *wanted]))
-    rows, process = [], {}
+    rows, process, known = [], {}, {}
+    if args.raw and args.raw.exists():
+        known = {found["case"]: found["ranks"] for found in map(json.loads, args.raw.read_text().splitlines())}
     with tempfile.TemporaryDirectory(prefix="fastft-plan-memory-") as scratch:
         folder = Path(scratch)
         prepare(folder)
         for name in names:
-            taken = run(folder, name)
+            taken = known.get(name) or run(folder, name)
+            if args.raw and name not in known:
+                with open(args.raw, "a") as file:
+                    file.write(json.dumps({"case": name, "ranks": taken}) + "\n")
             if name.startswith("process"):
                 process[CASES[name][1]] = max(rank["training"] for rank in taken)
                 print(name, json.dumps(taken), flush=True)

@@ -9,7 +9,6 @@ benchmarks/plan_memory.py. Bytes throughout, of one rank, unless a name says oth
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 # Bytes held per token, layer and hidden unit for the backward pass, in bf16 with flash attention (Korthikanti et al.
 # 2022, arXiv 2205.05198, equation 2), and with full recomputation: each layer's input. Where a model cannot be traced.
@@ -30,7 +29,12 @@ PREFETCH = 50_000_000
 RESERVED_BYTES = 4e9
 PROCESS_BYTES = 0.8e9
 
+# Of a CPU: what freed activations leave unusable, as a share of them (measured, benchmarks/plan_memory.py).
+HEAP_SHARE = 0.25
+
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buckets")
+HEAP = "heap"  # of a CPU, one more part
+WHOLE = "whole step"  # of a CPU, one more moment
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,30 @@ def checkpoint(setting: Setting, tensors: Tensors) -> int:
 
 def plan(tensors: Tensors, kept: Kept, setting: Setting) -> Plan:
     """Memory of one rank at every moment that may be its fullest."""
-    return Plan(setting, kept, _step(tensors, kept, setting), _around(tensors, setting))
+    step = _step(tensors, kept, setting)
+    around = _around(tensors, setting)
+    if setting.device == "cpu":
+        step[WHOLE] = whole = _heap(step, tensors, kept, setting)
+        copies = around["checkpoint"]["copies"]
+        # Copies of the state are about as large as gradients, and go into what half of the activations left.
+        around["checkpoint"] = {**whole, "activations": whole["activations"] - kept.layers // 2, "copies": copies}
+    return Plan(setting, kept, step, around)
+
+
+def _heap(step: dict[str, dict[str, int]], t: Tensors, kept: Kept, s: Setting) -> dict[str, int]:
+    """What a CPU run takes: it gives nothing back to the system (`fastft.ranks`), and what one kind of tensor leaves is
+    seldom of a size for another, so that the moments of a step add up.
+    """
+    whole = {part: max(moment[part] for moment in step.values()) for part in PARTS}
+    unused = int(HEAP_SHARE * kept.layers)
+    used = min(t.trained_bytes, s.bucket * s.element)
+    if s.zero == 1:  # gradients that went into the bucket
+        unused += used
+    elif s.zero == 3:  # the weights as they were loaded, their parts before they were one tensor, and as many zeros
+        unused += t.whole + 2 * t.whole // s.ranks
+        if s.ranks > 1:  # what weights were gathered into; the copy in which gloo reduces
+            unused += min(t.whole, PREFETCH * s.element) + used
+    return {**whole, HEAP: unused}
 
 
 def _step(t: Tensors, kept: Kept, s: Setting) -> dict[str, dict[str, int]]:
@@ -372,11 +399,16 @@ def head(t: Tensors, tokens: int, s: Setting) -> Head:
 
 def _around(t: Tensors, s: Setting) -> dict[str, dict[str, int]]:
     weights, _, states = (int(x) for x in sharded(s.zero, s.ranks, t.whole, 0, optimizer(s, t.trained)))
+    found: dict[str, dict[str, int]]
     own = int(masters(s, t.trained) / (s.ranks if s.zero else 1))
     # DeepSpeed copies the weights of a group into one flat tensor, and then its part into the masters.
-    made = {0: own, 1: max(t.trained_bytes, own), 2: max(t.trained_bytes, own), 3: weights + t.largest}[s.zero]
-    reading = t.whole if s.reads and s.device == "cpu" else 0
-    found: dict[str, Any] = {"loading": {"weights": t.whole, "buckets": max(made, reading)}}
+    if s.device == "cpu":
+        made = {0: own, 1: max(t.trained_bytes, own), 2: max(t.trained_bytes, own), 3: weights + t.largest}[s.zero]
+        loading = {"weights": t.whole, "copies": max(made, t.whole if s.reads else 0)}
+        found = {"loading": loading}
+    else:  # every rank reads the whole model into its host's memory; where a GPU has no room, DeepSpeed flattens there
+        found = {"loading": {"weights": weights, "copies": own + (t.largest if s.zero == 3 else 0)}}
+        found["loading on the host"] = {"copies": t.whole}
     saved = checkpoint(s, t)
     module = (t.trained_bytes if s.adapter_only else t.whole) if s.zero < 3 else 0  # rank 0 alone writes it
     snapshot = module + (saved - module) // (s.ranks if s.zero else 1)
@@ -384,9 +416,9 @@ def _around(t: Tensors, s: Setting) -> dict[str, dict[str, int]]:
     found["checkpoint"] = {**held, "copies": snapshot}
     exported = (t.trained_bytes if s.adapter_only else t.whole) // s.element * s.exported
     copies = 0 if s.adapter_only else exported  # read back, to be compared
-    if s.exported != s.element or s.device == "cuda":
+    if s.zero == 3:  # gathered into the host's memory
+        copies += t.whole + (exported if s.exported != s.element else 0)
+    elif s.exported != s.element or s.device == "cuda":
         copies += exported
-    if s.zero == 3:
-        copies += t.whole
     found["export"] = {**held, "copies": copies}
     return found

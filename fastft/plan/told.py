@@ -26,6 +26,7 @@ WHAT = {
     "activations": "kept for the backward, and what a layer's backward takes",
     "logits": "a chunk, or all",
     "buckets": "DeepSpeed's, and weights gathered by ZeRO 3",
+    "heap": "of a CPU run: freed, and of no size for anything else",
     "process": "everything else: an allowance on a GPU, measured on a CPU",
 }
 

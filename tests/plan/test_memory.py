@@ -1,0 +1,200 @@
+"""Memory of a rank: by hand, in the order that it must have, and beside what a run takes; `fastft plan CONFIG`."""
+
+import dataclasses
+import json
+
+import launch
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastft import cli, config
+from fastft.errors import UserError
+from fastft.plan import activations, changes, configured, memory, told
+from fastft.plan.memory import Kept, Setting, Tensors
+
+# 1,000 trained elements in float32, of them a tied embedding of 20 x 10.
+SMALL = Tensors(1000, 0, 4000, 0, embedding_bytes=800, head=(20, 10), head_trained=True, tied=True, largest=800)
+KEPT = Kept(tokens=5, layers=700, transient=60, ends=90)
+PLAIN = Setting(device="cuda", bf16=False, bucket=500)
+
+
+def of(**options) -> memory.Plan:
+    return memory.plan(SMALL, KEPT, dataclasses.replace(PLAIN, **options))
+
+
+def test_stage_0_by_hand():
+    """Weights 4,000, Adam 8,000; the head's gradient (800) comes with the loss, 5 rows of 20 logits and the gradient of
+    5 x 10 hidden units beside it.
+    """
+    step = of().step
+    assert step["loss"] == {
+        "weights": 4000, "gradients": 800, "optimizer": 8000, "activations": 700 + 200, "logits": 400, "buckets": 0,
+    }  # fmt: skip
+    assert step["first layer"]["activations"] == 700 + 60 + 200 and step["first layer"]["logits"] == 0
+    assert step["last layer"]["gradients"] == 4000 + 800 and step["last layer"]["activations"] == 90
+    assert of(accumulates=True).step["loss"]["gradients"] == 4000 + 800
+
+
+@pytest.mark.parametrize(
+    ("options", "trained", "expected"),
+    [
+        ({"bf16": False, "zero": 0}, 10, 80),
+        ({"bf16": False, "zero": 1}, 10, 120),  # DeepSpeed clones its part
+        ({"bf16": False, "zero": 3}, 10, 80),
+        ({"bf16": True, "zero": 2}, 10, 120),
+        ({"bf16": True, "zero": 0, "master": "remainder"}, 10, 100),
+        ({"bf16": True, "zero": 2, "master": "remainder"}, 10, 120),
+        ({"bf16": True, "zero": 3, "master": "stochastic", "state_dtype": "int8"}, 10, 20),
+        ({"bf16": True, "zero": 1, "states": 0}, 10, 40),
+    ],
+)
+def test_masters_and_state_by_hand(options, trained, expected):
+    assert memory.optimizer(Setting(**options), trained) == expected
+
+
+def test_buckets_by_hand():
+    """A bucket of 500 elements for 1,000: a GPU's has its size from the first gradient on."""
+    one, two, three = (of(zero=z, ranks=2).step for z in (1, 2, 3))
+    assert one["first layer"]["buckets"] == 2000 and one["loss"]["buckets"] == 0
+    assert two["reduction"]["gradients"] == 2000 + 2000  # the bucket, and the rank's half
+    assert two["reduction"]["buckets"] == 2000  # the copy that is sent
+    assert three["loss"]["buckets"] == 2000 + 4000  # its own, and all weights, which are fewer than it keeps gathered
+    assert three["last layer"]["buckets"] == 0 and three["loss"]["weights"] == 2000
+
+
+setting = st.builds(
+    Setting, device=st.sampled_from(["cpu", "cuda"]), zero=st.integers(0, 3), ranks=st.integers(1, 64),
+    bf16=st.booleans(), accumulates=st.booleans(), widens=st.just(False), bucket=st.integers(1, 10**4),
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(setting)
+def test_orders_that_always_hold(s):
+    now = memory.plan(SMALL, KEPT, s)
+    assert now.peak >= now.training >= sum(now.parts.values()) > 0
+    assert all(size >= 0 for moment in (*now.step.values(), *now.around.values()) for size in moment.values())
+    more = memory.plan(SMALL, KEPT, dataclasses.replace(s, ranks=2 * s.ranks))
+    assert more.parts["optimizer"] <= now.parts["optimizer"]
+    longer = memory.plan(SMALL, dataclasses.replace(KEPT, tokens=50, layers=7000), s)
+    assert longer.training >= now.training
+    cheaper = memory.plan(SMALL, KEPT, dataclasses.replace(s, state_dtype="int8"))
+    assert cheaper.training <= now.training
+
+
+def model_of(path, **options):
+    import transformers
+
+    made = transformers.AutoConfig.from_pretrained(path)
+    for name, value in options.items():
+        setattr(made, name, value)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(made)
+
+
+HOW = activations.How(fused=False, by_mask=False, checkpointing=False, widens=False, whole=False)
+
+
+def test_fused_layers_keep_what_the_fused_function_keeps(tiny_llama):
+    """Of each token x, query, key and value, attention's output, h, gate and up; two norms' and two heads' numbers."""
+    kept = activations.kept(model_of(tiny_llama), 2, 16, dataclasses.replace(HOW, fused=True))
+    elements = 64 + 3 * 64 + 64 + 64 + 2 * 128 + 2 + 2
+    after = 64 + 64 + 1  # the last norm: its input, what it normalized, and a number for each token
+    assert kept.traced and kept.layers == pytest.approx(32 * 4 * (2 * elements + after), rel=0.1)
+    plain = activations.kept(model_of(tiny_llama), 2, 16, HOW)
+    assert plain.layers > 1.3 * kept.layers
+
+
+def test_checkpointing_keeps_inputs_only(tiny_llama):
+    plain = activations.kept(model_of(tiny_llama, num_hidden_layers=8), 2, 16, HOW)
+    less = activations.kept(
+        model_of(tiny_llama, num_hidden_layers=8), 2, 16, dataclasses.replace(HOW, checkpointing=True)
+    )
+    assert less.layers < plain.layers / 4 and less.transient > plain.transient
+
+
+def test_a_model_is_counted_without_its_weights(lm_config, tmp_path):
+    """Its weights are not there at all."""
+    import shutil
+
+    folder = tmp_path / "empty"
+    shutil.copytree(lm_config["model"]["path"], folder)
+    (folder / "model.safetensors").unlink()
+    lm_config["model"]["path"] = str(folder)
+    found = configured.planned(config.validate(lm_config), "cpu", 2)
+    assert found.shape.layers == 2 and found.tensors.tied is False
+    assert found.batching == configured.Batching(size=6, rows=3, width=64, accumulation=1)
+    lora = configured.planned(config.validate({**lm_config, "model": {"path": str(folder), "lora": {"r": 2}}}), "cpu", 2)
+    assert 0 < lora.tensors.trained < found.tensors.trained / 10 and lora.setting.adapter_only
+
+
+@pytest.mark.parametrize("fixture", ["classification_config", "lm_config"])
+def test_every_kind_of_model_is_traced(request, fixture):
+    found = configured.planned(config.validate(request.getfixturevalue(fixture)), "cuda", 1)
+    assert found.plan.kept.traced and found.plan.kept.layers > 0
+
+
+def run(capsys, *arguments):
+    try:
+        cli.main(["plan", *map(str, arguments)])
+        code = 0
+    except SystemExit as e:
+        code = e.code or 0
+    return code, "".join(capsys.readouterr())
+
+
+def test_what_makes_it_fit(capsys, lm_config, tmp_path):
+    """An adapter on one GPU; more together where one is not enough; nothing where it fits."""
+    lm_config["run"]["device"] = "auto"
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    whole = json.loads(run(capsys, path, "--hardware", "h100", "--gpus", 2, "--json")[1])
+    assert whole["memory"]["fits"] and whole["changes"] == [] and whole["time"]["step_seconds"] > 0
+    need = whole["memory"]["need"]
+    code, text = run(capsys, path, "--hardware", "h100", "--memory", f"{need - 200_000}", "--gpus", 2)
+    assert code == 0 and "does not fit" in text and "parallel.zero=" in text
+    tight = json.loads(run(capsys, path, "--memory", f"{need - 200_000}", "--gpus", 2, "--json")[1])
+    assert tight["changes"] and all(c["need"] <= need - 200_000 for c in tight["changes"])
+    assert [c["work"] for c in tight["changes"]] == sorted(c["work"] for c in tight["changes"])
+    none = json.loads(run(capsys, path, "--memory", "1GB", "--json")[1])
+    assert none["changes"] == [] and not none["memory"]["fits"]
+
+
+def test_changes_are_priced(lm_config):
+    found = configured.planned(config.validate({**lm_config, "parallel": {"zero": 1}}), "cuda", 4)
+    keys = [c.overrides[0].partition("=")[0] for c in changes.candidates(found) if c.overrides]
+    assert {"parallel.zero", "parallel.activation_checkpointing", "optim.state_dtype", "model.dtype", "model.lora"} <= {
+        *keys
+    }
+    assert "optim.master" not in keys  # of bf16 weights alone
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80e9), ("40GiB", 40 * 2**30), ("8e10", 8e10), ("512 mb", 512e6), ("1t", 1e12)]
+)
+def test_sizes_as_people_write_them(text, size):
+    assert told.size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3GB", "much", "i", "80XB"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(UserError, match="--memory"):
+        told.size(text)
+
+
+def test_options_of_configurations_alone(capsys):
+    code, text = run(capsys, "--params", "7B", "--memory", "80GB")
+    assert code == 1 and "--memory" in text
+
+
+def test_a_run_stands_beside_its_plan(capsys, lm_config, tmp_path):
+    """The plan of a run's folder has what the run took, and says nothing of one with other settings."""
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    launch.fastft("train", path, "train.steps=2")
+    folder = lm_config["run"]["dir"]
+    beside = json.loads(run(capsys, folder, "--json")[1])["measured"]
+    assert beside["ranks"] == 1 and beside["memory"] > 3e8 and abs(beside["error"]) < 0.25
+    assert "measured in" in run(capsys, folder)[1]
+    other = json.loads(run(capsys, path, "batch.size=2", "--json")[1])["measured"]
+    assert other["error"] is None
