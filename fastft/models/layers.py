@@ -180,7 +180,12 @@ def _forward_of(shape: Shape) -> Callable:
         other = args or any(kwargs.get(name) is not None for name in ("attention_mask", "past_key_values", "cache"))
         if bounds is None or rotation is None or other or _watched(self):
             return type(self).forward(self, hidden_states, *args, **kwargs)
-        return _fused(shape, hidden_states, bounds, kwargs["max_length_q"], rotation, weights_of(self))
+        given = shape, hidden_states, bounds, kwargs["max_length_q"], rotation, weights_of(self)
+        # transformers checkpoints in its class's forward, in whose place this one is (older ones in __call__).
+        again = getattr(self, "gradient_checkpointing", False) and type(self).__call__ is nn.Module.__call__
+        if again and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(_fused, *given)
+        return _fused(*given)
 
     return forward
 

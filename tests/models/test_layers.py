@@ -127,8 +127,10 @@ def test_other_forwards_run_as_before():
     assert torch.equal(model.generate(tokens[:1], max_new_tokens=5, do_sample=False), generated)
 
 
-def test_gradients_of_the_model_with_checkpointing_too():
-    grads = []
+def test_gradients_of_the_model_with_checkpointing_too(monkeypatch):
+    grads, calls, counted = [], [], []
+    fused_layer = layers.decoder_layer
+    monkeypatch.setattr(layers, "decoder_layer", lambda *given: calls.append(1) or fused_layer(*given))
     for fused, again in ((False, False), (True, False), (True, True)):
         model = model_of("Qwen2").train()
         if fused:
@@ -136,8 +138,11 @@ def test_gradients_of_the_model_with_checkpointing_too():
         if again:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         inputs = documents.packed_inputs(model, 20, CPU)
+        calls.clear()
         model(**inputs).logits.square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
+        counted.append(len(calls))
+    assert counted == [0, 4, 8]  # each layer once more in the backward
     for plain, one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, plain, rtol=1e-4, atol=1e-6)
         assert torch.equal(one, other)
