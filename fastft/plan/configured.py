@@ -104,7 +104,7 @@ def planned(
         job = real
     batch = batching(config, job, device, ranks, longest, size)
     tensors = tensors_of((real or job).model, hasattr(config.loss, "implementation"))
-    setting = _setting(job, device, ranks, batch)
+    setting = _setting(job, device, ranks, batch, tensors)
     how = _how(job, tensors, setting)
     if job is real:
         kept = activations.estimated(job.model, batch.rows * batch.width, how)
@@ -182,7 +182,7 @@ def batching(
     return Batching(size, rows, width, -(-own // rows))
 
 
-def _setting(job: Job, device: str, ranks: int, batch: Batching) -> Setting:
+def _setting(job: Job, device: str, ranks: int, batch: Batching, tensors: Tensors) -> Setting:
     config, spec = job.config, OptimizerSpec.of(job.config)
     zero = engine.deepspeed_config(config, job.ranks)["zero_optimization"]
     own = config.model.dtype
@@ -200,7 +200,7 @@ def _setting(job: Job, device: str, ranks: int, batch: Batching) -> Setting:
         widens=device == "cpu" and widens(probe),
         fused_loss=getattr(config.loss, "implementation", "auto") != "cross_entropy",
         adapter_only=job.adapter_only,
-        bucket=int(zero.get("reduce_bucket_size", memory.REDUCE_BUCKET)),
+        bucket=int(zero.get("reduce_bucket_size") or engine.reduced_at_once(tensors.trained)),
         reads=config.model.init == "pretrained",
         exported={"bf16": 2, "fp32": 4}[exported],
     )

@@ -19,8 +19,7 @@ CHECKPOINT_BYTES = 2
 STATE_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 SAVED_BYTES = {**STATE_BYTES, "int8": 4}
 
-# DeepSpeed's defaults, in elements: of one reduction, and within which ZeRO 3 keeps a gathered weight for its next use.
-REDUCE_BUCKET = 500_000_000
+# DeepSpeed's defaults, in elements: within which ZeRO 3 keeps a gathered weight for its next use, and gathers ahead.
 REUSE_DISTANCE = 1_000_000_000
 PREFETCH = 50_000_000
 
@@ -95,12 +94,14 @@ class Kept:
     traced: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """What of a run's configuration and machine decides its memory.
 
     Attributes
     ----------
+    bucket : int
+        Elements that DeepSpeed reduces at a time.
     states : int
         State tensors that the optimizer keeps for each parameter, of ``state_dtype``.
     master : str
@@ -111,14 +112,13 @@ class Setting:
         Whether a CPU computes bf16 in float32.
     fused_loss : bool
         linear_cross_entropy: never all logits.
-    bucket : int
-        Elements that DeepSpeed reduces at a time.
     reads : bool
         Weights are read from files, which a CPU maps into memory beside them.
     exported : int
         Bytes of an exported element.
     """
 
+    bucket: int
     device: str = "cuda"
     zero: int = 0
     ranks: int = 1
@@ -130,7 +130,6 @@ class Setting:
     widens: bool = False
     fused_loss: bool = True
     adapter_only: bool = False
-    bucket: int = REDUCE_BUCKET
     reads: bool = True
     exported: int = 2
 

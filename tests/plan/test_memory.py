@@ -51,7 +51,7 @@ def test_stage_0_by_hand():
     ],
 )
 def test_masters_and_state_by_hand(options, trained, expected):
-    assert memory.optimizer(Setting(**options), trained) == expected
+    assert memory.optimizer(Setting(bucket=500, **options), trained) == expected
 
 
 def test_buckets_by_hand():
