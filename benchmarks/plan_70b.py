@@ -85,7 +85,7 @@ def part(config: Path, gpus: int) -> str:
     for name, found in results.items():
         if found["memory"]["fits"]:
             continue
-        offers = [[f"`{' '.join(c['overrides']) or '-'}`", c["ranks"], f"{c['need'] / 1e9:.1f}", told.price(c, gpus)]
+        offers = [[f"`{' '.join(c['overrides']) or 'more GPUs'}`", c["ranks"], f"{c['need'] / 1e9:.1f}", told.price(c, gpus)]
                   for c in found["changes"]]  # fmt: skip
         lines += [f"What would make “{name}” fit, the cheapest first:",
                   markdown(("change", "GPUs", "GB", "price"), offers) if offers else "nothing that fastft knows."]  # fmt: skip

@@ -31,6 +31,11 @@ class Change:
     ranks: int
     words: str
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the configuration, that it changes."""
+        return tuple(override.partition("=")[0] for override in self.overrides)
+
     def __add__(self, other: Change) -> Change:
         words = dict.fromkeys([*self.words.split("; "), *other.words.split("; ")])
         told = [w for w in words if w and w != NOTHING] or [NOTHING]
@@ -105,10 +110,12 @@ def offers(planned: Planned, fits: Callable[[Planned], bool], replan: Replan, se
     single = [found for change in candidates(planned) if (found := offer(change))]
     fitting = _cheapest(o for o in single if o.fits)
     own = [o for o in fitting if o.change.ranks == planned.setting.ranks]
-    if any("model.lora" not in o.change.overrides[0] for o in own):
+    if any("model.lora" not in o.change.keys for o in own):
         return fitting
-    together = _together(planned, single, offer)
-    return _cheapest([*fitting, *([together] if together else [])])
+    adapters = [o.change for o in single if "model.lora" in o.change.keys and not o.fits]
+    starts = [[], *([adapter] for adapter in adapters)]
+    together = [found for start in starts if (found := _together(planned, single, offer, start))]
+    return _cheapest([*fitting, *together])
 
 
 def _cheapest(found: Iterator[Offer] | list[Offer]) -> list[Offer]:
@@ -116,24 +123,26 @@ def _cheapest(found: Iterator[Offer] | list[Offer]) -> list[Offer]:
     kinds: dict[tuple, Offer] = {}
     for o in sorted(found, key=lambda o: (round(o.work, 3), round(o.time, 3))):
         grown = o.change.words.endswith("GPUs")
-        kinds.setdefault(("ranks",) if grown else tuple(k.partition("=")[0] for k in o.change.overrides), o)
+        kinds.setdefault(("ranks",) if grown else o.change.keys, o)
     return sorted(kinds.values(), key=lambda o: (round(o.work, 3), round(o.time, 3)))
 
 
-def _together(planned: Planned, single: list[Offer], offer: Callable[[Change], Offer | None]) -> Offer | None:
-    """Changes on the ranks that there are, without an adapter: added in the order of their price until it fits, and
-    those taken away again that it fits without.
+def _together(
+    planned: Planned, single: list[Offer], offer: Callable[[Change], Offer | None], start: list[Change]
+) -> Offer | None:
+    """Changes on the ranks that there are, without or with an adapter (``start``): added in the order of their price
+    until it fits, and those taken away again that it fits without.
     """
-    usable = [o for o in single if o.change.ranks == planned.setting.ranks and "lora" not in o.change.overrides[0]]
+    usable = [o for o in single if o.change.ranks == planned.setting.ranks and "model.lora" not in o.change.keys]
     need = planned.plan.training
     best: dict[str, Offer] = {}  # the one of each key that helps most
     for o in usable:
-        key = o.change.overrides[0].partition("=")[0]
+        key = o.change.keys[0]
         if o.planned.plan.training < 0.99 * need and (
             key not in best or o.planned.plan.training < best[key].planned.plan.training
         ):
             best[key] = o
-    chosen: list[Change] = []
+    chosen = list(start)
     found: Offer | None = None
     for o in sorted(best.values(), key=lambda o: o.work):
         chosen.append(o.change)

@@ -26,7 +26,7 @@ PREFETCH = 50_000_000
 # Beside all that is counted. On a GPU its context, NCCL's buffers and fragmentation: an allowance, not a measurement.
 # On a CPU Python with torch, transformers and DeepSpeed: measured with a model of nothing (benchmarks/plan_memory.py).
 RESERVED_BYTES = 4e9
-PROCESS_BYTES = 0.8e9
+PROCESS_BYTES = 0.72e9
 
 # Of a CPU: what freed activations leave unusable, as a share of them (measured, benchmarks/plan_memory.py).
 HEAP_SHARE = 0.25
