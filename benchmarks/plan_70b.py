@@ -51,8 +51,8 @@ def main() -> None:
         "bytes). Its formulas are held to measured runs of up to 135 M parameters on a CPU "
         "([plan_memory](plan_memory.md)), its times to published H100 runs of others ([plan](plan.md)); on a GPU none "
         "of the memory was measured yet, and `process` is an allowance.",
-        f"The configuration, with the overrides that each row names; {TOKENS:,.0f} tokens, and {PRICE} a GPU-hour as an "
-        "example of a price:\n\n```json\n" + json.dumps(CONFIG, indent=1) + "\n```",
+        f"The configuration, with the overrides that each row names; {TOKENS:,.0f} tokens, and {PRICE} a GPU-hour as "
+        "an example of a price:\n\n```json\n" + json.dumps(CONFIG, indent=1) + "\n```",
         *sections,
     ]) + "\n"  # fmt: skip
     args.out.write_text(text)
@@ -76,7 +76,8 @@ def part(config: Path, gpus: int) -> str:
     model, around = plain["model"], plain["memory"]["around"]
     lines = [
         f"## {gpus} GPUs" + (", one node" if gpus == 8 else f", {gpus // 8} nodes"),
-        f"{model['parameters']:,} parameters. While it is loaded every rank holds the whole model in its host's memory: "
+        f"{model['parameters']:,} parameters. While it is loaded every rank holds the whole model in its host's "
+        f"memory: "
         f"{around['loading on the host'] / 1e9:,.0f} GB a rank, {8 * around['loading on the host'] / 1e9:,.0f} GB for "
         f"the 8 of a node. A checkpoint's copy takes {around['checkpoint'] / 1e9:,.0f} GB of the host's memory a rank, "
         f"the export {around['export'] / 1e9:,.0f} GB on rank 0.",
@@ -85,10 +86,9 @@ def part(config: Path, gpus: int) -> str:
     for name, found in results.items():
         if found["memory"]["fits"]:
             continue
-        offers = [[f"`{' '.join(c['overrides']) or 'more GPUs'}`", c["ranks"], f"{c['need'] / 1e9:.1f}", told.price(c, gpus)]
-                  for c in found["changes"]]  # fmt: skip
-        lines += [f"What would make “{name}” fit, the cheapest first:",
-                  markdown(("change", "GPUs", "GB", "price"), offers) if offers else "nothing that fastft knows."]  # fmt: skip
+        offers = [[told.change(c), c["ranks"], f"{c['need'] / 1e9:.1f}", told.price(c, gpus)] for c in found["changes"]]
+        lines.append(f"What would make “{name}” fit, the cheapest first:")
+        lines.append(markdown(("change", "GPUs", "GB", "price"), offers) if offers else "nothing that fastft knows.")
     return "\n\n".join(lines)
 
 

@@ -142,7 +142,7 @@ def worker(path: Path, overrides: list[str]) -> None:
 
 def run(folder: Path, name: str) -> list[dict]:
     """What each rank of a case took."""
-    model, ranks, overrides = CASES[name]
+    _, ranks, _ = CASES[name]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

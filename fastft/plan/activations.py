@@ -186,7 +186,7 @@ class _Attention:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        rows, heads, length, dim = query.shape
+        rows, heads, length, _ = query.shape
         if self.how.by_mask and key.shape[1] != heads:
             key, value = (t.repeat_interleave(heads // key.shape[1], 1) for t in (key, value))
         out = _Keep.apply(

@@ -105,7 +105,9 @@ def offers(planned: Planned, fits: Callable[[Planned], bool], replan: Replan, se
             return None
         ratio = seconds(new) / before
         sequences = new.batching.size / planned.batching.size
-        return Offer(change, new, fits(new), ratio / sequences, ratio / sequences * change.ranks / planned.setting.ranks)
+        return Offer(
+            change, new, fits(new), ratio / sequences, ratio / sequences * change.ranks / planned.setting.ranks
+        )
 
     single = [found for change in candidates(planned) if (found := offer(change))]
     fitting = _cheapest(o for o in single if o.fits)
@@ -163,4 +165,3 @@ def _sum(changes: list[Change]) -> Change:
     for change in changes[1:]:
         total = total + change
     return total
-

@@ -143,7 +143,7 @@ def tensors_of(model: Any, over_vocabulary: bool) -> Tensors:
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     frozen = [p for p in parameters if not p.requires_grad]
-    size = lambda p: whole_numel(p) * p.element_size()  # noqa: E731
+    size = lambda p: whole_numel(p) * p.element_size()
     embedding = model.get_input_embeddings()
     weight = getattr(embedding, "weight", None)
     output = model.get_output_embeddings() if over_vocabulary else None

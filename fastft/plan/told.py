@@ -80,7 +80,7 @@ def tell(target: str, overrides: Sequence[str], options: Options) -> dict[str, A
         return planned(changed, device, on)
 
     found = replan((), ranks)
-    need = lambda p: p.plan.process + (p.plan.peak if device == "cpu" else p.plan.training)  # noqa: E731
+    need = lambda p: p.plan.process + (p.plan.peak if device == "cpu" else p.plan.training)
     constants = calibrated().constants
     machine = hardware or HARDWARE["h100"]
 
@@ -204,7 +204,7 @@ def _beside(taken: dict, found: Planned) -> dict[str, Any]:
 def lines(result: dict[str, Any]) -> list[str]:
     """What stands below the table, a sentence each."""
     memory, model = result["memory"], result["model"]
-    gb = lambda n: f"{n / 1e9:.2f} GB"  # noqa: E731
+    gb = lambda n: f"{n / 1e9:.2f} GB"
     rank = "GPU" if result["device"] == "cuda" else "rank"
     used = "" if model["active"] is None else f" stored, {model['active']:,} active for a token"
     batch = result["batch"]
@@ -234,7 +234,9 @@ def _where(result: dict[str, Any]) -> str:
 def _timed(time: dict[str, Any]) -> str:
     text = f"a step {report.duration(time['step_seconds'])}, {time['tokens_per_second']:,.0f} tokens/s"
     if time["hours"]:
-        text += f"; {time['steps']:,.0f} steps {report.duration(time['hours'] * 3600)}, {time['gpu_hours']:,.0f} GPU-hours"
+        text += (
+            f"; {time['steps']:,.0f} steps {report.duration(time['hours'] * 3600)}, {time['gpu_hours']:,.0f} GPU-hours"
+        )
     if time["cost"] is not None:
         text += f", {time['cost']:,.0f} at the price given"
     return text + " (bf16; constants of published H100 runs)."
@@ -247,3 +249,7 @@ def price(change: dict[str, Any], ranks: int) -> str:
         text += f", {change['work']:.2f} x the GPU-hours"
     return text if change["words"].endswith("GPUs") else f"{text}; {change['words']}"
 
+
+def change(offered: dict[str, Any]) -> str:
+    """A change as the command line takes it."""
+    return " ".join(offered["overrides"]) or "more GPUs"

@@ -131,7 +131,7 @@ def _configuration(
     out.print("what makes it fit, the cheapest first:", highlight=False)
     offers = [
         [
-            escape(" ".join(c["overrides"])) or "more GPUs",
+            escape(told.change(c)),
             f"{c['ranks']:,}",
             f"{c['need'] / 1e9:.2f}",
             told.price(c, result["ranks"]),
