@@ -30,6 +30,8 @@ PROCESS_BYTES = 0.72e9
 
 # Of a CPU: what freed activations leave unusable, as a share of them (measured, benchmarks/plan_memory.py).
 HEAP_SHARE = 0.25
+# The same beside an adapter, whose layers make three more tensors of the size of each output.
+ADAPTER_HEAP_SHARE = 1.0
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buckets")
 HEAP = "heap"  # of a CPU, one more part
@@ -240,7 +242,7 @@ def _heap(step: dict[str, dict[str, int]], t: Tensors, kept: Kept, s: Setting) -
     seldom of a size for another, so that the moments of a step add up.
     """
     whole = {part: max(moment[part] for moment in step.values()) for part in PARTS}
-    unused = int(HEAP_SHARE * kept.layers)
+    unused = int((ADAPTER_HEAP_SHARE if s.adapter_only else HEAP_SHARE) * kept.layers)
     used = min(t.trained_bytes, s.bucket * s.element)
     if s.zero == 1:  # gradients that went into the bucket
         unused += used
