@@ -76,8 +76,7 @@ def part(config: Path, gpus: int) -> str:
     model, around = plain["model"], plain["memory"]["around"]
     lines = [
         f"## {gpus} GPUs" + (", one node" if gpus == 8 else f", {gpus // 8} nodes"),
-        f"{model['parameters']:,} parameters. While it is loaded every rank holds the whole model in its host's "
-        f"memory: "
+        f"{model['parameters']:,} parameters. While it is loaded every rank holds its part in its host's memory: "
         f"{around['loading on the host'] / 1e9:,.0f} GB a rank, {8 * around['loading on the host'] / 1e9:,.0f} GB for "
         f"the 8 of a node. A checkpoint's copy takes {around['checkpoint'] / 1e9:,.0f} GB of the host's memory a rank, "
         f"the export {around['export'] / 1e9:,.0f} GB on rank 0.",

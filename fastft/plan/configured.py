@@ -186,7 +186,6 @@ def _setting(job: Job, device: str, ranks: int, batch: Batching, tensors: Tensor
     config, spec = job.config, OptimizerSpec.of(job.config)
     zero = engine.deepspeed_config(config, job.ranks)["zero_optimization"]
     own = config.model.dtype
-    exported = own if job.adapter_only else "bf16" if "bf16" in (job.came_in, own) else "fp32"
     probe = torch.empty(0, dtype=dtype_of(own))
     return Setting(
         device=device,
@@ -201,8 +200,7 @@ def _setting(job: Job, device: str, ranks: int, batch: Batching, tensors: Tensor
         fused_loss=getattr(config.loss, "implementation", "auto") != "cross_entropy",
         adapter_only=job.adapter_only,
         bucket=int(zero.get("reduce_bucket_size") or engine.reduced_at_once(tensors.trained)),
-        reads=config.model.init == "pretrained",
-        exported={"bf16": 2, "fp32": 4}[exported],
+        loads_whole=config.model.init == "random" or (job.came_in != own and bool(config.model.chosen())),
     )
 
 

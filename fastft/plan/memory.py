@@ -114,10 +114,8 @@ class Setting:
         Whether a CPU computes bf16 in float32.
     fused_loss : bool
         linear_cross_entropy: never all logits.
-    reads : bool
-        Weights are read from files, which a CPU maps into memory beside them.
-    exported : int
-        Bytes of an exported element.
+    loads_whole : bool
+        Every rank makes the whole model before ZeRO 3 divides it: weights that are random, or converted beside an edit.
     """
 
     bucket: int
@@ -132,8 +130,7 @@ class Setting:
     widens: bool = False
     fused_loss: bool = True
     adapter_only: bool = False
-    reads: bool = True
-    exported: int = 2
+    loads_whole: bool = False
 
     @property
     def element(self) -> int:
@@ -246,10 +243,8 @@ def _heap(step: dict[str, dict[str, int]], t: Tensors, kept: Kept, s: Setting) -
     used = min(t.trained_bytes, s.bucket * s.element)
     if s.zero == 1:  # gradients that went into the bucket
         unused += used
-    elif s.zero == 3:  # the weights as they were loaded, their parts before they were one tensor, and as many zeros
-        unused += t.whole + 2 * t.whole // s.ranks
-        if s.ranks > 1:  # what weights were gathered into; the copy in which gloo reduces
-            unused += min(t.whole, PREFETCH * s.element) + used
+    elif s.zero == 3 and s.ranks > 1:  # what weights were gathered into; the copy in which gloo reduces
+        unused += min(t.whole, PREFETCH * s.element) + used
     return {**whole, HEAP: unused}
 
 
@@ -400,26 +395,23 @@ def head(t: Tensors, tokens: int, s: Setting) -> Head:
 
 def _around(t: Tensors, s: Setting) -> dict[str, dict[str, int]]:
     weights, _, states = (int(x) for x in sharded(s.zero, s.ranks, t.whole, 0, optimizer(s, t.trained)))
-    found: dict[str, dict[str, int]]
     own = int(masters(s, t.trained) / (s.ranks if s.zero else 1))
-    # DeepSpeed copies the weights of a group into one flat tensor, and then its part into the masters.
+    loaded = t.whole if s.loads_whole or s.zero < 3 else weights
+    found: dict[str, dict[str, int]]
     if s.device == "cpu":
-        made = {0: own, 1: max(t.trained_bytes, own), 2: max(t.trained_bytes, own), 3: weights + t.largest}[s.zero]
-        loading = {"weights": t.whole, "copies": max(made, t.whole if s.reads else 0)}
-        found = {"loading": loading}
-    else:  # every rank reads the whole model into its host's memory; where a GPU has no room, DeepSpeed flattens there
+        # DeepSpeed copies the weights of a group into one flat tensor, and then its part into the masters.
+        made = {0: own, 1: max(t.trained_bytes, own), 2: max(t.trained_bytes, own), 3: own + t.largest}[s.zero]
+        found = {"loading": {"weights": loaded, "copies": made}}
+    else:  # where a GPU has no room for both, DeepSpeed flattens in the host's memory
         found = {"loading": {"weights": weights, "copies": own + (t.largest if s.zero == 3 else 0)}}
-        found["loading on the host"] = {"copies": t.whole}
+        found["loading on the host"] = {"copies": loaded}
     saved = checkpoint(s, t)
     module = (t.trained_bytes if s.adapter_only else t.whole) if s.zero < 3 else 0  # rank 0 alone writes it
     snapshot = module + (saved - module) // (s.ranks if s.zero else 1)
     held = {"weights": weights, "optimizer": states} if s.device == "cpu" else {}
     found["checkpoint"] = {**held, "copies": snapshot}
-    exported = (t.trained_bytes if s.adapter_only else t.whole) // s.element * s.exported
-    copies = 0 if s.adapter_only else exported  # read back, to be compared
-    if s.zero == 3:  # gathered into the host's memory
-        copies += t.whole + (exported if s.exported != s.element else 0)
-    elif s.exported != s.element or s.device == "cuda":
-        copies += exported
+    copies = 2 * t.largest  # one weight at a time, read back and compared
+    if s.adapter_only:  # peft's files are made of all weights at once
+        copies = t.whole if s.zero == 3 else t.trained_bytes
     found["export"] = {**held, "copies": copies}
     return found
