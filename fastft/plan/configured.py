@@ -24,6 +24,7 @@ from fastft.plan.model import Shape
 from fastft.ranks import Ranks
 from fastft.tasks._decoder import DecoderTask
 from fastft.zero import engine
+from fastft.zero.bucket import reduced_at_once
 from fastft.zero.parameters import whole_numel
 
 # For tasks whose heads are as wide as the data has labels: a head of two outputs is as good as nothing.
@@ -157,7 +158,7 @@ def tensors_of(model: Any, over_vocabulary: bool) -> Tensors:
         trained_bytes=sum(map(size, trained)),
         frozen_bytes=sum(map(size, frozen)),
         embedding_bytes=size(weight) if weight is not None and weight.requires_grad else 0,
-        head=(rows, columns) if rows else None,
+        head=(rows, int(columns)) if rows and columns else None,
         head_trained=head is not None and head.requires_grad,
         tied=head is not None and head is weight,
         largest=max(map(size, parameters)),
@@ -199,7 +200,7 @@ def _setting(job: Job, device: str, ranks: int, batch: Batching, tensors: Tensor
         widens=device == "cpu" and widens(probe),
         fused_loss=getattr(config.loss, "implementation", "auto") != "cross_entropy",
         adapter_only=job.adapter_only,
-        bucket=int(zero.get("reduce_bucket_size") or engine.reduced_at_once(tensors.trained)),
+        bucket=int(zero.get("reduce_bucket_size") or reduced_at_once(tensors.trained)),
         loads_whole=config.model.init == "random" or (job.came_in != own and bool(config.model.chosen())),
     )
 

@@ -20,13 +20,13 @@ from fastft.optim import set_offset
 from fastft.optim.optimizers.base import ClientOptimizer, OptimizerSpec
 from fastft.ranks import Ranks
 from fastft.zero import fused_step
-from fastft.zero.parameters import whole_numel, whole_shape
+from fastft.zero.bucket import with_bucket
+from fastft.zero.parameters import whole_shape
 from fastft.zero.unused import Unused
 
 log = logging.getLogger(__name__)
 
 WAITED = 15.0  # seconds until a rank says that it waits for others
-REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 
 # DeepSpeed settings that follow from the YAML; a second source for them would be a contradiction waiting to happen.
 OWNED = {
@@ -266,7 +266,7 @@ def build_engine(model: torch.nn.Module, optimizer: ClientOptimizer, settings: d
     """
     import deepspeed
 
-    settings = _with_bucket(model, settings)
+    settings = with_bucket(model, settings)
     # Stage 0 in bf16 calls step() once on zero gradients while it sets itself up: weights would decay before training.
     # The sharded stages need that call for nothing either: ClientOptimizer makes its state at the first real step.
     with optimizer.steps_suspended():
@@ -287,23 +287,6 @@ def build_engine(model: torch.nn.Module, optimizer: ClientOptimizer, settings: d
             log.warning("ZeRO step not fused: %s", reason)
     engine.fastft_step = f"unfused: {reason}" if reason else "fused"
     return engine
-
-
-def _with_bucket(model: torch.nn.Module, settings: dict) -> dict:
-    """DeepSpeed's settings with a bucket for reductions that is no larger than all gradients together, where none was
-    asked for: it takes the whole of it from memory, 500 M elements; on a CPU, whose heap gives nothing back, anew at
-    every step, in between what has come into its place.
-    """
-    zero = settings.get("zero_optimization", {})
-    if not zero.get("stage") or "reduce_bucket_size" in zero:
-        return settings
-    trained = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
-    return {**settings, "zero_optimization": {**zero, "reduce_bucket_size": reduced_at_once(trained)}}
-
-
-def reduced_at_once(trained: int) -> int:
-    """Elements of DeepSpeed's bucket for so many trained ones, where none was asked for."""
-    return max(1, min(REDUCE_BUCKET, trained))
 
 
 def _clear_padding(zero) -> None:
