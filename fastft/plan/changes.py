@@ -153,7 +153,7 @@ def _together(
             break
     if found is None or not found.fits:
         return None
-    for change in list(chosen):
+    for change in [c for c in chosen if c not in start]:
         fewer = [c for c in chosen if c is not change]
         if fewer and (less := offer(_sum(fewer))) and less.fits:
             chosen, found = fewer, less
