@@ -382,7 +382,7 @@ COMMANDS: dict[str, tuple] = {
     "predict of nothing": (lambda t: ["predict", t / "nothing", "--text", "x"], 1, ["nothing: no such folder"]),
     "predict without a text": (lambda t: ["predict", "m"], 1, ["Give either a data file or --text"]),
     "predict into a folder": (lambda t: ["predict", "m", "--text", "x", "--out", t], 1, ["is a folder"]),
-    "launch of nothing": (lambda t: ["launch", "evaluate", "x"], 1, ["starts `train CONFIG` or `resume RUN_DIR`"]),
+    "launch of nothing": (lambda t: ["launch", "evaluate", "x"], 1, ["starts `train CONFIG`, `resume RUN_DIR`"]),
     "launch without hosts": (
         lambda t: ["launch", "--hostfile", t / "hosts", "train", t / "c.yaml"],
         1,
