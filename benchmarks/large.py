@@ -1,6 +1,6 @@
 """Memory of ranks that load, train and export a model at ZeRO-3.
 
-    python benchmarks/large.py [--ranks 1,2,4]
+    python benchmarks/large.py [--ranks 1,2,4] [--until load]
 
 A Llama with random weights (18 layers, d_model 1,024, a vocabulary of 49,152; 331 M parameters, 1.3 GB in fp32) in a
 folder, in fp32 or in bf16, is trained for two steps of fastft's own loop in fp32 and exported. Each rank reads its
@@ -58,7 +58,7 @@ class Sampler(threading.Thread):
         self.read()
 
 
-def rank(path: Path, out: Path) -> None:
+def rank(path: Path, out: Path, until: str) -> None:
     """One rank: the run of a configuration, by fastft's own functions, with phases between them."""
     from fastft import assemble
     from fastft import config as configuration
@@ -67,6 +67,10 @@ def rank(path: Path, out: Path) -> None:
 
     sampler = Sampler()
     sampler.start()
+
+    def end() -> None:
+        out.with_name(f"{out.name}-{os.environ['RANK']}.json").write_text(json.dumps(sampler.peaks))
+        leave(0)
 
     def marked(module, name: str, before: str, after: str) -> None:
         plain = getattr(module, name)
@@ -77,6 +81,8 @@ def rank(path: Path, out: Path) -> None:
                 return plain(*args, **kwargs)
             finally:
                 sampler.enter(after)
+                if until == before:
+                    end()
 
         setattr(module, name, call)
 
@@ -91,8 +97,7 @@ def rank(path: Path, out: Path) -> None:
     loop.Loop.run = run
     with ExitStack():
         loop.train(configuration.load(path))
-    out.with_name(f"{out.name}-{os.environ['RANK']}.json").write_text(json.dumps(sampler.peaks))
-    leave(0)
+    end()
 
 
 def write_model(folder: Path, sizes: dict, dtype: str, tokenizer) -> int:
@@ -118,7 +123,7 @@ def tokens_of(words: int):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="[UNK]")
 
 
-def peaks_of(folder: Path, model: Path, world: int, name: str) -> dict[str, int]:
+def peaks_of(folder: Path, model: Path, world: int, name: str, until: str) -> dict[str, int]:
     """Largest of all ranks, by phase."""
     import yaml
 
@@ -135,7 +140,7 @@ def peaks_of(folder: Path, model: Path, world: int, name: str) -> dict[str, int]
     }
     path, out = folder / f"{name}.yaml", folder / name
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, __file__, "--rank", str(path), str(out)]
+    command = [sys.executable, __file__, "--rank", str(path), str(out), until]
     env = {**os.environ, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     env |= {"MASTER_PORT": "29611", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ranks = [
@@ -160,13 +165,13 @@ def measure(args: argparse.Namespace) -> list[dict]:
         parameters = {d: write_model(folder / d, sizes, d, tokenizer) for d in ("float32", "bfloat16")}["float32"]
         largest = max(sizes["vocab_size"], 3 * sizes["intermediate_size"]) * sizes["hidden_size"] * 4
         for world in map(int, args.ranks.split(",")):
-            base = peaks_of(folder, folder / "tiny", world, f"tiny-{world}")
+            base = peaks_of(folder, folder / "tiny", world, f"tiny-{world}", args.until)
             for dtype in ("float32", "bfloat16"):
-                peaks = peaks_of(folder, folder / dtype, world, f"{dtype}-{world}")
+                peaks = peaks_of(folder, folder / dtype, world, f"{dtype}-{world}", args.until)
                 weights = parameters * 4
                 allowed = {"load": weights // world + 2 * largest, "export": weights // world + 2 * largest}
                 allowed |= {"engine": 0, "step": 4 * weights // world + 2 * largest}
-                for phase in PHASES:
+                for phase in PHASES if args.until == "export" else PHASES[:1]:
                     row = {"ranks": world, "file": dtype, "phase": phase, "peak": peaks[phase], "base": base[phase]}
                     rows.append(row | {"parts": allowed[phase], "weights": weights, "largest": largest})
                 print(world, dtype, {p: round((peaks[p] - base[p]) / 1e6) for p in PHASES}, file=sys.stderr)
@@ -184,29 +189,27 @@ def markdown(rows: list[dict], run: dict) -> str:
         f"Weights {one['weights'] / 1e6:,.0f} MB in fp32, largest module {one['largest'] / 1e6:,.0f} MB.",
         f"{run['machine']}, {run['date']}, {run['versions']}.",
         "",
-        "The parts of a step are weights, gradients and two moments over the ranks, and twice the largest module; its",
-        "buckets, master copies and activations come on top. Under export is what training holds, too.",
+        "Parts: of loading and export, weights over the ranks and twice the largest module; of a step, gradients and",
+        "two moments over the ranks besides. Its buckets, master copies and activations come on top; under export is what",
+        "training holds, too.",
         "",
-        "| ranks | weights in the folder | load | parts | step | parts | export | base of the step |",
-        "|---|---|---|---|---|---|---|---|",
+        "| ranks | weights in the folder | phase | peak | parts | base |",
+        "|---|---|---|---|---|---|",
     ]
-    for world, dtype in dict.fromkeys((row["ranks"], row["file"]) for row in rows):
-        found = {r["phase"]: r for r in rows if (r["ranks"], r["file"]) == (world, dtype)}
-        own = {phase: f"{(r['peak'] - r['base']) / 1e6:,.0f}" for phase, r in found.items()}
-        parts = {phase: f"{r['parts'] / 1e6:,.0f}" for phase, r in found.items()}
-        out.append(
-            f"| {world} | {dtype} | {own['load']} | {parts['load']} | {own['step']} | {parts['step']} | "
-            f"{own['export']} | {found['step']['base'] / 1e6:,.0f} |"
-        )
+    for row in rows:
+        own, parts, base = ((row["peak"] - row["base"]) / 1e6, row["parts"] / 1e6, row["base"] / 1e6)
+        shown = f"{parts:,.0f}" if parts else "-"
+        out.append(f"| {row['ranks']} | {row['file']} | {row['phase']} | {own:,.0f} | {shown} | {base:,.0f} |")
     return "\n".join(out) + "\n"
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--rank"]:
-        rank(Path(sys.argv[2]), Path(sys.argv[3]))
+        rank(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
 
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--ranks", default="1,2,4")
+        parser.add_argument("--until", choices=["load", "export"], default="export", help="where to stop")
 
     args = common.arguments(__doc__.splitlines()[0], rounds=1, more=more)
     rows = measure(args)
