@@ -27,6 +27,7 @@ from fastft.ranks import environment
 from fastft.train import checkpoint
 from fastft.train.writer import Writer
 from fastft.zero import engine
+from fastft.zero.settings import deepspeed_config
 
 COLUMNS = {
     "ZeRO": "s",
@@ -57,9 +58,7 @@ def build(zero: int, dtype: str, width: int, run: Path):
     net = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(6))).to(
         {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     )
-    return engine.build_engine(
-        net, FusedAdamW(net.parameters(), lr=1e-4), engine.deepspeed_config(config, ranks)
-    ), ranks
+    return engine.build_engine(net, FusedAdamW(net.parameters(), lr=1e-4), deepspeed_config(config, ranks)), ranks
 
 
 def step(built, width: int) -> float:

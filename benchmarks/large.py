@@ -6,9 +6,9 @@ A Llama with random weights (18 layers, d_model 1,024, a vocabulary of 49,152; 3
 folder, in fp32 or in bf16, is trained for two steps of fastft's own loop in fp32 and exported. Each rank reads its
 anonymous memory (RssAnon of /proc/self/status; what is mapped from files is not in it, and can be dropped by the
 kernel) every 5 ms. Given are the peaks of each phase of the worst rank, less what the same phase takes with a model of
-two small layers (``base``), beside what the parts say: weights / ranks + 2 x the largest module for loading and export,
-(weights + gradients + two moments) / ranks besides for the step, whose activations, buckets and master copies come on
-top.
+two small layers (``base``), beside what the parts say: weights / ranks + 2 x the largest module for loading; (weights +
+gradients + two moments) / ranks, DeepSpeed's bucket and the copy of it that is sent, and 2 x the largest module for the
+step, on whose top are activations; for the checkpoint and the export, which find all of that in memory, what is copied.
 
 Rows go to results/large.jsonl, the table to results/large.md.
 """
@@ -28,10 +28,12 @@ from pathlib import Path
 
 import common
 
+from fastft.zero.bucket import reduced_at_once
+
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"vocab_size": 49152, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18}
 SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-PHASES = ("load", "engine", "step", "export")
+PHASES = ("load", "engine", "step", "checkpoint", "export")
 
 
 class Sampler(threading.Thread):
@@ -63,7 +65,7 @@ def rank(path: Path, out: Path, until: str) -> None:
     from fastft import assemble
     from fastft import config as configuration
     from fastft.cli.main import leave
-    from fastft.train import export, loop
+    from fastft.train import export, loop, saver
 
     sampler = Sampler()
     sampler.start()
@@ -87,6 +89,7 @@ def rank(path: Path, out: Path, until: str) -> None:
         setattr(module, name, call)
 
     marked(assemble, "add_model", "load", "engine")
+    marked(saver.Saver, "save", "checkpoint", "step")
     marked(export, "save_engine", "export", "end")
     plain_run = loop.Loop.run
 
@@ -169,8 +172,10 @@ def measure(args: argparse.Namespace) -> list[dict]:
             for dtype in ("float32", "bfloat16"):
                 peaks = peaks_of(folder, folder / dtype, world, f"{dtype}-{world}", args.until)
                 weights = parameters * 4
-                allowed = {"load": weights // world + 2 * largest, "export": weights // world + 2 * largest}
-                allowed |= {"engine": 0, "step": 4 * weights // world + 2 * largest}
+                bucket = 4 * reduced_at_once(parameters, largest // 4)
+                step = 4 * weights // world + 2 * bucket + 2 * largest
+                allowed = {"load": weights // world + 2 * largest, "engine": 0, "step": step}
+                allowed |= {"checkpoint": step + 3 * weights // world, "export": step + 2 * largest}
                 for phase in PHASES if args.until == "export" else PHASES[:1]:
                     row = {"ranks": world, "file": dtype, "phase": phase, "peak": peaks[phase], "base": base[phase]}
                     rows.append(row | {"parts": allowed[phase], "weights": weights, "largest": largest})
@@ -189,9 +194,10 @@ def markdown(rows: list[dict], run: dict) -> str:
         f"Weights {one['weights'] / 1e6:,.0f} MB in fp32, largest module {one['largest'] / 1e6:,.0f} MB.",
         f"{run['machine']}, {run['date']}, {run['versions']}.",
         "",
-        "Parts: of loading and export, weights over the ranks and twice the largest module; of a step, gradients and",
-        "two moments over the ranks besides. Its buckets, master copies and activations come on top; under export is",
-        "what training holds, too.",
+        "Parts: of loading, weights over the ranks and twice the largest module; of a step, gradients and two moments",
+        "over the ranks besides, and the bucket for reductions twice; activations come on top. The heap of a CPU run",
+        "gives nothing back: the checkpoint (a copy of weights and moments) and the export (two of the largest module)",
+        "find all of that in memory.",
         "",
         "| ranks | weights in the folder | phase | peak | parts | base |",
         "|---|---|---|---|---|---|",

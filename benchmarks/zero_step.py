@@ -10,7 +10,9 @@ overflow check where the contender makes one, clipping, Adam and the weights' st
 steps are compared: fused and unfused bit for bit, the others within 2 units in the last place of the largest. The peers
 run DeepSpeed's defaults, which spare them the overflow check.
 
-    python benchmarks/zero_step.py [--machine NAME] [--parameters MILLIONS ...]
+With --offload, parallel.offload for ours and the same settings for the others: results/offload.md.
+
+    python benchmarks/zero_step.py [--machine NAME] [--parameters MILLIONS ...] [--offload optimizer]
 """
 
 import os
@@ -29,6 +31,7 @@ from fastft.config import validate
 from fastft.optim import FusedAdamW
 from fastft.ranks import environment
 from fastft.zero import engine
+from fastft.zero.settings import deepspeed_config
 
 OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 WIDTH, VOCABULARY = 1024, 32000
@@ -71,7 +74,7 @@ class Net(torch.nn.Module):
 class Contender:
     """One engine; ``backward`` fills its gradients, ``step`` is what is timed."""
 
-    def __init__(self, name: str, stage: int, millions: int):
+    def __init__(self, name: str, stage: int, millions: int, offload: str | None):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         torch.manual_seed(0)
@@ -83,13 +86,13 @@ class Contender:
             {
                 "task": "causal_lm",
                 "model": {"path": "-", "dtype": "bf16"},
-                "parallel": {"zero": stage},
+                "parallel": {"zero": stage, "offload": offload},
                 "run": {"device": "cpu"},
             }
         )
         ranks = environment(config)
         engine.start_process_group()
-        settings = engine.deepspeed_config(config, ranks)
+        settings = deepspeed_config(config, ranks)
         if ours:
             self.engine = engine.build_engine(net, optimizer, settings, fuse=name == "fused")
             assert name == "unfused" or self.engine.fastft_step == "fused", self.engine.fastft_step
@@ -132,8 +135,9 @@ def compare(contenders: dict[str, Contender]) -> float:
     return worst
 
 
-def measure(stage: int, millions: int, rounds: int) -> dict:
-    contenders = {name: Contender(name, stage, millions) for name in ("fused", "unfused", "deepspeed", "torch")}
+def measure(stage: int, millions: int, rounds: int, offload: str | None) -> dict:
+    names = ("fused", "unfused", "deepspeed", "torch")
+    contenders = {name: Contender(name, stage, millions, offload) for name in names}
     row = {
         "stage": stage,
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in contenders["fused"].engine.module.parameters()),
@@ -153,23 +157,30 @@ def measure(stage: int, millions: int, rounds: int) -> dict:
 
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:  # in a process of its own: DeepSpeed's engines do not give their memory back
-        print(json.dumps(measure(*map(int, sys.argv[2:]))))
+        print(json.dumps(measure(*map(int, sys.argv[2:5]), sys.argv[5] or None)))
         engine.stop_process_group()
         leave(0)  # gloo's threads may abort an interpreter that shuts down
-    args = common.arguments(
-        __doc__.splitlines()[0],
-        more=lambda parser: parser.add_argument("--parameters", type=int, nargs="+", default=[100, 200]),
-    )
+
+    def more(parser):
+        parser.add_argument("--parameters", type=int, nargs="+", default=[100, 200])
+        parser.add_argument("--offload", choices=["optimizer", "parameters"])
+
+    args = common.arguments(__doc__.splitlines()[0], more=more)
     rows = []
     for millions in [40] if args.quick else args.parameters:
-        for stage in (1, 2, 3):
-            command = [sys.executable, __file__, "--measure", *map(str, (stage, millions, args.rounds))]
+        for stage in (3,) if args.offload == "parameters" else (1, 2, 3):
+            numbers = map(str, (stage, millions, args.rounds))
+            command = [sys.executable, __file__, "--measure", *numbers, args.offload or ""]
             rows.append(
                 json.loads(
                     subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
                 )
             )
-    common.record("zero_step", args, rows, COLUMNS)
+    if args.offload:
+        rows = [{"offload": args.offload, **row} for row in rows]
+        common.record("offload", args, rows, {"offload": "s", **COLUMNS})
+    else:
+        common.record("zero_step", args, rows, COLUMNS)
 
 
 if __name__ == "__main__":

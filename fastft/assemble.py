@@ -72,6 +72,11 @@ class Job:
     record: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def sharded(self) -> bool:
+        """Whether ranks hold parts of the weights, not all of them."""
+        return self.config.parallel.zero == 3 and not self.ranks.alone
+
+    @property
     def adapter_only(self) -> bool:
         return any(edit.freezes_base for edit in self.edits)
 
@@ -115,7 +120,11 @@ def add_model(job: Job, weights: Weights = "start", shards: dict | None = None) 
     config, task = job.config, job.task
     spec = task.model(job.learned)
     if weights == "trained":
-        _open_trained(job, spec)
+        _open_trained(job, spec, as_stored=shards is not None)
+        if shards is not None:
+            from fastft.zero.sharding import shard
+
+            shard(job.model, shards, load.dtype_of(config.model.dtype))
         return
     job.came_in = load.dtype_in(config.model)
     if weights == "start" and any(rooms.EDITS.get(n).wrote(Path(config.model.path)) for n in rooms.EDITS.names()):
@@ -147,12 +156,29 @@ def add_model(job: Job, weights: Weights = "start", shards: dict | None = None) 
     job.frozen = sum(whole_numel(p) for p in job.model.parameters() if not p.requires_grad)
 
 
-def _open_trained(job: Job, spec: ModelSpec) -> None:
+def add_sharded(job: Job) -> Any:
+    """An exported model; in shards, with the engine that gathers them, where several ranks run at ZeRO 3.
+
+    Returns the engine; None: there is none, and every rank has the whole model.
+    """
+    if not job.sharded:
+        add_model(job, "trained")
+        return None
+    from fastft.zero import engine
+    from fastft.zero.settings import deepspeed_config
+
+    engine.start_process_group()
+    settings = deepspeed_config(job.config, job.ranks)
+    add_model(job, "trained", shards=settings)
+    return engine.build_forward_engine(job.model, settings)
+
+
+def _open_trained(job: Job, spec: ModelSpec, as_stored: bool = False) -> None:
     """An exported model: whole, or an edit's own form beside the base that it names."""
     settings, folder = job.config.model, Path(job.config.model.path)
     kinds = [kind for name in rooms.EDITS.names() if (kind := rooms.EDITS.get(name)).wrote(folder)]
     if not kinds:
-        job.model, _ = load.build(settings, spec.auto_class, (), job.config.run.seed)
+        job.model, _ = load.build(settings, spec.auto_class, (), job.config.run.seed, as_stored=as_stored)
         return
     path, revision = kinds[0].base(folder)
     # The edit brings the head, whatever the base has in its place.
@@ -206,7 +232,8 @@ def trained(path: str, task: str | None = None) -> Job:
     """An exported model: a run's folder, a folder written by save_pretrained, or a hub id.
 
     The config is that of the run that exported it or, where there is none, that of ``task``, or else of the task that
-    the model fits.
+    the model fits. Several ranks each hold their part of every weight where that has parallel.zero: 3 (``sharded``);
+    then, and only then, this joins the process group.
     """
     from fastft import config as configuration
 
@@ -233,7 +260,9 @@ def trained(path: str, task: str | None = None) -> Job:
             )
         job = start(configuration.validate({"task": names[0], "model": {"path": path}}))
     job.learned = job.task.learned_of_model()
-    add_model(job, "trained")
-    job.model.to(job.ranks.device).eval()
+    add_sharded(job)
+    if not job.sharded:
+        job.model.to(job.ranks.device)
+    job.model.eval()
     keep_heap(job.ranks.device)
     return job

@@ -104,7 +104,7 @@ def test_the_page_for_those_who_come_from_elsewhere():
         ("gradient_accumulation_steps", 4, "There is no such key: batch.size is the whole step"),
         ("micro_batch_size", 2, "batch.micro"),
         ("cutoff_len", 512, "data.max_length"),
-        ("load_in_4bit", True, "no quantized base model"),
+        ("load_in_4bit", True, "model.quantize: nf4"),
         ("train.lr", 1e-4, "Did you mean optim.lr?"),
         ("data.packing", "none", "It is there only with task: causal_lm, masked_lm or sft."),
     ],

@@ -18,9 +18,9 @@ from fastft.config.sections import (
     Order,
     Parallel,
     Run,
-    Source,
     Train,
 )
+from fastft.config.sources import Source
 
 __all__ = [
     "Batch",

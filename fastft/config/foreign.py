@@ -44,9 +44,10 @@ FOREIGN: dict[str, str] = {
     "peft_use_dora": "model.lora.dora",
     "use_rslora": "model.lora.rslora",
     "peft_use_rslora": "model.lora.rslora",
-    "load_in_4bit": "There is no quantized base model; model.lora trains beside weights in model.dtype.",
-    "load_in_8bit": "There is no quantized base model; model.lora trains beside weights in model.dtype.",
-    "quantization_bit": "There is no quantized base model; model.lora trains beside weights in model.dtype.",
+    "load_in_4bit": "model.quantize: nf4 (beside model.lora)",
+    "load_in_8bit": "model.quantize: int8 (beside model.lora)",
+    "quantization_bit": "model.quantize: nf4 or int8 (beside model.lora)",
+    "bnb_4bit_quant_type": "model.quantize: nf4",
     # data
     "train_file": "data.train",
     "dataset": "data.train",
@@ -114,7 +115,7 @@ FOREIGN: dict[str, str] = {
     "(batch.micro, batch.micro_tokens).",
     "per_device_eval_batch_size": "batch.micro_tokens: evaluation takes as many tokens at once as training",
     "eval_batch_size": "batch.micro_tokens: evaluation takes as many tokens at once as training",
-    "auto_find_batch_size": "batch.micro_tokens (tokens per forward)",
+    "auto_find_batch_size": "batch.micro_tokens: auto",
     "pad_to_sequence_len": "batch.pad_to_multiple_of",
     # optimizer
     "learning_rate": "optim.lr",

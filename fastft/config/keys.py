@@ -13,7 +13,8 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from fastft import rooms
 from fastft.config.base import Section
-from fastft.config.sections import Config, Source
+from fastft.config.sections import Config
+from fastft.config.sources import Source
 from fastft.registry import Registry
 
 # Numbers and booleans as YAML 1.1 and 1.2 write them: what is a number to one is a text to the other.

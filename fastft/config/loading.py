@@ -17,7 +17,8 @@ from fastft.config.evaluation import Evaluation
 from fastft.config.keys import NAMES
 from fastft.config.reading import read
 from fastft.config.reference import instead
-from fastft.config.sections import Config, Data, Loss, Optim, Run, Source
+from fastft.config.sections import Config, Data, Loss, Optim, Run
+from fastft.config.sources import Source
 from fastft.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)

@@ -5,14 +5,15 @@ Field descriptions are the documentation: ``fastft config schema`` prints them a
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from fastft import rooms
 from fastft.config.base import InputPath, OutputPath, Section
 from fastft.config.evaluation import Evaluation
 from fastft.config.every import Every
+from fastft.config.sources import EvalSets, Sources
 from fastft.errors import UserError
 
 
@@ -63,76 +64,6 @@ class Model(Section):
         return self
 
 
-class Source(Section):
-    """Where rows are read from."""
-
-    path: InputPath = Field(
-        "",
-        description="File, folder of files, or a data set saved by Hugging Face datasets; or a pattern: data/*.jsonl.",
-    )
-    dataset: str | None = Field(None, description="Instead of path: a data set of the Hugging Face hub, owner/name.")
-    name: str | None = Field(None, description="dataset: its configuration, where it has several.")
-    revision: str | None = Field(None, description="dataset: a commit, branch or tag.")
-    format: str = Field(
-        "auto", description="txt, jsonl, json, csv, tsv, parquet, conll, hf; auto goes by the name (.gz allowed)."
-    )
-    split: str | None = Field(
-        None,
-        description="Split to read: of a hub's or saved data set, or of a folder whose files begin with its name.",
-    )
-    columns: dict[str, str] = Field(
-        {}, description="Columns to rename: the name that the task reads -> the name in the data."
-    )
-    documents: Literal["blank_line", "line", "file"] = Field("blank_line", description="txt: what ends a document.")
-    header: list[str] | None = Field(
-        None, description="csv, tsv, conll: column names of a file that has no header line."
-    )
-    delimiter: str | None = Field(
-        None, min_length=1, max_length=1, description="csv, tsv: what separates cells; default: a comma, a tab."
-    )
-    quoting: Literal["standard", "none"] = Field(
-        "standard", description="csv/tsv: 'none' takes quote characters as text."
-    )
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        if bool(self.path) == bool(self.dataset):
-            raise ValueError("a source has a path (of files here) or a dataset (owner/name on the hub): give one")
-        if not self.dataset and (self.name or self.revision):
-            raise ValueError("name and revision are of a dataset on the hub; files have a path alone")
-        return self
-
-
-def _sources(value: Any) -> Any:
-    """A path, a source, or a list of either, as a list of sources."""
-    if value is None:
-        return []
-    values = value if isinstance(value, list) else [value]
-    return [{"path": v} if isinstance(v, str) else v for v in values]
-
-
-def _eval_sets(evals: Any) -> Any:
-    """Sets by name; sources without a name are the set 'eval'."""
-    if evals is None:
-        return {}
-    if isinstance(evals, (str, list)):
-        evals = {"eval": evals}
-    if isinstance(evals, dict):
-        if isinstance(evals.get("path"), str) or isinstance(
-            evals.get("dataset"), str
-        ):  # one source written out, not a dict of sets
-            evals = {"eval": evals}
-        evals = {name: _sources(value) for name, value in evals.items()}
-    return evals
-
-
-_Given = str | Source | list[str | Source] | None  # what a file may say for a list of sources
-Sources = Annotated[list[Source], BeforeValidator(_sources, json_schema_input_type=_Given)]
-EvalSets = Annotated[
-    dict[str, list[Source]], BeforeValidator(_eval_sets, json_schema_input_type=_Given | dict[str, _Given])
-]
-
-
 class Order(Section):
     """Which samples each step takes."""
 
@@ -161,6 +92,9 @@ class Data(Section):
     seed: int = Field(17, ge=0, lt=1 << 63, description="Seed of the sample order.")
 
 
+FORWARD_TOKENS = 16384
+
+
 class Batch(Section):
     """How much a step takes, and how it is cut."""
 
@@ -173,10 +107,11 @@ class Batch(Section):
         description="Sequences per forward on one rank; auto sorts a step's sequences by length and splits them to "
         "avoid padding.",
     )
-    micro_tokens: int = Field(
-        16384, ge=1, description="micro: auto keeps a forward within this many (padded) tokens per rank."
+    micro_tokens: int | Literal["auto"] = Field(
+        FORWARD_TOKENS,
+        description="micro: auto keeps a forward within this many (padded) tokens per rank. auto: as many as fit the "
+        "memory with a margin, found before the first step on the longest rows; the run's config.yaml has the number.",
     )
-
     pad_to_multiple_of: int = Field(
         1, ge=1, description="Rows are padded to a multiple of so many tokens; some models need it (Reformer)."
     )
@@ -185,9 +120,17 @@ class Batch(Section):
     def _one_of(self) -> Self:
         if self.size is not None and self.global_tokens is not None:
             raise ValueError("batch.size and batch.global_tokens exclude each other: give one")
-        if isinstance(self.micro, int) and self.micro < 1:
-            raise ValueError("batch.micro must be at least 1, or 'auto'")
+        for name in ("micro", "micro_tokens"):
+            if isinstance(value := getattr(self, name), int) and value < 1:
+                raise ValueError(f"batch.{name} must be at least 1, or 'auto'")
+        if self.micro != "auto" and self.micro_tokens == "auto":
+            raise ValueError("batch.micro_tokens: auto needs batch.micro: auto, which goes by it")
         return self
+
+    @property
+    def forward_tokens(self) -> int:
+        """Most tokens of a forward: ``micro_tokens``, or its default while auto has not been settled."""
+        return FORWARD_TOKENS if self.micro_tokens == "auto" else self.micro_tokens
 
     def sequences(self, longest: int) -> int:
         """Of an optimizer step, of at most ``longest`` tokens each. UserError for global_tokens of less than one."""
@@ -280,6 +223,11 @@ class Parallel(Section):
     """Many ranks."""
 
     zero: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
+    offload: Literal["optimizer", "parameters"] | None = Field(
+        None,
+        description="Keep state in the host's memory. optimizer (zero 1-3): its state and the master weights, and the "
+        "update is made there; parameters (zero 3): the shards of the weights, too. The same numbers as without.",
+    )
     activation_checkpointing: bool = Field(
         False, description="Recompute activations in the backward: less memory, a third more work."
     )
@@ -297,6 +245,16 @@ class Parallel(Section):
     deepspeed: InputPath | dict[str, Any] | None = Field(
         None, description="More DeepSpeed settings (JSON file or mapping); keys fastft owns are refused."
     )
+
+    @model_validator(mode="after")
+    def _offload_needs_shards(self) -> Self:
+        least = {None: 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero < least:
+            raise ValueError(
+                f"parallel.offload: {self.offload} needs parallel.zero: {least}{'' if least == 3 else ' or more'} "
+                f"(here {self.zero})"
+            )
+        return self
 
 
 class Checkpoint(Section):

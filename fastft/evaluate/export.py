@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from fastft import assemble, rooms
 from fastft import config as configuration
 from fastft.errors import UserError
+from fastft.models import weight_files
 from fastft.train import checkpoint
 from fastft.train.export import own_dtype, save
-from fastft.zero import weights
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +44,21 @@ def export_checkpoint(
     path, manifest, _ = checkpoint.find(folder, step)
     partial = manifest["state"].get("adapter_only")
     job = assemble.start(config, manifest["state"]["task"])
+    whole = job.ranks
+    if not partial and not config.model.resize_embeddings:  # no weight is needed but those of the checkpoint
+        job.ranks = replace(whole, device=torch.device("meta"))
     assemble.add_model(job, "start" if partial else "empty")  # an adapter's checkpoint does not hold the base's weights
-    state, own = weights.of_checkpoint(path, checkpoint.TAG, manifest["zero"]), job.model.state_dict()
+    if job.ranks is not whole and weight_files.names_in_files(job.model) is None:  # transformers writes it, at once
+        job.ranks = whole
+        assemble.add_model(job, "empty")
+    state: Mapping[str, Any] = checkpoint.stored(path, manifest).weights()
+    own = job.model.state_dict()
     if partial:
-        state = {**own, **state}
-    there = {own[name].data_ptr(): name for name in state if name in own}  # tied weights are in a checkpoint once
-    if missing := [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in there]:
+        state = ChainMap(state, own)  # type: ignore[arg-type]  # of which nothing is written
+    if missing := [name for name in own if name not in state]:
         raise UserError(
             f"{path}: holds no {', '.join(missing[:5])}.", "Export the run's own folder instead: <run.dir>/model."
         )
-    state |= {name: state[there[tensor.data_ptr()]] for name, tensor in own.items() if name not in state}
     return save(job, state, to, dtype or own_dtype(job), {"step": manifest["step"]}, merge)
 
 

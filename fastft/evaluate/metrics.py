@@ -73,12 +73,12 @@ def evaluate_model(config: Config, *, rows: bool = False, keep: Sequence[str] = 
     if not job.ranks.alone:
         zero.start_process_group()
         health.check_agreement(config, digest([split.data.key for split in job.evals.values()]), job.ranks)
-    assemble.add_model(job, "trained")
-    assemble.add_objective(job)
+    engine = assemble.add_sharded(job)
+    assemble.add_objective(job, engine)
     keep_heap(job.ranks.device)
     found = {}
     for name, split in job.evals.items():
-        metrics, ids = measure(job, split)
+        metrics, ids = measure(job, split, engine)
         states = job.ranks.gather(metrics.state())
         numbers, classes = metrics.finish(states), metrics.by_class(states, job.learned)
         sure = intervals_of(job, metrics, states, config.evaluation.bootstrap or RESAMPLES)

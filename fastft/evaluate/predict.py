@@ -10,11 +10,13 @@ import torch
 
 from fastft import assemble
 from fastft import config as configuration
+from fastft.assemble import Job
 from fastft.data import formats
 from fastft.data.formats.base import MISSING, value_of
 from fastft.errors import UserError, did_you_mean
 from fastft.inference.base import Predictor, Row, kept_beside, rounded
 from fastft.ranks import Ranks
+from fastft.zero.engine import start_process_group
 
 
 def predictor(path: str, options: dict, task: str | None = None) -> Predictor:
@@ -32,15 +34,25 @@ def predictor(path: str, options: dict, task: str | None = None) -> Predictor:
     UserError
         No such model, or an option that the task does not have.
     """
-    return together(path, options, task)[0]
+    return _of(assemble.trained(path, task), options)
 
 
-def together(path: str, options: dict, task: str | None = None) -> tuple[Predictor, Ranks]:
-    """The same, and the ranks that this process is one of, which can share the rows of ``predict``."""
-    job = assemble.trained(path, task)
+def together(path: str, options: dict) -> tuple[Predictor, Ranks, bool]:
+    """The same for processes that predict together: the predictor, the ranks, which are in a process group where they
+    are several, and whether they hold the model in shards. It is what ``predict`` is to be given.
+    """
+    job = assemble.trained(path)
+    if not job.ranks.alone:
+        start_process_group()
+    if job.sharded:  # they compute the same rows, and draw the same tokens
+        torch.manual_seed(job.ranks.from_main(torch.initial_seed()))
+    return _of(job, options), job.ranks, job.sharded
+
+
+def _of(job: Job, options: dict) -> Predictor:
     given = {name: value for name, value in options.items() if value is not None}
     section = configuration.section(type(job.task).Predict, given, f"fastft predict ({job.config.task})")
-    return job.task.predictor(job.model, job.learned, section), job.ranks
+    return job.task.predictor(job.model, job.learned, section)
 
 
 def predict(
@@ -49,6 +61,7 @@ def predict(
     batch_size: int = 32,
     top_k: int | None = None,
     ranks: Ranks | None = None,
+    sharded: bool = False,
 ) -> Iterator[dict]:
     """One record per row, in order.
 
@@ -62,6 +75,8 @@ def predict(
     ranks : Ranks, optional
         Those that share the rows, in a process group: each is given all of them, takes a batch in turn, and rank 0
         gets every record, the others none.
+    sharded : bool
+        Whether ranks hold the model in shards: then all of them compute all rows.
 
     Raises
     ------
@@ -69,9 +84,11 @@ def predict(
         A row that the predictor refuses, named; ``top_k`` where the task gives no scores.
     """
     rows = iter(rows)
-    if ranks is None or ranks.alone:
+    if ranks is None or ranks.alone or sharded:
         while chunk := list(islice(rows, batch_size)):
-            yield from _predicted(predictor, chunk, top_k)
+            records = _predicted(predictor, chunk, top_k)
+            if ranks is None or ranks.main:
+                yield from records
         return
     while chunk := list(islice(rows, batch_size * ranks.world)):
         own = chunk[batch_size * ranks.rank :][:batch_size]

@@ -16,7 +16,6 @@ from fastft.data.orders.base import Samples
 from fastft.evaluate.trace import samples_of
 from fastft.tasks.base import Draw
 from fastft.train import checkpoint
-from fastft.zero import weights
 
 
 def replay(run_dir: Path, step: int) -> dict:
@@ -42,8 +41,8 @@ def replay(run_dir: Path, step: int) -> dict:
     source = config.model.path
     if before := [s for s in checkpoint.steps(run_dir / "checkpoints") if s < step]:
         path, manifest, _ = checkpoint.find(run_dir / "checkpoints", before[-1])
-        state = weights.of_checkpoint(path, checkpoint.TAG, manifest["zero"])
-        job.model.load_state_dict(state, strict=False)  # tied weights are in it once
+        state = checkpoint.stored(path, manifest).weights()
+        job.model.load_state_dict(dict(state), strict=False)  # an adapter's has no base
         source = str(path)
     assemble.add_objective(job)
     job.model.eval()

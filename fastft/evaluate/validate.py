@@ -9,7 +9,7 @@ from fastft.train.advice import advice
 from fastft.train.footprint import footprint
 from fastft.train.record import parameters
 from fastft.train.schedule import Schedule
-from fastft.zero import engine
+from fastft.zero.settings import deepspeed_config
 
 
 def validate_run(config: Config) -> dict:
@@ -33,7 +33,7 @@ def validate_run(config: Config) -> dict:
     schedule = Schedule.of(config, job.order, job.task.max_length)
     assemble.add_model(job)
     assemble.add_optimizer(job)
-    engine.deepspeed_config(config, job.ranks)
+    deepspeed_config(config, job.ranks)
     assemble.add_objective(job)
     report = {name: {"sequences": len(s), **s.totals, "counts": s.data.meta["counts"]} for name, s in splits.items()}
     return {

@@ -89,14 +89,14 @@ def write(
         file = folder / (ONE if len(parts) == 1 else MANY.format(i + 1, len(parts)))
         sums = {}
         with open(file, "wb") as out:
-            out.write(_header(part))
+            out.write(header(part))
             for name, (shape, dtype) in part.items():
                 tensor = state[names[name]]
                 if tuple(tensor.shape) != tuple(shape):
                     raise UserError(f"{place}: {name} is {tuple(tensor.shape)}, not {tuple(shape)}.")
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     refuse(place, [names[name]])
-                data = _bytes(tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype))
+                data = raw(tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype))
                 sums[name] = zlib.crc32(data)
                 out.write(data)
                 total += len(data)
@@ -138,9 +138,13 @@ def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return n
 
 
-def _header(part: dict[str, tuple]) -> bytes:
-    """Of the format: the length of what follows (8 bytes, little-endian), then JSON, padded with blanks."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def header(part: Mapping[str, tuple], **metadata: str) -> bytes:
+    """What a file of these tensors begins with, by the format: the length of what follows (8 bytes, little-endian),
+    then JSON, padded with blanks.
+
+    ``part``: name -> shape and dtype, in the order of the tensors.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     at = 0
     for name, (shape, dtype) in part.items():
         end = at + _size(shape, dtype)
@@ -151,7 +155,8 @@ def _header(part: dict[str, tuple]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in host memory."""
     flat = tensor.contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # type: ignore[arg-type]
 
@@ -161,7 +166,7 @@ def _compare(file: Path, sums: dict[str, int], place: Path) -> None:
 
     with safe_open(file, "pt") as opened:
         names: Iterator[str] = iter(opened.keys())
-        wrong = [name for name in names if zlib.crc32(_bytes(opened.get_tensor(name))) != sums.get(name)]
+        wrong = [name for name in names if zlib.crc32(raw(opened.get_tensor(name))) != sums.get(name)]
         wrong += sorted(set(sums) - set(opened.keys()))
     if wrong:
         differs(place, wrong)

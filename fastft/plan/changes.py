@@ -86,7 +86,10 @@ def candidates(planned: Planned) -> Iterator[Change]:
         keys = () if zero == 3 else ("parallel.zero=3",)
         yield Change(keys, more, f"{more} GPUs")
         more *= 2
-    if not config.model.chosen():
+    chosen = config.model.chosen()
+    if "lora" in chosen and "quantize" not in chosen and zero < 3:
+        yield Change(("model.quantize=nf4",), ranks, "the base rounded to 4 bits")
+    if not chosen:
         yield Change(("model.lora={r: 16}",), ranks, "an adapter instead of all weights")
 
 

@@ -23,9 +23,9 @@ from fastft.plan.memory import Plan, Setting, Tensors
 from fastft.plan.model import Shape
 from fastft.ranks import Ranks
 from fastft.tasks._decoder import DecoderTask
-from fastft.zero import engine
-from fastft.zero.bucket import reduced_at_once
+from fastft.zero.bucket import gathered_at_once, reduced_at_once
 from fastft.zero.parameters import whole_numel
+from fastft.zero.settings import deepspeed_config
 
 # For tasks whose heads are as wide as the data has labels: a head of two outputs is as good as nothing.
 UNLEARNED: Learned = {"labels": ["0", "1"], "scheme": "raw", "targets": ["value"], "mean": [0.0], "std": [1.0]}
@@ -144,7 +144,7 @@ def tensors_of(model: Any, over_vocabulary: bool) -> Tensors:
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     frozen = [p for p in parameters if not p.requires_grad]
-    size = lambda p: whole_numel(p) * p.element_size()
+    size = lambda p: getattr(p, "stored_bytes", whole_numel(p) * p.element_size())
     embedding = model.get_input_embeddings()
     weight = getattr(embedding, "weight", None)
     output = model.get_output_embeddings() if over_vocabulary else None
@@ -178,16 +178,18 @@ def batching(
     if isinstance(batch.micro, int):
         rows = min(batch.micro, own)
     else:
-        most = batch.micro_tokens if job.task.pads else min(batch.micro_tokens, LARGEST[device])
+        most = batch.forward_tokens if job.task.pads else min(batch.forward_tokens, LARGEST[device])
         rows = min(max(1, most // width), own)
     return Batching(size, rows, width, -(-own // rows))
 
 
 def _setting(job: Job, device: str, ranks: int, batch: Batching, tensors: Tensors) -> Setting:
     config, spec = job.config, OptimizerSpec.of(job.config)
-    zero = engine.deepspeed_config(config, job.ranks)["zero_optimization"]
+    zero = deepspeed_config(config, job.ranks)["zero_optimization"]
     own = config.model.dtype
     probe = torch.empty(0, dtype=dtype_of(own))
+    largest = tensors.largest // probe.element_size()
+    gathered = gathered_at_once(largest) | zero
     return Setting(
         device=device,
         zero=config.parallel.zero,
@@ -200,7 +202,9 @@ def _setting(job: Job, device: str, ranks: int, batch: Batching, tensors: Tensor
         widens=device == "cpu" and widens(probe),
         fused_loss=getattr(config.loss, "implementation", "auto") != "cross_entropy",
         adapter_only=job.adapter_only,
-        bucket=int(zero.get("reduce_bucket_size") or reduced_at_once(tensors.trained)),
+        bucket=int(zero.get("reduce_bucket_size") or reduced_at_once(tensors.trained, largest)),
+        reuse=int(gathered["stage3_max_reuse_distance"]),
+        prefetch=int(gathered["stage3_prefetch_bucket_size"]),
         loads_whole=config.model.init == "random" or (job.came_in != own and bool(config.model.chosen())),
     )
 

@@ -21,10 +21,6 @@ CHECKPOINT_BYTES = 2
 STATE_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 SAVED_BYTES = {**STATE_BYTES, "int8": 4}
 
-# DeepSpeed's defaults, in elements: within which ZeRO 3 keeps a gathered weight for its next use, and gathers ahead.
-REUSE_DISTANCE = 1_000_000_000
-PREFETCH = 50_000_000
-
 # Beside all that is counted. On a GPU its context, NCCL's buffers and fragmentation: an allowance, not a measurement.
 # On a CPU Python with torch, transformers and DeepSpeed: measured with a model of nothing (benchmarks/plan_memory.py).
 RESERVED_BYTES = 4e9
@@ -106,6 +102,8 @@ class Setting:
     ----------
     bucket : int
         Elements that DeepSpeed reduces at a time.
+    reuse, prefetch : int
+        Elements within which ZeRO 3 keeps a gathered weight for its next use, and which it gathers ahead.
     states : int
         State tensors that the optimizer keeps for each parameter, of ``state_dtype``.
     master : str
@@ -121,6 +119,8 @@ class Setting:
     """
 
     bucket: int
+    reuse: int = 0
+    prefetch: int = 0
     device: str = "cuda"
     zero: int = 0
     ranks: int = 1
@@ -246,7 +246,7 @@ def _heap(step: dict[str, dict[str, int]], t: Tensors, kept: Kept, s: Setting) -
     if s.zero == 1:  # gradients that went into the bucket
         unused += used
     elif s.zero == 3 and s.ranks > 1:  # what weights were gathered into; the copy in which gloo reduces
-        unused += min(t.whole, PREFETCH * s.element) + used
+        unused += min(t.whole, s.prefetch * s.element) + used
     return {**whole, HEAP: unused}
 
 
@@ -341,7 +341,7 @@ def _gathered(t: Tensors, s: Setting) -> int:
     """
     if s.zero != 3 or s.ranks == 1:
         return 0
-    return min(t.whole, (REUSE_DISTANCE // 2 + PREFETCH) * s.element + t.block)
+    return min(t.whole, (s.reuse // 2 + s.prefetch) * s.element + t.block)
 
 
 def _around(t: Tensors, s: Setting) -> dict[str, dict[str, int]]:

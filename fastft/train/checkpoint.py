@@ -2,7 +2,7 @@
 
 ``checkpoints/step-N.tmp`` is filled by all ranks (DeepSpeed's files, plus RNG per rank; see writer.py), then rank 0
 writes ``MANIFEST.json`` with every file's size and SHA-256, renames the folder to ``step-N`` and replaces ``LATEST``.
-A folder is used only after its manifest verifies and no file in it holds code, which is seen without running any.
+No file of it can hold code; an older one, whose files are pickles, is used only where they hold state alone.
 """
 
 import json
@@ -20,8 +20,9 @@ from fastft.errors import UserError
 from fastft.files import digest, fsync, remove, replacing, sha256_file
 from fastft.ranks import Ranks
 from fastft.train.writer import Writer, point
-from fastft.zero import pickles, reshard
+from fastft.zero import restoring, state_files
 from fastft.zero.snapshots import snapshot
+from fastft.zero.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def save(engine, writer: Writer, folder: Path, step: int, state: dict, keep: int
     taken = snapshot(engine, str(scratch), TAG, adapter_only=bool(state.get("adapter_only")))
     point("snapshot", ranks.rank)
     files = {Path(path): value for path, value in taken.items()}
-    files[scratch / f"rng-{ranks.rank}.pt"] = _rng_state(ranks.device)
+    files[scratch / f"rng-{ranks.rank}{state_files.SUFFIX}"] = _rng_state(ranks.device)
 
     def finish(entries: dict[str, dict]) -> None:
         point("before-manifest", ranks.rank)
@@ -121,21 +122,15 @@ def find(folder: Path, step: int | None = None, ranks: Ranks | None = None) -> t
     )
 
 
-def load(engine, path: Path, manifest: dict, ranks: Ranks, converted: Path | None = None) -> dict:
-    """Restore model, optimizer and this rank's RNG from a verified checkpoint; returns the loop's state.
+def stored(path: Path, manifest: dict) -> Stored:
+    """The weights and the optimizer state in a verified checkpoint."""
+    return Stored(path / TAG, manifest["zero"], manifest["world_size"])
 
-    ``converted``: where ``reshard.convert`` put what DeepSpeed is to load instead, for another number of ranks or
-    ZeRO stage.
-    """
-    reshard.expect(engine, universal=converted is not None)
+
+def load(engine, path: Path, manifest: dict, ranks: Ranks) -> dict:
+    """Restore model, optimizer and this rank's RNG from a verified checkpoint; returns the loop's state."""
     try:
-        if converted:
-            reshard.load(engine, converted, TAG)
-        else:
-            partial = manifest["state"].get("adapter_only")
-            loaded, _ = engine.load_checkpoint(str(path), tag=TAG, load_module_strict=not partial)
-            if loaded is None:
-                raise UserError(f"{path}: DeepSpeed could not load it.", "See the log above.")
+        restoring.restore(engine, stored(path, manifest), partial=bool(manifest["state"].get("adapter_only")))
     except (RuntimeError, KeyError, ValueError, FileNotFoundError) as e:
         if isinstance(e, UserError):
             raise
@@ -144,7 +139,8 @@ def load(engine, path: Path, manifest: dict, ranks: Ranks, converted: Path | Non
             "Resume with the configuration that the run began with (config.yaml in its folder).",
         ) from None
     if manifest["world_size"] == ranks.world:
-        _restore_rng(torch.load(path / f"rng-{ranks.rank}.pt", weights_only=True), ranks.device)
+        own = path / f"rng-{ranks.rank}{state_files.SUFFIX}"
+        _restore_rng(state_files.read(own if own.exists() else own.with_suffix(state_files.OLDER)), ranks.device)
     else:  # the old ranks' dropout masks are of no use to other ranks; what these draw follows from step and rank
         torch.manual_seed((manifest["step"] << 20) + ranks.rank)
     return manifest["state"]
@@ -219,7 +215,7 @@ def state_of(path: Path) -> dict:
 def _damage(path: Path, manifest: dict, rank: int = 0, world: int = 1) -> str | None:
     for file in walk(path):
         name = file.relative_to(path)
-        if _unpickled(name) and str(name) not in manifest["files"]:
+        if _read(name) and str(name) not in manifest["files"]:
             return f"{file} is no part of the checkpoint: remove it."
     for listed, entry in sorted(manifest["files"].items())[rank::world]:
         file, name = path / listed, Path(listed)
@@ -227,16 +223,14 @@ def _damage(path: Path, manifest: dict, rank: int = 0, world: int = 1) -> str | 
             return f"{file} is missing."
         if file.stat().st_size != entry["bytes"] or sha256_file(file) != entry["sha256"]:
             return f"{file} does not match its hash."
-        if _unpickled(name) and (reason := pickles.refused(file)):
+        if _read(name) and (reason := state_files.refused(file)):
             return f"{file} is not read: {reason}."
     return None
 
 
-def _unpickled(name: Path) -> bool:
-    """Whether a file of a checkpoint may be, by its path in it: DeepSpeed takes what begins as its own files do,
-    however it ends.
-    """
-    return name.suffix == ".pt" or name.parts[0] == TAG
+def _read(name: Path) -> bool:
+    """Whether a file of a checkpoint may be read for its state, by its path in it."""
+    return name.suffix in (state_files.SUFFIX, state_files.OLDER) or name.parts[0] == TAG
 
 
 def _prune(folder: Path, current: int, keep: int, moved: Callable[[], None] = lambda: None) -> None:

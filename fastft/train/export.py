@@ -116,11 +116,14 @@ def _stored(model: Any, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], 
 def _write_whole(job: Job, state: dict[str, torch.Tensor], folder: Path, kind: torch.dtype, place: Path) -> None:
     """By transformers, all at once: what an edit merged, or a model whose files hold other tensors than it does."""
     model = job.model
+    for edit in job.edits:
+        state = edit.plain(state, model)
     for edit in reversed(job.edits):
         state = edit.merged(state, model, kind)
     kept = kept_in_fp32(model, kind)
     whole = {n: _exported(t, torch.float32 if kept and kept.search(n) else kind) for n, t in state.items()}
     model.save_pretrained(folder, state_dict=dict(whole))  # which takes tensors out of the mapping
+    _say_dtype(folder / "config.json", kind)  # by which it is read
     _compare(folder, whole, model, place)
 
 

@@ -22,7 +22,7 @@ from fastft.optim.groupings.base import Progress
 from fastft.ranks import environment, keep_heap
 from fastft.tasks.base import Batch, Draw
 from fastft.track import Telemetry
-from fastft.train import export, health, resuming, run_folder
+from fastft.train import export, fitting, health, resuming, run_folder
 from fastft.train.advice import advice
 from fastft.train.collector import quiet_collector
 from fastft.train.evaluation import evaluate
@@ -36,8 +36,8 @@ from fastft.train.schedule import Due, Schedule
 from fastft.train.signals import StopRequest
 from fastft.train.throughput import Throughput, peak_memory
 from fastft.zero import engine as zero
-from fastft.zero import reshard
 from fastft.zero.engine import Stepper
+from fastft.zero.settings import deepspeed_config
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> dict:
@@ -69,6 +69,7 @@ def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) ->
         cleanup.callback(run_folder.lock(run_dir).close)
     loop = build(config, cleanup, resume)
     found, job, schedule = loop.found, loop.job, loop.schedule
+    config = job.config  # where auto has become a number
     assert job.train is not None
     if ranks.main:
         run_folder.claim(run_dir, config, resume)
@@ -114,7 +115,7 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
     health.check_agreement(config, job.train.data.key, ranks)
     if not steps_only:
         health.check_shared(Path(config.run.dir), ranks)
-    settings = zero.deepspeed_config(config, ranks)
+    settings = deepspeed_config(config, ranks)
     assemble.add_model(job, shards=settings if config.parallel.zero == 3 else None)
     zero.check_layers(job.model, config, ranks)
     assemble.add_optimizer(job)
@@ -122,8 +123,6 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
     layout = zero.layout(job.model, job.optimizer)
     found = resuming.find(job, layout) if resume else None
     schedule = found.schedule if found else Schedule.of(config, job.order, job.task.max_length)
-    if found and found.converted:
-        settings["checkpoint"] = {**settings.get("checkpoint", {}), **reshard.SETTINGS}
     engine = zero.build_engine(job.model, job.optimizer, settings, config.parallel.fused_step)
     assemble.add_objective(job, engine)
     keep_heap(ranks.device)  # not before: what is loaded and let go of is to be given back
@@ -137,6 +136,8 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
     loop.found = found
     if found:
         loop.resume(found)
+    if config.batch.micro_tokens == "auto":
+        fitting.settle(loop)
     return loop
 
 
@@ -220,7 +221,8 @@ class Loop:
                 self.mark("data")
                 if self.step + 1 < self.schedule.total:
                     coming = ahead.submit(self.collate_step, self.step + 1)
-                loss = self.optimizer_step(step_batches, denominator)
+                with fitting.explained(self.step + 1, self.job.config):
+                    loss = self.optimizer_step(step_batches, denominator)
                 self.step += 1
                 yield loss
 
@@ -261,7 +263,7 @@ class Loop:
         ids, rows = samples.ids, np.arange(len(samples.ids))
         micro, world = config.batch.micro, ranks.data_world
         if micro == "auto":
-            sizes, most = self.split.sizes[ids], config.batch.micro_tokens
+            sizes, most = self.split.sizes[ids], config.batch.forward_tokens
             plan = batches.auto(rows, sizes, world, most, self.job.task.pads, ranks.device.type)
         else:
             plan = batches.fixed(rows, world, micro)

@@ -14,7 +14,7 @@ from fastft.config import Config
 from fastft.errors import UserError
 from fastft.train import checkpoint, run_folder
 from fastft.train.schedule import Schedule
-from fastft.zero import reshard
+from fastft.zero import restoring
 
 # What a resumed run may not change, with what a checkpoint without the key was written with: the sample order and the
 # layout of the state depend on it.
@@ -39,7 +39,7 @@ class Found:
     manifest: dict
     schedule: Schedule  # of the rest of the run
     passed_over: list[str]  # what is wrong with newer ones
-    converted: Path | None  # its form for this number of ranks and ZeRO stage, when it was written by another
+    resharded: bool  # whether another number of ranks or ZeRO stage wrote it
 
     def describe(self, config: Config) -> str:
         """Where the run goes on, and what of its configuration changed since."""
@@ -52,7 +52,7 @@ class Found:
             "path": str(self.path),
             "world_size": self.manifest["world_size"],
             "zero": self.manifest["zero"],
-            "converted": self.converted is not None,
+            "resharded": self.resharded,
             "passed_over": self.passed_over,
         }
 
@@ -66,7 +66,10 @@ def begun(config: Config) -> Literal["new", "not saved", "saved", "finished"]:
     folder = Path(config.run.dir)
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
         return "new"
-    before, now = (c.model_dump(mode="json") for c in (configuration.load_run(folder), configuration.absolute(config)))
+    run = configuration.load_run(folder)
+    if config.batch.micro_tokens == "auto":  # which has become a number there
+        config = config.changed(batch=config.batch.changed(micro_tokens=run.batch.micro_tokens))
+    before, now = (c.model_dump(mode="json") for c in (run, configuration.absolute(config)))
     same = not configuration.changes(before, now)
     if run_folder.finished(folder, config):
         return "finished"
@@ -76,8 +79,7 @@ def begun(config: Config) -> Literal["new", "not saved", "saved", "finished"]:
 
 
 def find(job: Job, layout: str) -> Found:
-    """The newest usable checkpoint, once it is known that the rest would be the rest of this run; converted where
-    needed.
+    """The newest usable checkpoint, once it is known that the rest would be the rest of this run.
 
     Raises
     ------
@@ -115,10 +117,8 @@ def find(job: Job, layout: str) -> Found:
             f"{path}: is at step {manifest['step']}, the run would end at {schedule.total}.",
             "Raise train.steps or train.epochs.",
         )
-    zero = config.parallel.zero
-    other = reshard.needed(manifest, zero, ranks, job.spec)
-    converted = reshard.convert(path, checkpoint.TAG, zero, ranks) if other else None
-    return Found(path, manifest, schedule, passed_over, converted)
+    resharded = restoring.reshards(manifest, config.parallel.zero, ranks, job.spec)
+    return Found(path, manifest, schedule, passed_over, resharded)
 
 
 def _value(config: dict, key: str, default: object) -> object:
@@ -133,13 +133,9 @@ def load(job: Job, engine, found: Found) -> dict:
     assert job.optimizer is not None
     before = job.optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in before]
-    state = checkpoint.load(engine, found.path, found.manifest, job.ranks, found.converted)
+    state = checkpoint.load(engine, found.path, found.manifest, job.ranks)
     for group, given in zip(job.optimizer.param_groups, settings, strict=True):  # new ones, as torch loads them
-        # The configuration's, not the checkpoint's (of which stage 3 gives every group the first one's: weight decay on
-        # biases).
-        group.update(given)
-    if found.converted:
-        reshard.done(found.converted, job.ranks)
+        group.update(given)  # the configuration's, not the checkpoint's
     return state
 
 
@@ -147,12 +143,8 @@ def load_step(job: Job, engine, folder: Path, step: int) -> None:
     """Load a checkpoint of this run, whose later ones may be of other ranks, for its weights. Raises UserError."""
     assert job.spec is not None
     path, manifest, _ = checkpoint.find(folder, step, job.ranks)
-    zero = job.config.parallel.zero
-    other = reshard.needed(manifest, zero, job.ranks, job.spec)
-    converted = reshard.convert(path, checkpoint.TAG, zero, job.ranks) if other else None
-    checkpoint.load(engine, path, manifest, job.ranks, converted)
-    if converted:
-        reshard.done(converted, job.ranks)
+    restoring.reshards(manifest, job.config.parallel.zero, job.ranks, job.spec)  # refused where it cannot be
+    checkpoint.load(engine, path, manifest, job.ranks)
 
 
 def check_not_finished(config: Config) -> None:

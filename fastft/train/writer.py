@@ -17,11 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from fastft.errors import UserError
-from fastft.files import fsync, replacing, sha256_file
+from fastft.files import fsync, replacing
 from fastft.ranks import Ranks
+from fastft.zero import state_files
 from fastft.zero.snapshots import bytes_of
 
 POLL = 0.02  # seconds
@@ -56,36 +55,32 @@ def point(name: str, rank: int) -> None:
 
 
 class _Stream:
-    """A new file for torch.save, synced and hashed as it is written.
-
-    An error is kept for ``finish``: torch writes once more where it cleans up after one, and would end the process.
-    """
+    """A new file, synced and hashed as it is written."""
 
     def __init__(self, path: Path, moved: Callable[[], None]):
         self.file = open(path, "wb", buffering=0)  # noqa: SIM115  # until finish()
         self.moved = moved
         self.hash, self.bytes, self.unsynced = hashlib.sha256(), 0, 0
         self.pending = bytearray()  # small pieces, less than PART of them
-        self.error: OSError | None = None
 
-    def write(self, data) -> int:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+
+    def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
         if len(self.pending) + len(view) < PART:
             self.pending += view
-            return len(view)
+            return
         self._write_all(memoryview(self.pending))
         self.pending = bytearray()
         self._write_all(view)
-        return len(view)
 
     def _write_all(self, view: memoryview) -> None:
         for start in range(0, len(view), PART):
-            if self.error:
-                break
-            try:
-                self._write(view[start : start + PART])
-            except OSError as e:
-                self.error = e
+            self._write(view[start : start + PART])
 
     def _write(self, part: memoryview) -> None:
         self.hash.update(part)
@@ -98,16 +93,10 @@ class _Stream:
             self.unsynced = 0
         self.moved()
 
-    def flush(self) -> None:
-        """torch asks for it; ``finish`` does it."""
-
     def finish(self) -> dict:
         """The manifest's entry of the file, which is on the disk now."""
-        with self.file:
-            self._write_all(memoryview(self.pending))
-            if self.error:
-                raise self.error
-            os.fsync(self.file.fileno())
+        self._write_all(memoryview(self.pending))
+        os.fsync(self.file.fileno())
         self.moved()
         return {"bytes": self.bytes, "sha256": self.hash.hexdigest()}
 
@@ -168,10 +157,10 @@ class Writer:
             entries = {}
             for path, state in files.items():
                 point("before-file", self.ranks.rank)
-                stream = _Stream(path, self.move)
-                torch.save(state, stream)  # type: ignore[arg-type]
-                point("after-file", self.ranks.rank)
-                entries[str(path.relative_to(scratch))] = stream.finish()
+                with _Stream(path, self.move) as stream:
+                    state_files.write(state, stream)
+                    point("after-file", self.ranks.rank)
+                    entries[str(path.relative_to(scratch))] = stream.finish()
             point("before-report", self.ranks.rank)
             with replacing(scratch / f"rank-{self.ranks.rank}.json") as report:
                 report.write_text(json.dumps(entries))
@@ -207,9 +196,4 @@ class Writer:
             entries |= json.loads(report.read_text())
         for rank in range(self.ranks.world):
             (scratch / f"rank-{rank}.json").unlink()
-        for path in sorted(
-            p for p in scratch.rglob("*") if p.is_file() and str(p.relative_to(scratch)) not in entries
-        ):  # DeepSpeed's script
-            fsync(path)
-            entries[str(path.relative_to(scratch))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         return entries

@@ -1,4 +1,4 @@
-"""How many gradients DeepSpeed reduces at a time."""
+"""What DeepSpeed holds beside the shards: gradients that it reduces at a time, weights that it gathers ahead."""
 
 from __future__ import annotations
 
@@ -6,21 +6,40 @@ import torch
 
 from fastft.zero.parameters import whole_numel
 
-REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
+REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's default, 500 M, is 2 GB in fp32, and no faster
+PREFETCH = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size
 
 
 def with_bucket(model: torch.nn.Module, settings: dict) -> dict:
-    """DeepSpeed's settings with a bucket for reductions that is no larger than all gradients together, where none was
-    asked for: it takes the whole of it from memory, 500 M elements; on a CPU, whose heap gives nothing back, anew at
-    every step, in between what has come into its place.
+    """DeepSpeed's settings with limits for what it holds beside the shards, where they were not asked for.
+
+    It takes the whole bucket for reductions from memory; on a CPU, whose heap gives nothing back, anew at every step,
+    in between what has come into its place. And ZeRO 3 would keep 1e9 elements of gathered weights for their next use:
+    all of a model of less than that, on every rank.
     """
     zero = settings.get("zero_optimization", {})
-    if not zero.get("stage") or "reduce_bucket_size" in zero:
+    if not zero.get("stage"):
         return settings
-    trained = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
-    return {**settings, "zero_optimization": {**zero, "reduce_bucket_size": reduced_at_once(trained)}}
+    parameters = list(model.parameters())
+    trained = sum(whole_numel(p) for p in parameters if p.requires_grad)
+    largest = max(map(whole_numel, parameters))
+    limits = {"reduce_bucket_size": reduced_at_once(trained, largest)}
+    if zero["stage"] == 3:
+        limits |= gathered_at_once(largest)
+    return {**settings, "zero_optimization": {**limits, **zero}}
 
 
-def reduced_at_once(trained: int) -> int:
-    """Elements of DeepSpeed's bucket for so many trained ones, where none was asked for."""
-    return max(1, min(REDUCE_BUCKET, trained))
+def reduced_at_once(trained: int, largest: int) -> int:
+    """Elements of DeepSpeed's bucket for so many trained ones, the largest parameter of so many."""
+    return max(1, min(max(REDUCE_BUCKET, largest), trained))
+
+
+def gathered_at_once(largest: int) -> dict[str, int]:
+    """DeepSpeed's settings for weights that are gathered before they are needed, or kept until they are again: two of
+    the largest, as elements.
+    """
+    return {
+        "stage3_max_live_parameters": 2 * largest,
+        "stage3_max_reuse_distance": 2 * largest,
+        "stage3_prefetch_bucket_size": min(PREFETCH, largest),
+    }

@@ -1,23 +1,21 @@
 """Process group and DeepSpeed engine: what the loop needs to know of DeepSpeed is here."""
 
 import itertools
-import json
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastft.config import Config
-from fastft.errors import UserError, did_you_mean
+from fastft.errors import UserError
 from fastft.files import digest
 from fastft.ops import sum_squares
 from fastft.optim import set_offset
-from fastft.optim.optimizers.base import ClientOptimizer, OptimizerSpec
+from fastft.optim.optimizers.base import ClientOptimizer
 from fastft.ranks import Ranks
 from fastft.zero import fused_step
 from fastft.zero.bucket import with_bucket
@@ -27,22 +25,6 @@ from fastft.zero.unused import Unused
 log = logging.getLogger(__name__)
 
 WAITED = 15.0  # seconds until a rank says that it waits for others
-
-# DeepSpeed settings that follow from the YAML; a second source for them would be a contradiction waiting to happen.
-OWNED = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bf16",
-    "gradient_clipping",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "gradient_predivide_factor",
-    "prescale_gradients",
-}
 
 
 def start_process_group() -> None:
@@ -119,124 +101,6 @@ def stop_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def deepspeed_config(config: Config, ranks: Ranks) -> dict:
-    """DeepSpeed's settings for this run: those that follow from the YAML, plus parallel.deepspeed.
-
-    Raises
-    ------
-    UserError
-        parallel.deepspeed names a missing or broken file, or a key that fastft sets itself.
-    """
-    zero, spec = config.parallel.zero, OptimizerSpec.of(config)
-    bf16 = config.model.dtype == "bf16"
-    # Stage 0 keeps gradients whole: where DeepSpeed needs no masters of its own, the optimizer takes the model's
-    # parameters and gradients as they are, and clips in its pass.
-    direct = not zero and (not bf16 or spec.replaces_masters)
-    clip = 0.0 if direct else config.optim.grad_clip or 0.0
-    settings: dict[str, Any] = {
-        # The loop sets the accumulation boundary itself and normalises the loss itself, so these only have to be
-        # consistent.
-        "train_batch_size": ranks.world,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": zero},
-        "steps_per_print": 10**9,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
-    }
-    if bf16 and direct:
-        settings["communication_data_type"] = "bf16"  # of gradients; it would be fp32
-    elif bf16:
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if spec.replaces_masters:
-            # Without bf16_optimizer_states DeepSpeed insists on its own CPU optimizer; how the state is kept is ours
-            # to say.
-            settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    extra = config.parallel.deepspeed
-    if isinstance(extra, str):
-        try:
-            extra = json.loads(Path(extra).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as e:  # ValueError: broken JSON, not UTF-8, a number too long
-            raise UserError(
-                f"parallel.deepspeed: {extra}: {e}",
-                "Give a JSON file of DeepSpeed settings, or write them as a mapping.",
-            ) from None
-    if not isinstance(extra, dict | None):
-        raise UserError(f"parallel.deepspeed: a {type(extra).__name__}, not a mapping of DeepSpeed settings.")
-    for key, value in (extra or {}).items():
-        if key in OWNED:
-            raise UserError(
-                f"parallel.deepspeed: {key!r} follows from the rest of the configuration.",
-                "Remove it there; set batch, optim or model instead.",
-            )
-        if key == "zero_optimization":
-            if not isinstance(value, dict):
-                raise UserError(f"parallel.deepspeed: zero_optimization is a {type(value).__name__}, not a mapping.")
-            if value.get("stage", zero) != zero:
-                raise UserError(
-                    f"parallel.deepspeed: zero_optimization.stage = {value['stage']} contradicts "
-                    f"parallel.zero = {zero}.",
-                    "Set parallel.zero.",
-                )
-            if value.get("elastic_checkpoint") and spec.blockwise_state:
-                raise UserError(
-                    "parallel.deepspeed: zero_optimization.elastic_checkpoint cuts the optimizer's tensors itself, "
-                    "which would tear the blocks of optim.state_dtype: int8 apart.",
-                    "Remove one of the two.",
-                )
-            settings[key] = {**value, "stage": zero}
-        else:
-            settings[key] = value
-    if extra:
-        _check_deepspeed(settings)
-    return settings
-
-
-def _check_deepspeed(settings: dict) -> None:
-    """Let DeepSpeed read the settings, and refuse what it refuses, and every key that it did not ask for (it would
-    ignore it in silence).
-    """
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    read = _Asked(
-        {key: value for key, value in settings.items() if key != "train_batch_size"}
-    )  # which hangs on the number of ranks
-    try:
-        DeepSpeedConfig(read)
-    except Exception as e:  # pydantic's, DeepSpeed's own, and whatever a value of the wrong type runs into
-        raise UserError(f"parallel.deepspeed: {e}", "DeepSpeed's documentation lists its keys.") from None
-    if unknown := sorted(set(read) - read.asked):
-        raise UserError(
-            f"parallel.deepspeed: DeepSpeed knows no {', '.join(unknown)}.", did_you_mean(unknown[0], read.asked)
-        )
-
-
-class _Asked(dict):
-    """A dict that remembers which keys it was asked for."""
-
-    def __init__(self, values: dict):
-        super().__init__(values)
-        self.asked: set[str] = set()
-
-    def __copy__(self) -> "_Asked":
-        return self
-
-    def get(self, key, default=None):
-        self.asked.add(key)
-        return super().get(key, default)
-
-    def __getitem__(self, key):
-        self.asked.add(key)
-        return super().__getitem__(key)
-
-    def __contains__(self, key) -> bool:
-        self.asked.add(key)
-        return super().__contains__(key)
-
-
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -286,6 +150,20 @@ def build_engine(model: torch.nn.Module, optimizer: ClientOptimizer, settings: d
         if reason and engine.zero_optimization_stage():
             log.warning("ZeRO step not fused: %s", reason)
     engine.fastft_step = f"unfused: {reason}" if reason else "fused"
+    return engine
+
+
+def build_forward_engine(model: torch.nn.Module, settings: dict):
+    """A ZeRO-3 engine that computes forwards of a model in shards, and trains nothing; ``settings`` as for one that
+    does.
+    """
+    import deepspeed
+
+    needed = ("train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization", "steps_per_print")
+    kept = {name: settings[name] for name in needed}
+    if "bf16" in settings:
+        kept["bf16"] = {"enabled": True}
+    engine, *_ = deepspeed.initialize(model=model, config=kept)
     return engine
 
 

@@ -33,6 +33,7 @@ METHODS = {
         "unscale_and_clip_grads",
         "scaled_global_norm",
         "get_grad_norm_direct",
+        "complete_grad_norm_calculation_for_cpu_offload",
         "get_flat_partition",
         "_update_scale",
         "check_overflow",
@@ -50,6 +51,7 @@ METHODS = {
         "_optimizer_step",
         "unscale_and_clip_grads",
         "get_grad_norm_direct",
+        "complete_grad_norm_calculation_for_cpu_offload",
         "_get_norm_groups",
         "_prepare_sub_group",
         "_prepare_fp32_grad_for_sub_group",
@@ -61,8 +63,8 @@ METHODS = {
     ],
 }
 TESTED = {
-    "DeepSpeedZeroOptimizer": "7225c20e785220da96fc792f7edfaaf2c75c23b1b143cc9f5ff2cc0f0dcec074",
-    "DeepSpeedZeroOptimizer_Stage3": "b14cc42f297a622cef042a723c0fcaa4601e07e47e320adb835245630a151d74",
+    "DeepSpeedZeroOptimizer": "a3460c46b5646e50c9255cacb088815510aecf47b6e86ce60b1b0d66a4dbb08e",
+    "DeepSpeedZeroOptimizer_Stage3": "67560e8988cd786d87be5a724612d40174fb8c19ac95544407609f1dc68a02c4",
 }
 
 
@@ -144,7 +146,14 @@ class _Stage12(_Seam):
     """DeepSpeedZeroOptimizer: stages 1 and 2."""
 
     def attach(self) -> None:
-        self.replace(self.step, self.get_grad_norm_direct)
+        self.replace(self.step, self.get_grad_norm_direct, self.complete_grad_norm_calculation_for_cpu_offload)
+
+    def complete_grad_norm_calculation_for_cpu_offload(self, params: list[Tensor]) -> Tensor:
+        """As without offload, where DeepSpeed adds up norms of single parameters in float32: others in the last
+        digits.
+        """
+        i = next(i for i, own in enumerate(self.zero.params_in_partition) if own is params)
+        return self.get_grad_norm_direct([self.zero.single_partition_of_fp32_groups[i].grad], params)
 
     def get_grad_norm_direct(self, gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
         """L2 norm of this group's gradients over all ranks, 0-dim float32; -1 when one is NaN or Inf (DeepSpeed's
@@ -247,6 +256,7 @@ class _Stage3(_Seam):
         self.copy_weights = types.MethodType(type(self.zero)._reassign_or_swap_out_partitioned_parameters, self.zero)
         self.replace(
             self.get_grad_norm_direct,
+            self.complete_grad_norm_calculation_for_cpu_offload,
             self._prepare_fp32_grad_for_sub_group,
             self.unscale_and_clip_grads,
             self._optimizer_step,
@@ -261,6 +271,11 @@ class _Stage3(_Seam):
         total = sum_squares(_joined(gradients)).to(zero.device)
         dist.all_reduce(total, group=zero._get_param_partition_group(params[0]))
         return torch.where(total.isfinite(), total.sqrt(), torch.full_like(total, -1.0))
+
+    def complete_grad_norm_calculation_for_cpu_offload(self, params: list[Tensor]) -> Tensor:
+        """As without offload, where DeepSpeed's is a float32."""
+        i = next(i for i, own in enumerate(self.zero.fp16_groups) if own is params)
+        return self.get_grad_norm_direct([self.zero.fp32_partitioned_groups_flat[i].grad], params)
 
     def _prepare_fp32_grad_for_sub_group(self, sub_group: int) -> None:
         """Keep the gradients as they are, instead of a flat float32 copy."""

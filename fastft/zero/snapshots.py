@@ -2,11 +2,12 @@
 
 import copy
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from fastft.zero import pickles
+from fastft.zero import state_files
 
 
 class Snapshots(CheckpointEngine):
@@ -15,15 +16,20 @@ class Snapshots(CheckpointEngine):
     def __init__(self):
         super().__init__()
         self.taken: dict[str, object] = {}  # path -> state
+        self.kept: set[str] | None = None  # names of the module's state that are saved; None: all
 
     def create(self, info) -> None:
         pass
 
     def save(self, state_dict, path: str) -> None:
+        module = state_dict.get("module")
+        if module is not None and self.kept is not None:
+            kept = OrderedDict((name, value) for name, value in module.items() if name in self.kept)
+            state_dict = {**state_dict, "module": kept}
         self.taken[path] = _copied(state_dict)
 
     def load(self, path: str, map_location=None):
-        return pickles.load(path, map_location=map_location)
+        raise NotImplementedError("restoring.py reads checkpoints")
 
     def commit(self, info) -> bool:
         return True
@@ -33,7 +39,7 @@ class Snapshots(CheckpointEngine):
 
     def take(self) -> dict[str, object]:
         taken, self.taken = self.taken, {}
-        return taken
+        return {str(Path(path).with_suffix(state_files.SUFFIX)): state for path, state in taken.items()}
 
 
 def _copied(value):
@@ -66,8 +72,14 @@ def snapshot(engine, scratch: str, tag: str, adapter_only: bool = False) -> dict
     """
     if not isinstance(engine.checkpoint_engine, Snapshots):
         engine.checkpoint_engine = Snapshots()
-    state: dict[str, object] = {"universal_checkpoint_info": {}}
-    engine.save_checkpoint(
-        scratch, tag=tag, save_latest=False, client_state=state, exclude_frozen_parameters=adapter_only
-    )
+        engine._copy_recovery_script = lambda folder: None  # DeepSpeed's program, which reads its own files alone
+    if adapter_only:
+        engine.checkpoint_engine.kept = _of_adapter(engine.module)
+    engine.save_checkpoint(scratch, tag=tag, save_latest=False, exclude_frozen_parameters=adapter_only)
     return engine.checkpoint_engine.take()
+
+
+def _of_adapter(module) -> set[str]:
+    """Names that the checkpoint of an adapter has of the module's state; not what a quantized base adds to it."""
+    trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return trained | {name for name, _ in module.named_buffers(remove_duplicate=False)}

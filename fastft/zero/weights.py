@@ -1,14 +1,10 @@
-"""Whole weights, from an engine or from its checkpoints."""
+"""Whole weights of an engine; those of its checkpoints are in stored.py."""
 
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout
-from pathlib import Path
 
 import torch
 
 from fastft.ranks import Ranks
-from fastft.zero import pickles
 
 
 class Gathered(Mapping[str, torch.Tensor]):
@@ -45,21 +41,3 @@ class Gathered(Mapping[str, torch.Tensor]):
             return tensor.detach()
         with GatheredParameters([tensor]):
             return tensor.detach().cpu().clone() if self.ranks.main else tensor.detach()[:0]
-
-
-def of_checkpoint(path: Path, tag: str, stage: int) -> dict[str, torch.Tensor]:
-    """The weights in a verified checkpoint by name: under ZeRO 1-3 the float32 masters."""
-    if stage:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with redirect_stdout(sys.stderr):  # it prints as it goes
-            state = dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag=tag))
-        if stage == 3:
-            return state
-        # It knows trained parameters and, but for stage 1, frozen ones; the module's own file has them all.
-        return {**_module(path / tag), **state}
-    return _module(path / tag)
-
-
-def _module(folder: Path) -> dict[str, torch.Tensor]:
-    return pickles.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["module"]

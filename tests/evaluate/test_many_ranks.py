@@ -44,6 +44,7 @@ def trained(tmp_path_factory, tiny_bert):
                 "dev": write(folder / "dev.jsonl", rows),
                 "single": write(folder / "single.jsonl", rows[:1]),  # one of two ranks has no row
             }
+            made["parallel"] = {"zero": 3 if task == "token_classification" else 0}  # two ranks then hold shards
             made |= {"task": task, "batch": {"size": 3}, "optim": {"lr": 3e-3}, "train": {"steps": 4}}
             made["run"] = {"dir": str(folder / "run"), "offline": True, "device": "cpu", "threads": 1}
             launch.fastft("train", launch.write_config(folder / "c.yaml", made))
@@ -79,9 +80,11 @@ def test_eval(trained, tmp_path, task):
         assert all(b[key] == (pytest.approx(a[key], rel=1e-4) if key in numbers else a[key]) for key in a | b)
 
 
-def test_a_model_that_writes(pair_config, tmp_path):
-    """Generation in evaluations: as many steps on each of two ranks."""
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_model_that_writes(pair_config, tmp_path, zero):
+    """Generation in evaluations: as many steps on each of two ranks; at ZeRO 3 of weights in shards."""
     made = pair_config("t5")
+    made["parallel"] = {"zero": zero}
     made["data"]["eval"] = made["data"]["train"]
     made["evaluation"] = {"metrics": ["chrf", "rouge"], "generation": {"max_new_tokens": 8}}
     made["train"] = {"steps": 2}
@@ -97,7 +100,9 @@ def test_a_model_that_writes(pair_config, tmp_path):
 
 @pytest.mark.parametrize("task", ["classification", "token_classification"])
 def test_predict(trained, tmp_path, task):
-    """Seven rows in batches of two: the last round leaves a rank without any; through `fastft launch`, too."""
+    """Seven rows in batches of two: the last round leaves a rank without any; through `fastft launch`, too. Of token
+    classification the ranks hold shards.
+    """
     run, _ = trained(task)
     arguments = ["predict", run, run.parent / "dev.jsonl", "--batch-size", "2", "--out"]
     launch.fastft(*arguments, tmp_path / "one.jsonl")

@@ -213,10 +213,10 @@ def test_a_rank_that_cannot_write_ends_all_with_its_reason(lm_config, tmp_path, 
     while process.poll() is None:
         for scratch in (tmp_path / "run" / "checkpoints").glob("step-*.tmp"):
             with suppress(OSError):
-                (scratch / "rng-1.pt").mkdir()
+                (scratch / "rng-1.safetensors").mkdir()
         time.sleep(0.001)
     output = launch.finish(process, 10)
-    assert process.returncode == 1 and "rank 1:" in output and "rng-1.pt" in output, output[-2000:]
+    assert process.returncode == 1 and "rank 1:" in output and "rng-1.safetensors" in output, output[-2000:]
 
 
 def test_what_ssh_prints_in_another_encoding_hangs_nothing(lm_config, tmp_path):

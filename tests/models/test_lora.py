@@ -58,7 +58,7 @@ def test_every_stage_learns_the_same(lora_config, tmp_path, dtype):
         adapter = load_file(folder / "model" / "adapter_model.safetensors")
         assert not (folder / "model" / "model.safetensors").exists()
         assert all(t.any() for name, t in adapter.items() if "lora_B" in name) and len(adapter) == 28
-        size = sum(f.stat().st_size for f in (folder / "checkpoints" / "step-6").rglob("*.pt"))
+        size = sum(f.stat().st_size for f in (folder / "checkpoints" / "step-6").rglob("*.safetensors"))
         assert size < 1.2e6, size  # the base alone has 0.4 MB in fp32 on each of two ranks, with Adam 1.6 MB
 
 

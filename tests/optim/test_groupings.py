@@ -21,7 +21,6 @@ from fastft.optim.groupings.base import Progress
 from fastft.optim.groups import ParameterGroups
 from fastft.optim.schedules import learning_rate
 from fastft.train import checkpoint
-from fastft.zero import weights
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
 STEPS = 5
@@ -109,8 +108,8 @@ def test_layers_move_from_their_step_on_and_not_before(base, trained, tmp_path, 
     before = jobs.job_of(config).model
     of, state = depths(before).of, {name: p.detach().clone().float() for name, p in before.named_parameters()}
     for step in range(1, STEPS + 1):
-        folder = trained / f"unfreeze{zero}{dtype}" / "checkpoints" / f"step-{step}"
-        after = weights.of_checkpoint(folder, checkpoint.TAG, zero)
+        path, manifest, _ = checkpoint.find(trained / f"unfreeze{zero}{dtype}" / "checkpoints", step)
+        after = checkpoint.stored(path, manifest).weights()
         moved = {name: not torch.equal(after[name].float(), tensor) for name, tensor in state.items()}
         assert moved == {name: 3 - depth < step for name, depth in of.items()}, step
         state = {name: after[name].float().clone() for name in state}

@@ -132,17 +132,14 @@ def test_resume_is_bit_exact(trained, tmp_path, name):
 
 
 def test_another_number_of_ranks(trained, tmp_path):
-    """Adam's state is converted; SGD's cannot be, and the refusal names it."""
+    """What every optimizer keeps is cut anew."""
     folder, _ = trained
     for name, zero in RESUMED.items():
         ignored = shutil.ignore_patterns(f"step-{STEPS}", "model", "metrics.jsonl")
         shutil.copytree(folder / f"{name}{zero}", tmp_path / name, ignore=ignored)
-    launch.fastft("resume", tmp_path / "adam")
-    losses, truth = ([c[1] for c in curve(run)] for run in (tmp_path / "adam", folder / "adam1"))
-    assert np.allclose(losses, truth[SAVED:], rtol=2e-6, atol=0) and len(losses) == STEPS - SAVED
-    code, output = launch.fastft("resume", tmp_path / "sgd", check=False)
-    assert code == 1 and "the state of optim.name: sgd cannot be converted" in " ".join(output.split())
-    assert "Traceback" not in output
+        launch.fastft("resume", tmp_path / name)
+        losses, truth = ([c[1] for c in curve(run)] for run in (tmp_path / name, folder / f"{name}{zero}"))
+        assert np.allclose(losses, truth[SAVED:], rtol=2e-6, atol=0) and len(losses) == STEPS - SAVED
 
 
 def test_bf16_at_stage_0_takes_no_step_of_its_own(base, tmp_path):

@@ -85,6 +85,7 @@ from fastft.errors import UserError
 from fastft.optim import FusedAdamW
 from fastft.ranks import environment
 from fastft.zero import engine
+from fastft.zero.settings import deepspeed_config
 
 class Net(torch.nn.Module):
     def __init__(self):
@@ -103,7 +104,7 @@ torch.manual_seed(0)
 net = Net()
 first = [p.detach().clone() for p in net.parameters()]
 optimizer = FusedAdamW(net.parameters(), lr=0.1, weight_decay=0.5)
-built = engine.build_engine(net, optimizer, engine.deepspeed_config(config, ranks))
+built = engine.build_engine(net, optimizer, deepspeed_config(config, ranks))
 stepper = engine.Stepper(built, optimizer, None)
 
 def step(chosen):

@@ -56,11 +56,11 @@ def test_masters_and_state_by_hand(options, trained, expected):
 
 def test_buckets_by_hand():
     """A bucket of 500 elements for 1,000: a GPU's has its size from the first gradient on."""
-    one, two, three = (of(zero=z, ranks=2).step for z in (1, 2, 3))
+    one, two, three = (of(zero=z, ranks=2, reuse=1000, prefetch=100).step for z in (1, 2, 3))
     assert one["first layer"]["buckets"] == 2000 and one["loss"]["buckets"] == 0
     assert two["reduction"]["gradients"] == 2000 + 2000  # the bucket, and the rank's half
     assert two["reduction"]["buckets"] == 2000  # the copy that is sent
-    assert three["loss"]["buckets"] == 2000 + 4000  # its own, and all weights, which are fewer than it keeps gathered
+    assert three["loss"]["buckets"] == 2000 + 2400  # its own, and weights within 1,000 elements both ways, 100 ahead
     assert three["last layer"]["buckets"] == 0 and three["loss"]["weights"] == 2000
 
 
@@ -131,6 +131,9 @@ def test_a_model_is_counted_without_its_weights(lm_config, tmp_path):
         config.validate({**lm_config, "model": {"path": str(folder), "lora": {"r": 2}}}), "cpu", 2
     )
     assert 0 < lora.tensors.trained < found.tensors.trained / 10 and lora.setting.adapter_only
+    few = {"path": str(folder), "lora": {"r": 2}, "quantize": "nf4"}
+    quantized = configured.planned(config.validate({**lm_config, "model": few}), "cpu", 2).tensors
+    assert quantized.frozen == lora.tensors.frozen and quantized.frozen_bytes < 0.8 * lora.tensors.frozen_bytes
 
 
 @pytest.mark.parametrize("fixture", ["classification_config", "lm_config"])

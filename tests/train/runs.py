@@ -4,6 +4,7 @@ train C...       train every configuration
 gradients OUT C...   one step's gradients and loss, by full parameter name, to OUT/<name of C>.pt (rank 0)
 shards OUT C...      names of the weights whose shards are not those of a model that was loaded whole, and the first
                      loss, to OUT/<name of C>.json (rank 0)
+again OUT C...       the newest checkpoint of the run, resumed and written to OUT as it is
 generated OUT C...   what an evaluation generates, tokens by sample, and its metrics, to OUT/<name of C>.json (rank 0)
 """
 
@@ -20,13 +21,15 @@ from fastft import config as configuration
 from fastft.cli.main import leave
 from fastft.tasks.base import Draw
 from fastft.track import Telemetry
-from fastft.train import loop
+from fastft.train import checkpoint, loop
 from fastft.train.evaluation import measure
 from fastft.train.heartbeat import Heartbeat
 from fastft.train.saver import Saver
 from fastft.train.schedule import Schedule
 from fastft.train.signals import StopRequest
+from fastft.train.writer import Writer
 from fastft.zero import engine, weights
+from fastft.zero.settings import deepspeed_config
 
 
 def put_together(path: Path):
@@ -37,7 +40,7 @@ def put_together(path: Path):
     engine.start_process_group()
     assemble.add_model(job)
     assemble.add_optimizer(job)
-    built = engine.build_engine(job.model, job.optimizer, engine.deepspeed_config(config, job.ranks))
+    built = engine.build_engine(job.model, job.optimizer, deepspeed_config(config, job.ranks))
     assemble.add_objective(job, built)
     return config, job, built
 
@@ -54,6 +57,16 @@ def generated(out: Path, path: Path) -> None:
     if job.ranks.main:
         found = {"tokens": [every[i] for i in sorted(every)], "metrics": numbers, "record": job.record}
         (out / f"{path.stem}.json").write_text(json.dumps(found))
+
+
+def again(out: Path, path: Path) -> None:
+    with ExitStack() as cleanup:
+        run = loop.build(configuration.load(path), cleanup, resume=True)
+        writer = Writer(run.job.ranks)
+        checkpoint.save(run.engine, writer, out, run.step, {}, keep=1)
+        writer.wait()
+        assert not writer.problem, writer.problem
+        run.job.ranks.barrier()
 
 
 def shards(out: Path, path: Path) -> None:
@@ -122,6 +135,7 @@ if __name__ == "__main__":
             loop.train(configuration.load(path))
     else:
         for path in arguments[1:]:
-            {"gradients": gradients, "generated": generated, "shards": shards}[verb](Path(arguments[0]), Path(path))
+            verbs = {"again": again, "gradients": gradients, "generated": generated, "shards": shards}
+            verbs[verb](Path(arguments[0]), Path(path))
     dist.destroy_process_group()
     leave(0)

@@ -19,7 +19,6 @@ from fastft.tasks.base import Metric
 from fastft.train import checkpoint
 from fastft.train.observers.base import Save, Stop
 from fastft.train.observers.early_stopping import EarlyStopping, EarlyStoppingSettings
-from fastft.zero import weights
 
 NAN = math.nan
 
@@ -100,7 +99,9 @@ def expected_stop(run, patience: int) -> tuple[int, int]:
 
 
 def same_weights(model, folder, step: int, zero: int) -> bool:
-    state = weights.of_checkpoint(folder / f"step-{step}", checkpoint.TAG, zero)
+    path, manifest, _ = checkpoint.find(folder, step)
+    assert manifest["zero"] == zero
+    state = checkpoint.stored(path, manifest).weights()
     return all(torch.equal(state[name], tensor) for name, tensor in load_file(model / "model.safetensors").items())
 
 

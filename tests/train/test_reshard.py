@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from train.test_resume import FEWER_BYTES, RUNS
 
 import launch
 from fastft import track
+from fastft.train import checkpoint
+from fastft.zero.stored import MASTER
 
 STEPS, SAVED = 12, 6
 # (ranks, stage, dtype) of the checkpoint -> (ranks, stage) that resume; tolerance of the loss
@@ -20,6 +23,7 @@ CASES = [
     pytest.param((2, 1, "fp32"), [(1, 1), (4, 3)], 1e-6, marks=pytest.mark.long),
     ((2, 3, "fp32"), [(4, 3), (1, 2)], 1e-6),
     ((2, 2, "bf16"), [(1, 3)], 2e-3),
+    ((2, 2, "bf16", FEWER_BYTES), [(1, 3)], 1e-2),
     ((1, 0, "bf16"), [(2, 0)], 2e-3),
 ]
 
@@ -41,10 +45,29 @@ def losses(run: Path) -> list[float]:
     return [r["loss"] for r in track.read(run) if r["kind"] == "train"]
 
 
+def same_state(before: Path, after: Path, ranks: int, zero: int, step: int = SAVED) -> None:
+    """Every weight and all that the optimizer keeps, bit for bit."""
+    (path, manifest, _), (other, written, _) = (checkpoint.find(folder, step) for folder in (before, after))
+    assert (written["world_size"], written["zero"]) == (ranks, zero)
+    first, second = checkpoint.stored(path, manifest), checkpoint.stored(other, written)
+    one, two = first.weights(), second.weights()
+    assert {*one} == {*two} and all(torch.equal(one[name].float(), two[name].float()) for name in one)
+    if not zero:
+        return
+    assert first.places.keys() == second.places.keys()
+    for name, place in first.places.items():
+        state, others = (s.state(s.places[name].flat) for s in (first, second))
+        assert state.keys() == others.keys() and state["step"] == others["step"] == step
+        for key in (MASTER, *(k for k, value in state.items() if value.dim())):
+            a, b = (s.piece(name, key, 0, place.numel) for s in (first, second))
+            assert torch.equal(a, b) and a.dtype == b.dtype and a.any(), (name, key)
+
+
 @pytest.mark.parametrize("before, after, tolerance", CASES, ids=lambda c: str(c[:3]) if isinstance(c, tuple) else "")
 def test_the_run_goes_on(without_dropout, tmp_path, before, after, tolerance):
-    world, stage, dtype = before
+    world, stage, dtype, *more = before
     config = without_dropout
+    config["optim"] |= dict(*more)
     config["parallel"] = {"zero": stage}
     config["model"]["dtype"] = dtype
     whole = tmp_path / "whole"
@@ -55,12 +78,16 @@ def test_the_run_goes_on(without_dropout, tmp_path, before, after, tolerance):
     for ranks, zero in after:
         run = tmp_path / f"{ranks}-{zero}"
         shutil.copytree(whole, run, ignore=shutil.ignore_patterns(f"step-{STEPS}", "model", "metrics.jsonl"))
+        config["run"]["dir"], config["parallel"] = str(run), {"zero": zero}
+        again = launch.write_config(tmp_path / "again.yaml", config)
+        launch.ranks(ranks, [RUNS, "again", tmp_path / f"again-{ranks}-{zero}", again])
+        same_state(whole / "checkpoints", tmp_path / f"again-{ranks}-{zero}", ranks, zero)
         launch.ranks(ranks, ["-m", "fastft", "resume", run, f"parallel.zero={zero}"])
         rest = losses(run)
         assert len(rest) == STEPS - SAVED
         assert max(abs(a - b) for a, b in zip(rest, truth[SAVED:], strict=True)) <= tolerance, (ranks, zero)
         record = next(r for r in track.read(run) if r["kind"] == "run")["resumed_from"]
-        assert record["world_size"] == world and record["converted"] == (stage > 0)
+        assert record["world_size"] == world and record["resharded"] == (stage > 0)
         assert not list((run / "checkpoints").glob("*.tmp"))
         # Decay on a bias or a norm would be seen here: the settings of every group have come through.
         for name, tensor in load_file(run / "model" / "model.safetensors").items():

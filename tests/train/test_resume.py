@@ -23,6 +23,7 @@ from fastft.ops import cpu
 from fastft.tasks.base import Metric
 from fastft.train import checkpoint
 from fastft.train.observers._standard import Best
+from fastft.zero import state_files
 from tests.ops.common import NATIVE_BUILT
 
 RUNS = launch.ROOT / "tests" / "train" / "runs.py"
@@ -40,10 +41,10 @@ def tensors(value, prefix="") -> dict[str, torch.Tensor]:
 
 
 def same_checkpoints(a: Path, b: Path) -> None:
-    files = sorted(p.relative_to(a) for p in a.rglob("*.pt"))
-    assert files == sorted(p.relative_to(b) for p in b.rglob("*.pt")) and files
+    files = sorted(p.relative_to(a) for p in a.rglob("*.safetensors"))
+    assert files == sorted(p.relative_to(b) for p in b.rglob("*.safetensors")) and files
     for name in files:
-        first, second = (tensors(torch.load(folder / name, weights_only=False)) for folder in (a, b))
+        first, second = (tensors(state_files.read(folder / name)) for folder in (a, b))
         assert first.keys() == second.keys()
         for key in first:
             assert torch.equal(first[key], second[key]), (name, key)
@@ -195,8 +196,8 @@ def test_damage_is_found_before_use(finished):
     ]  # passed over, but not in silence
     (folder / "aside").rename(folder / "step-4" / "MANIFEST.json")
     for step in (2, 4):
-        (folder / f"step-{step}" / "rng-0.pt").unlink()
-    with pytest.raises(UserError, match=r"rng-0.pt is missing"):
+        (folder / f"step-{step}" / "rng-0.safetensors").unlink()
+    with pytest.raises(UserError, match=r"rng-0.safetensors is missing"):
         checkpoint.find(folder)
     with pytest.raises(UserError, match="no checkpoint of step 3"):
         checkpoint.find(folder, step=3)
@@ -212,21 +213,75 @@ class Hostile:
         return os.system, (f"touch {self.mark}",)
 
 
+def write_manifest(folder: Path, changed: dict) -> None:
+    """A checkpoint's manifest that vouches for all of its files."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "MANIFEST.json"]
+    entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files}
+    manifest = {key: value for key, value in changed.items() if key != "digest"} | {"files": entries}
+    (folder / "MANIFEST.json").write_text(json.dumps({**manifest, "digest": digest(manifest)}))
+
+
+def as_older(folder: Path) -> None:
+    """A checkpoint as fastft wrote it before: its files are pickles."""
+    for file in list(folder.rglob("*.safetensors")):
+        torch.save(state_files.read(file), file.with_suffix(".pt"))
+        file.unlink()
+    write_manifest(folder, json.loads((folder / "MANIFEST.json").read_text()))
+
+
+def damaged_headers(file: Path):
+    """Files of safetensors whose state is none: (what is wrong, bytes)."""
+    import struct
+
+    def made(state: str) -> bytes:
+        header = json.dumps({"__metadata__": {"state": state}}).encode()
+        return struct.pack("<Q", len(header)) + header
+
+    yield "no state", struct.pack("<Q", 2) + b"{}"
+    yield "no JSON", made("{")
+    yield "an unknown kind", made('{"os.system": "touch x"}')
+    yield "a tensor that is not there", made('{"tensor": 5}')
+    yield "too deep", made("[" * 100_000 + "]" * 100_000)
+    yield "two kinds", made('{"tuple": [], "set": []}')
+    yield "no dict", made('{"dict": [1, 2]}')
+    yield "another stage", made('{"stage": 9}')
+    yield "short", file.read_bytes()[:-8]
+    yield "a header without end", struct.pack("<Q", 1 << 60) + b"{}"
+
+
+def test_a_damaged_state_file_is_named(finished):
+    """Whole by its manifest."""
+    folder = finished / "checkpoints"
+    manifest = json.loads((folder / "step-4" / "MANIFEST.json").read_text())
+    file = folder / "step-4" / "rng-0.safetensors"
+    good = file.read_bytes()
+    for what, data in damaged_headers(file):
+        file.write_bytes(data)
+        write_manifest(folder / "step-4", manifest)
+        with pytest.raises(UserError, match=f"{re.escape(str(file))} is not read: it holds no state"):
+            checkpoint.find(folder, step=4)
+        assert checkpoint.find(folder)[0].name == "step-2", what
+    file.write_bytes(good)
+    write_manifest(folder / "step-4", manifest)
+    assert checkpoint.find(folder)[0].name == "step-4"
+
+
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_hostile_checkpoint_runs_nothing(finished, tmp_path, protocol):
-    """Whole by its manifest, with code in place of state, or beside it: it is named, and no code has run."""
+    """An older one, whole by its manifest, with code in place of state, or beside it: it is named, and no code has
+    run.
+    """
     folder, mark = finished / "checkpoints", tmp_path / "mark"
+    as_older(folder / "step-4")
     manifest_file = folder / "step-4" / "MANIFEST.json"
     manifest = json.loads(manifest_file.read_text())
+    assert checkpoint.find(folder)[0].name == "step-4"
     for name in [name for name in manifest["files"] if name.endswith(".pt")]:
         file = folder / "step-4" / name
         good = file.read_bytes()
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, weights_only=False)
         torch.save({**state, "more": Hostile(mark)}, file, pickle_protocol=protocol)
-        entry = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        forged = {**manifest, "files": {**manifest["files"], name: entry}}
-        forged.pop("digest")
-        manifest_file.write_text(json.dumps({**forged, "digest": digest(forged)}))
+        write_manifest(folder / "step-4", manifest)
         with pytest.raises(UserError, match=f"{re.escape(str(file))} is not read: it holds"):
             checkpoint.find(folder, step=4)
         assert checkpoint.find(folder)[0].name == "step-2"
@@ -253,6 +308,21 @@ def test_a_hostile_checkpoint_runs_nothing(finished, tmp_path, protocol):
             (inside / name).unlink()
             assert checkpoint.find(folder)[0].name == "step-4"
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_an_older_checkpoint_is_gone_on_from(lm_config, tmp_path, zero):
+    """Its files are pickles; the run ends as it would."""
+    lm_config["train"] = {"steps": 4, "log_every": 1}
+    lm_config["checkpoint"] = {"every": 2, "keep": 2}
+    lm_config["parallel"] = {"zero": zero}
+    launch.fastft("train", launch.write_config(tmp_path / "c.yaml", lm_config))
+    folder, truth = Path(lm_config["run"]["dir"]) / "checkpoints", tmp_path / "truth"
+    (folder / "step-4").rename(truth)
+    as_older(folder / "step-2")
+    assert not list(folder.rglob("*.safetensors")) and len(list(folder.rglob("*.pt"))) == (3 if zero else 2)
+    launch.fastft("resume", folder.parent)
+    same_checkpoints(truth, folder / "step-4")
 
 
 def test_an_unfinished_save_is_not_a_checkpoint(finished):

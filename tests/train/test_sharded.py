@@ -85,8 +85,8 @@ def test_the_commands_of_the_page(classification_config, tmp_path, monkeypatch):
     classification_config["checkpoint"] = {"every": 2}
     classification_config |= {"train": {"steps": 2}, "run": classification_config["run"] | {"dir": "runs/my"}}
     launch.write_config(tmp_path / "my.yaml", classification_config)
-    commands = page.partition("```bash\n")[2].partition("```")[0].strip().splitlines()
-    assert len(commands) == 4
+    commands = [line for block in page.split("```bash\n")[1:] for line in block.partition("```")[0].splitlines()]
+    assert len(commands) == 8
     for command in commands:
         name, *arguments = shlex.split(command, comments=True)
         assert name == "fastft"

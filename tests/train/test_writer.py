@@ -1,4 +1,4 @@
-"""The thread that writes checkpoints: files as torch.save writes them, errors that reach the training,
+"""The thread that writes checkpoints: files that hold the state, errors that reach the training,
 and a sign of life only while the disk answers.
 """
 
@@ -17,6 +17,7 @@ from fastft.ranks import Ranks
 from fastft.train import writer
 from fastft.train.saver import Saver
 from fastft.train.writer import Writer
+from fastft.zero import state_files
 
 CONFIG = {"task": "causal_lm", "model": {"path": "x"}}
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
@@ -29,7 +30,7 @@ STATE = {
 }
 
 
-def written(folder, state, name="x.pt") -> tuple[Writer, dict]:
+def written(folder, state, name="x.safetensors") -> tuple[Writer, dict]:
     """What a writer makes of a state, and the manifest's entries."""
     entries: dict = {}
     found = Writer(ALONE)
@@ -38,27 +39,25 @@ def written(folder, state, name="x.pt") -> tuple[Writer, dict]:
     return found, entries
 
 
-def test_a_file_is_what_torch_save_writes(tmp_path, monkeypatch):
+def test_a_file_holds_the_state(tmp_path, monkeypatch):
     """In parts of any size; its size and hash, taken on the way, are those of the file."""
-    torch.save(STATE, tmp_path / "plain.pt")
     for part, sync in ((1 << 20, 256 << 20), (1000, 5000)):
         monkeypatch.setattr(writer, "PART", part)
         monkeypatch.setattr(writer, "SYNC", sync)
         found, entries = written(tmp_path, STATE)
         assert not found.problem and found.moved > 12_000_000 // part
-        path = tmp_path / "x.pt"
-        assert entries["x.pt"] == {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        again = torch.load(path, weights_only=True)
+        path = tmp_path / "x.safetensors"
+        assert entries[path.name] == {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        again = state_files.read(path)
+        assert again.keys() == STATE.keys()
         assert all(torch.equal(again[k], v) if torch.is_tensor(v) else again[k] == v for k, v in STATE.items())
-        assert abs(path.stat().st_size - (tmp_path / "plain.pt").stat().st_size) < 100 * len(
-            STATE
-        )  # the names within differ
+        assert path.stat().st_size < sum(v.nbytes for v in STATE.values() if torch.is_tensor(v)) + 120 * len(STATE)
         path.unlink()
 
 
 @pytest.mark.parametrize("call", ["write", "fdatasync", "fsync"])
 def test_an_error_of_the_disk_reaches_the_training(tmp_path, monkeypatch, call):
-    """Also in the middle of a file, where torch, while it cleans up, writes once more."""
+    """Also in the middle of a file."""
 
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
@@ -77,14 +76,14 @@ def test_an_error_of_the_disk_reaches_the_training(tmp_path, monkeypatch, call):
         monkeypatch.setattr(writer, "SYNC", 1000)
         monkeypatch.setattr(os, call, fail)
     found, entries = written(tmp_path, STATE)
-    assert "x.pt: writing the checkpoint failed: [Errno 5] Input/output error" in found.problem and not entries
+    assert "x.safetensors: writing the checkpoint failed: [Errno 5] Input/output error" in found.problem and not entries
 
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_sign_of_life_only_while_the_disk_answers(tmp_path, monkeypatch, answers):
     """A pipe that is read slowly, or by nobody for two seconds, plays the disk."""
     monkeypatch.setattr(writer, "PART", 50_000)
-    os.mkfifo(tmp_path / "x.pt")
+    os.mkfifo(tmp_path / "x.safetensors")
     found, beats, turns = Writer(ALONE), [], []
     heart = SimpleNamespace(beat=lambda step: beats.append(time.monotonic() - start))
     split = SimpleNamespace(data=SimpleNamespace(key=""))
@@ -97,13 +96,13 @@ def test_a_sign_of_life_only_while_the_disk_answers(tmp_path, monkeypatch, answe
     def read() -> None:
         if not answers:
             time.sleep(2.0)
-        with open(tmp_path / "x.pt", "rb") as f:
+        with open(tmp_path / "x.safetensors", "rb") as f:
             while f.read(100_000):
                 time.sleep(0.02 if answers else 0.0)
 
     start = time.monotonic()
     threading.Thread(target=read, daemon=True).start()
-    found.write({tmp_path / "x.pt": STATE}, tmp_path, lambda entries: None)
+    found.write({tmp_path / "x.safetensors": STATE}, tmp_path, lambda entries: None)
     saver.settle(7)
     assert sum(0.3 < at < 1.7 for at in turns) > 20
     assert any(0.3 < at < 1.7 for at in beats) is answers

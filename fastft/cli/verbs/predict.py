@@ -51,13 +51,11 @@ def run(
     shorthands = {"max_length": max_length, "max_new_tokens": max_new_tokens, "temperature": temperature}
     with results_only():
         from fastft.evaluate.predict import predict, read, together
-        from fastft.zero.engine import start_process_group, stop_process_group
+        from fastft.zero.engine import stop_process_group
 
-        ready, ranks = together(model, {**shorthands, **_parsed(options or [])})
-        if not ranks.alone:
-            if source in (None, "-"):
-                raise UserError("fastft predict on several ranks reads a data file.", "Give one, or start it alone.")
-            start_process_group()
+        ready, ranks, sharded = together(model, {**shorthands, **_parsed(options or [])})
+        if not ranks.alone and source in (None, "-"):
+            raise UserError("fastft predict on several ranks reads a data file.", "Give one, or start it alone.")
     first = next(iter(ready.fields))
     if source == "-":
         rows: Iterable = _lines(first)
@@ -80,7 +78,7 @@ def run(
         chosen = configuration.section(configuration.Source, wanted, "fastft predict")
         rows = read(ready, chosen, {first: column, "text_pair": pair_column}, kept)
     try:
-        records = predict(ready, rows, batch_size, top_k, ranks)
+        records = predict(ready, rows, batch_size, top_k, ranks, sharded)
         if ranks.main:
             write_lines(records, out)
         else:

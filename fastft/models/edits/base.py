@@ -56,6 +56,10 @@ class Edit(ABC):
         """
         return False
 
+    def plain(self, state: State, model: torch.nn.Module) -> State:
+        """The state with weights that are numbers, where this edit keeps them otherwise; before anything is merged."""
+        return state
+
     def merged(self, state: State, model: torch.nn.Module, dtype: torch.dtype) -> State:
         """The state of the plain model that computes the same. Raises UserError when there is none."""
         return state
@@ -84,3 +88,13 @@ class Edit(ABC):
     def record(self) -> dict[str, Any]:
         """What was done, for the run's record, as JSON."""
         return {}
+
+
+LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")  # transformers' and bitsandbytes' names among them
+
+
+def inner_linears(model: Any, heads: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers of a model but for its output layer and a task's head."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = [(name, m) for name, m in model.named_modules() if type(m).__name__ in LINEAR]
+    return [name for name, m in linear if not set(name.split(".")) & set(heads) and (output is None or m is not output)]

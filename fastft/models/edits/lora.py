@@ -16,7 +16,7 @@ from fastft.config import Config, Section
 from fastft.data.sources import fingerprint
 from fastft.errors import UserError, did_you_mean
 from fastft.lazy import torch
-from fastft.models.edits.base import Edit, State
+from fastft.models.edits.base import LINEAR, Edit, State, inner_linears
 
 log = logging.getLogger(__name__)
 
@@ -268,12 +268,10 @@ def base_hashes(path: str) -> dict[str, str]:
 
 def _targets(model: Any, wanted: str | list[str], heads: tuple[str, ...]) -> list[str]:
     """Whole names of the modules that get an adapter. Raises UserError for what has none, or is a head."""
-    linear = [name for name, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    last = {name for name, m in model.named_modules() if output is not None and m is output}
-    inner = [name for name in linear if not set(name.split(".")) & set(heads)]
     if wanted == "all-linear":
-        return [name for name in inner if name not in last]
+        return inner_linears(model, heads)
+    linear = [name for name, m in model.named_modules() if type(m).__name__ in LINEAR]
+    inner = [name for name in linear if not set(name.split(".")) & set(heads)]
     found: list[str] = []
     patterns = [wanted] if isinstance(wanted, str) else wanted
     for pattern in patterns:
@@ -371,8 +369,10 @@ def _merge(
 
 
 def _peft_forward(module: Any, own: State, scale: float, x: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """What peft's layer puts out with these weights, in float32; where ZeRO-3 holds its own in shards, its formula."""
-    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+    """What peft's layer puts out with these weights, in float32; where its own are in shards (ZeRO-3) or in few bits,
+    its formula.
+    """
+    if any(hasattr(p, "ds_id") or not p.is_floating_point() for p in module.parameters()):
         base = own["base_layer.weight"]
         low = x @ own[f"lora_A.{NAME}.weight"].T
         plain = x @ (base if transposed else base.T) + own.get("base_layer.bias", torch.zeros(1))

@@ -38,10 +38,10 @@ class OptimizerSpec(ABC):
     ----------------
     Settings : Optim type
     state_tensors : tuple of str
-        Names of its state that is as large as the parameter. A change of ranks or ZeRO stage at a resume can be had for
-        ``("exp_avg", "exp_avg_sq")``.
+        Names of its state that is as large as the parameter.
     elementwise : bool
-        Whether a parameter's elements are updated on their own, so that ZeRO may cut it anywhere.
+        Whether a parameter's elements are updated on their own, so that ZeRO may cut it anywhere, and a run may resume
+        with other ranks or another ZeRO stage.
     replaces_masters : bool
         Whether bf16 weights are updated without fp32 copies.
     blockwise_state : bool

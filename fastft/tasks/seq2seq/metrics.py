@@ -59,7 +59,7 @@ class PairMetrics(Perplexity):
 
     @property
     def _micro_tokens(self) -> int:
-        return self.task.config.batch.micro_tokens
+        return self.task.config.batch.forward_tokens
 
     def columns(self) -> dict[str, np.ndarray]:
         columns = super().columns()

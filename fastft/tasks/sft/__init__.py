@@ -212,7 +212,8 @@ class SFT(DecoderTask):
             own: Any = model.generation_config
             own.max_length = None  # it counts the prompt, which may be longer
             settings = settle(model, evaluation.generation, min(LONGEST, self.max_length))
-            check_generates(model, {"input_ids": sample["input_ids"]}, device)
+            ids = sample["input_ids"]
+            check_generates(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, device)
             objective.record |= {"generation": settings, "signatures": Scores(evaluation).signatures}
         return objective
 

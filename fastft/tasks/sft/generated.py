@@ -77,7 +77,7 @@ class ChatMetrics(Perplexity):
         forward = model if isinstance(model, Forward) else Forward(model, model)
         found: dict[int, np.ndarray] = {}
         settings = forward.model.generation_config
-        for rows in generation_steps(self._sizes(settings), settings, self.config.batch.micro_tokens, most):
+        for rows in generation_steps(self._sizes(settings), settings, self.config.batch.forward_tokens, most):
             for row, written in zip(rows, self._written(forward, rows), strict=True):
                 found[int(row)] = written
             yield

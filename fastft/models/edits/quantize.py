@@ -1,0 +1,128 @@
+"""A base in 4 or 8 bits for LoRA (QLoRA: Dettmers et al. 2023, arXiv 2305.14314), by bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from fastft import rooms
+from fastft.config import Config, Section
+from fastft.errors import UserError
+from fastft.lazy import torch
+from fastft.models.edits.base import Edit, State, inner_linears
+
+BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}  # of a weight, with the scales of its block
+
+
+class QuantizeSettings(Section):
+    """How the frozen weights are kept."""
+
+    scalar: ClassVar = "format"
+
+    format: Literal["nf4", "int8"] = Field(
+        description="nf4: 4-bit normal floats in blocks of 64, whose scales are quantized, too: 0.52 bytes a weight. "
+        "int8: a scale for each row. Needs model.lora, and parallel.zero 0 to 2.",
+    )
+
+    def check(self, config: Config) -> None:
+        lora = config.model.chosen().get("lora")
+        if lora is None:
+            raise ValueError(
+                "model.quantize: a base in few bits cannot be trained itself: add model.lora, or leave it out"
+            )
+        if lora.dora:
+            raise ValueError("model.quantize and model.lora.dora: DoRA's norms need the base's weights as numbers")
+        if config.parallel.zero == 3:
+            raise ValueError(
+                "model.quantize: parallel.zero: 3 would cut the blocks that share a scale: set parallel.zero to 0, 1 "
+                "or 2"
+            )
+
+
+@rooms.EDITS.register("quantize")
+class Quantize(Edit):
+    """The linear layers of the base, but for heads and whatever is tied, in 4 or 8 bits."""
+
+    Settings = QuantizeSettings
+    order = 0
+
+    def apply(self, model: torch.nn.Module, heads: tuple[str, ...]) -> None:
+        if next(model.parameters()).device.type != "meta":
+            bitsandbytes()
+        weights = [p for _, p in model.named_parameters(remove_duplicate=False)]
+        shared = {id(p) for i, p in enumerate(weights) if any(p is q for q in weights[:i])}
+        self.layers = [
+            name
+            for name in inner_linears(model, heads)
+            if type(layer := model.get_submodule(name)) is torch.nn.Linear and id(layer.weight) not in shared
+        ]
+        if not self.layers:
+            raise UserError(f"model.quantize: {type(model).__name__} has no linear layer that could be quantized.")
+        for name in self.layers:
+            owner, _, last = name.rpartition(".")
+            layer: Any = model.get_submodule(name)
+            if layer.weight.is_meta:  # of a plan, which asks for sizes alone
+                layer.weight.requires_grad_(False)
+                layer.weight.stored_bytes = int(BYTES[self.settings.format] * layer.weight.numel())
+            else:
+                setattr(model.get_submodule(owner), last, quantized(layer, self.settings.format))
+
+    def plain(self, state: State, model: torch.nn.Module) -> State:
+        out = dict(state)
+        for name, module in model.named_modules():
+            if is_quantized(module):
+                for key in [key for key in out if key.startswith(f"{name}.") and key != f"{name}.bias"]:
+                    del out[key]
+                out[f"{name}.weight"] = dequantized(module)
+        return out
+
+    def record(self) -> dict[str, Any]:
+        return {"quantize": {"format": self.settings.format, "layers": len(self.layers)}}
+
+
+def bitsandbytes() -> Any:
+    """The library. UserError where it is not installed."""
+    try:
+        import bitsandbytes
+    except ImportError as e:
+        raise UserError(f"model.quantize needs bitsandbytes: {e}", "pip install 'fastft[quantize]'") from None
+    return bitsandbytes
+
+
+def quantized(layer: torch.nn.Linear, format: str) -> torch.nn.Module:
+    """A linear layer's stand-in that holds its weight in few bits, and its bias as it is; on the CPU: the same bits
+    whatever device is to train.
+    """
+    nn, weight = bitsandbytes().nn, layer.weight.detach().to("cpu").contiguous()
+    sizes = {"input_features": layer.in_features, "output_features": layer.out_features}
+    made: Any
+    if format == "nf4":
+        how: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
+        made = nn.Linear4bit(**sizes, bias=False, compute_dtype=weight.dtype, device="meta", **how)
+        made.weight = nn.Params4bit(weight, requires_grad=False, module=made, **how).to("cpu")
+        made.weight.module = made
+        made.quant_state = made.weight.quant_state
+        made.support_avx512bf16_for_cpu = False  # an evaluation would lay the weight out anew, for good
+    else:
+        made = nn.Linear8bitLt(**sizes, bias=False, has_fp16_weights=False, device="meta")
+        made.weight = nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
+    made.bias = layer.bias
+    made.train(layer.training)
+    return made
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    return type(module).__name__ in ("Linear4bit", "Linear8bitLt") and type(module).__module__.startswith(
+        "bitsandbytes."
+    )
+
+
+def dequantized(module: Any) -> torch.Tensor:
+    """(out, in) float32 on the CPU: the numbers that the layer computes with."""
+    weight = module.weight
+    if type(module).__name__ == "Linear4bit":
+        return bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state).float().cpu()
+    codes = weight.data if weight.data.dtype == torch.int8 else weight.CB
+    scales = weight.SCB if weight.SCB is not None else module.state.SCB
+    return (codes.float() * (scales.float() / 127)[:, None]).cpu()

@@ -1,0 +1,125 @@
+"""A base in 4 or 8 bits: what it computes with, that its adapter learns at ZeRO 0 to 2, and what is exported."""
+
+import json
+
+import jobs
+import peft
+import pytest
+import torch
+import transformers
+from models.test_lora import losses, run
+from safetensors.torch import load_file
+
+import launch
+from fastft import config as configuration
+from fastft.errors import UserError
+from fastft.models.edits.quantize import dequantized, is_quantized, quantized
+from fastft.train import checkpoint
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture
+def config(lm_config) -> dict:
+    lm_config["model"] |= {"lora": {"r": 4}, "quantize": "nf4", "dtype": "bf16"}
+    lm_config["optim"]["lr"] = 1e-2
+    lm_config["train"]["steps"] = 6
+    return lm_config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format, error", [("nf4", 0.15), ("int8", 0.02)])
+def test_the_numbers_are_those_that_the_layer_computes_with(format, error, dtype):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(128, 96).to(dtype)
+    layer = quantized(plain, format)
+    assert is_quantized(layer) and not layer.weight.requires_grad and layer.bias is plain.bias
+    bits = {"nf4": 4.5, "int8": 8.5}[format]
+    assert layer.weight.nbytes * 8 <= bits * plain.weight.numel()
+    weight = dequantized(layer)
+    assert weight.shape == plain.weight.shape and weight.dtype == torch.float32
+    assert ((weight - plain.weight.float()).norm() / plain.weight.float().norm()).item() < error
+    x = torch.randn(7, 128).to(dtype)
+    found, wanted = layer(x), torch.nn.functional.linear(x.float(), weight, plain.bias.float())
+    rounding = 2e-2 if dtype == torch.bfloat16 or format == "int8" else 1e-5  # int8 rounds the input, too
+    assert ((found.float() - wanted).norm() / wanted.norm()).item() < rounding
+
+
+def test_what_is_quantized(config):
+    """The inner linear layers: not the head, nor the embedding."""
+    job = jobs.job_of(config)
+    kinds = {name.removesuffix(".base_layer"): is_quantized(m) for name, m in job.model.named_modules()}
+    found = [name for name, yes in kinds.items() if yes]
+    layers = job.model.config.num_hidden_layers
+    assert len(found) == 7 * layers == job.record["quantize"]["layers"] and "lm_head" not in found
+    assert {p.dtype for p in job.model.parameters() if p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_every_stage_learns_the_same(config, tmp_path, format):
+    """On two ranks, as the same base without quantizing does nearly; the checkpoints hold the adapter alone."""
+    config["model"]["quantize"] = format
+    runs = [run(config, tmp_path, f"zero{z}", 2, parallel__zero=z) for z in range(3)]
+    first = losses(runs[0])
+    assert first[-1] < first[0] - 0.05
+    for other in runs[1:]:
+        assert losses(other) == pytest.approx(first, rel=5e-3)
+    plain = run({**config, "model": {**config["model"], "quantize": None}}, tmp_path, "plain", 2)
+    assert losses(plain) == pytest.approx(first, rel=2e-2) and losses(plain) != first
+    for folder in runs:
+        path, manifest, _ = checkpoint.find(folder / "checkpoints")
+        assert all("lora_" in name for name in checkpoint.stored(path, manifest).weights())
+        adapter = load_file(folder / "model" / "adapter_model.safetensors")
+        assert all(t.any() for name, t in adapter.items() if "lora_B" in name) and len(adapter) == 28
+
+
+def test_resume_is_bit_exact(config, tmp_path):
+    config["checkpoint"] = {"every": 3, "keep": 9}
+    whole = run(config, tmp_path, "whole", 1, parallel__zero=1)
+    again = tmp_path / "again"
+    (tmp_path / "whole").rename(again)
+    for name in ("checkpoints/step-6", "model"):
+        (again / name).rename(tmp_path / name.replace("/", "-"))
+    (again / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
+    launch.fastft("resume", again)
+    from train.test_resume import same_checkpoints
+
+    same_checkpoints(tmp_path / "checkpoints-step-6", again / "checkpoints" / "step-6")
+    assert not whole.exists()
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_the_merged_model_computes_what_was_trained(config, tmp_path, format):
+    """Its weights are the quantized base's numbers and the adapter's; peft on the same quantized base says the same."""
+    config["model"] |= {"quantize": format}
+    folder = run(config, tmp_path, "run", 1)
+    launch.fastft("export", folder, tmp_path / "merged", "--merge", "--dtype", "fp32")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert not any(is_quantized(m) for m in merged.modules())
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    base = transformers.AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.bfloat16)
+    for name, layer in list(base.named_modules()):
+        if type(layer) is torch.nn.Linear and name != "lm_head":
+            layer.weight.data = dequantized(quantized(layer, format))
+    base = base.float()
+    model = peft.PeftModel.from_pretrained(base, folder / "model").eval()
+    ids = torch.randint(3, 200, (2, 24))
+    with torch.no_grad():
+        found, wanted = merged(ids).logits, model(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model, zero, said",
+    [
+        ({"lora": None}, 0, "cannot be trained itself: add model.lora"),
+        ({}, 3, "set parallel.zero to 0, 1 or 2"),
+        ({"lora": {"dora": True}}, 0, "DoRA's norms"),
+        ({"quantize": "int4"}, 0, "nf4"),
+    ],
+)
+def test_what_cannot_be(config, model, zero, said):
+    config["model"] |= model
+    config["parallel"] = {"zero": zero}
+    with pytest.raises(UserError, match=said):
+        configuration.validate(config)
