@@ -46,7 +46,6 @@ def settle(loop: Loop) -> None:
         tried.
     """
     job = loop.job
-    assert job.train is not None
     if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in job.model.modules()):
         raise UserError(
             f"batch.micro_tokens: auto: {type(job.model).__name__} has batch normalization, which would learn from the "
@@ -106,8 +105,7 @@ def largest(used: Callable[[int], float], most: int) -> int:
 
 
 def _longest_first(loop: Loop) -> np.ndarray:
-    assert loop.job.train is not None
-    sizes = loop.job.train.sizes
+    sizes = loop.split.sizes
     totals = np.asarray(sizes).reshape(len(sizes), -1).sum(1)
     most = min(len(totals), loop.schedule.size)
     longest = np.argpartition(-totals, most - 1)[:most]
@@ -116,7 +114,7 @@ def _longest_first(loop: Loop) -> np.ndarray:
 
 def _batch(loop: Loop, ids: np.ndarray) -> Batch:
     job = loop.job
-    return job.task.collate(job.train, ids, Draw(job.config.run.seed, np.zeros(len(ids), dtype=np.int64)))
+    return job.task.collate(loop.split, ids, Draw(job.config.run.seed, np.zeros(len(ids), dtype=np.int64)))
 
 
 def _try(loop: Loop, batch: Batch, accumulates: bool) -> None:

@@ -26,7 +26,7 @@ class QuantizeSettings(Section):
     )
 
     def check(self, config: Config) -> None:
-        lora = config.model.chosen().get("lora")
+        lora: Any = config.model.chosen().get("lora")
         if lora is None:
             raise ValueError(
                 "model.quantize: a base in few bits cannot be trained itself: add model.lora, or leave it out"
@@ -52,16 +52,13 @@ class Quantize(Edit):
             bitsandbytes()
         weights = [p for _, p in model.named_parameters(remove_duplicate=False)]
         shared = {id(p) for i, p in enumerate(weights) if any(p is q for q in weights[:i])}
-        self.layers = [
-            name
-            for name in inner_linears(model, heads)
-            if type(layer := model.get_submodule(name)) is torch.nn.Linear and id(layer.weight) not in shared
-        ]
+        found: list[tuple[str, Any]] = [(name, model.get_submodule(name)) for name in inner_linears(model, heads)]
+        found = [(name, m) for name, m in found if type(m) is torch.nn.Linear and id(m.weight) not in shared]
+        self.layers = [name for name, _ in found]
         if not self.layers:
             raise UserError(f"model.quantize: {type(model).__name__} has no linear layer that could be quantized.")
-        for name in self.layers:
+        for name, layer in found:
             owner, _, last = name.rpartition(".")
-            layer: Any = model.get_submodule(name)
             if layer.weight.is_meta:  # of a plan, which asks for sizes alone
                 layer.weight.requires_grad_(False)
                 layer.weight.stored_bytes = int(BYTES[self.settings.format] * layer.weight.numel())
