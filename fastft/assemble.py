@@ -70,11 +70,7 @@ class Job:
     objective: Objective | None = None
     measured: Objective | None = None
     record: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether ranks hold parts of the weights, not all of them."""
-        return self.config.parallel.zero == 3 and not self.ranks.alone
+    sharded: bool = False  # an exported model of which each rank holds its part of every weight
 
     @property
     def adapter_only(self) -> bool:
@@ -156,11 +152,13 @@ def add_model(job: Job, weights: Weights = "start", shards: dict | None = None) 
     job.frozen = sum(whole_numel(p) for p in job.model.parameters() if not p.requires_grad)
 
 
-def add_sharded(job: Job) -> Any:
-    """An exported model; in shards, with the engine that gathers them, where several ranks run at ZeRO 3.
+def add_together(job: Job) -> Any:
+    """An exported model that all ranks use together: in shards, with the engine that gathers them, where there are
+    several and parallel.zero is 3, which joins the process group.
 
     Returns the engine; None: there is none, and every rank has the whole model.
     """
+    job.sharded = job.config.parallel.zero == 3 and not job.ranks.alone
     if not job.sharded:
         add_model(job, "trained")
         return None
@@ -228,12 +226,13 @@ def add_objective(job: Job, forward: Any = None) -> None:
     job.record |= {**objective.record, **job.task.settled}
 
 
-def trained(path: str, task: str | None = None) -> Job:
+def trained(path: str, task: str | None = None, together: bool = False) -> Job:
     """An exported model: a run's folder, a folder written by save_pretrained, or a hub id.
 
     The config is that of the run that exported it or, where there is none, that of ``task``, or else of the task that
-    the model fits. Several ranks each hold their part of every weight where that has parallel.zero: 3 (``sharded``);
-    then, and only then, this joins the process group.
+    the model fits.
+
+    ``together``: all ranks ask for it, and for the same then: with parallel.zero: 3 they hold it in shards.
     """
     from fastft import config as configuration
 
@@ -260,7 +259,10 @@ def trained(path: str, task: str | None = None) -> Job:
             )
         job = start(configuration.validate({"task": names[0], "model": {"path": path}}))
     job.learned = job.task.learned_of_model()
-    add_sharded(job)
+    if together:
+        add_together(job)
+    else:
+        add_model(job, "trained")
     if not job.sharded:
         job.model.to(job.ranks.device)
     job.model.eval()

@@ -73,7 +73,7 @@ def evaluate_model(config: Config, *, rows: bool = False, keep: Sequence[str] = 
     if not job.ranks.alone:
         zero.start_process_group()
         health.check_agreement(config, digest([split.data.key for split in job.evals.values()]), job.ranks)
-    engine = assemble.add_sharded(job)
+    engine = assemble.add_together(job)
     assemble.add_objective(job, engine)
     keep_heap(job.ranks.device)
     found = {}

@@ -41,7 +41,7 @@ def together(path: str, options: dict) -> tuple[Predictor, Ranks, bool]:
     """The same for processes that predict together: the predictor, the ranks, which are in a process group where they
     are several, and whether they hold the model in shards. It is what ``predict`` is to be given.
     """
-    job = assemble.trained(path)
+    job = assemble.trained(path, together=True)
     if not job.ranks.alone:
         start_process_group()
     if job.sharded:  # they compute the same rows, and draw the same tokens

@@ -202,6 +202,7 @@ def _setting(job: Job, device: str, ranks: int, batch: Batching, tensors: Tensor
         widens=device == "cpu" and widens(probe),
         fused_loss=getattr(config.loss, "implementation", "auto") != "cross_entropy",
         adapter_only=job.adapter_only,
+        offload=config.parallel.offload,
         bucket=int(zero.get("reduce_bucket_size") or reduced_at_once(tensors.trained, largest)),
         reuse=int(gathered["stage3_max_reuse_distance"]),
         prefetch=int(gathered["stage3_prefetch_bucket_size"]),

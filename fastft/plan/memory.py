@@ -114,6 +114,8 @@ class Setting:
         Whether a CPU computes bf16 in float32.
     fused_loss : bool
         linear_cross_entropy: never all logits.
+    offload : str or None
+        "optimizer" or "parameters": what is in the host's memory.
     loads_whole : bool
         Every rank makes the whole model before ZeRO 3 divides it: weights that are random, or converted beside an edit.
     """
@@ -133,6 +135,7 @@ class Setting:
     fused_loss: bool = True
     adapter_only: bool = False
     loads_whole: bool = False
+    offload: str | None = None
 
     @property
     def element(self) -> int:
@@ -254,6 +257,10 @@ def _step(t: Tensors, kept: Kept, s: Setting) -> dict[str, dict[str, int]]:
     zero, ranks = s.zero, s.ranks
     whole = t.trained_bytes  # gradients
     weights, part, states = (int(x) for x in sharded(zero, ranks, t.whole, whole, optimizer(s, t.trained)))
+    if s.offload and s.device == "cuda":
+        weights, states = 0 if s.offload == "parameters" else weights, 0
+    elif s.offload:  # the same memory, and gradients in float32 beside the masters
+        states += 4 * t.trained // ranks
     loss = head(t, kept.tokens, s)
     bucket = _buckets(t, s)
     gathered = _gathered(t, s)
@@ -339,7 +346,7 @@ def _gathered(t: Tensors, s: Setting) -> int:
     """Weights that ZeRO 3 has gathered at the turn from forward to backward: those that it needs again within
     DeepSpeed's distance, which is both ways.
     """
-    if s.zero != 3 or s.ranks == 1:
+    if s.zero != 3 or (s.ranks == 1 and not (s.offload == "parameters" and s.device == "cuda")):
         return 0
     return min(t.whole, (s.reuse // 2 + s.prefetch) * s.element + t.block)
 
@@ -354,8 +361,15 @@ def _around(t: Tensors, s: Setting) -> dict[str, dict[str, int]]:
         made = {0: own, 1: max(t.trained_bytes, own), 2: max(t.trained_bytes, own), 3: own + t.largest}[s.zero]
         found = {"loading": {"weights": loaded, "copies": made}}
     else:  # where a GPU has no room for both, DeepSpeed flattens in the host's memory
-        found = {"loading": {"weights": weights, "copies": own + (t.largest if s.zero == 3 else 0)}}
+        there = 0 if s.offload == "parameters" else weights
+        made = (0 if s.offload else own) + (t.largest if s.zero == 3 else 0)
+        found = {"loading": {"weights": there, "copies": made}}
         found["loading on the host"] = {"copies": loaded}
+        if s.offload:  # with gradients in float32
+            found["offloaded to the host"] = {
+                "weights": weights - there,
+                "optimizer": states + 4 * t.trained // s.ranks,
+            }
     saved = checkpoint(s, t)
     module = (t.trained_bytes if s.adapter_only else t.whole) if s.zero < 3 else 0  # rank 0 alone writes it
     snapshot = module + (saved - module) // (s.ranks if s.zero else 1)

@@ -54,6 +54,18 @@ def test_masters_and_state_by_hand(options, trained, expected):
     assert memory.optimizer(Setting(bucket=500, **options), trained) == expected
 
 
+def test_offload_by_hand():
+    """Of a GPU: the optimizer's half of 8,000, and of the weights, is not there; the host has gradients in float32 beside
+    it. A CPU has all of it.
+    """
+    plain, state, all_ = (of(zero=3, ranks=2, offload=o) for o in (None, "optimizer", "parameters"))
+    assert plain.parts["optimizer"] == 4000 and state.parts["optimizer"] == all_.parts["optimizer"] == 0
+    assert plain.parts["weights"] == state.parts["weights"] == 2000 and all_.parts["weights"] == 0
+    assert state.around["offloaded to the host"] == {"weights": 0, "optimizer": 4000 + 2000}
+    assert all_.around["offloaded to the host"]["weights"] == 2000
+    assert of(zero=1, offload="optimizer", device="cpu").parts["optimizer"] == 12000 + 4000
+
+
 def test_buckets_by_hand():
     """A bucket of 500 elements for 1,000: a GPU's has its size from the first gradient on."""
     one, two, three = (of(zero=z, ranks=2, reuse=1000, prefetch=100).step for z in (1, 2, 3))
