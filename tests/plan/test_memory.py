@@ -55,8 +55,8 @@ def test_masters_and_state_by_hand(options, trained, expected):
 
 
 def test_offload_by_hand():
-    """Of a GPU: the optimizer's half of 8,000, and of the weights, is not there; the host has gradients in float32 beside
-    it. A CPU has all of it.
+    """Of a GPU: the optimizer's half of 8,000, and of the weights, is not there; the host has gradients in float32
+    beside it. A CPU has all of it.
     """
     plain, state, all_ = (of(zero=3, ranks=2, offload=o) for o in (None, "optimizer", "parameters"))
     assert plain.parts["optimizer"] == 4000 and state.parts["optimizer"] == all_.parts["optimizer"] == 0
