@@ -131,22 +131,24 @@ def load(engine, path: Path, manifest: dict, ranks: Ranks) -> dict:
     """Restore model, optimizer and this rank's RNG from a verified checkpoint; returns the loop's state."""
     try:
         restoring.restore(engine, stored(path, manifest), partial=bool(manifest["state"].get("adapter_only")))
-    except (RuntimeError, KeyError, ValueError, FileNotFoundError) as e:
+        _restore_rng(path, manifest, ranks)
+    except (RuntimeError, KeyError, IndexError, TypeError, AttributeError, ValueError, FileNotFoundError) as e:
         if isinstance(e, UserError):
             raise
         raise UserError(
             f"{path}: does not fit this run's model or settings: {str(e).strip()[:300]}",
             "Resume with the configuration that the run began with (config.yaml in its folder).",
         ) from None
-    if manifest["world_size"] == ranks.world:
-        own = path / f"rng-{ranks.rank}{state_files.SUFFIX}"
-        _restore_rng(state_files.read(own if own.exists() else own.with_suffix(state_files.OLDER)), ranks.device)
-    else:  # the old ranks' dropout masks are of no use to other ranks; what these draw follows from step and rank
-        torch.manual_seed((manifest["step"] << 20) + ranks.rank)
     return manifest["state"]
 
 
-def _restore_rng(rng: dict, device: torch.device) -> None:
+def _restore_rng(path: Path, manifest: dict, ranks: Ranks) -> None:
+    if manifest["world_size"] != ranks.world:
+        # The old ranks' dropout masks are of no use to other ranks; what these draw follows from step and rank.
+        torch.manual_seed((manifest["step"] << 20) + ranks.rank)
+        return
+    own, device = path / f"rng-{ranks.rank}{state_files.SUFFIX}", ranks.device
+    rng = state_files.read(own if own.exists() else own.with_suffix(state_files.OLDER))
     torch.set_rng_state(rng["torch"])
     version, keys, position, gauss, cached = rng["numpy"]
     np.random.set_state((version, keys.numpy(), position, gauss, cached))
@@ -188,11 +190,25 @@ def _manifest(path: Path) -> tuple[dict, str | None]:
     try:
         manifest = json.loads(file.read_text())
         whole = manifest.pop("digest") == digest(manifest)
+        if not _sensible(manifest):
+            return {}, f"{file} is damaged."
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         return {}, f"{file} is damaged."
     except OSError as e:
         return {}, f"{e.filename or path}: {e.strerror}."
     return manifest, None if whole else f"{file} does not match its own digest."
+
+
+def _sensible(manifest: dict) -> bool:
+    """Whether a manifest says what one must, whoever wrote it."""
+    numbers = {name: manifest[name] for name in ("step", "world_size", "zero")}
+    return (
+        all(type(value) is int for value in numbers.values())
+        and 0 <= manifest["zero"] <= 3
+        and 1 <= manifest["world_size"] < 1 << 20
+        and isinstance(manifest["state"], dict)
+        and all({"bytes", "sha256"} <= entry.keys() for entry in manifest["files"].values())
+    )
 
 
 def best(folder: Path) -> dict | None:

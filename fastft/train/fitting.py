@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from fastft.config import Config
+from fastft.config.sections import FORWARD_TOKENS
 from fastft.data.batches import LARGEST
 from fastft.errors import UserError
 from fastft.plan.memory import STATE_BYTES
@@ -67,7 +69,7 @@ def settle(loop: Loop) -> None:
         log.info("batch.micro_tokens: auto: %d rows of %d tokens take %.0f %% of the room", n, width, 100 * share)
         return share
 
-    found = largest(used, most)
+    found, share = largest(used, most)
     if found == 0:
         raise UserError(
             f"batch.micro_tokens: auto: a single row of {width:,} tokens does not fit this rank's memory "
@@ -77,15 +79,18 @@ def settle(loop: Loop) -> None:
         )
     if job.ranks.device.type == "cuda":
         torch.cuda.empty_cache()
-    batch = job.config.batch.changed(micro_tokens=found * width)
+    tokens = found * width
+    if found == most and share > 0:  # not the memory ended it: evaluations may take more at once
+        tokens = max(tokens, min(FORWARD_TOKENS, int(tokens / share)))
+    batch = job.config.batch.changed(micro_tokens=tokens)
     job.config = job.task.config = job.config.changed(batch=batch)
     if job.ranks.main:
         whole = " (a rank's whole share of a step)" if found == most else ""
         log.warning("batch.micro_tokens: auto: %d rows of %d tokens%s", found, width, whole)
 
 
-def largest(used: Callable[[int], float], most: int) -> int:
-    """Most rows that fit; 0: not even one.
+def largest(used: Callable[[int], float], most: int) -> tuple[int, float]:
+    """Most rows that fit, and the share that they take; 0 rows: not even one.
 
     Parameters
     ----------
@@ -94,14 +99,14 @@ def largest(used: Callable[[int], float], most: int) -> int:
     most : int
         More are of no use.
     """
-    fits, n = 0, 1
+    fits, taken, n = 0, 0.0, 1
     while (share := used(n)) <= 1:
-        fits = n
+        fits, taken = n, share
         more = min(most, GROWTH * n, int(n / share) if share > 0 else most)
         if more <= n or (more < most and more < WORTH * n):
             break
         n = more
-    return fits
+    return fits, taken
 
 
 def _longest_first(loop: Loop) -> np.ndarray:
@@ -124,6 +129,8 @@ def _try(loop: Loop, batch: Batch, accumulates: bool) -> None:
         name: getattr(engine, name) for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps")
     }
     scale = torch.full((), math.nan, device=device)
+    buffers = [(buffer, buffer.clone()) for buffer in engine.module.buffers()]
+    drawn = random.getstate(), np.random.get_state()
     engine.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -143,6 +150,11 @@ def _try(loop: Loop, batch: Batch, accumulates: bool) -> None:
         raise RuntimeError("a step that was only to be tried has changed the model")
     for name, value in counted.items():
         setattr(engine, name, value)
+    for buffer, before in buffers:
+        if buffer.shape == before.shape:
+            buffer.copy_(before)
+    random.setstate(drawn[0])
+    np.random.set_state(drawn[1])
 
 
 def out_of_memory(error: BaseException) -> bool:

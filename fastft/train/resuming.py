@@ -101,6 +101,12 @@ def find(job: Job, layout: str) -> Found:
             )
     names = {type(edit).__name__: edit for edit in job.edits}
     stored = state.get("edits", {})
+    if "edits" in state and set(stored) != set(names):
+        raise UserError(
+            f"{path}: was written with model edits {', '.join(sorted(stored)) or '(none)'}, this run has "
+            f"{', '.join(sorted(names)) or '(none)'}.",
+            "Resume with the settings of model that the run began with, or start a new run from the exported model.",
+        )
     wrong = [names[name].check_state(stored[name]) for name in stored if name in names] if ranks.main else []
     if problem := next(filter(None, ranks.from_main(wrong)), None):
         raise UserError(f"{path}: {problem}", "Put the old model back, or start a new run.")

@@ -49,13 +49,7 @@ def restore(engine: Any, stored: Stored, partial: bool) -> None:
     same = (stored.stage, stored.world) == (stage, world)
     if stage == 3:
         zero.checkpoint_event_prologue()  # every parameter is in shards again
-    module = stored.module(rank if stage == 3 and same else 0)
-    if stage == 3 and not same:  # with the placeholders that this model has
-        own = engine.module.state_dict()
-        buffers = {name: module["module"][name] for name in module["buffer_names"]}
-        module = {**module, "module": {**own, **buffers}}
-    elif stored.stage == 3 and not same:
-        module = {**module, "module": dict(stored.weights())}
+    module = _module(engine, stored, rank, same)
     engine.load_module_state_dict(checkpoint=module, strict=not partial)
     engine.global_steps, engine.skipped_steps = module["global_steps"], module["skipped_steps"]
     engine.global_samples = module["global_samples"]
@@ -72,6 +66,31 @@ def restore(engine: Any, stored: Stored, partial: bool) -> None:
         zero.checkpoint_event_epilogue()
 
 
+def _module(engine: Any, stored: Stored, rank: int, same: bool) -> dict[str, Any]:
+    """What DeepSpeed loads into the module, with its counters."""
+    stage = engine.zero_optimization_stage()
+    module = stored.module(rank if stage == 3 and same else 0)
+    if same or 3 not in (stage, stored.stage):  # whole in both
+        return module
+    weights = stored.weights()
+    if stage < 3:
+        return {**module, "module": dict(weights), "frozen_param_fragments": None}
+    # The placeholders that this model has for what is trained; of what is not, this rank's piece.
+    own = engine.module.state_dict()
+    buffers = {name: module["module"][name] for name in module["buffer_names"]}
+    frozen = {p: engine.param_names[p] for p in engine.module.parameters() if not p.requires_grad}
+    pieces = {name: _piece(p, weights[name], rank) for p, name in frozen.items() if name in weights}
+    whole = pieces if len(pieces) == len(frozen) else None  # an adapter's has no base
+    return {**module, "module": {**own, **buffers}, "frozen_param_fragments": whole}
+
+
+def _piece(parameter: Any, whole: torch.Tensor, rank: int) -> torch.Tensor:
+    """A rank's shard of a parameter at stage 3, with its padding."""
+    size = parameter.partition_numel()
+    own = whole.reshape(-1)[rank * size : (rank + 1) * size]
+    return torch.cat([own, own.new_zeros(parameter.ds_tensor.numel() - len(own))])
+
+
 def _owned(value: Any) -> Any:
     """The same with tensors in memory of their own: optimizers keep those that they are given, and a mapped file may
     be removed by another host.
@@ -80,7 +99,7 @@ def _owned(value: Any) -> Any:
         return value.clone()
     if isinstance(value, dict):
         return {key: _owned(v) for key, v in value.items()}
-    return [_owned(v) for v in value] if isinstance(value, list) else value
+    return type(value)(map(_owned, value)) if type(value) in (list, tuple) else value
 
 
 def _cut(engine: Any, stored: Stored, rank: int) -> dict[str, Any]:

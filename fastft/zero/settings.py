@@ -90,11 +90,11 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict:
                 )
             for name in OFFLOADS:
                 _check_offload(name, value.get(name), config)
-            if value.get("elastic_checkpoint") and spec.blockwise_state:
+            if value.get("elastic_checkpoint"):
                 raise UserError(
-                    "parallel.deepspeed: zero_optimization.elastic_checkpoint cuts the optimizer's tensors itself, "
-                    "which would tear the blocks of optim.state_dtype: int8 apart.",
-                    "Remove one of the two.",
+                    "parallel.deepspeed: zero_optimization.elastic_checkpoint keeps the optimizer's state in a form "
+                    "that DeepSpeed itself cannot go on from.",
+                    "Remove it: a run resumes with other ranks as it is.",
                 )
             settings[key] = {**settings[key], **value, "stage": zero}
         else:

@@ -21,6 +21,7 @@ from fastft.models.weight_files import CODES, header, raw
 from fastft.zero import pickles
 
 SUFFIX, OLDER = ".safetensors", ".pt"
+LARGEST = 90_000_000  # safetensors reads headers of up to 100 MB
 STATE = "state"  # the key of the header's metadata
 
 
@@ -30,10 +31,12 @@ class Output(Protocol):
 
 def write(state: Any, out: Output) -> None:
     """Write a state: dicts, lists, tuples and sets of tensors in host memory, numbers, strings, None, and what KINDS
-    has. TypeError for anything else.
+    has. TypeError for anything else, ValueError for too much beside the tensors.
     """
     tensors: list[torch.Tensor] = []
     tree = json.dumps(_plain(state, tensors), separators=(",", ":"))
+    if len(tree) > LARGEST:
+        raise ValueError(f"{len(tree):,} bytes beside the tensors are more than safetensors takes")
     # The largest elements first, as safetensors has it: every tensor is aligned.
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     out.write(header({str(i): (tuple(tensors[i].shape), tensors[i].dtype) for i in order}, **{STATE: tree}))
@@ -42,14 +45,19 @@ def write(state: Any, out: Output) -> None:
 
 
 def read(path: Path) -> Any:
-    """The state in a file, its tensors mapped: one that is not used is not read. ValueError for a damaged file."""
+    """The state in a file, a dict, its tensors mapped: one that is not used is not read. ValueError for a damaged
+    file.
+    """
     if path.suffix == OLDER:
         return pickles.load(path, map_location="cpu", mmap=True)
     try:
         with safe_open(path, "pt") as file:
             tree = json.loads((file.metadata() or {})[STATE])
-            return _value(tree, lambda name: file.get_tensor(str(name)))
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+            state = _value(tree, lambda name: file.get_tensor(str(name)))
+            if not isinstance(state, dict):
+                raise TypeError(f"a {type(state).__name__}, not a dict")
+            return state
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(f"it holds no state of fastft ({type(e).__name__}: {str(e)[:200]})") from None
 
 
@@ -75,7 +83,7 @@ def _kinds() -> dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]
         "dict": (dict, lambda v: [list(item) for item in v.items()], dict),
         "tuple": (tuple, list, tuple),
         "set": (set, lambda v: sorted(v, key=repr), set),
-        "size": (torch.Size, list, torch.Size),
+        "size": (torch.Size, list, _size),
         "loss_scale": (LossScaler, lambda v: v.cur_scale, LossScaler),
         "stage": (ZeroStageEnum, int, ZeroStageEnum),
         "fragment": (fragment_address, lambda v: [v.numel, v.start], lambda v: fragment_address(*v)),
@@ -83,12 +91,18 @@ def _kinds() -> dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]
     }
 
 
+def _size(lengths: list[int]) -> torch.Size:
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in lengths):
+        raise ValueError(f"no size: {lengths[:8]}")
+    return torch.Size(lengths)
+
+
 def _plain(value: Any, tensors: list[torch.Tensor]) -> Any:
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"float": repr(value)}
-    if torch.is_tensor(value):
+    if torch.is_tensor(value) and value.dtype in CODES:
         tensors.append(value)
         return {"tensor": len(tensors) - 1}
     if type(value) is list:
@@ -99,7 +113,8 @@ def _plain(value: Any, tensors: list[torch.Tensor]) -> Any:
     for name, (kind, taken, _) in _kinds().items():
         if type(value) is kind:
             return {name: _plain(taken(value), tensors)}
-    raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__} cannot be kept in a checkpoint")
+    of = f" of {value.dtype}" if torch.is_tensor(value) else ""
+    raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__}{of} cannot be kept in a checkpoint")
 
 
 def _value(tree: Any, tensor: Callable[[Any], torch.Tensor]) -> Any:

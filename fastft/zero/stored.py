@@ -8,6 +8,7 @@ is not read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fastft.errors import UserError
 from fastft.zero import state_files
 
 MASTER = "master"  # the key of the weights that the optimizer updates
@@ -127,8 +129,24 @@ class Stored:
         return self._read[pattern]
 
 
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """UserError for a state whose parts do not fit together, as a forged one's."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as e:
+        if isinstance(e, UserError):
+            raise
+        reason = f"{type(e).__name__}: {str(e).strip()[:200]}"
+        raise UserError(f"{folder}: holds no whole weights ({reason}).", "Take another checkpoint: --step.") from None
+
+
 class _Weights(Mapping[str, torch.Tensor]):
     def __init__(self, stored: Stored):
+        with _fitting(stored.folder):
+            self._open(stored)
+
+    def _open(self, stored: Stored) -> None:
         self.stored = stored
         one = stored.module()
         self.module = one["module"]
@@ -139,9 +157,15 @@ class _Weights(Mapping[str, torch.Tensor]):
         left_out = set()
         if stored.stage == 3:
             left_out = set(self.module) - {*self.trained, *self.tied, *self.frozen, *one["buffer_names"]}
-        self.names = [name for name in {**self.module, **self.trained, **self.frozen} if name not in left_out]
+        self.names = {name: None for name in {**self.module, **self.trained, **self.frozen} if name not in left_out}
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        with _fitting(self.stored.folder):
+            return self._read(name)
+
+    def _read(self, name: str) -> torch.Tensor:
         stored, name = self.stored, self.tied.get(name, name)
         if name in self.trained:
             place = self.trained[name]
@@ -151,6 +175,9 @@ class _Weights(Mapping[str, torch.Tensor]):
             parts = [stored.module(rank)["frozen_param_fragments"][name] for rank in range(stored.world)]
             return torch.cat(parts)[: prod(shape)].view(shape)
         return self.module[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import launch
 from fastft import config as configuration
 from fastft.errors import UserError
-from fastft.models.edits.quantize import dequantized, is_quantized, quantized
+from fastft.models.edits.quantize import Quantize, dequantized, is_quantized, quantized
 from fastft.train import checkpoint
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -116,6 +116,7 @@ def test_the_merged_model_computes_what_was_trained(config, tmp_path, format):
         ({}, 3, "set parallel.zero to 0, 1 or 2"),
         ({"lora": {"dora": True}}, 0, "DoRA's norms"),
         ({"quantize": "int4"}, 0, "nf4"),
+        ({"quantize": "int8", "dtype": "fp32"}, 0, "set model.dtype: bf16"),
     ],
 )
 def test_what_cannot_be(config, model, zero, said):
@@ -123,3 +124,44 @@ def test_what_cannot_be(config, model, zero, said):
     config["parallel"] = {"zero": zero}
     with pytest.raises(UserError, match=said):
         configuration.validate(config)
+
+
+def test_a_layer_that_is_trained_in_full_is_not_quantized(config):
+    name = "model.layers.0.mlp.up_proj.weight"
+    config["model"]["lora"] = {"r": 4, "targets": "q_proj", "train": [name], "export": "merged"}
+    job = jobs.job_of(config)
+    assert job.record["lora"]["trained_in_full"] == [name]
+    assert job.record["quantize"]["layers"] == 7 * job.model.config.num_hidden_layers - 1
+    parameter = job.model.get_parameter(name)
+    assert parameter.requires_grad and parameter.dtype == torch.bfloat16
+
+
+def test_another_base_is_refused(config, tmp_path):
+    """As a checkpoint's adapter was trained beside other numbers."""
+    config["train"]["steps"] = 2
+    folder = run(config, tmp_path, "run")
+    for change, said in (("int8", "model.quantize was nf4 of 14 layers, and is int8"), ("null", "this run has LoRA.")):
+        arguments = ("resume", folder, f"model.quantize={change}", "train.steps=4")
+        code, output = launch.fastft(*arguments, check=False)
+        assert code == 1 and said in " ".join(output.split()) and "Traceback" not in output, output[-1500:]
+
+
+def test_experts_that_stay_whole_are_said(caplog):
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+    )
+    model = transformers.Qwen2MoeForCausalLM(config)
+    settings = configuration.validate(
+        {"task": "causal_lm", "model": {"path": "x", "dtype": "bf16", "lora": {"r": 2}, "quantize": "nf4"}}
+    )
+    Quantize(settings.model.quantize, settings).apply(model, ())
+    assert "stay as they are, for they are no linear layers" in caplog.text and "experts" in caplog.text
+    assert not is_quantized(model.model.layers[0].mlp.shared_expert_gate)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train.test_resume import FEWER_BYTES, RUNS
 
 import launch
@@ -98,6 +98,26 @@ def test_the_run_goes_on(without_dropout, tmp_path, before, after, tolerance):
                 atol=2e-5 if dtype == "fp32" else 2e-2,
                 msg=lambda m, where=f"{name} {ranks} {zero}": f"{where}: {m}",
             )
+
+
+@pytest.mark.parametrize("world, stage, after", [(2, 3, [(1, 2), (1, 3)]), (2, 2, [(2, 3)]), (1, 1, [(2, 3)])])
+def test_what_is_frozen_comes_from_the_checkpoint(without_dropout, tmp_path, world, stage, after):
+    """As what is trained: not from the folder that the run began with, whose weights are others by now."""
+    config = without_dropout
+    config["model"]["freeze"] = ["model.embed_tokens*", "*layers.0.*"]
+    config["parallel"], whole = {"zero": stage}, tmp_path / "whole"
+    config["train"]["steps"], config["checkpoint"]["every"] = SAVED, SAVED
+    config["run"]["dir"] = str(whole)
+    launch.ranks(world, ["-m", "fastft", "train", launch.write_config(tmp_path / "c.yaml", config)])
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    for ranks, zero in after:
+        run = tmp_path / f"{ranks}-{zero}"
+        shutil.copytree(whole, run, ignore=shutil.ignore_patterns("model", "metrics.jsonl"))
+        config["run"]["dir"], config["parallel"] = str(run), {"zero": zero}
+        again = launch.write_config(tmp_path / "again.yaml", config)
+        launch.ranks(ranks, [RUNS, "again", tmp_path / f"again-{ranks}-{zero}", again])
+        same_state(whole / "checkpoints", tmp_path / f"again-{ranks}-{zero}", ranks, zero)
 
 
 def test_stage_0_in_fp32_and_the_others_do_not_mix(without_dropout, tmp_path):

@@ -243,6 +243,8 @@ def damaged_headers(file: Path):
     yield "a tensor that is not there", made('{"tensor": 5}')
     yield "too deep", made("[" * 100_000 + "]" * 100_000)
     yield "two kinds", made('{"tuple": [], "set": []}')
+    yield "a list", made("[1]")
+    yield "no size", made('{"size": [100000000000000000000000]}')
     yield "no dict", made('{"dict": [1, 2]}')
     yield "another stage", made('{"stage": 9}')
     yield "short", file.read_bytes()[:-8]
@@ -264,6 +266,53 @@ def test_a_damaged_state_file_is_named(finished):
     file.write_bytes(good)
     write_manifest(folder / "step-4", manifest)
     assert checkpoint.find(folder)[0].name == "step-4"
+
+
+def test_a_forged_manifest_is_passed_over(finished):
+    """It matches its own digest, and does not say what a manifest says."""
+    folder = finished / "checkpoints"
+    good = json.loads((folder / "step-4" / "MANIFEST.json").read_text())
+    del good["digest"]
+    changes = [
+        {"zero": 7},
+        {"world_size": 0},
+        {"world_size": 10**9},
+        {"step": "x"},
+        {"files": None},
+        {"files": {"a": 1}},
+    ]
+    for change in [*changes, {"state": 1}, {"zero": None}]:
+        forged = {**good, **change}
+        (folder / "step-4" / "MANIFEST.json").write_text(json.dumps({**forged, "digest": digest(forged)}))
+        assert checkpoint.find(folder)[0].name == "step-2", change
+        with pytest.raises(UserError, match=r"MANIFEST.json is damaged"):
+            checkpoint.find(folder, step=4)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("deepspeed/mp_rank_00_model_states", {"module": {}}),
+        ("deepspeed/mp_rank_00_model_states", {"global_steps": None, "module": [1]}),
+        ("rng-0", {"torch": "x"}),
+    ],
+)
+def test_a_forged_state_is_an_error_with_a_name(finished, tmp_path, name, change):
+    """Whole by its manifest."""
+    folder = finished / "checkpoints" / "step-4"
+    file = folder / f"{name}.safetensors"
+    state = {**state_files.read(file), **change}
+    with open(tmp_path / "forged", "wb") as out:
+        state_files.write(state, out)
+    (tmp_path / "forged").replace(file)
+    write_manifest(folder, json.loads((folder / "MANIFEST.json").read_text()))
+    verbs = [("resume", finished, "train.steps=5")]
+    if name != "rng-0":
+        verbs.append(("export", finished, tmp_path / "out", "--step", "4"))
+    for arguments in verbs:
+        code, output = launch.fastft(*arguments, check=False)
+        assert code == 1 and "step-4" in output and "Traceback" not in output, (arguments, output[-1500:])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

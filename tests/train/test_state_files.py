@@ -55,9 +55,9 @@ def test_a_value_comes_back_as_it_was(tmp_path, value):
 
 
 def test_numbers_that_json_has_not(tmp_path):
-    a, b, c = through([math.inf, -math.inf, math.nan], tmp_path)
+    a, b, c = through({"v": [math.inf, -math.inf, math.nan]}, tmp_path)["v"]
     assert (a, b) == (math.inf, -math.inf) and math.isnan(c)
-    assert through([LossScaler(8.0)], tmp_path)[0].cur_scale == 8.0
+    assert through({"v": LossScaler(8.0)}, tmp_path)["v"].cur_scale == 8.0
 
 
 @pytest.mark.parametrize("dtype", list(state_files.CODES), ids=str)
@@ -65,7 +65,7 @@ def test_tensors_of_every_dtype(tmp_path, dtype):
     """With odd sizes between them, so that nothing would be aligned by chance."""
     given = [torch.ones(3, dtype=torch.uint8), torch.tensor([[0, 1, 2]]).to(dtype), torch.tensor(1).to(dtype)]
     given += [torch.zeros(0, dtype=dtype), torch.arange(6).to(dtype).view(2, 3).T]
-    for a, b in zip(through(given, tmp_path), given, strict=True):
+    for a, b in zip(through({"v": given}, tmp_path)["v"], given, strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype and a.shape == b.shape
 
 
@@ -78,6 +78,12 @@ def test_a_module_keeps_the_versions_of_its_state(tmp_path):
 def test_what_is_no_state_is_not_written(tmp_path):
     with pytest.raises(TypeError, match=r"pathlib.*cannot be kept in a checkpoint"):
         through({"p": tmp_path}, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_dtypes_that_are_not_kept(tmp_path, dtype):
+    with pytest.raises(TypeError, match=f"{dtype} cannot be kept in a checkpoint"):
+        through({"p": torch.zeros(1).to(dtype)}, tmp_path)
 
 
 def test_anyone_can_read_the_tensors(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
+import logging
+import warnings
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -12,6 +15,9 @@ from fastft.errors import UserError
 from fastft.lazy import torch
 from fastft.models.edits.base import Edit, State, inner_linears
 
+log = logging.getLogger(__name__)
+
+SMALL = 16  # a layer with fewer outputs stays as it is: a gate
 BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}  # of a weight, with the scales of its block
 
 
@@ -33,6 +39,11 @@ class QuantizeSettings(Section):
             )
         if lora.dora:
             raise ValueError("model.quantize and model.lora.dora: DoRA's norms need the base's weights as numbers")
+        if self.format == "int8" and config.model.dtype == "fp32":
+            raise ValueError(
+                "model.quantize: int8 computes with inputs in 16 bits, which a model in fp32 may exceed: set "
+                "model.dtype: bf16"
+            )
         if config.parallel.zero == 3:
             raise ValueError(
                 "model.quantize: parallel.zero: 3 would cut the blocks that share a scale: set parallel.zero to 0, 1 "
@@ -53,7 +64,17 @@ class Quantize(Edit):
         weights = [p for _, p in model.named_parameters(remove_duplicate=False)]
         shared = {id(p) for i, p in enumerate(weights) if any(p is q for q in weights[:i])}
         found: list[tuple[str, Any]] = [(name, model.get_submodule(name)) for name in inner_linears(model, heads)]
-        found = [(name, m) for name, m in found if type(m) is torch.nn.Linear and id(m.weight) not in shared]
+        lora: Any = self.config.model.chosen().get("lora")
+        trained = [f"{name}.weight" for name, _ in found]  # in full, beside the adapter
+        trained = [name for pattern in lora.train for name in fnmatch.filter(trained, pattern)] if lora else []
+        found = [
+            (name, m)
+            for name, m in found
+            if type(m) is torch.nn.Linear
+            and id(m.weight) not in shared
+            and m.out_features >= SMALL
+            and f"{name}.weight" not in trained
+        ]
         self.layers = [name for name, _ in found]
         if not self.layers:
             raise UserError(f"model.quantize: {type(model).__name__} has no linear layer that could be quantized.")
@@ -64,6 +85,34 @@ class Quantize(Edit):
                 layer.weight.stored_bytes = int(BYTES[self.settings.format] * layer.weight.numel())
             else:
                 setattr(model.get_submodule(owner), last, quantized(layer, self.settings.format))
+        self._say_what_stays_whole(model)
+
+    def _say_what_stays_whole(self, model: Any) -> None:
+        """Warn of weights that are neither in few bits nor of an embedding or head, where they are many: experts that
+        the model holds as one tensor.
+        """
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()] if hasattr(model, "can_generate") else []
+        known = {id(p) for end in ends if end is not None for p in end.parameters()}
+        rest = {name: p for name, p in model.named_parameters() if p.is_floating_point() and id(p) not in known}
+        rest = {name: p for name, p in rest.items() if p.dim() >= 2 and not hasattr(p, "stored_bytes")}
+        few = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in rest.values())
+        whole = sum(p.numel() for p in rest.values())
+        if whole > 0.1 * (few + whole):
+            largest = max(rest, key=lambda name: rest[name].numel())
+            log.warning(
+                "model.quantize: %d weights of %d tensors stay as they are, for they are no linear layers (%s)",
+                whole,
+                len(rest),
+                largest,
+            )
+
+    def state(self) -> dict[str, Any]:
+        return self.record()["quantize"]
+
+    def check_state(self, state: dict[str, Any]) -> str:
+        now = self.state()
+        then, here = (f"{said.get('format')} of {said.get('layers')} layers" for said in (state, now))
+        return "" if state == now else f"model.quantize was {then}, and is {here}."
 
     def plain(self, state: State, model: torch.nn.Module) -> State:
         out = dict(state)
@@ -84,6 +133,8 @@ def bitsandbytes() -> Any:
         import bitsandbytes
     except ImportError as e:
         raise UserError(f"model.quantize needs bitsandbytes: {e}", "pip install 'fastft[quantize]'") from None
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # every call of an int8 layer says that it casts
+    warnings.filterwarnings("ignore", message="MatMul8bitLt")
     return bitsandbytes
 
 

@@ -44,15 +44,12 @@ class OptimizerSpec(ABC):
         with other ranks or another ZeRO stage.
     replaces_masters : bool
         Whether bf16 weights are updated without fp32 copies.
-    blockwise_state : bool
-        Whether the state is coded in blocks that must not be cut.
     """
 
     Settings: ClassVar[type[Optim]] = Optim
     state_tensors: tuple[str, ...] = ()
     elementwise: bool = True
     replaces_masters: bool = False
-    blockwise_state: bool = False
 
     def __init__(self, settings: Any, config: Config):
         self.settings, self.config = settings, config

@@ -55,7 +55,6 @@ class FusedAdamWSpec(OptimizerSpec):
     def __init__(self, settings: Any, config: Config):
         super().__init__(settings, config)
         self.replaces_masters = settings.master in ("remainder", "stochastic")
-        self.blockwise_state = settings.state_dtype == "int8"
 
     def build(self, groups: list[dict[str, Any]]) -> ClientOptimizer:
         from fastft.optim.adamw import FusedAdamW
