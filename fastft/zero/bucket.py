@@ -6,7 +6,7 @@ import torch
 
 from fastft.zero.parameters import whole_numel
 
-REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's default, 500 M, is 2 GB in fp32, and no faster
+REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's default, 500 M, is 2 GB in fp32
 PREFETCH = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size
 
 
