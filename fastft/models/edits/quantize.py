@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import warnings
+from collections import Counter
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -61,8 +62,7 @@ class Quantize(Edit):
     def apply(self, model: torch.nn.Module, heads: tuple[str, ...]) -> None:
         if next(model.parameters()).device.type != "meta":
             bitsandbytes()
-        weights = [p for _, p in model.named_parameters(remove_duplicate=False)]
-        shared = {id(p) for i, p in enumerate(weights) if any(p is q for q in weights[:i])}
+        times = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         found: list[tuple[str, Any]] = [(name, model.get_submodule(name)) for name in inner_linears(model, heads)]
         lora: Any = self.config.model.chosen().get("lora")
         trained = [f"{name}.weight" for name, _ in found]  # in full, beside the adapter
@@ -71,7 +71,7 @@ class Quantize(Edit):
             (name, m)
             for name, m in found
             if type(m) is torch.nn.Linear
-            and id(m.weight) not in shared
+            and times[id(m.weight)] == 1
             and m.out_features >= SMALL
             and f"{name}.weight" not in trained
         ]
