@@ -229,7 +229,7 @@ CASES = {
 }
 
 
-def fastft(spec: dict, args: argparse.Namespace, by_length: bool = False) -> dict:
+def fastft(spec: dict, args: argparse.Namespace, order: str | None = None) -> dict:
     from fastft import track
 
     settings, run = spec["settings"], Path(spec["folder"]) / "run"
@@ -246,7 +246,7 @@ def fastft(spec: dict, args: argparse.Namespace, by_length: bool = False) -> dic
         "optim.warmup": settings["warmup"],
         **({"train.steps": settings["steps"]} if "steps" in settings else {"train.epochs": settings["epochs"]}),
         **spec["overrides"],
-        **({"data.order.name": "length_groups", "data.order.block": settings["batch"]} if by_length else {}),
+        **({"data.order": order} if order else {}),
         "train.log_every": 1 if "rows" in settings else 10**6,
         "run.dir": str(run),
         "run.seed": spec["seed"],
@@ -295,11 +295,20 @@ TOOLS = {
     "fastft": fastft,
     "TRL, packing": peer(packing=True),
     "TRL": peer(packing=False),
-    "fastft, length_groups": functools.partial(fastft, by_length=True),
+    "fastft, length_groups": functools.partial(fastft, order="length_groups"),
+    "fastft, permutation": functools.partial(fastft, order="permutation"),
     "Trainer": peer(group_by_length=False),
     "Trainer, group_by_length": peer(group_by_length=True),
 }
 SFT_TOOLS = ["fastft", "TRL, packing", "TRL"]
+TRAINER_TOOLS = ["Trainer", "Trainer, group_by_length"]
+
+
+def tools_of(case: Case) -> list[str]:
+    """Those of a case; seq2seq comes in length groups."""
+    if case.task == "sft":
+        return SFT_TOOLS
+    return ["fastft", f"fastft, {'permutation' if case.task == 'seq2seq' else 'length_groups'}", *TRAINER_TOOLS]
 
 
 def write_rows(case: Case, data: Path, folder: Path, quick: bool, share: float = 1.0) -> dict:
@@ -318,8 +327,7 @@ def write_rows(case: Case, data: Path, folder: Path, quick: bool, share: float =
 def measure(name: str, args: argparse.Namespace) -> list[dict]:
     """A row per tool: its metric and its samples/s for every seed, tools in turn."""
     case = CASES[name]
-    theirs = SFT_TOOLS if case.task == "sft" else [tool for tool in TOOLS if tool not in SFT_TOOLS[1:]]
-    runs = {tool: list[dict]() for tool in theirs if tool in args.tools}
+    runs = {tool: list[dict]() for tool in tools_of(case) if tool in args.tools}
     with tempfile.TemporaryDirectory() as folder:
         files = write_rows(case, args.data, Path(folder), args.quick, args.share)
         if case.task == "seq2seq":
@@ -383,6 +391,9 @@ def markdown() -> str:
     """The last row of every case and tool, case by case."""
     lines = (common.RESULTS / "tasks.jsonl").read_text().splitlines()
     last = {(row["case"], row["tool"]): row for row in map(json.loads, lines)}
+    last = {
+        (case, tool): row for (case, tool), row in last.items() if case not in CASES or tool in tools_of(CASES[case])
+    }
     out = [
         "# tasks",
         "",

@@ -9,15 +9,18 @@ engine where there is one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from fastft import rooms
 from fastft.config import Config
+from fastft.data import batches
 from fastft.data.encoder import Learned
 from fastft.data.orders.base import Order
 from fastft.data.split import Split
 from fastft.errors import UserError
+from fastft.lazy import torch
 from fastft.models import load
 from fastft.models.edits.base import Edit
 from fastft.objectives.base import Objective
@@ -76,6 +79,13 @@ class Job:
     def adapter_only(self) -> bool:
         return any(edit.freezes_base for edit in self.edits)
 
+    @cached_property
+    def overhead(self) -> int:
+        """What a micro-step costs beside its tokens, in tokens; see ``batches.overhead``."""
+        own = [list(m.parameters(recurse=False)) for m in self.model.modules() if not isinstance(m, torch.nn.Embedding)]
+        weights = {id(p): whole_numel(p) for parameters in own for p in parameters}
+        return batches.overhead(sum(map(bool, own)), sum(weights.values()), self.ranks.device.type)
+
 
 def start(config: Config, learned: Learned | None = None) -> Job:
     """Ranks and task. ``learned``: instead of what the training data teaches."""
@@ -97,7 +107,7 @@ def add_data(job: Job, *, train: bool = True, evals: bool = True) -> None:
         job.train = task.train_split()
         job.learned = task.learned(job.train)
         order = rooms.ORDERS.get(config.data.order.name)
-        job.order = order(config.data.order, job.train, config.data.seed)
+        job.order = order(config.data.order, job.train, config.data.seed, config.batch.sequences(task.max_length))
     if evals:
         job.evals = task.eval_splits(job.learned)
 

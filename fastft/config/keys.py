@@ -43,7 +43,6 @@ class Part:
     by: str
     members: Registry
     section: Callable[[Any], type[Section]]
-    default: str | None = None
 
     def variants(self) -> dict[str, type[Section]]:
         return {name: self.section(self.members.get(name)) for name in self.members.names()}
@@ -55,8 +54,8 @@ PARTS = {
         Part("data", "task", rooms.TASKS, lambda task: task.Data),
         Part("loss", "task", rooms.TASKS, lambda task: task.Loss),
         Part("evaluation", "task", rooms.TASKS, lambda task: task.Evaluation),
-        Part("optim", "optim.name", rooms.OPTIMIZERS, lambda spec: spec.Settings, "fused_adamw"),
-        Part("data.order", "data.order.name", rooms.ORDERS, lambda order: order.Settings, "permutation"),
+        Part("optim", "optim.name", rooms.OPTIMIZERS, lambda spec: spec.Settings),
+        Part("data.order", "data.order.name", rooms.ORDERS, lambda order: order.Settings),
     )
 }
 NAMES = {part.by: part.members for part in PARTS.values()}  # keys whose values are the names of a table's members

@@ -167,10 +167,12 @@ def config_class(raw: dict, problems: list[str] | None = None) -> type[Config]:
     sections = {name: value for name, value in raw.items() if isinstance(value, dict)}
     task = _named(rooms.TASKS, raw.get("task"), "task", problems)
     data: type[Section] = task.Data if task else _Lenient
-    order = sections.get("data", {}).get("order", "permutation")
-    order_name = order.get("name", "permutation") if isinstance(order, dict) else order
+    default = data.model_fields["order"].default.name
+    order = sections.get("data", {}).get("order", default)
+    order_name = order.get("name", default) if isinstance(order, dict) else order
     if chosen := _named(rooms.ORDERS, order_name, "data.order.name", problems):
-        data = extended(data, order=(chosen.Settings, Field(default_factory=chosen.Settings)))
+        kind = extended(chosen.Settings, name=(str, Field(order_name)))
+        data = extended(data, order=(kind, Field(default_factory=kind)))
     name = sections.get("optim", {}).get("name", "fused_adamw")
     optimizer = _named(rooms.OPTIMIZERS, name, "optim.name", problems)
     bases: dict[str, type[Section]] = {

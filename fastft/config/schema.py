@@ -74,7 +74,8 @@ class _Builder:
         if path in PARTS:
             part = PARTS[path]
             said = {"description": field.description or about(Config, name)}
-            return {**said, **({} if part.by == "task" else self.chosen(part, path))}
+            default = default_of(field) or {}
+            return {**said, **({} if part.by == "task" else self.chosen(part, path, default.get("name")))}
         if isinstance(kind, type) and issubclass(kind, Section):
             empty = not where and name not in NEEDED
             return {**self.section(kind, f"{path}.", empty), "description": field.description or summary(kind)}
@@ -88,24 +89,24 @@ class _Builder:
             found["default"] = default_of(field)
         return found
 
-    def chosen(self, part: Part, path: str) -> dict[str, Any]:
-        """A section that holds the name of its class."""
+    def chosen(self, part: Part, path: str, default: str | None) -> dict[str, Any]:
+        """A section that holds the name of its class; ``default``: what it is where none is given."""
         cls = next(iter(part.variants().values()))
         names = {"enum": part.members.names()}
         mapping = {
             "type": ["object", "null"] if "." not in path else "object",
             "properties": {"name": names},
-            "allOf": list(self.rules(part, path)),
+            "allOf": list(self.rules(part, path, default)),
         }
         return {"anyOf": [names, mapping]} if cls.scalar == "name" else mapping
 
-    def rules(self, part: Part, path: str) -> list[dict[str, Any]]:
+    def rules(self, part: Part, path: str, default: str | None = None) -> list[dict[str, Any]]:
         """If the name is this, then the section is that."""
         found = []
         for name, cls in part.variants().items():
             chooser = part.by.rpartition(".")[2]
             asked: dict[str, Any] = {"properties": {chooser: {"const": name}}}
-            if name != part.default:
+            if name != default:
                 asked["required"] = [chooser]
             section = self.section(cls, f"{path}.", empty="." not in path)
             if part.by != "task" and "anyOf" in section:  # the mapping alone: short forms name no other class

@@ -68,7 +68,9 @@ class Order(Section):
     """Which samples each step takes."""
 
     name: str = Field(
-        "permutation", description="permutation: every sample once an epoch, in a new random order each time."
+        "permutation",
+        description="permutation: every sample once an epoch, in a new random order each time. length_groups, the "
+        "default for seq2seq: the same, texts of about one length beside each other.",
     )
 
     scalar: ClassVar = "name"

@@ -9,9 +9,12 @@ from itertools import pairwise
 import numpy as np
 
 # A forward-backward has a fixed cost (kernel launches, the engine's hooks) that a split must win back. In tokens: on a
-# CPU measured on a 6-layer BERT on 2 cores; on a GPU the host's 10 to 100 ms for 12 to 22 layers, at 80,000 (1.1 B) to
-# 600,000 (110 M) tokens/s.
+# CPU measured on a 6-layer BERT on 2 cores, and at least that; on a GPU the host's 10 to 100 ms for 12 to 22 layers, at
+# 80,000 (1.1 B) to 600,000 (110 M) tokens/s.
 OVERHEAD_TOKENS = {"cpu": 64, "cuda": 4096}
+# On a CPU the fixed cost goes by the number of modules, a token's by the number of weights. Marian of 64 modules and
+# 3.9 M weights: 18 ms and 0.11 ms, 165 tokens.
+MODULE_WEIGHTS = 10_000_000
 # Without padding there is nothing to win; on a CPU small parts stay in the caches.
 LARGEST = {"cpu": 2048, "cuda": 1 << 62}
 
@@ -24,7 +27,28 @@ def fixed(ids: np.ndarray, ranks: int, micro: int) -> Plan:
     return [[ids[s + r * micro : s + (r + 1) * micro] for r in range(ranks)] for s in range(0, len(ids), per_step)]
 
 
-def auto(ids: np.ndarray, lengths: np.ndarray, ranks: int, micro_tokens: int, padded: bool, device: str) -> Plan:
+def overhead(modules: int, weights: int, device: str) -> int:
+    """What a micro-step costs beside its tokens, in tokens.
+
+    Parameters
+    ----------
+    modules, weights : int
+        Modules with weights of their own, and those weights, embeddings apart.
+    """
+    if device != "cpu":
+        return OVERHEAD_TOKENS[device]
+    return max(OVERHEAD_TOKENS["cpu"], MODULE_WEIGHTS * modules // max(weights, 1))
+
+
+def auto(
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    ranks: int,
+    micro_tokens: int,
+    padded: bool,
+    device: str,
+    overhead: int,
+) -> Plan:
     """The deal that computes fastest.
 
     Parameters
@@ -35,9 +59,11 @@ def auto(ids: np.ndarray, lengths: np.ndarray, ranks: int, micro_tokens: int, pa
         Whether every sequence of a forward is computed at the longest one's length.
     device : str
         "cpu" or "cuda".
+    overhead : int
+        Of a micro-step, in tokens.
     """
     if padded:
-        return by_length(ids, lengths, ranks, micro_tokens, OVERHEAD_TOKENS[device])
+        return by_length(ids, lengths, ranks, micro_tokens, overhead)
     return by_tokens(ids, lengths, ranks, min(micro_tokens, LARGEST[device]))
 
 

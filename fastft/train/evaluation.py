@@ -95,4 +95,4 @@ def measure(
 def _plan(job: Job, split: Split, start: int) -> batches.Plan:
     ids = np.arange(start, min(start + WINDOW, len(split)))
     world, most = job.ranks.data_world, job.config.batch.forward_tokens
-    return batches.auto(ids, split.sizes[ids], world, most, job.task.pads, job.ranks.device.type)
+    return batches.auto(ids, split.sizes[ids], world, most, job.task.pads, job.ranks.device.type, job.overhead)

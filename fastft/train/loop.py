@@ -264,7 +264,7 @@ class Loop:
         micro, world = config.batch.micro, ranks.data_world
         if micro == "auto":
             sizes, most = self.split.sizes[ids], config.batch.forward_tokens
-            plan = batches.auto(rows, sizes, world, most, self.job.task.pads, ranks.device.type)
+            plan = batches.auto(rows, sizes, world, most, self.job.task.pads, ranks.device.type, self.job.overhead)
         else:
             plan = batches.fixed(rows, world, micro)
         mine = [part[ranks.data_rank] for part in plan]

@@ -52,10 +52,15 @@ def test_a_gpu_splits_only_what_pays():
     """17 micro-steps of 128 uneven rows are cheap on 2 cores; a GPU waits for the host."""
     lengths = np.clip(np.random.default_rng(0).lognormal(4.1, 1, 128), 8, 500).astype(int)
     ids = np.arange(128)
-    few, many = (len(batches.auto(ids, lengths, 1, 16384, True, device)) for device in ("cuda", "cpu"))
+
+    def steps(device: str, padded: bool) -> int:
+        overhead = batches.overhead(50, 10_800_000, device)
+        return len(batches.auto(ids, lengths, 1, 16384, padded, device, overhead))
+
+    few, many = steps("cuda", True), steps("cpu", True)
     assert few <= 3 < 10 < many
-    assert len(batches.auto(ids, lengths, 1, 16384, False, "cuda")) == 1
-    assert len(batches.auto(ids, lengths, 1, 16384, False, "cpu")) > 4
+    assert steps("cuda", False) == 1
+    assert steps("cpu", False) > 4
 
 
 def test_sorting_cuts_padding():

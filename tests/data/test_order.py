@@ -52,7 +52,8 @@ class Lengths:
     """A split of samples of these lengths."""
 
     def __init__(self, lengths):
-        self.lengths = np.asarray(lengths)
+        self.sizes = np.asarray(lengths)
+        self.lengths = self.sizes.reshape(len(self.sizes), -1).sum(1)
 
     def __len__(self):
         return len(self.lengths)
@@ -63,7 +64,7 @@ def test_length_groups_take_every_sample_once_and_hold_little_padding(n, window,
     from fastft.data.orders.length_groups import LengthGroups, LengthGroupsSettings
 
     split = Lengths(np.random.default_rng(0).integers(1, 500, n))
-    found = LengthGroups(LengthGroupsSettings(window=window, block=block), split, seed=3)
+    found = LengthGroups(LengthGroupsSettings(window=window), split, seed=3, batch=block)
     epochs = [found.samples(e * n, (e + 1) * n) for e in range(2)]
     for e, epoch in enumerate(epochs):
         assert np.array_equal(np.sort(epoch.ids), np.arange(n)) and (epoch.epochs == e).all()
@@ -82,6 +83,37 @@ def test_few_samples_come_in_no_order_of_length(n):
     from fastft.data.orders.length_groups import LengthGroups, LengthGroupsSettings
 
     split = Lengths(np.arange(n) + 1)
-    found = LengthGroups(LengthGroupsSettings(), split, seed=3)
+    found = LengthGroups(LengthGroupsSettings(), split, seed=3, batch=32)
     lengths = [split.lengths[found.samples(e * n, (e + 1) * n).ids] for e in range(3)]
     assert all((np.diff(one) < 0).sum() > n // 4 for one in lengths)
+
+
+@pytest.mark.parametrize("block", [8, 32])
+def test_pairs_are_grouped_by_both_lengths(block):
+    """Less padding than sorted by their sum, or by either length, whichever is less."""
+    from fastft.data.orders.length_groups import by_size
+
+    rng = np.random.default_rng(0)
+    source = rng.integers(5, 60, 1003)
+    for target in (rng.integers(5, 60, 1003), source + rng.integers(0, 20, 1003), rng.integers(5, 9, 1003)):
+        sizes = np.stack([source, target], 1)
+
+        def padded(order):
+            cuts = [sizes[order[at : at + block]] for at in range(0, len(order), block)]  # noqa: B023
+            return sum(len(cut) * cut.max(0).sum() for cut in cuts)
+
+        found = by_size(sizes, block)
+        assert np.array_equal(np.sort(found), np.arange(1003))
+        assert padded(found) <= min(padded(np.argsort(key, kind="stable")) for key in (sizes.sum(1), source, target))
+    assert np.array_equal(by_size(sizes[:, :1], block), by_size(sizes[:, 0], block))
+
+
+def test_steps_of_a_window_sort_it_once(monkeypatch):
+    from fastft.data.orders.length_groups import LengthGroups, LengthGroupsSettings
+
+    found = LengthGroups(LengthGroupsSettings(window=64), Lengths(np.arange(200) + 1), seed=3, batch=8)
+    made, sort = [], LengthGroups._made
+    monkeypatch.setattr(LengthGroups, "_made", lambda *place: made.append(place[1:3]) or sort(*place))
+    for start in range(0, 400, 8):
+        found.samples(start, start + 8)
+    assert len(made) == len(set(made)) == 8 and len(found.windows) <= 2

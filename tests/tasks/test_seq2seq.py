@@ -111,7 +111,7 @@ def test_zero_stages_on_two_ranks_are_one_big_batch_of_transformers(pair_config,
         for micro in (1, "auto"):
             changed = copy.deepcopy(base)
             changed |= {"parallel": {"zero": zero}, "batch": {"size": 5, "micro": micro}}
-            changed["data"]["cache"] = str(tmp_path / "prepared")
+            changed["data"] |= {"cache": str(tmp_path / "prepared"), "order": "permutation"}
             changed["run"]["dir"] = str(tmp_path / f"z{zero}{micro}")
             paths.append(launch.write_config(tmp_path / f"z{zero}{micro}.yaml", changed))
     launch.ranks(2, [RUNS, "gradients", tmp_path, *paths])

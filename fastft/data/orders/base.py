@@ -37,8 +37,9 @@ class Order(ABC):
 
     Settings: ClassVar[type[OrderSettings]] = OrderSettings
 
-    def __init__(self, settings: OrderSettings, split: Split, seed: int):
-        self.settings, self.split, self.seed = settings, split, seed
+    def __init__(self, settings: OrderSettings, split: Split, seed: int, batch: int):
+        """``batch``: samples of a step."""
+        self.settings, self.split, self.seed, self.batch = settings, split, seed, batch
 
     @abstractmethod
     def samples(self, start: int, stop: int) -> Samples:

@@ -11,11 +11,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 
 from fastft import rooms
 from fastft.config import Config, Data, Section
 from fastft.data.encoder import Learned
+from fastft.data.orders.length_groups import LengthGroupsSettings
 from fastft.data.split import Split
 from fastft.errors import UserError
 from fastft.inference.base import Predictor
@@ -51,6 +52,9 @@ class Seq2SeqData(Data):
     target_lang: str | None = Field(None, description="Language code of the targets.")
     max_target_length: int | None = Field(
         None, ge=2, description="Longest target in tokens; default: max_length, at most the model's limit."
+    )
+    order: SerializeAsAny[LengthGroupsSettings] = Field(
+        LengthGroupsSettings(name="length_groups"), description=Data.model_fields["order"].description
     )
 
     def check(self, config: Config) -> None:
