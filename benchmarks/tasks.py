@@ -388,12 +388,12 @@ def cpu() -> str:
 
 
 def markdown() -> str:
-    """The last row of every case and tool, case by case."""
-    lines = (common.RESULTS / "tasks.jsonl").read_text().splitlines()
-    last = {(row["case"], row["tool"]): row for row in map(json.loads, lines)}
-    last = {
-        (case, tool): row for (case, tool), row in last.items() if case not in CASES or tool in tools_of(CASES[case])
-    }
+    """The last row of every case and tool, case by case; of as many rows as the case's last."""
+    found = list(map(json.loads, (common.RESULTS / "tasks.jsonl").read_text().splitlines()))
+    sizes = {row["case"]: row["train_rows"] for row in found}
+    shown = [row for row in found if row["train_rows"] == sizes[row["case"]]]
+    shown = [row for row in shown if row["case"] not in CASES or row["tool"] in tools_of(CASES[row["case"]])]
+    last = {(row["case"], row["tool"]): row for row in shown}
     out = [
         "# tasks",
         "",

@@ -35,7 +35,7 @@ class Model(Section):
         "auto",
         description="transformers' attn_implementation, or varlen: packed documents one by one instead of behind a "
         "mask, on a GPU by cuDNN or torch's flash attention, and encoders without padding. auto: varlen where a check "
-        "on the model finds the same logits, sdpa elsewhere.",
+        "on the model finds the same logits; eager for pairs of short texts on a CPU; sdpa elsewhere.",
     )
     layers: Literal["auto", "plain"] = Field(
         "auto",

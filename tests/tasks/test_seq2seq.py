@@ -311,3 +311,21 @@ def test_checkpointing_and_frozen_embeddings_reach_every_adapter(pair_config):
     jobs.loss_of(job, jobs.batch_of(job, range(4))).backward()
     adapters = {name: p.grad for name, p in job.model.named_parameters() if "lora_B" in name}
     assert adapters and all(grad is not None and grad.abs().sum() > 0 for grad in adapters.values())
+
+
+def test_short_texts_take_plain_attention_on_a_cpu(pair_config):
+    """The logits are the same; long texts, and who asks for sdpa, have torch's attention."""
+    from fastft.models import short_attention
+
+    job = jobs.job_of(pair_config("bart"))
+    assert job.task.settled["attention"].startswith("eager: ")
+    asked = pair_config("bart")
+    asked["model"]["attention"] = "sdpa"
+    plain = jobs.job_of(asked)
+    assert plain.task.settled["attention"] == plain.model.config._attn_implementation == "sdpa"
+    batch = jobs.batch_of(job, range(16))
+    with torch.no_grad():
+        losses = [float(jobs.loss_of(one, batch)) for one in (job, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert short_attention.take(plain.model, "auto", 129, torch.device("cpu")) == "sdpa"
+    assert short_attention.take(plain.model.bfloat16(), "auto", 40, torch.device("cpu")) == "sdpa"

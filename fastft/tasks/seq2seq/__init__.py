@@ -22,7 +22,7 @@ from fastft.errors import UserError
 from fastft.inference.base import Predictor
 from fastft.inference.forward import check_generates, settle
 from fastft.lazy import torch
-from fastft.models import load
+from fastft.models import load, short_attention
 from fastft.objectives.base import Objective
 from fastft.tasks._generated import GenerationEvaluation, Scores, TextMetric, names_of
 from fastft.tasks._language import LanguageModelLoss, Perplexity
@@ -201,6 +201,8 @@ class Seq2Seq(TextTask):
         from fastft.models.trial import SHORT, check_runs
 
         super().check_model(forward, model, device)
+        longest = max(self.max_length, self.target_length)
+        self.settled = {"attention": short_attention.take(model, self.config.model.attention, longest, device)}
 
         def inputs(width: int) -> dict[str, Any]:
             row = np.resize(np.arange(8), width)
