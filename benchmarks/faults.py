@@ -366,6 +366,109 @@ def poisoned(begin: int, end: int) -> Callable[[Bench, int, str], Outcome]:
     return fault
 
 
+# Rank {rank} is killed at the {call}th call of a function, once.
+KILLED = """
+import os
+import signal
+
+if os.environ.get("RANK") == "{rank}" and not os.path.exists({marker!r}):
+    from {module} import {owner} as owner
+
+    original, calls = owner.{name}, 0
+
+    def killed(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == {call}:
+            open({marker!r}, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    owner.{name} = killed
+"""
+
+
+def killed_in(where: str, rank: int, call: int) -> Callable[[Bench, int, str], Outcome]:
+    """SIGKILL of a rank inside ``module:owner.name``; what it began is not taken for whole, and the run goes on."""
+
+    def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
+        truth, run = bench.undisturbed(zero, dtype), bench.run_dir()
+        folder, marker = Path(f"{run}-killed"), Path(f"{run}.marker")
+        folder.mkdir()
+        module, _, rest = where.partition(":")
+        owner, _, name = rest.rpartition(".")
+        text = KILLED.format(rank=rank, marker=str(marker), module=module, owner=owner, name=name, call=call)
+        (folder / "sitecustomize.py").write_text(text)
+        path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+        process = bench.start("train", bench.config(run, zero, dtype), env={"PYTHONPATH": path})
+        now_at = process.when("was ended by SIGKILL")
+        half = (run / "model").exists() and weights(run) != truth
+        at, code = reached(run), process.wait()
+        survived = code == 0 and not half and weights(run) == truth and not list(run.glob(".model*"))
+        return Outcome(survived, now_at - marker.stat().st_mtime, lost_steps(run, at))
+
+    return fault
+
+
+def weight_file(kind: str) -> Callable[[Bench, int, str], Outcome]:
+    """A file of the model that is cut short, or gone: all ranks end before the first step, with its name."""
+
+    def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
+        from transformers import AutoModelForCausalLM
+
+        run = bench.run_dir()
+        folder = Path(f"{run}-model")
+        shutil.copytree(bench.folder / "model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        AutoModelForCausalLM.from_pretrained(bench.folder / "model").save_pretrained(folder, max_shard_size="100KB")
+        file = sorted(folder.glob("*.safetensors"))[1]
+        if kind == "missing":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[:-100])
+        process = bench.start("train", bench.config(run, zero, dtype), f"model.path={folder}", max_restarts=0)
+        code = process.wait()
+        told = f"{file.name} {'is missing' if kind == 'missing' else 'has'}" in process.text()
+        return Outcome(code == 1 and told and not reached(run) and not left(run), None, 0, "named, nothing trained")
+
+    return fault
+
+
+# A rank's memory is at its limit; the next large tensor finds none.
+FULL = """
+import os
+
+if os.environ.get("RANK") == "1":
+    import resource
+
+    import torch
+
+    calls = 0
+
+    def fill(module, given):
+        global calls
+        if type(module).__name__ == "LlamaMLP":
+            calls += 1
+            if calls == 25:
+                resource.setrlimit(resource.RLIMIT_AS, (1 << 35, 1 << 35))
+                torch.empty(1 << 36, dtype=torch.uint8)
+
+    torch.nn.modules.module.register_module_forward_pre_hook(fill)
+"""
+
+
+def out_of_memory(bench: Bench, zero: int, dtype: str) -> Outcome:
+    """One rank finds no memory in a forward: all ranks end, and it is said what to lower."""
+    run = bench.run_dir()
+    folder = Path(f"{run}-full")
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(FULL)
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    process = bench.start("train", bench.config(run, zero, dtype), env={"PYTHONPATH": path}, max_restarts=0)
+    code = process.wait()
+    told = "out of memory" in process.text() and "Lower batch.micro_tokens" in process.text()
+    return Outcome(code == 1 and told and not left(run), None, 0, "said what to lower")
+
+
 def finite(file: Path) -> bool:
     from safetensors.torch import load_file
 
@@ -432,6 +535,10 @@ FAULTS: dict[str, Callable[[Bench, int, str], Outcome]] = {
     "ranks differ: learning rate": differing("optim.lr", (1e-3, 2e-3)),
     "ranks differ: seed": differing("run.seed", (1, 2)),
     **{f"killed in a save: {point}": killed_in_a_save(point) for point in POINTS},
+    "killed while it loads": killed_in("deepspeed.runtime.zero.partition_parameters:Init._aligned_size", 1, 9),
+    "killed in the export": killed_in("fastft.models:weight_files.raw", 0, 9),
+    **{f"weight file: {kind}": weight_file(kind) for kind in ("cut short", "missing")},
+    "out of memory on one rank": out_of_memory,
 }
 MORE = ("rank killed", "checkpoint file")  # tried several times: they fall on random steps and files
 ONCE = (
@@ -442,6 +549,9 @@ ONCE = (
     "disk hangs",
     "ranks differ: learning rate",
     "ranks differ: seed",
+    "weight file: cut short",
+    "weight file: missing",
+    "out of memory on one rank",
 )  # the same at every stage: not tried at all of them
 
 

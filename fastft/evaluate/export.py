@@ -48,7 +48,7 @@ def export_checkpoint(
     if not partial and not config.model.resize_embeddings:  # no weight is needed but those of the checkpoint
         job.ranks = replace(whole, device=torch.device("meta"))
     assemble.add_model(job, "start" if partial else "empty")  # an adapter's checkpoint does not hold the base's weights
-    if job.ranks is not whole and weight_files.names_in_files(job.model) is None:  # transformers writes it, at once
+    if job.ranks is not whole and weight_files.Layout.of(job.model) is None:  # transformers writes it, at once
         job.ranks = whole
         assemble.add_model(job, "empty")
     state: Mapping[str, Any] = checkpoint.stored(path, manifest).weights()

@@ -71,6 +71,8 @@ def check_path(path: str, what: str) -> None:
 def _from_pretrained(loader, path: str, what: str, **kwargs):
     from safetensors import SafetensorError
 
+    from fastft.models import weight_files
+
     check_path(path, what)
     try:
         return loader.from_pretrained(
@@ -79,6 +81,10 @@ def _from_pretrained(loader, path: str, what: str, **kwargs):
     except UserError:
         raise
     except Exception as e:  # of transformers, of safetensors, or of the model's own code
+        if broken := weight_files.broken(Path(path).expanduser()):
+            raise UserError(
+                f"{what} path {path}: cannot be loaded: {broken}.", "Copy the file again, or take another folder."
+            ) from None
         known = isinstance(e, (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError))
         reason = ("" if known else f"{type(e).__name__}: ") + str(e).strip().split("\n\n")[0][:600]
         raise UserError(

@@ -4,8 +4,9 @@ then put in place.
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from fastft.models import weight_files
 from fastft.models.load import dtype_of, kept_in_fp32
 from fastft.train import model_card
 from fastft.zero import weights
-from fastft.zero.parameters import whole_shape
 
 
 def save_engine(engine: Any, job: Job, folder: Path, results: dict | None = None) -> Path:
@@ -81,14 +81,9 @@ def save(
     with replacing(folder) as scratch:
         try:
             scratch.mkdir()
-            names = None if job.edits else weight_files.names_in_files(model)
-            whole = _finite(dict(state), model, folder) if names is None else {}
-            if merge or not any(edit.write(whole, model, scratch, kind) for edit in job.edits):
-                if names is None:
-                    _write_whole(job, whole, scratch, kind, folder)
-                else:
-                    model.save_pretrained(scratch, state_dict={})  # all but the weights
-                    weight_files.write(scratch, names, state, _stored(model, kind), folder)
+            numbers = _Numbers(state, model, folder)
+            if merge or not any(edit.write(numbers, model, scratch, kind) for edit in job.edits):
+                _write_model(job, numbers, scratch, kind, folder)
                 _say_dtype(scratch / "config.json", kind)
             job.task.processor.save_pretrained(scratch)
             model_card.write(scratch, job, results or {})
@@ -102,36 +97,56 @@ def save(
     return folder
 
 
-def _stored(model: Any, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every weight in the files, by its name."""
-    kept = kept_in_fp32(model, dtype)
+class _Numbers(Mapping[str, torch.Tensor]):
+    """Weights of which those that are trained must be numbers. UserError when one is asked for that is not."""
 
-    def kind(name: str, tensor: torch.Tensor) -> torch.dtype:
-        floating = torch.float32 if kept and kept.search(name) else dtype
-        return floating if tensor.is_floating_point() else tensor.dtype
+    def __init__(self, state: Mapping[str, torch.Tensor], model: torch.nn.Module, place: Path):
+        self.state, self.place = state, place
+        self.trained = {name for name, _ in model.named_parameters()}
 
-    return {n: (whole_shape(t), kind(n, t)) for n, t in model.state_dict(keep_vars=True).items()}
+    def __getitem__(self, name: str) -> torch.Tensor:
+        found = self.state[name]
+        if name in self.trained and not found.isfinite().all():
+            weight_files.refuse(self.place, [name])
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
 
 
-def _write_whole(job: Job, state: dict[str, torch.Tensor], folder: Path, kind: torch.dtype, place: Path) -> None:
-    """By transformers, all at once: what an edit merged, or a model whose files hold other tensors than it does."""
+def _write_model(job: Job, state: Mapping[str, torch.Tensor], folder: Path, kind: torch.dtype, place: Path) -> None:
+    """The plain model: what edits changed as it is without them."""
     model = job.model
     for edit in job.edits:
         state = edit.plain(state, model)
     for edit in reversed(job.edits):
         state = edit.merged(state, model, kind)
-    kept = kept_in_fp32(model, kind)
-    whole = {n: _exported(t, torch.float32 if kept and kept.search(n) else kind) for n, t in state.items()}
-    model.save_pretrained(folder, state_dict=dict(whole))  # which takes tensors out of the mapping
-    _say_dtype(folder / "config.json", kind)  # by which it is read
-    _compare(folder, whole, model, place)
+    plain = _without_weights(model) if job.edits else model
+    kept = kept_in_fp32(plain, kind)
+    dtypes = {
+        name: (torch.float32 if kept and kept.search(name) else kind) if t.is_floating_point() else t.dtype
+        for name, t in plain.state_dict(keep_vars=True).items()
+    }
+    if layout := weight_files.Layout.of(plain):
+        model.save_pretrained(folder, state_dict={})  # all but the weights
+        weight_files.write(folder, layout, state, dtypes, place)
+    else:  # by transformers, all at once
+        whole = {name: tensor.detach().to("cpu", dtypes[name]).contiguous() for name, tensor in state.items()}
+        model.save_pretrained(folder, state_dict=dict(whole))  # which takes tensors out of the mapping
+        _say_dtype(folder / "config.json", kind)  # by which it is read
+        _compare(folder, whole, plain, place)
 
 
-def _finite(state: dict[str, torch.Tensor], model: Any, folder: Path) -> dict[str, torch.Tensor]:
-    trained = {name for name, _ in model.named_parameters()}
-    if bad := [name for name in trained if name in state and not state[name].isfinite().all()]:
-        weight_files.refuse(folder, sorted(bad))
-    return state
+def _without_weights(model: Any) -> Any:
+    """A model as the config says it, without edits and without weights."""
+    with torch.device("meta"):
+        plain = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    if (read_with := getattr(model, "_weight_conversions", None)) is not None:
+        plain._weight_conversions = read_with
+    return plain
 
 
 def _say_dtype(config: Path, dtype: torch.dtype) -> None:
@@ -144,10 +159,6 @@ def _say_dtype(config: Path, dtype: torch.dtype) -> None:
         return {**values, **nested, "dtype": str(dtype).removeprefix("torch.")}
 
     config.write_text(json.dumps(said(json.loads(config.read_text())), indent=2, sort_keys=True) + "\n")
-
-
-def _exported(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
 
 
 def _compare(folder: Path, state: dict[str, torch.Tensor], model: Any, place: Path) -> None:

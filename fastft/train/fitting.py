@@ -255,16 +255,25 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 @contextmanager
-def explained(step: int, config: Config) -> Iterator[None]:
-    """A step that finds no memory raises UserError, which says what to lower."""
+def explained(config: Config, step: int | None = None) -> Iterator[None]:
+    """A step that finds no memory, or the checks before the first one (None), raises UserError, which says what to
+    lower.
+    """
     try:
         yield
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
+        said = str(e).strip().splitlines()[0][:300]
+        if step is None:
+            raise UserError(
+                f"the check of the model before the first step: out of memory: {said}",
+                "It runs a row of data.max_length: lower that, or set a higher parallel.zero; `fastft plan` says what "
+                "each takes.",
+            ) from None
         name = "micro_tokens" if config.batch.micro == "auto" else "micro"
         raise UserError(
-            f"step {step}: out of memory: {str(e).strip().splitlines()[0][:300]}",
+            f"step {step}: out of memory: {said}",
             f"Lower batch.{name} (now {getattr(config.batch, name)}): the loss stays the same. Or set "
             "parallel.activation_checkpointing: true or a higher parallel.zero; `fastft plan` says what each takes.",
         ) from None

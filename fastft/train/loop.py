@@ -124,7 +124,8 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
     found = resuming.find(job, layout) if resume else None
     schedule = found.schedule if found else Schedule.of(config, job.order, job.task.max_length)
     engine = zero.build_engine(job.model, job.optimizer, settings, config.parallel.fused_step)
-    assemble.add_objective(job, engine)
+    with fitting.explained(config):
+        assemble.add_objective(job, engine)
     keep_heap(ranks.device)  # not before: what is loaded and let go of is to be given back
     ranks.seed(config.run.seed)
     stop = StopRequest()
@@ -221,7 +222,7 @@ class Loop:
                 self.mark("data")
                 if self.step + 1 < self.schedule.total:
                     coming = ahead.submit(self.collate_step, self.step + 1)
-                with fitting.explained(self.step + 1, self.job.config):
+                with fitting.explained(self.job.config, self.step + 1):
                     loss = self.optimizer_step(step_batches, denominator)
                 self.step += 1
                 yield loss

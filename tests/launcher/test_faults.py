@@ -16,7 +16,8 @@ import faults
 from launched import EVERY, WATCHDOG, Bench
 
 # (ZeRO stage, dtype) that each fault is tried at here
-WHERE = {"rank killed": (3, "bf16"), "launcher killed": (3, "bf16")}
+SHARDED = ("rank killed", "launcher killed", "killed while it loads", "killed in the export", "weight file: cut short")
+WHERE = dict.fromkeys(SHARDED, (3, "bf16"))
 SEEN = {"rank killed": 5.0, "rank stopped": WATCHDOG + 5.0, "launcher killed": 10.0, "SIGTERM in a collective": 30.0}
 
 
@@ -36,6 +37,9 @@ LONG = (
     "disk read-only",
     "disk hangs",
     "NaN on one rank for good",
+    "killed while it loads",
+    "weight file: missing",
+    "out of memory on one rank",
     *(f"killed in a save: {moment}" for moment in MOMENTS if moment != "before-rename"),
 )
 

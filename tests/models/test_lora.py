@@ -299,3 +299,30 @@ def test_a_tied_head_with_an_adapter_is_another_weight(lora_config, tiny_llama, 
     assert not json.loads((folder / "model" / "config.json").read_text())["tie_word_embeddings"]
     found = load_file(folder / "model" / "model.safetensors")
     assert not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+
+
+class Asked(dict):
+    """A state that counts how often each weight is asked for."""
+
+    def __init__(self, state):
+        super().__init__(state)
+        self.times = dict.fromkeys(state, 0)
+
+    def __getitem__(self, name):
+        self.times[name] += 1
+        return super().__getitem__(name)
+
+
+def test_exports_ask_for_one_weight_at_a_time(lora_config, tmp_path):
+    """An adapter is written without the base; a merged model takes every weight of the base once."""
+    from fastft.train import export
+
+    job = jobs.job_of(lora_config)
+    state = Asked(job.model.state_dict())
+    export.save(job, state, tmp_path / "adapter", "fp32")
+    assert not any(times for name, times in state.times.items() if "lora_" not in name)
+    state = Asked(job.model.state_dict())
+    export.save(job, state, tmp_path / "merged", "fp32", merge=True)
+    assert {times for name, times in state.times.items() if "lora_" not in name} == {1}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(plain), logits(job.model)), "every lora_B is zeros"

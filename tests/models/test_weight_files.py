@@ -24,6 +24,13 @@ PAIR = {
 }
 T5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 EXPERTS = WIDE | {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+QWEN2_MOE = WIDE | {
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 16,
+}
 MODELS = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, WIDE),
     "llama, tied": (transformers.LlamaForCausalLM, transformers.LlamaConfig, WIDE | {"tie_word_embeddings": True}),
@@ -33,6 +40,8 @@ MODELS = {
     "t5": (transformers.T5ForConditionalGeneration, transformers.T5Config, T5),
     "bart": (transformers.BartForConditionalGeneration, transformers.BartConfig, PAIR),
     "marian": (transformers.MarianMTModel, transformers.MarianConfig, PAIR | {"pad_token_id": 1}),
+    "mixtral": (transformers.MixtralForCausalLM, transformers.MixtralConfig, EXPERTS),
+    "qwen2_moe": (transformers.Qwen2MoeForCausalLM, transformers.Qwen2MoeConfig, QWEN2_MOE),
 }
 
 
@@ -50,10 +59,10 @@ def test_files_are_those_of_transformers(tmp_path, monkeypatch, name, limit):
     monkeypatch.setattr(weight_files, "LIMIT", limit)
     model, folder = made(name), tmp_path / "ours"
     model.save_pretrained(tmp_path / "theirs")
-    names = weight_files.names_in_files(model)
+    layout = weight_files.Layout.of(model)
     state = model.state_dict()
     model.save_pretrained(folder, state_dict={})
-    weight_files.write(folder, names, state, {n: (tuple(t.shape), t.dtype) for n, t in state.items()}, folder)
+    weight_files.write(folder, layout, state, {n: t.dtype for n, t in state.items()}, folder)
     files = sorted(folder.glob("*.safetensors"))
     assert (len(files) == 1) == (limit > 5000)
     ours = {n: t for file in files for n, t in load_file(file).items()}
@@ -73,17 +82,11 @@ def test_names_that_files_spell_otherwise(tmp_path):
     base.save_pretrained(tmp_path / "base")
     model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "theirs")
-    names = weight_files.names_in_files(model)
-    assert set(names) == set(load_file(tmp_path / "theirs" / "model.safetensors"))
-
-
-def test_experts_that_a_model_has_fused_are_left_to_transformers():
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**EXPERTS))
-    assert weight_files.names_in_files(model) is None
+    files = weight_files.Layout.of(model).files
+    assert {name for part in files.values() for name in part} == set(load_file(tmp_path / "theirs/model.safetensors"))
 
 
 def test_weights_that_are_no_numbers(tmp_path):
     with pytest.raises(UserError, match="there: not written: a holds NaN or Inf"):
-        weight_files.write(
-            tmp_path, {"a": "a"}, {"a": torch.tensor([1.0, float("inf")])}, {"a": ((2,), torch.float32)}, "there"
-        )
+        layout = weight_files.Layout(None, {"a": {"a": (2,)}}, set())
+        weight_files.write(tmp_path, layout, {"a": torch.tensor([1.0, float("inf")])}, {"a": torch.float32}, "there")

@@ -127,8 +127,10 @@ def test_out_of_memory_says_what_to_lower(lm_config, tmp_path):
 
 def test_other_errors_go_through():
     config = configuration.validate({"task": "causal_lm", "model": {"path": "x"}})
-    with pytest.raises(RuntimeError, match="something else"), explained(1, config):
+    with pytest.raises(RuntimeError, match="something else"), explained(config, 1):
         raise RuntimeError("something else")
+    with pytest.raises(UserError, match="check of the model before the first step: out of memory"), explained(config):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
 
 @pytest.mark.parametrize("value, said", [(0, "at least 1, or 'auto'"), ("some", "micro_tokens")])

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from fastft.config import Config, Section
 from fastft.lazy import torch
 
-State = dict[str, "torch.Tensor"]
+State = Mapping[str, "torch.Tensor"]
+
+
+class Lazy(Mapping[str, "torch.Tensor"]):
+    """Weights by name, each made when it is asked for: nobody holds more than one."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], torch.Tensor]]):
+        self.makers = makers
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+    @staticmethod
+    def taken(state: State, names: Mapping[str, str]) -> dict[str, Callable[[], torch.Tensor]]:
+        """Makers of the weights of ``state`` under other names: new name -> its own."""
+        return {new: functools.partial(state.__getitem__, own) for new, own in names.items()}
 
 
 class Edit(ABC):
@@ -52,7 +75,7 @@ class Edit(ABC):
     def write(self, state: State, model: torch.nn.Module, folder: Path, dtype: torch.dtype) -> bool:
         """Write a form of its own (adapter files) into an export's folder; False: it has none.
 
-        ``state``: of the edited model, by its parameters' names.
+        ``state``: of the edited model, by its parameters' names; a weight is asked for when it is written.
         """
         return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 import json
 import logging
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastft.config import Config, Section
 from fastft.data.sources import fingerprint
 from fastft.errors import UserError, did_you_mean
 from fastft.lazy import torch
-from fastft.models.edits.base import LINEAR, Edit, State, inner_linears
+from fastft.models.edits.base import LINEAR, Edit, Lazy, State, inner_linears
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +172,8 @@ class LoRA(Edit):
         if self.settings.export == "merged":
             return False
         _report_unmoved(state)
-        own = {name: t for name, t in state.items() if _is_own(name) or name in self.whole}
-        tensors = {PREFIX + _file_name(name): t.detach().to("cpu", dtype).contiguous() for name, t in own.items()}
+        own = [name for name in state if _is_own(name) or name in self.whole]
+        tensors = {PREFIX + _file_name(name): state[name].detach().to("cpu", dtype).contiguous() for name in own}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         path = Path(self.config.model.path).expanduser()
         config = self._peft_config(model, str(path.absolute()) if path.is_dir() else self.config.model.path)
@@ -187,17 +188,25 @@ class LoRA(Edit):
 
     def merged(self, state: State, model: torch.nn.Module, dtype: torch.dtype) -> State:
         _report_unmoved(state)
-        errors = []
-        out = {name: tensor for name, tensor in state.items() if not _is_own(name)}
-        for name, module in model.named_modules():
-            if not hasattr(module, "lora_A"):
-                continue
-            base, scale = f"{name}.base_layer.weight", module.scaling[NAME]
+        makers = Lazy.taken(state, {name.replace(".base_layer.", "."): name for name in state if not _is_own(name)})
+        adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+        errors: dict[str, float] = {}
+
+        def merge(name: str) -> torch.Tensor:
+            module: Any = adapted[name]
             transposed = type(module.get_base_layer()).__name__ == "Conv1D"
-            out[base], error = _merge(name, module, state, scale, transposed, dtype)
-            errors.append(error)
-        log.warning("LoRA merged: rounding moves a layer's output by up to %.1e of its largest", max(errors))
-        plain = {name.replace(".base_layer.", "."): tensor for name, tensor in out.items()}
+            own = {k.removeprefix(f"{name}."): state[k].float().cpu() for k in state if k.startswith(f"{name}.")}
+            made, error = _merge(name, module, own, module.scaling[NAME], transposed, dtype)
+            if name not in errors:
+                errors[name] = error
+                if len(errors) == len(adapted):
+                    said = "LoRA merged: rounding moves a layer's output by up to %.1e of its largest"
+                    log.warning(said, max(errors.values()))
+            return made
+
+        for name in adapted:
+            makers[f"{name}.weight"] = functools.partial(merge, name)
+        plain = Lazy(makers)
         _untie_if_different(plain, model)
         return plain
 
@@ -337,21 +346,24 @@ def _report_unmoved(state: State) -> None:
 
 def _untie_if_different(state: State, model: Any) -> None:
     """An adapter of a tied output layer makes two weights of one: the config must not say that they are one."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
     places: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
     ends = [part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
     names = [places.get(id(weight), "").replace(".base_layer.", ".") for weight in ends]
     found = [state[name] for name in names if name in state]
     head = [name for name in state if name.endswith("lm_head.weight")]
-    tied = getattr(model.config, "tie_word_embeddings", False) and found and head
-    if tied and not torch.equal(found[0].to(state[head[0]].dtype), state[head[0]]):
+    if found and head and not torch.equal(found[0].to((last := state[head[0]]).dtype), last):
         model.config.tie_word_embeddings = False
 
 
 def _merge(
-    name: str, module: Any, state: State, scale: float, transposed: bool, dtype: torch.dtype
+    name: str, module: Any, own: State, scale: float, transposed: bool, dtype: torch.dtype
 ) -> tuple[torch.Tensor, float]:
-    """The base's weight with its adapter, summed in float32 and rounded once; its error beside peft's own forward."""
-    own = {key.removeprefix(f"{name}."): t.float().cpu() for key, t in state.items() if key.startswith(f"{name}.")}
+    """The base's weight with its adapter, summed in float32 and rounded once; its error beside peft's own forward.
+
+    ``own``: the module's weights, by their names in it.
+    """
     base, a, b = own["base_layer.weight"], own[f"lora_A.{NAME}.weight"], own[f"lora_B.{NAME}.weight"]
     merged = (base.T if transposed else base) + scale * (b @ a)  # (out, in)
     magnitude = own.get(f"lora_magnitude_vector.{NAME}.weight")

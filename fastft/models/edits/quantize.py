@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import logging
 import warnings
 from collections import Counter
@@ -14,7 +15,7 @@ from fastft import rooms
 from fastft.config import Config, Section
 from fastft.errors import UserError
 from fastft.lazy import torch
-from fastft.models.edits.base import Edit, State, inner_linears
+from fastft.models.edits.base import Edit, Lazy, State, inner_linears
 
 log = logging.getLogger(__name__)
 
@@ -115,13 +116,13 @@ class Quantize(Edit):
         return "" if state == now else f"model.quantize was {then}, and is {here}."
 
     def plain(self, state: State, model: torch.nn.Module) -> State:
-        out = dict(state)
+        makers = Lazy.taken(state, {name: name for name in state})
         for name, module in model.named_modules():
             if is_quantized(module):
-                for key in [key for key in out if key.startswith(f"{name}.") and key != f"{name}.bias"]:
-                    del out[key]
-                out[f"{name}.weight"] = dequantized(module)
-        return out
+                for key in [key for key in makers if key.startswith(f"{name}.") and key != f"{name}.bias"]:
+                    del makers[key]
+                makers[f"{name}.weight"] = functools.partial(dequantized, module)
+        return Lazy(makers)
 
     def record(self) -> dict[str, Any]:
         return {"quantize": {"format": self.settings.format, "layers": len(self.layers)}}

@@ -1,0 +1,91 @@
+"""LoRA on a base in 4 bits beside the same on one in bf16: the loss after some steps, and the peak of memory.
+
+    python benchmarks/quantized.py --data SETS --smollm2 FOLDER [--steps 100]
+
+The same rows, order, adapters and learning rate; sequences of 512 tokens, two a step. `loss`: of held-out documents,
+`train`: the mean over the last ten steps. Each run is a process of its own; `peak` is its resident memory's. Nothing is
+said about speed: on a CPU bitsandbytes unpacks a weight for each product.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+import common
+import tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+BASES = {"bf16": [], "nf4": ["model.quantize=nf4"], "int8": ["model.quantize=int8"]}
+
+
+def run(name: str, args: argparse.Namespace, folder: Path) -> dict:
+    """One training; what its record says."""
+    from fastft import track
+
+    case = tasks.CASES["medical_lora"]
+    files = tasks.write_rows(case, args.data, folder, False)
+    config = {
+        "task": "causal_lm",
+        "model": {"path": str(args.smollm2), "dtype": "bf16", "lora": {"r": 16}},
+        "data": {"train": files["train"], "eval": files["dev"], "max_length": 512, "truncation": "truncate"},
+        "batch": {"size": 2},
+        "optim": {"lr": 2e-4, "schedule": "linear", "warmup": 0.1},
+        "train": {"steps": args.steps, "log_every": 1},
+        "run": {"dir": str(folder / name), "device": "cpu", "offline": True, "seed": 17},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(config))
+    command = [sys.executable, "-m", "fastft", "train", str(path), *BASES[name]]
+    subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    records = track.read(folder / name)
+    trained = [r for r in records if r["kind"] == "train"]
+    last = trained[-10:]
+    return {
+        "base": name,
+        "loss": next(r["loss"] for r in reversed(records) if r["kind"] == "eval"),
+        "train": sum(r["loss"] for r in last) / len(last),
+        "first": trained[0]["loss"],
+        "peak_gb": max(r["memory"] for r in trained) / 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--smollm2", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--machine", default=common.default_machine())
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [run(name, args, Path(folder)) for name in BASES]
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    facts = {"date": time.strftime("%Y-%m-%d"), "machine": args.machine, "cpu": tasks.cpu(), "steps": args.steps}
+    facts["versions"] = {name: metadata.version(name) for name in packages}
+    with open(common.RESULTS / "quantized.jsonl", "a") as file:
+        file.writelines(json.dumps({**facts, **row}) + "\n" for row in rows)
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [
+        "# quantized",
+        "",
+        "Written by `python benchmarks/quantized.py`, which says how. SmolLM2-135M-Instruct on medical documents.",
+        "",
+        f"{args.machine} ({facts['cpu']}), {facts['date']}. {versions}.",
+        "",
+        f"| base | loss after {args.steps} steps | of the last ten | of the first | peak GB |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {r['base']} | {r['loss']:.4f} | {r['train']:.4f} | {r['first']:.4f} | {r['peak_gb']:.2f} |"
+            for r in rows
+        ),
+    ]
+    (common.RESULTS / "quantized.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
