@@ -93,7 +93,31 @@ def start(config: Config, learned: Learned | None = None) -> Job:
         load.go_offline()
     ranks = environment(config)
     task = rooms.TASKS.get(config.task)(config)
+    if config.parallel.sequence > 1:
+        _check_sequence(config, task)
     return Job(config, ranks, task, learned or {})
+
+
+def _check_sequence(config: Config, task: Task) -> None:
+    """UserError for what parallel.sequence cannot be had with, as far as configurations tell."""
+    key, one = f"parallel.sequence: {config.parallel.sequence}", "Set parallel.sequence: 1"
+    if not task.cuts_sequences:
+        able = ", ".join(name for name in rooms.TASKS.names() if rooms.TASKS.get(name).cuts_sequences)
+        raise UserError(f"{key}: task: {config.task} does not cut its sequences; {able} do.", f"{one}.")
+    if config.model.attention not in ("auto", "varlen"):
+        raise UserError(
+            f"{key}: model.attention: {config.model.attention} cannot be computed in parts of sequences; varlen is.",
+            f"Set model.attention: auto, or {one[0].lower()}{one[1:]}.",
+        )
+    if wrappers := list(config.loss.chosen()):
+        raise UserError(f"{key}: loss.{wrappers[0]} takes whole sequences.", f"Remove it, or {one[0].lower()}{one[1:]}.")
+    heads = getattr(task.model_config.get_text_config(), "num_attention_heads", None)
+    if heads and heads % config.parallel.sequence:
+        raise UserError(
+            f"{key}: each rank takes a part of the model's {heads} attention heads, which do not divide by it "
+            f"({config.model.path}).",
+            f"Set it to a divisor of {heads}.",
+        )
 
 
 def add_data(job: Job, *, train: bool = True, evals: bool = True) -> None:
@@ -222,6 +246,10 @@ def add_objective(job: Job, forward: Any = None) -> None:
         job.model.to(job.ranks.device)
         forward = job.model
     device = job.ranks.device
+    if job.ranks.sequence_world > 1:
+        from fastft.models import sequence_parallel
+
+        job.task.sequences = sequence_parallel.install(forward, job.model, job.ranks, job.task.max_length, device)
     job.task.check_model(forward, job.model, device)
     if job.config.model.attention == "varlen" and job.task.pads and not getattr(job.task, "bounds", False):
         raise UserError(

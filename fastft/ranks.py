@@ -8,7 +8,7 @@ import random
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +28,8 @@ class Ranks:
     """Where this process stands.
 
     Ranks form a grid: those of one ``data_rank`` hold parts of the same sequences, those of one ``sequence_rank`` the
-    same parts of different ones. ``sequence_world`` is 1 unless sequences are cut over ranks.
+    same parts of different ones. ``sequence_world`` is 1 unless sequences are cut over ranks; ``sequence_group`` is
+    then the process group of those of this ``data_rank``.
     """
 
     rank: int
@@ -37,6 +38,7 @@ class Ranks:
     local_world: int
     device: torch.device
     sequence_world: int = 1
+    sequence_group: Any = None
 
     @property
     def main(self) -> bool:
@@ -57,6 +59,27 @@ class Ranks:
     @property
     def data_world(self) -> int:
         return self.world // self.sequence_world
+
+    def with_sequences(self, size: int) -> Ranks:
+        """The grid in which each ``size`` ranks, one after the other, hold parts of the same sequences. Their group is
+        that of ``with_group``. UserError where they do not divide.
+        """
+        if self.world % size:
+            raise UserError(
+                f"parallel.sequence: {size} ranks share a sequence, which {self.world} "
+                f"rank{' does' if self.world == 1 else 's do'} not divide into.",
+                f"Start a multiple of {size} ranks (fastft launch --nproc {size} train ...), or set parallel.sequence "
+                "to a divisor of their number.",
+            )
+        return replace(self, sequence_world=size)
+
+    def with_group(self) -> Ranks:
+        """Once all ranks are in the process group: the same, in groups that share sequences."""
+        if self.sequence_world == 1:
+            return self
+        starts = range(0, self.world, self.sequence_world)
+        groups = [dist.new_group(list(range(start, start + self.sequence_world))) for start in starts]
+        return replace(self, sequence_group=groups[self.data_rank])
 
     def any(self, *here: bool) -> list[bool]:
         """For each condition, whether it holds on any rank."""
@@ -85,6 +108,10 @@ class Ranks:
         every: list[Any] = [None] * self.world
         dist.all_gather_object(every, value)
         return every
+
+    def gather_data(self, value: T) -> list[T]:
+        """The same of one rank for each ``data_rank``: where the others of its sequences have the same value."""
+        return self.gather(value)[:: self.sequence_world]
 
     def gather_tensor(self, value: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's tensor, of one shape and dtype on all."""

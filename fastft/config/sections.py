@@ -230,6 +230,12 @@ class Parallel(Section):
         description="Keep state in the host's memory. optimizer (zero 1-3): its state and the master weights, and the "
         "update is made there; parameters (zero 3): the shards of the weights, too. The same numbers as without.",
     )
+    sequence: int = Field(
+        1,
+        ge=1,
+        description="So many ranks hold a part of each sequence (Ulysses): causal_lm and sft. It divides the number of "
+        "ranks and the model's attention heads. The same numbers as with 1.",
+    )
     activation_checkpointing: bool = Field(
         False, description="Recompute activations in the backward: less memory, a third more work."
     )

@@ -118,31 +118,32 @@ def install(
         return None, "asked for"
     if choice == "auto" and (reason := slow(device, next(model.parameters()).dtype)):
         return None, f"automatic: {reason}"
-    reason = _refused(model, device)
+    reason = refused(model, device)
     if not reason:
         installed, dtype = ByDocument(model), next(model.parameters()).dtype
 
-        def difference() -> float:
-            return _difference(installed, forward, model, probe_length(model, length), device)
+        def found() -> float:
+            return difference(installed, forward, model, probe_length(model, length), device)
 
-        reason = proven(installed, difference, dtype, "plain attention")
+        reason = proven(installed, found, dtype, "plain attention")
         if not reason:
-            by = kernels(_query(model, device), getattr(model.config.get_text_config(), "num_key_value_heads", 1))
+            by = kernels(query_of(model, device), getattr(model.config.get_text_config(), "num_key_value_heads", 1))
             return installed, f"{'automatic' if choice == 'auto' else 'asked for'}, by {by}"
     refuse(model, choice, reason)
     return None, reason
 
 
-def _refused(model: Any, device: torch.device) -> str:
+def refused(model: Any, device: torch.device) -> str:
+    """Why a decoder's attention cannot be by document, as far as its config tells; "" where nothing is in the way."""
     config = model.config.get_text_config()
     if not getattr(config, "num_attention_heads", None) or not getattr(config, "hidden_size", None):
         return "its config does not say how many heads it has"
     if getattr(config, "attention_dropout", 0.0):
         return "its attention has dropout"
-    return refuses(_query(model, device))
+    return refuses(query_of(model, device))
 
 
-def _query(model: Any, device: torch.device) -> Tensor:
+def query_of(model: Any, device: torch.device) -> Tensor:
     """No tokens, the model's heads."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -150,7 +151,7 @@ def _query(model: Any, device: torch.device) -> Tensor:
     return torch.empty(0, heads, dim, dtype=next(model.parameters()).dtype, device=device)
 
 
-def _difference(installed: ByDocument, forward: Callable, model: Any, length: int, device: torch.device) -> float:
+def difference(installed: Switch, forward: Callable, model: Any, length: int, device: torch.device) -> float:
     """Largest difference of logits, relative to the largest one."""
     inputs = packed_inputs(model, length, device)
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):

@@ -41,6 +41,7 @@ class DecoderTask(TextTask):
 
     Loss: ClassVar[type[Loss]] = LanguageModelLoss
     Predict: ClassVar[type[Section]] = GenerationOptions
+    cuts_sequences = True
     bounds = False  # whether batches say where documents begin: settled by check_model
 
     def collate(self, split: Split, ids: np.ndarray, draw: Draw) -> Batch:
@@ -94,11 +95,15 @@ class DecoderTask(TextTask):
 
         super().check_model(forward, model, device)
         length = min(self.max_length, 16)
-        if self.config.data.packing == "isolated":
+        if self.sequences is not None:
+            self._attend_in_parts(forward, model, device)
+        elif self.config.data.packing == "isolated":
             self._attend_by_document(forward, model, device)
-            check_isolation(forward, model, length, device, flat=self._flash())
         else:
             self.settled = {"layers": self._fuse(forward, model, None, device)}
+        if self.config.data.packing == "isolated":
+            check_isolation(forward, model, length, device, flat=self._flash())
+        else:
             width = self.width([range(min(SHORT, self.max_length))])
             check_runs(forward, model, self._trial_inputs, width, self.max_length, device)
         check_causality(forward, model, self.width([range(length)]), device)
@@ -111,6 +116,13 @@ class DecoderTask(TextTask):
         fused = self._fuse(forward, model, found, device)
         self.settled = {"attention": f"{'varlen' if found else 'by mask'}: {why}", "layers": fused}
         log.info("attention %s; layers %s", self.settled["attention"], fused)
+
+    def _attend_in_parts(self, forward: Callable, model: torch.nn.Module, device: torch.device) -> None:
+        """Layers are not fused whole: those have attention of their own."""
+        self.bounds = True
+        fused = self._fuse(forward, model, None, device)
+        self.settled = {"attention": self.sequences.sentence, "layers": fused}
+        log.info("attention: %s; layers %s", self.settled["attention"], fused)
 
     def _fuse(self, forward: Callable, model: torch.nn.Module, found: Any, device: torch.device) -> str:
         """Fuse layers whole where attention is by document, or else their parts; one sentence for the record."""
@@ -133,7 +145,7 @@ class DecoderTask(TextTask):
 
     def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
         sample = {**sample_inputs(model, self.max_length, device), "use_cache": False}
-        return LanguageModelObjective(self.config.loss, forward, model, sample)
+        return LanguageModelObjective(self.config.loss, forward, model, sample, self.sequences)
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from fastft.config import Loss
+from fastft.errors import UserError
 from fastft.lazy import torch
 from fastft.objectives.base import Objective
 from fastft.tasks.base import IGNORE, Batch, Metric, SampleMetrics
 
 if TYPE_CHECKING:
     from fastft.models.head import FusedHead
+    from fastft.models.sequence_parallel import SequenceParallel
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +45,25 @@ class LanguageModelObjective(Objective):
         The model, or the engine around it.
     sample : dict
         Inputs to compare the two on.
+    sequences : SequenceParallel, optional
+        What cuts the model's sequences over ranks: each then takes the loss of its part.
     """
 
-    def __init__(self, settings: LanguageModelLoss, forward: Callable, model: torch.nn.Module, sample: dict):
+    def __init__(
+        self,
+        settings: LanguageModelLoss,
+        forward: Callable,
+        model: torch.nn.Module,
+        sample: dict,
+        sequences: SequenceParallel | None = None,
+    ):
         from fastft.models.head import install
 
-        self.settings = settings
+        self.settings, self.sequences = settings, sequences
         self.aux_loss: torch.Tensor | None = None  # of the last forward
         self.head: FusedHead | None
-        self.head, why = install(forward, model, sample, settings.implementation)
+        with nullcontext() if sequences is None else sequences.off():  # the head is the same for any part
+            self.head, why = install(forward, model, sample, settings.implementation)
         chosen = "cross_entropy" if self.head is None else "linear_cross_entropy"
         log.info("loss by %s: %s", chosen, why)
         self.record = {"loss": {"implementation": chosen, "why": why}}
@@ -58,6 +71,12 @@ class LanguageModelObjective(Objective):
         self.balance = float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
         if not getattr(config, "output_router_logits", False):
             self.balance = 0.0
+        if self.balance and sequences is not None:
+            raise UserError(
+                f"parallel.sequence: {sequences.world}: {type(model).__name__} trains a balancing loss of its experts "
+                "(output_router_logits), which is not the sum of those of parts of its sequences.",
+                "Set parallel.sequence: 1, or output_router_logits: false in the model's config.json.",
+            )
         if self.balance:
             log.info("the experts' balancing loss is trained too, %g times (router_aux_loss_coef)", self.balance)
             self.record["loss"]["router_aux_loss_coef"] = self.balance
@@ -80,14 +99,28 @@ class LanguageModelObjective(Objective):
 
     def token_losses(self, model: Callable, batch: Batch) -> torch.Tensor:
         """Of the labels' shape, float32: each target's negative log-likelihood, without smoothing; 0 elsewhere."""
-        return self._sum(model, batch, reduction="none").reshape(batch.labels.shape)
+        losses = self._sum(model, batch, reduction="none")
+        if self.sequences is not None:
+            rows, length = batch.labels.shape
+            losses = self.sequences.gather(losses.reshape(rows, -1), length)
+        return losses.reshape(batch.labels.shape)
 
     def _sum(self, model: Callable, batch: Batch, **options: Any) -> torch.Tensor:
+        """The loss of the batch; where sequences are cut over ranks, of this rank's part of it."""
+        labels, options = batch.labels, {"ignore_index": IGNORE, "reduction": "sum", **options}
+        if self.sequences is None:
+            return self._loss(model, batch, labels, options)
+        labels = self.sequences.cut(labels, IGNORE)
+        if (weight := options.get("token_weight")) is not None and weight.ndim:
+            options["token_weight"] = self.sequences.cut(weight)
+        with self.sequences.parts():
+            return self._loss(model, batch, labels, options)
+
+    def _loss(self, model: Callable, batch: Batch, labels: torch.Tensor, options: dict) -> torch.Tensor:
         from fastft.ops import cross_entropy
 
-        options = {"ignore_index": IGNORE, "reduction": "sum", **options}
         if self.head is not None:
-            loss = self.head.loss(model, dict(batch.inputs), batch.labels, **options)
+            loss = self.head.loss(model, dict(batch.inputs), labels, **options)
             self.aux_loss = self.head.aux_loss
             return loss
         outputs = model(**batch.inputs)
@@ -96,7 +129,7 @@ class LanguageModelObjective(Objective):
         options["inplace"] = logits.requires_grad
         if (weight := options.get("token_weight")) is not None and weight.ndim:
             options["token_weight"] = weight.flatten()
-        return cross_entropy(logits, batch.labels.flatten(), **options)
+        return cross_entropy(logits, labels.flatten(), **options)
 
 
 def sample_inputs(model: torch.nn.Module, length: int, device: torch.device) -> dict:

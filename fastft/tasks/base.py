@@ -200,6 +200,10 @@ class Task(ABC):
         Raise it when the same input gives other samples.
     pads : bool
         Whether the rows of a batch are computed at the longest one's length; settled by check_model.
+    cuts_sequences : bool
+        Whether its sequences can be cut over ranks (parallel.sequence).
+    sequences : SequenceParallel or None
+        What cuts those of the model, where they are: there before check_model.
     settled : dict
         How parts of the model are computed, and why, for the run's record; check_model fills it in.
     """
@@ -211,6 +215,8 @@ class Task(ABC):
     code_version: ClassVar[int] = 3
     pads: bool = True
     settled: Mapping[str, str] = {}
+    cuts_sequences: ClassVar[bool] = False
+    sequences: Any = None
 
     def __init__(self, config: Config):
         self.config = config

@@ -69,7 +69,7 @@ def write_worst(job: Job, name: str, metrics: Metrics, ids: np.ndarray, step: in
     rows = judged_rows(job, name, metrics, ids) or []
     sized = [(error, row) for row in rows if (error := metrics.error_of(row[1])) is not None and not math.isnan(error)]
     own = heapq.nlargest(number, sized, key=lambda pair: pair[0])
-    every = [pair for part in job.ranks.gather(own) for pair in part]
+    every = [pair for part in job.ranks.gather_data(own) for pair in part]
     if not every or not job.ranks.main:
         return
     worst = [row for _, row in heapq.nlargest(number, every, key=lambda pair: pair[0])]

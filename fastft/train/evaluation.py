@@ -37,7 +37,7 @@ def evaluate(job: Job, name: str, step: int, forward: Any = None, beat: Callable
     ``forward``, ``beat``: as ``measure`` has them.
     """
     metrics, ids = measure(job, job.evals[name], forward, beat)
-    states = job.ranks.gather(metrics.state())
+    states = job.ranks.gather_data(metrics.state())
     numbers = metrics.finish(states)
     write_worst(job, name, metrics, ids, step)
     return Measured(numbers, intervals_of(job, metrics, states, job.config.evaluation.bootstrap))
@@ -94,5 +94,5 @@ def measure(
 
 def _plan(job: Job, split: Split, start: int) -> batches.Plan:
     ids = np.arange(start, min(start + WINDOW, len(split)))
-    world, most = job.ranks.data_world, job.config.batch.forward_tokens
+    world, most = job.ranks.data_world, job.config.batch.forward_tokens * job.ranks.sequence_world
     return batches.auto(ids, split.sizes[ids], world, most, job.task.pads, job.ranks.device.type, job.overhead)

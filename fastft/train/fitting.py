@@ -79,7 +79,7 @@ def settle(loop: Loop) -> None:
         )
     if job.ranks.device.type == "cuda":
         torch.cuda.empty_cache()
-    tokens = found * width
+    tokens = found * width // job.ranks.sequence_world
     if found == most and share > 0:  # not the memory ended it: evaluations may take more at once
         tokens = max(tokens, min(FORWARD_TOKENS, int(tokens / share)))
     batch = job.config.batch.changed(micro_tokens=tokens)

@@ -106,12 +106,14 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
     """
     ranks = environment(config)
     job = assemble.start(config)
+    ranks = ranks.with_sequences(config.parallel.sequence)
     assemble.add_data(job, evals=not steps_only)
     assert job.order is not None and job.train is not None
     Schedule.of(config, job.order, job.task.max_length)  # of a run that begins; refused now if it cannot be
     heart = Heartbeat()
     heart.beat(0)  # from here on ranks wait for each other
     zero.start_process_group()
+    job.ranks = ranks = ranks.with_group()
     health.check_agreement(config, job.train.data.key, ranks)
     if not steps_only:
         health.check_shared(Path(config.run.dir), ranks)
@@ -264,7 +266,7 @@ class Loop:
         ids, rows = samples.ids, np.arange(len(samples.ids))
         micro, world = config.batch.micro, ranks.data_world
         if micro == "auto":
-            sizes, most = self.split.sizes[ids], config.batch.forward_tokens
+            sizes, most = self.split.sizes[ids], config.batch.forward_tokens * ranks.sequence_world
             plan = batches.auto(rows, sizes, world, most, self.job.task.pads, ranks.device.type, self.job.overhead)
         else:
             plan = batches.fixed(rows, world, micro)

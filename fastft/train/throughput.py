@@ -27,7 +27,8 @@ class Throughput:
     def read(self, ranks: Ranks) -> dict[str, float]:
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
-        tokens, padded, samples = ranks.sum([self.tokens, self.padded, self.samples])
+        counted = ranks.sum([self.tokens, self.padded, self.samples])
+        tokens, padded, samples = (n / ranks.sequence_world for n in counted)  # which have the same sequences
         self.all_tokens, self.all_samples, self.all_seconds = (
             self.all_tokens + tokens,
             self.all_samples + samples,

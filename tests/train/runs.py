@@ -38,6 +38,7 @@ def put_together(path: Path):
     job = assemble.start(config)
     assemble.add_data(job)
     engine.start_process_group()
+    job.ranks = job.ranks.with_sequences(config.parallel.sequence).with_group()
     assemble.add_model(job)
     assemble.add_optimizer(job)
     built = engine.build_engine(job.model, job.optimizer, deepspeed_config(config, job.ranks))

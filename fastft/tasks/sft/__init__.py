@@ -206,7 +206,7 @@ class SFT(DecoderTask):
     def objective(self, forward: Callable, model: torch.nn.Module, device: torch.device, learned: Learned) -> Objective:
         _stop_at(model, self.end_of_turn)
         sample = {**sample_inputs(model, self.max_length, device), "use_cache": False}
-        objective = WeightedObjective(self.config.loss, forward, model, sample)
+        objective = WeightedObjective(self.config.loss, forward, model, sample, self.sequences)
         evaluation = self.config.evaluation
         if evaluation.metrics:
             own: Any = model.generation_config
