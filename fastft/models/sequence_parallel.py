@@ -4,7 +4,8 @@ part of the heads (DeepSpeed-Ulysses: Jacobs et al. 2023, arXiv 2309.14509).
 The exchange is Ulysses'; what a token sees is ours. DeepSpeed's wrapper for transformers gives attention no mask of the
 whole sequence, and packed documents see each other. Here a forward is told where documents begin in the whole
 sequences, before they are cut, and attention is by document as on one rank (`fastft.models.documents`). That the
-model's logits are those of whole sequences is measured on the model before training.
+model's logits are those of whole sequences is measured on the model before training, and so are the gradients that come
+back through the exchange.
 """
 
 from __future__ import annotations
@@ -173,7 +174,8 @@ def install(
         tokens = documents.probe_length(model, length)
 
         def difference() -> float:
-            return documents.difference(installed, forward, model, tokens, device)
+            logits = documents.difference(installed, forward, model, tokens, device)
+            return max(logits, *ranks.gather(_difference_of_attention(installed, model, device)))
 
         reason = proven(installed, difference, next(model.parameters()).dtype, "whole sequences on one rank")
     if installed is None or reason:
@@ -187,3 +189,35 @@ def install(
     by = kernels(documents.query_of(model, device), groups)
     installed.sentence = f"sequences over {ranks.sequence_world} ranks, whole ones for a part of the heads each, by {by}"
     return installed
+
+
+def _difference_of_attention(installed: SequenceParallel, model: Any, device: torch.device) -> float:
+    """Largest difference of attention and its gradients, of random heads like the model's, from those of whole
+    sequences on this rank, each relative to its largest value.
+    """
+    like = documents.query_of(model, device)
+    _, heads, dim = like.shape
+    groups = getattr(model.config.get_text_config(), "num_key_value_heads", None) or heads
+    length = 8 * installed.world
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(1, n, length, dim, generator=generator).to(like) for n in (heads, groups, groups, heads)
+    )
+    bounds = torch.tensor([0, length // 3, length], dtype=torch.int32, device=device)
+    options = dict(zip(KEYS, (bounds, bounds, length - length // 3, length - length // 3), strict=True))
+
+    def part(whole: Tensor) -> Tensor:
+        return whole.chunk(installed.world, 2)[installed.rank]
+
+    def run(attend: Callable, given: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        inputs = [given(t).detach().clone().requires_grad_() for t in (query, key, value)]
+        with torch.enable_grad():
+            out, _ = attend(nn.Module(), *inputs, None, **options)
+        found = torch.autograd.grad(out, inputs, given(grad).transpose(1, 2))
+        return [out.transpose(1, 2), *found]
+
+    own = run(installed._attend, part)
+    expected = [part(whole) for whole in run(documents.attend, lambda whole: whole)]
+    return max(
+        ((a - b).abs().max() / b.abs().max().clamp_min(1e-6)).item() for a, b in zip(own, expected, strict=True)
+    )

@@ -64,7 +64,7 @@ def candidates(planned: Planned) -> Iterator[Change]:
     for rows in sorted({batch.rows // 2, 1}, reverse=True):
         if 0 < rows < batch.rows:
             auto = config.batch.micro == "auto"
-            key = f"batch.micro_tokens={rows * batch.width}" if auto else f"batch.micro={rows}"
+            key = f"batch.micro_tokens={rows * batch.width // config.parallel.sequence}" if auto else f"batch.micro={rows}"
             yield Change((key,), ranks, NOTHING)
     if ranks > 1:
         for stage in range(zero + 1, 4):

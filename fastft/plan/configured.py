@@ -41,7 +41,7 @@ class Batching:
     size : int
         Sequences of a step, of all ranks.
     rows, width : int
-        The most of a forward: sequences, and tokens of each.
+        The most of a forward: sequences, and tokens of each, also where several ranks share them.
     accumulation : int
         Forwards of a step.
     """
@@ -95,8 +95,9 @@ def planned(
     Raises
     ------
     UserError
-        The model's configuration cannot be had, or an edit (LoRA) does not fit it.
+        The model's configuration cannot be had, an edit (LoRA) does not fit it, or parallel.sequence not the ranks.
     """
+    Ranks(0, ranks, 0, ranks, torch.device("meta")).with_sequences(config.parallel.sequence)
     try:
         job = without_weights(config, ranks, learned)
     except Exception:  # whatever its own code says of a device without values
@@ -106,11 +107,11 @@ def planned(
     batch = batching(config, job, device, ranks, longest, size)
     tensors = tensors_of((real or job).model, hasattr(config.loss, "implementation"))
     setting = _setting(job, device, ranks, batch, tensors)
-    how = _how(job, tensors, setting)
+    how, part = _how(job, tensors, setting), batch.width // config.parallel.sequence
     if job is real:
-        kept = activations.estimated(job.model, batch.rows * batch.width, how)
+        kept = activations.estimated(job.model, batch.rows * part, how)
     else:
-        kept = activations.kept(job.model, batch.rows, batch.width, how)
+        kept = activations.kept(job.model, batch.rows, part, how)
     text = job.model.config.get_text_config()
     parameters = tensors.trained + tensors.frozen
     layers, hidden = (getattr(text, name, None) or 1 for name in ("num_hidden_layers", "hidden_size"))
@@ -173,12 +174,14 @@ def batching(
     batch = config.batch
     longest = longest or config.data.max_length or min(length_limit(job.model.config) or DEFAULT_LENGTH, DEFAULT_LENGTH)
     width = -(-longest // batch.pad_to_multiple_of) * batch.pad_to_multiple_of
-    size = size or batch.sequences(width)
-    own = -(-size // ranks)
+    size, sequence = size or batch.sequences(width), config.parallel.sequence
+    own = -(-size // (ranks // sequence))
+    width = -(-width // sequence) * sequence
     if isinstance(batch.micro, int):
         rows = min(batch.micro, own)
     else:
-        most = batch.forward_tokens if job.task.pads else min(batch.forward_tokens, LARGEST[device])
+        most = batch.forward_tokens * sequence
+        most = most if job.task.pads else min(most, LARGEST[device])
         rows = min(max(1, most // width), own)
     return Batching(size, rows, width, -(-own // rows))
 
@@ -214,13 +217,14 @@ def _how(job: Job, tensors: Tensors, setting: Setting) -> activations.How:
     """As the checks before a run will most likely settle it: they compare numbers, which are not here."""
     config = job.config
     packed = isinstance(job.task, DecoderTask) and config.data.packing == "isolated"
+    in_parts = config.parallel.sequence > 1  # by document, in layers that are not fused whole
     wanted = config.model.attention in ("auto", "varlen") and packed
     text = job.model.config.get_text_config()
     fast = setting.bf16 if setting.device == "cuda" else not slow(torch.device("cpu"), dtype_of(config.model.dtype))
     by_document = wanted and fast and not getattr(text, "attention_dropout", 0.0)
     return activations.How(
-        fused=by_document and config.model.layers == "auto" and setting.zero != 3,
-        by_mask=packed and not by_document,
+        fused=by_document and config.model.layers == "auto" and setting.zero != 3 and not in_parts,
+        by_mask=packed and not by_document and not in_parts,
         checkpointing=config.parallel.activation_checkpointing,
         widens=setting.widens,
         whole=tensors.head is None,

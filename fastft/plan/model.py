@@ -91,7 +91,7 @@ class Setup:
     zero : int
         ZeRO stage, 0 to 3. FSDP's FULL_SHARD is 3; its SHARD_GRAD_OP is 2 when accumulation is 1.
     micro_batch, sequence_length : int
-        Sequences per GPU and micro-step, tokens in each.
+        Sequences per GPU and micro-step (a fraction where GPUs share them), tokens in each.
     accumulation : int
         Micro-steps per optimizer step.
     recompute : bool
@@ -108,7 +108,7 @@ class Setup:
     hardware: Hardware
     world_size: int
     zero: int
-    micro_batch: int
+    micro_batch: float
     sequence_length: int
     accumulation: int = 1
     recompute: bool = False
@@ -117,7 +117,7 @@ class Setup:
     trained: float = 1.0
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> float:
         """Tokens per GPU and micro-step."""
         return self.micro_batch * self.sequence_length
 

@@ -156,7 +156,7 @@ def _setup(p: Planned, hardware: Hardware) -> Setup:
         hardware,
         p.setting.ranks,
         p.setting.zero,
-        p.batching.rows,
+        p.batching.rows / p.config.parallel.sequence,
         p.batching.width,
         p.batching.accumulation,
         p.config.parallel.activation_checkpointing,

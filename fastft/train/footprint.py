@@ -76,7 +76,7 @@ def footprint(job: Job, schedule: Schedule) -> Footprint:
     found = planned(
         config,
         ranks.device.type,
-        ranks.data_world,
+        max(ranks.world, config.parallel.sequence),  # `fastft validate` is one process
         learned=job.learned,
         longest=longest,
         size=min(schedule.size, schedule.positions),

@@ -5,6 +5,8 @@ gradients OUT C...   one step's gradients and loss, by full parameter name, to O
 shards OUT C...      names of the weights whose shards are not those of a model that was loaded whole, and the first
                      loss, to OUT/<name of C>.json (rank 0)
 again OUT C...       the newest checkpoint of the run, resumed and written to OUT as it is
+isolated OUT C...    largest change of logits in a document, and in the rest of its row, when the rest is changed, and the
+                     largest difference from the document alone, to OUT/<name of C>.json (rank 0)
 generated OUT C...   what an evaluation generates, tokens by sample, and its metrics, to OUT/<name of C>.json (rank 0)
 """
 
@@ -58,6 +60,30 @@ def generated(out: Path, path: Path) -> None:
     if job.ranks.main:
         found = {"tokens": [every[i] for i in sorted(every)], "metrics": numbers, "record": job.record}
         (out / f"{path.stem}.json").write_text(json.dumps(found))
+
+
+def isolated(out: Path, path: Path) -> None:
+    """A document of 7 tokens in the middle of 31: what ranks share of a row begins and ends within documents."""
+    with ExitStack() as cleanup:
+        run = loop.build(configuration.load(path), cleanup, steps_only=True)
+        run.engine.eval()
+        tokens = torch.randint(run.job.model.config.vocab_size, (1, 31), generator=torch.Generator().manual_seed(0))
+        positions = torch.cat([torch.arange(n) for n in (12, 7, 12)])[None]
+        own = slice(12, 19)
+
+        def logits(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return run.engine(input_ids=tokens, position_ids=positions, use_cache=False).logits
+
+        other = (tokens + 1) % 100
+        other[:, own] = tokens[:, own]
+        before, after = logits(tokens, positions), logits(other, positions)
+        alone = logits(tokens[:, own], positions[:, own])
+        changes = (before - after).abs().amax(-1)[0]
+        found = {"own": changes[own].max(), "rest": min(changes[:12].min(), changes[19:].min())}
+        found["alone"] = (before[:, own] - alone).abs().max()
+        if run.job.ranks.main:
+            (out / f"{path.stem}.json").write_text(json.dumps({name: float(value) for name, value in found.items()}))
 
 
 def again(out: Path, path: Path) -> None:
@@ -136,7 +162,7 @@ if __name__ == "__main__":
             loop.train(configuration.load(path))
     else:
         for path in arguments[1:]:
-            verbs = {"again": again, "gradients": gradients, "generated": generated, "shards": shards}
+            verbs = {"again": again, "gradients": gradients, "generated": generated, "shards": shards, "isolated": isolated}
             verbs[verb](Path(arguments[0]), Path(path))
     dist.destroy_process_group()
     leave(0)
