@@ -88,7 +88,8 @@ def bench(config: Config, warmup: int = 5, steps: int = 20) -> dict[str, Any]:
                 break
         memory = peak_memory(ranks.device)
         limits = ceilings(ranks, dtype_of(config.model.dtype))
-        tokens, padded, samples = (ranks.sum(column) for column in zip(*counted.steps[warmup:], strict=True))
+        columns = zip(*counted.steps[warmup:], strict=True)
+        tokens, padded, samples = ([n / ranks.sequence_world for n in ranks.sum(column)] for column in columns)
         report = _report(loop, clock, (tokens, padded, samples), limits, warmup, started, memory)
         report["losses"] = ranks.sum([float(loss) / ranks.world for loss in losses])
         return report

@@ -178,6 +178,9 @@ FOREIGN: dict[str, str] = {
     "zero_stage": "parallel.zero",
     "fsdp": "parallel.zero: 3 shards weights as FSDP does",
     "fsdp_config": "parallel.zero: 3 shards weights as FSDP does",
+    "sequence_parallel_size": "parallel.sequence",
+    "sequence_parallel_degree": "parallel.sequence",
+    "context_parallel_size": "parallel.sequence",
     "torch_compile": "There is no torch.compile: the kernels are fastft's own.",
 }
 

@@ -76,7 +76,16 @@ KINDS = {
 }
 
 
-def test_gradients_are_those_of_one_rank(base, tmp_path):
+def windowed(llama, folder):
+    """The same weights as a Mistral, whose tokens see 9 each."""
+    shutil.copytree(llama, folder / "windowed")
+    settings = json.loads((llama / "config.json").read_text())
+    settings |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 9}
+    (folder / "windowed" / "config.json").write_text(json.dumps(settings))
+    return folder / "windowed"
+
+
+def test_gradients_are_those_of_one_rank(base, tmp_path, grouped_llama):
     """Loss and gradients of a step at every ZeRO stage, with 2 and 4 ranks to a sequence, and 2 times 2."""
 
     def gradients(world: int, runs: dict[str, dict]) -> dict[str, dict]:
@@ -84,12 +93,13 @@ def test_gradients_are_those_of_one_rank(base, tmp_path):
         launch.ranks(world, [RUNS, "gradients", tmp_path, *paths])
         return {name: torch.load(tmp_path / f"{name}_{world}.pt") for name in runs}
 
-    expected = gradients(1, KINDS)
+    kinds = KINDS | {"window": {"model.path": str(windowed(grouped_llama, tmp_path))}}
+    expected = gradients(1, kinds)
     two = {f"packed-{zero}": {"parallel.zero": zero, "parallel.sequence": 2} for zero in range(4)}
-    two |= {f"{kind}-{zero}": {**KINDS[kind], "parallel.zero": zero, "parallel.sequence": 2}
-            for kind, zero in (("rows", 2), ("lora", 1), ("accumulated", 2), ("accumulated", 3), ("plain_loss", 0))}
+    for kind, zero in (("rows", 2), ("lora", 1), ("accumulated", 3), ("plain_loss", 0), ("window", 1)):
+        two[f"{kind}-{zero}"] = {**kinds[kind], "parallel.zero": zero, "parallel.sequence": 2}
     four = {f"packed-{n}": {"parallel.sequence": n, "parallel.zero": zero} for n, zero in ((4, 2), (2, 3))}
-    four["rows-4"] = {**KINDS["rows"], "parallel.sequence": 4}
+    assert abs(expected["window"]["loss"] - expected["packed"]["loss"]) > 1e-3  # the window is there
     for world, runs in ((2, two), (4, four)):
         for name, found in gradients(world, runs).items():
             one = expected[name.partition("-")[0]]

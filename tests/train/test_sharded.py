@@ -77,7 +77,7 @@ def test_an_export_of_shards_is_that_of_a_checkpoint(lm_config, tmp_path, world)
     transformers.AutoModelForCausalLM.from_pretrained(run / "model")
 
 
-def test_the_commands_of_the_page(classification_config, tmp_path, monkeypatch):
+def test_the_commands_of_the_page(classification_config, no_dropout, tmp_path, monkeypatch):
     """docs/large-models.md, on a small model."""
     page = (launch.ROOT / "docs" / "large-models.md").read_text()
     monkeypatch.chdir(tmp_path)
@@ -85,8 +85,9 @@ def test_the_commands_of_the_page(classification_config, tmp_path, monkeypatch):
     classification_config["checkpoint"] = {"every": 2}
     classification_config |= {"train": {"steps": 2}, "run": classification_config["run"] | {"dir": "runs/my"}}
     launch.write_config(tmp_path / "my.yaml", classification_config)
+    launch.write_config(tmp_path / "documents.yaml", no_dropout)
     commands = [line for block in page.split("```bash\n")[1:] for line in block.partition("```")[0].splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 11
     for command in commands:
         name, *arguments = shlex.split(command, comments=True)
         assert name == "fastft"
