@@ -103,7 +103,8 @@ def as_ranks(world: int, folder: Path, given: list[dict], steps: int) -> list[di
 
 def rank(folder: Path, steps: int) -> None:
     found = [
-        measured(Path(one["config"]), one["arguments"], steps) for one in json.loads((folder / "given.json").read_text())
+        measured(Path(one["config"]), one["arguments"], steps)
+        for one in json.loads((folder / "given.json").read_text())
     ]
     if os.environ["RANK"] == "0":
         torch.save(found, folder / "found.pt")

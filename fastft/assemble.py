@@ -110,7 +110,9 @@ def _check_sequence(config: Config, task: Task) -> None:
             f"Set model.attention: auto, or {one[0].lower()}{one[1:]}.",
         )
     if wrappers := list(config.loss.chosen()):
-        raise UserError(f"{key}: loss.{wrappers[0]} takes whole sequences.", f"Remove it, or {one[0].lower()}{one[1:]}.")
+        raise UserError(
+            f"{key}: loss.{wrappers[0]} takes whole sequences.", f"Remove it, or {one[0].lower()}{one[1:]}."
+        )
     heads = getattr(task.model_config.get_text_config(), "num_attention_heads", None)
     if heads and heads % config.parallel.sequence:
         raise UserError(

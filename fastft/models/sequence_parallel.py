@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastft.errors import UserError
 from fastft.models import documents
@@ -78,7 +77,7 @@ class SequenceParallel(Switch):
             self.gathers = True
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        bounds, longest, *_ = (kwargs.pop(name, None) for name in (KEYS[0], KEYS[2], KEYS[1], KEYS[3]))
+        bounds, _, longest, _ = (kwargs.pop(name, None) for name in KEYS)
         cut = self.on and kwargs.get("use_cache") is False and all(kwargs.get(name) is None for name in MASKS)
         self.take(cut)
         self.length = 0
@@ -111,10 +110,11 @@ class SequenceParallel(Switch):
             raise ValueError("queries and keys are of different lengths")
         if not query.shape[3] == key.shape[3] == value.shape[3]:
             raise ValueError("its queries, keys and values are of different sizes")
-        out, _ = documents.attend(module, *self._to_heads(query, key, value), attention_mask, **options)
+        query, key, value = self._to_heads(query, key, value)
+        out, _ = documents.attend(module, query, key, value, attention_mask, **options)
         return self._to_tokens(out), None
 
-    def _to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def _to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All tokens of this rank's heads, from this rank's tokens (rows, heads, tokens, dim) of all heads, in one
         exchange. Where ranks do not divide the groups of keys and values, each rank gets those that its heads need.
         """
@@ -125,7 +125,8 @@ class SequenceParallel(Switch):
         parts = [t.reshape(rows, world, -1, length, dim) for t in (query, key, value)]
         found = _Exchange.apply(torch.cat(parts, 2).movedim(1, 0), self.group)  # (ranks, rows, heads, tokens, dim)
         whole = found.permute(1, 2, 0, 3, 4).reshape(rows, -1, world * length, dim)
-        return whole.split([part.shape[2] for part in parts], 1)
+        query, key, value = whole.split([part.shape[2] for part in parts], 1)
+        return query, key, value
 
     def _to_tokens(self, out: Tensor) -> Tensor:
         """This rank's tokens of all heads, from all tokens (rows, tokens, heads, dim) of its heads."""
@@ -151,9 +152,7 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.apply(grad, ctx.group), None
 
 
-def install(
-    forward: Callable, model: Any, ranks: Ranks, length: int, device: torch.device
-) -> SequenceParallel:
+def install(forward: Callable, model: Any, ranks: Ranks, length: int, device: torch.device) -> SequenceParallel:
     """Cut the model's sequences over the ranks of each sequence group, once its logits are found to be the same.
 
     Parameters
@@ -187,7 +186,9 @@ def install(
         )
     groups = getattr(model.config.get_text_config(), "num_key_value_heads", 1)
     by = kernels(documents.query_of(model, device), groups)
-    installed.sentence = f"sequences over {ranks.sequence_world} ranks, whole ones for a part of the heads each, by {by}"
+    installed.sentence = (
+        f"sequences over {ranks.sequence_world} ranks, whole ones for a part of the heads each, by {by}"
+    )
     return installed
 
 
@@ -218,6 +219,4 @@ def _difference_of_attention(installed: SequenceParallel, model: Any, device: to
 
     own = run(installed._attend, part)
     expected = [part(whole) for whole in run(documents.attend, lambda whole: whole)]
-    return max(
-        ((a - b).abs().max() / b.abs().max().clamp_min(1e-6)).item() for a, b in zip(own, expected, strict=True)
-    )
+    return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-6)).item() for a, b in zip(own, expected, strict=True))

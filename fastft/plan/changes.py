@@ -64,7 +64,8 @@ def candidates(planned: Planned) -> Iterator[Change]:
     for rows in sorted({batch.rows // 2, 1}, reverse=True):
         if 0 < rows < batch.rows:
             auto = config.batch.micro == "auto"
-            key = f"batch.micro_tokens={rows * batch.width // config.parallel.sequence}" if auto else f"batch.micro={rows}"
+            tokens = rows * batch.width // config.parallel.sequence  # of one rank
+            key = f"batch.micro_tokens={tokens}" if auto else f"batch.micro={rows}"
             yield Change((key,), ranks, NOTHING)
     if ranks > 1:
         for stage in range(zero + 1, 4):

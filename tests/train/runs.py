@@ -5,8 +5,8 @@ gradients OUT C...   one step's gradients and loss, by full parameter name, to O
 shards OUT C...      names of the weights whose shards are not those of a model that was loaded whole, and the first
                      loss, to OUT/<name of C>.json (rank 0)
 again OUT C...       the newest checkpoint of the run, resumed and written to OUT as it is
-isolated OUT C...    largest change of logits in a document, and in the rest of its row, when the rest is changed, and the
-                     largest difference from the document alone, to OUT/<name of C>.json (rank 0)
+isolated OUT C...    largest change of logits in a document, and smallest beside it, when what is beside it is changed,
+                     and the difference from the document alone, to OUT/<name of C>.json (rank 0)
 generated OUT C...   what an evaluation generates, tokens by sample, and its metrics, to OUT/<name of C>.json (rank 0)
 """
 
@@ -162,7 +162,13 @@ if __name__ == "__main__":
             loop.train(configuration.load(path))
     else:
         for path in arguments[1:]:
-            verbs = {"again": again, "gradients": gradients, "generated": generated, "shards": shards, "isolated": isolated}
+            verbs = {
+                "again": again,
+                "gradients": gradients,
+                "generated": generated,
+                "shards": shards,
+                "isolated": isolated,
+            }
             verbs[verb](Path(arguments[0]), Path(path))
     dist.destroy_process_group()
     leave(0)

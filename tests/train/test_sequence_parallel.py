@@ -126,9 +126,7 @@ def close(a, b, tolerance: float = 1e-5) -> bool:
 
 def test_documents_do_not_see_each_other(base, tmp_path):
     """Through the engine, whatever lies beside them in the row, and on which rank."""
-    paths = [
-        variant(base, tmp_path, f"zero{zero}", {"parallel.sequence": 2, "parallel.zero": zero}) for zero in (1, 3)
-    ]
+    paths = [variant(base, tmp_path, f"zero{zero}", {"parallel.sequence": 2, "parallel.zero": zero}) for zero in (1, 3)]
     launch.ranks(2, [RUNS, "isolated", tmp_path, *paths])
     for path in paths:
         found = json.loads(path.with_suffix(".json").read_text())
@@ -236,9 +234,7 @@ def test_attention_with_dropout_is_refused(base, tmp_path, tiny_llama):
 
 
 def test_plans_divide_activations(base):
-    whole, half = (
-        planned(configuration.validate({**base, "parallel": {"sequence": n}}), "cpu", 2) for n in (1, 2)
-    )
+    whole, half = (planned(configuration.validate({**base, "parallel": {"sequence": n}}), "cpu", 2) for n in (1, 2))
     assert half.batching.rows == 2 * whole.batching.rows == base["batch"]["size"] and half.batching.width == 62
     assert half.plan.kept.tokens == whole.plan.kept.tokens
     plain = {**base, "batch": {"micro": 1}, "model": {**base["model"], "layers": "plain"}}
