@@ -96,7 +96,8 @@ def as_ranks(world: int, folder: Path, given: list[dict], steps: int) -> list[di
     processes = [
         subprocess.Popen(command, env={**env, **sizes, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)
     ]
-    if any([process.wait(1200) for process in processes]):
+    codes = [process.wait(1200) for process in processes]
+    if any(codes):
         raise SystemExit("a rank failed")
     return torch.load(folder / "found.pt")
 
