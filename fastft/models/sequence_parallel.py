@@ -170,13 +170,15 @@ def install(forward: Callable, model: Any, ranks: Ranks, length: int, device: to
     installed = None
     if not (reason := documents.refused(model, device)):
         installed = SequenceParallel(model, ranks)
-        tokens = documents.probe_length(model, length)
+        tokens, dtype = documents.probe_length(model, length), next(model.parameters()).dtype
 
         def difference() -> float:
-            logits = documents.difference(installed, forward, model, tokens, device)
-            return max(logits, *ranks.gather(_difference_of_attention(installed, model, device)))
+            for found in ranks.gather(_difference_of_attention(installed, model, device)):
+                if not found <= (1e-4 if dtype == torch.float32 else 5e-2):
+                    raise ValueError(f"attention and its gradients differ from those of whole sequences by {found:.2g}")
+            return documents.difference(installed, forward, model, tokens, device)
 
-        reason = proven(installed, difference, next(model.parameters()).dtype, "whole sequences on one rank")
+        reason = proven(installed, difference, dtype, "whole sequences on one rank")
     if installed is None or reason:
         raise UserError(
             f"parallel.sequence: {ranks.sequence_world}: {type(model).__name__} cannot be computed in parts of its "

@@ -130,11 +130,8 @@ class DecoderTask(TextTask):
 
         if self.config.model.layers == "plain":
             return "plain: asked for"
-        whole = (
-            "plain: attention is by mask"
-            if found is None
-            else layers.install(forward, model, found, self.max_length, device)
-        )
+        why = "attention is by mask" if self.sequences is None else "sequences are cut over ranks"
+        whole = f"plain: {why}" if found is None else layers.install(forward, model, found, self.max_length, device)
         if whole.startswith("fused") or device.type != "cuda":
             return whole
         return f"{whole}; by themselves: {parts.install(model, load.dtype_of(self.config.model.dtype), device)}"
