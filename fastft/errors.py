@@ -24,6 +24,9 @@ class UserError(ValueError):
         self.hint = hint
         super().__init__(f"{message}\n{hint}" if hint else message)
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.message, self.hint)
+
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: a user's mistake needs no traceback."""
         return f"{type(self).__name__}: {self}".splitlines()

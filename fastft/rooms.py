@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastft.registry import Registry
 
 if TYPE_CHECKING:
+    from fastft.corpus.rules.base import Rule
     from fastft.data.orders.base import Order
     from fastft.models.edits.base import Edit
     from fastft.objectives.base import Wrapper
@@ -25,4 +26,5 @@ OBJECTIVES: Registry[type[Wrapper]] = Registry("objective", "fastft.objectives")
 OPTIMIZERS: Registry[type[OptimizerSpec]] = Registry("optimizer", "fastft.optim.optimizers")
 GROUPINGS: Registry[type[Grouping]] = Registry("parameter grouping", "fastft.optim.groupings")
 OBSERVERS: Registry[type[Observer]] = Registry("observer", "fastft.train.observers")
+RULES: Registry[type[Rule]] = Registry("rule", "fastft.corpus.rules")
 TRACKERS: Registry[type[Tracker]] = Registry("tracker", "fastft.track")

@@ -18,7 +18,8 @@ class Source(Section):
     name: str | None = Field(None, description="dataset: its configuration, where it has several.")
     revision: str | None = Field(None, description="dataset: a commit, branch or tag.")
     format: str = Field(
-        "auto", description="txt, jsonl, json, csv, tsv, parquet, conll, hf; auto goes by the name (.gz allowed)."
+        "auto",
+        description="txt, jsonl, json, csv, tsv, parquet, conll, html, xml, hf; auto goes by the name (.gz, .zst allowed).",
     )
     split: str | None = Field(
         None,
@@ -27,6 +28,7 @@ class Source(Section):
     columns: dict[str, str] = Field(
         {}, description="Columns to rename: the name that the task reads -> the name in the data."
     )
+    element: str | None = Field(None, description="xml: name of the elements that are documents; default: the file.")
     documents: Literal["blank_line", "line", "file"] = Field("blank_line", description="txt: what ends a document.")
     header: list[str] | None = Field(
         None, description="csv, tsv, conll: column names of a file that has no header line."

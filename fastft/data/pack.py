@@ -8,8 +8,11 @@ but the lengths.
 import numpy as np
 
 
-def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Indices of pieces per sequence, no sequence longer than capacity.
+def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces in the order of their sequences, and where each sequence begins among them.
+
+    Pieces of one length are placed together: the cost grows with the number of lengths and of sequences' rooms, and
+    not with the number of pieces.
 
     Parameters
     ----------
@@ -17,26 +20,56 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         Piece lengths, 1 <= length <= capacity.
     capacity : int
         Tokens per sequence.
+
+    Returns
+    -------
+    pieces : (n,) int64
+        Indices of pieces, sequence after sequence.
+    offsets : (sequences + 1,) int64
     """
+    lengths = np.asarray(lengths)
     assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
-    bins: list[list[int]] = []
+    order = np.argsort(-lengths, kind="stable")
+    bin_of = np.empty(len(order), np.int64)
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free tokens -> bins with that much room
     rooms = _Rooms(capacity + 1)
-    for piece in np.argsort(-np.asarray(lengths), kind="stable"):
-        length = int(lengths[piece])
-        room = rooms.first_at_least(length)
-        if room is None:
-            index, room = len(bins), capacity
-            bins.append([])
-        else:
-            index = by_room[room].pop()
-            if not by_room[room]:
-                rooms.clear(room)
-        bins[index].append(int(piece))
-        if left := room - length:
-            by_room[left].append(index)
-            rooms.set(left)
-    return bins
+    made = at = 0
+    for length, count in zip(*_falling(lengths), strict=True):
+        end = at + count
+        while at < end:
+            room = rooms.first_at_least(length)
+            each = (capacity if room is None else room) // length  # what a bin takes before the next one gets any
+            wanted = -(-(end - at) // each)
+            if room is None:
+                room, taken = capacity, list(range(made, made + wanted))
+                made += wanted
+            else:
+                taken = by_room[room][: -wanted - 1 : -1]
+                del by_room[room][-wanted:]
+                if not by_room[room]:
+                    rooms.clear(room)
+            placed = min(len(taken) * each, end - at)
+            bin_of[at : at + placed] = np.repeat(taken, each)[:placed]
+            at += placed
+            last = placed - (len(taken) - 1) * each  # pieces in the last of them
+            for bins, left in ((taken[:-1], room - each * length), (taken[-1:], room - last * length)):
+                if left and bins:
+                    by_room[left] += bins
+                    rooms.set(left)
+    pieces = order[np.argsort(bin_of, kind="stable")]
+    return pieces, np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=made))]).astype(np.int64)
+
+
+def _falling(lengths: np.ndarray) -> tuple[list[int], list[int]]:
+    """Distinct lengths, the longest first, and how many pieces have each."""
+    values, counts = np.unique(lengths, return_counts=True)
+    return values[::-1].tolist(), counts[::-1].tolist()
+
+
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """``best_fit`` as lists: indices of pieces per sequence, no sequence longer than capacity."""
+    pieces, offsets = best_fit(lengths, capacity)
+    return [part.tolist() for part in np.split(pieces, offsets[1:-1])] if len(pieces) else []
 
 
 class _Rooms:

@@ -10,8 +10,8 @@ import os
 import re
 import shutil
 from array import array
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,21 @@ class RaggedWriter:
         self.file.write(row.tobytes())
         self.offsets.append(self.offsets[-1] + len(row))
 
+    def extend(self, values: np.ndarray, lengths: np.ndarray) -> None:
+        """Many rows: their values one behind the other, and how many each has."""
+        self.file.write(np.ascontiguousarray(values, dtype=self.dtype).data)
+        self.offsets.frombytes((self.offsets[-1] + np.cumsum(lengths, dtype=np.int64)).tobytes())
+
     def close(self) -> Ragged:
         self.file.close()
         np.save(self.offsets_path, np.asarray(self.offsets))
-        return _ragged(self.path, self.offsets_path, self.dtype)
+        return map_ragged(self.path, self.offsets_path, self.dtype)
+
+
+def split_where(where: str) -> tuple[str, int]:
+    """What readers call a place, as a name and the number at its end; -1 where it has none."""
+    found = re.fullmatch(r"(.*:(?:row )?)([0-9]+)", where, re.DOTALL)
+    return (found[1], int(found[2])) if found else (where, -1)
 
 
 class OriginsWriter:
@@ -74,8 +85,7 @@ class OriginsWriter:
 
     def append(self, where: str) -> None:
         """``where`` as the readers give it: "file:12", "file:row 12", or the file alone (row -1)."""
-        found = re.fullmatch(r"(.*:(?:row )?)([0-9]+)", where, re.DOTALL)
-        name, row = (found[1], int(found[2])) if found else (where, -1)
+        name, row = split_where(where)
         self.rows["origin_file"].append(self.files.setdefault(name, len(self.files)))
         self.rows["origin_row"].append(row)
 
@@ -108,10 +118,14 @@ class Prepared:
                 self.columns[stem] = np.load(folder / name, mmap_mode="r")
             elif kind == "values.bin":
                 dtype = np.dtype(self.meta.get("dtypes", {}).get(stem, RaggedWriter.DEFAULT))
-                self.columns[stem] = _ragged(folder / name, folder / f"{stem}.offsets.npy", dtype)
+                self.columns[stem] = map_ragged(folder / name, folder / f"{stem}.offsets.npy", dtype)
 
     def __getitem__(self, name: str) -> Any:
         return self.columns[name]
+
+    def verify(self) -> None:
+        """Re-hash every file. UserError names the first that differs."""
+        verify(self.folder)
 
     def origin(self, document: int) -> str:
         """Where a document was read: file and line, as the file was called then."""
@@ -150,7 +164,9 @@ def prepare(folder: Path, settings: str, sources: list[str], build: Callable[[Pa
                 )
             with replacing(folder) as scratch:
                 scratch.mkdir()
-                meta = _built(build, scratch)
+                make_room = "Make room, or set data.cache to a folder on another disk."
+                with disk_told(scratch.parent, "prepared data", make_room):
+                    meta = build(scratch)
                 found = unchanged(sources, found)
                 made = {
                     path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -173,18 +189,16 @@ def prepare(folder: Path, settings: str, sources: list[str], build: Callable[[Pa
         return Prepared(folder)
 
 
-def _built(build: Callable[[Path], dict], scratch: Path) -> dict:
-    """What ``build`` returns. UserError, naming the folder, when its disk does not take what is written."""
+@contextmanager
+def disk_told(folder: Path, what: str, hint: str) -> Iterator[None]:
+    """UserError, naming the folder, when its disk does not take what is written."""
     try:
-        return build(scratch)
+        yield
     except OSError as e:
         if e.filename is not None or e.errno not in (None, *DISK):  # None: NumPy's, which counts items
             raise
-        left = f"{shutil.disk_usage(scratch).free:,} bytes left"
-        raise UserError(
-            f"{scratch.parent}: no space left for prepared data, or the disk fails ({left}): {e}.",
-            "Make room, or set data.cache to a folder on another disk.",
-        ) from None
+        left = f"{shutil.disk_usage(folder).free:,} bytes left"
+        raise UserError(f"{folder}: no space left for {what}, or the disk fails ({left}): {e}.", hint) from None
 
 
 def _manifest(folder: Path) -> dict | None:
@@ -248,7 +262,8 @@ def verify(folder: Path) -> None:
             )
 
 
-def _ragged(values: Path, offsets: Path, dtype: np.dtype) -> Ragged:
+def map_ragged(values: Path, offsets: Path, dtype: np.dtype) -> Ragged:
+    """A column of sequences on disk, memory-mapped."""
     empty = values.stat().st_size == 0  # an empty file cannot be mapped
     return Ragged(
         np.zeros(0, dtype) if empty else np.memmap(values, dtype=dtype, mode="r"), np.load(offsets, mmap_mode="r")

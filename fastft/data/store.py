@@ -66,6 +66,12 @@ class Store:
             writer.append(row)
         return writer.close()
 
+    def write_flat(self, name: str, values: np.ndarray, lengths: np.ndarray, dtype: str = "<i4") -> Ragged:
+        """A column of sequences, of which all values are there, one behind the other."""
+        writer = RaggedWriter(self.folder, name, dtype)
+        writer.extend(values, lengths)
+        return writer.close()
+
     def dtypes(self) -> dict[str, str]:
         """Of the ragged columns that are not int32."""
         return {name: w.dtype.str for name, w in self._ragged.items() if w.dtype != RaggedWriter.DEFAULT}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastft import assemble
 from fastft.config import Config
-from fastft.data import prepared
 from fastft.train.advice import advice
 from fastft.train.footprint import footprint
 from fastft.train.record import parameters
@@ -29,7 +28,7 @@ def validate_run(config: Config) -> dict:
     assert job.train is not None and job.order is not None
     splits = {"train": job.train, **job.evals}
     for split in splits.values():  # what a run only compares the sizes of
-        prepared.verify(split.data.folder)
+        split.data.verify()
     schedule = Schedule.of(config, job.order, job.task.max_length)
     assemble.add_model(job)
     assemble.add_optimizer(job)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from fastft.data.encoder import Counts, write_sizes
-from fastft.data.pack import best_fit_decreasing
+from fastft.data.pack import best_fit
 from fastft.data.prepared import Prepared
 from fastft.data.split import Split
 from fastft.data.store import Store
@@ -51,6 +53,7 @@ def write_packs(
     packed: bool,
     extra: int,
     targets: np.ndarray,
+    groups: np.ndarray | None = None,
 ) -> dict:
     """Columns ``piece_doc``, ``piece_start``, ``piece_length``, ``packs``, and those of ``write_sizes``; the totals.
 
@@ -64,12 +67,21 @@ def write_packs(
         Special tokens that every piece gets beside its own.
     targets : (pieces,) int
         What each contributes to the loss's denominator.
+    groups : (n,) int64, optional
+        Where each group of pieces begins, the first at 0: no sequence crosses them.
     """
     for name, column in zip(("piece_doc", "piece_start", "piece_length"), parts, strict=True):
         store.write(name, column)
     lengths = parts[2] + extra
-    plan = best_fit_decreasing(lengths, size) if packed else ([i] for i in range(len(lengths)))
-    packs = store.write_ragged("packs", plan)
+    if packed:
+        plans = []
+        for start, stop in pairwise([*([0] if groups is None else groups.tolist()), len(lengths)]):
+            order, offsets = best_fit(lengths[start:stop], size)
+            plans.append((start + order, np.diff(offsets)))
+        order, counts = (np.concatenate(column) for column in zip(*plans, strict=True))
+    else:
+        order, counts = np.arange(len(lengths)), np.ones(len(lengths), np.int64)
+    packs = store.write_flat("packs", order, counts)
     none = np.zeros(0, np.int64)
     sizes = np.add.reduceat(lengths[packs.values], packs.offsets[:-1]) if len(packs) else none  # no pack is empty
     sums = np.add.reduceat(targets[packs.values], packs.offsets[:-1]) if len(packs) else none

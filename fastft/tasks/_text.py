@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence, Sized
 from functools import cached_property
 from typing import Any
@@ -98,12 +97,7 @@ class TextTask(Task):
 
     @cached_property
     def _tokenizer_key(self) -> dict:
-        tok = self.tokenizer
-        vocabulary = tok.backend_tokenizer.to_str() if tok.is_fast else repr(sorted(tok.get_vocab().items()))
-        return {
-            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-            "special": {k: str(v) for k, v in tok.special_tokens_map.items()},
-        }
+        return load.tokenizer_key(self.tokenizer)
 
 
 class TextEncoder(Encoder):

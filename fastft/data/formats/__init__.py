@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fastft.config import Source
 from fastft.data.formats import hf
@@ -60,7 +61,8 @@ def files_of(source: Source) -> list[Path]:
         raise UserError(f"{nothing[0]}: is a link to nothing.", "Fix or remove it.")
     if not files:
         raise UserError(
-            f"{path}: the folder holds no file of a known format.", f"Known: {', '.join(FORMATS.names())} (also .gz)."
+            f"{path}: the folder holds no file of a known format.",
+            f"Known: {', '.join(FORMATS.names())} (also .gz, .zst).",
         )
     return files
 
@@ -162,14 +164,17 @@ def _read(source: Source) -> Iterator[tuple[str, Record]]:
         yield from hf.read_hub(source)
         return
     for path in files_of(source):
-        name = source.format if source.format != "auto" else ("hf" if path.is_dir() else format_of(path))
-        if name is None:
-            raise UserError(
-                f"{path}: cannot tell the format from the name.", f"Set format to one of: {', '.join(FORMATS.names())}."
-            )
-        try:
-            yield from FORMATS.get(name)(path, source)
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:  # truncated gzip, not UTF-8, no permission
-            raise UserError(
-                f"{path}: cannot be read as {name}: {e}", "Files must be UTF-8 text, or gzip of it."
-            ) from None
+        yield from read_file(path, source)
+
+
+def read_file(path: Any, source: Source) -> Iterator[tuple[str, Record]]:
+    """The records of one file (a Path, or what opens itself: see ``open_text``). Raises as ``read`` does."""
+    name = source.format if source.format != "auto" else ("hf" if path.is_dir() else format_of(path))
+    if name is None:
+        raise UserError(
+            f"{path}: cannot tell the format from the name.", f"Set format to one of: {', '.join(FORMATS.names())}."
+        )
+    try:
+        yield from FORMATS.get(name)(path, source)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:  # truncated gzip, not UTF-8, no permission
+        raise UserError(f"{path}: cannot be read as {name}: {e}", "Files must be UTF-8 text, or gzip of it.") from None

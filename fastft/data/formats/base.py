@@ -1,9 +1,10 @@
 """What all readers share: the table, opening text (gzip or not), formats by file name."""
 
 import gzip
+import io
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, TextIO
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, TextIO, cast
 
 import numpy as np
 
@@ -16,6 +17,8 @@ MISSING: Any = object()
 Reader = Callable[[Path, Source], Iterator[tuple[str, Record]]]
 FORMATS: Registry[Reader] = Registry("data format")
 SUFFIXES: dict[str, str] = {}  # ".jsonl" -> "jsonl"
+COMPRESSED = (".gz", ".zst")
+DATA_EXTRA = "pip install 'fastft[data]'"
 
 
 def reader(name: str, *suffixes: str):
@@ -25,22 +28,95 @@ def reader(name: str, *suffixes: str):
     return FORMATS.register(name)
 
 
-def format_of(path: Path) -> str | None:
-    """Format by suffix, seen through .gz; None when unknown."""
+def format_of(path: PurePath) -> str | None:
+    """Format by suffix, seen through .gz and .zst; None when unknown."""
     suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
+    if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return SUFFIXES.get(suffixes[-1]) if suffixes else None
 
 
-def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """UTF-8 text (a byte-order mark is dropped), decompressed when the file is gzip, whatever its name."""
+def decompressed(raw: BinaryIO, name: object) -> BinaryIO:
+    """What is in a file of gzip or Zstandard, told by its first bytes; else the file itself."""
+    start = raw.read(4)
+    raw.seek(0)
+    if start[:2] == b"\x1f\x8b":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if start == b"\x28\xb5\x2f\xfd":
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError(f"{name}: is Zstandard, and zstandard is not installed.", DATA_EXTRA) from None
+        return cast(BinaryIO, io.BufferedReader(_Zstandard(raw, zstandard), 1 << 18))
+    return raw
+
+
+class _Zstandard(io.RawIOBase):
+    """Decompresses as it is read. EOFError where the file ends within a frame, which zstandard's own reader does not
+    tell; OSError for what is none.
+    """
+
+    FED = 1024  # bytes at a time: the most they can become is 32 MiB
+
+    def __init__(self, raw: BinaryIO, library: Any):
+        self.raw, self.library = raw, library
+        self.frame: Any = None
+        self.left, self.ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            fed = self.left or self.raw.read(self.FED)
+            self.left = b""
+            if not fed:
+                if self.frame is not None:
+                    raise EOFError("the file ends before its Zstandard frame does")
+                return 0
+            self.frame = self.frame or self.library.ZstdDecompressor().decompressobj()
+            try:
+                self.ready = memoryview(self.frame.decompress(fed))
+            except self.library.ZstdError as e:
+                raise OSError(f"broken Zstandard: {e}") from None
+            if self.frame.eof:
+                self.left, self.frame = self.frame.unused_data, None
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def open_text(path: Any, newline: str | None = None) -> TextIO:
+    """UTF-8 text (a byte-order mark is dropped), decompressed when the file is gzip or Zstandard, whatever its name.
+
+    ``path``: a Path, or what opens itself (``fastft.corpus.files.DataFile``).
+    """
+    if not isinstance(path, Path):
+        return path.open_text(newline)
     with open(path, "rb") as f:
         start = f.read(2)
     if start in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path}: is UTF-16, not UTF-8.", f"Convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE")
-    zipped = start == b"\x1f\x8b"
-    return (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline=newline)
+    if start == b"\x1f\x8b":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return io.TextIOWrapper(decompressed(open(path, "rb"), path), encoding="utf-8-sig", newline=newline)
+
+
+def read_whole(path: Any, newline: str | None = None) -> str:
+    """The text of a file that is read at once. UserError when it is more than a DataFile allows."""
+    most = -1 if isinstance(path, Path) else path.most
+    with open_text(path, newline) as f:
+        text = f.read(most + 1 if most >= 0 else -1)
+    if 0 <= most < len(text):
+        raise UserError(
+            f"{path}: is more than {most:,} characters, and read at once.",
+            "Cut it into several files, or write it as jsonl; or raise max_document_bytes.",
+        )
+    return text
 
 
 def value_of(record: Record, column: str) -> Any:

@@ -3,7 +3,7 @@
 import json
 
 from fastft.data.formats import jsonl
-from fastft.data.formats.base import open_text, reader
+from fastft.data.formats.base import open_text, read_whole, reader
 from fastft.errors import UserError
 
 
@@ -14,16 +14,16 @@ def read(path, source):
     if start != "[":
         yield from _lines(path, source)
         return
-    with open_text(path) as f:
-        try:
-            items = json.loads(f.read(), object_pairs_hook=jsonl.no_key_twice)
-        except RecursionError:
-            raise UserError(f"{path}: nested too deeply.", "Fix the file.") from None
-        except ValueError as e:
-            where = f":{e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
-            raise UserError(
-                f"{path}{where}: broken JSON: {e}", "The file must be an array of objects; fix it there."
-            ) from None
+    text = read_whole(path)
+    try:
+        items = json.loads(text, object_pairs_hook=jsonl.no_key_twice)
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply.", "Fix the file.") from None
+    except ValueError as e:
+        where = f":{e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
+        raise UserError(
+            f"{path}{where}: broken JSON: {e}", "The file must be an array of objects; fix it there."
+        ) from None
     for number, record in enumerate(items, 1):
         where = f"{path}:row {number}"
         jsonl.check_object(where, record)

@@ -1,27 +1,49 @@
 """Plain text: documents end at a blank line, at every line, or at the file's end (source.documents)."""
 
+from collections.abc import Iterator
+from typing import TextIO
+
 from fastft.data.formats.base import open_text, reader
 
 
 @reader("txt", ".txt", ".text", ".md", ".rst", ".py")
 def read(path, source):
+    most = getattr(path, "most_text", None)  # characters of a document; a longer one is split
     with open_text(path) as f:
-        if source.documents == "file":
-            yield f"{path}", {"text": f.read()}
-        elif source.documents == "line":
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield f"{path}:{number}", {"text": line.rstrip("\n")}
-        else:
-            lines: list[str] = []
-            start = 1
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    if not lines:
-                        start = number
-                    lines.append(line)
-                elif lines:
-                    yield f"{path}:{start}", {"text": "".join(lines).rstrip("\n")}
-                    lines = []
-            if lines:
-                yield f"{path}:{start}", {"text": "".join(lines).rstrip("\n")}
+        for start, text in _documents(f, source.documents, most):
+            where = f"{path}" if source.documents == "file" else f"{path}:{start}"
+            yield where, {"text": text if source.documents == "file" else text.rstrip("\n")}
+
+
+def _documents(f: TextIO, ends: str, most: int | None) -> Iterator[tuple[int, str]]:
+    """The line, from 1, where each document or part of one begins, and its text."""
+    if ends == "file" and most is None:
+        yield 1, f.read()
+        return
+    parts: list[str] = []
+    start, held = 1, 0
+    for number, line in _lines(f, most):
+        blank = not line.strip()
+        full = most is not None and held + len(line) > most
+        if parts and ((blank and ends == "blank_line") or ends == "line" or full):
+            yield start, "".join(parts)
+            parts, held = [], 0
+        if blank and (ends != "file" or not parts):
+            continue
+        if not parts:
+            start = number
+        parts.append(line)
+        held += len(line)
+    if parts:
+        yield start, "".join(parts)
+
+
+def _lines(f: TextIO, most: int | None) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers; one that is longer than ``most`` in parts, all under its number."""
+    if most is None:
+        yield from enumerate(f, 1)
+        return
+    number = 1
+    while line := f.readline(most):
+        yield number, line
+        number += line.endswith("\n")

@@ -1,0 +1,114 @@
+"""What `fastft prepare` reads: the sources of a corpus, the rules that clean them, and where the tokens go."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from fastft import rooms
+from fastft.config.base import InputPath, OutputPath, Section, specialized
+from fastft.config.loading import expanded, globbed, section
+from fastft.config.reading import read
+from fastft.config.sources import Source
+from fastft.errors import UserError
+
+
+class CorpusSource(Source):
+    """Files of one kind and origin. They keep their name and licence in the manifest, and tokens of two sources are
+    never in one shard."""
+
+    path: InputPath = Field(
+        "", description="File, folder, pattern (raw/*.jsonl.gz), or a URL that fsspec knows (s3://bucket/folder)."
+    )
+    name: str | None = Field(
+        None, pattern=r"^[\w.-]+$", description="What the source is called; default: the last part of its path."
+    )
+    licence: str | None = Field(None, description="Of the source, for the manifest.")
+    text: str = Field("text", description="Column of the text.")
+    encoding: str = Field("utf-8", description="Of text files.")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.dataset or self.revision or not self.path:
+            raise ValueError("a corpus is made from files: give a path (of a hub's data set: its Parquet files)")
+        return self
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.path
+
+
+def _sources(value: Any) -> Any:
+    values = value if isinstance(value, list) else [value]
+    return [{"path": v} if isinstance(v, str) else v for v in values]
+
+
+CorpusSources = Annotated[
+    list[CorpusSource],
+    BeforeValidator(_sources, json_schema_input_type=str | CorpusSource | list[str | CorpusSource]),
+]
+
+
+class Rules(Section):
+    """What is changed and left out, in a fixed order: every rule is a key of this section."""
+
+    members: ClassVar = rooms.RULES
+
+
+class CorpusConfig(Section):
+    """One corpus: raw files in, shards of tokens out."""
+
+    version: Literal[1] = Field(1, description="Version of this file's format.")
+    sources: CorpusSources = Field(min_length=1, description="A path or URL, a source, or a list of them.")
+    output: OutputPath = Field(description="Folder of the corpus: its shards, and manifest.json when it is complete.")
+    tokenizer: InputPath = Field(description="Folder or hub id of the model or tokenizer that will train on it.")
+    revision: str | None = Field(None, description="Commit or tag of a hub id.")
+    rules: SerializeAsAny[Rules] = Field(Rules(), description="A rule's name, a list or a mapping of rules.")
+    duplicates: Literal["exact", "keep"] = Field(
+        "exact", description="exact: of documents with the same text after the rules the first stays; keep: all do."
+    )
+    shard_tokens: int = Field(1 << 26, ge=1, description="Tokens of a shard, at most (a block of rows is not cut).")
+    max_document_bytes: int = Field(
+        1 << 22,
+        ge=1 << 10,
+        description="Longest document. Longer text is split; longer rows of other files are left out, and counted.",
+    )
+    unreadable: Literal["error", "skip"] = Field(
+        "error",
+        description="A file that cannot be read (to its end). skip: what is behind the fault is left out, and "
+        "the manifest says so.",
+    )
+    encoder: Literal["auto", "gigatoken", "tokenizers"] = Field(
+        "auto",
+        description="What makes the tokens. auto: gigatoken where it is installed and gives the tokenizer's ids on a "
+        "sample of this corpus.",
+    )
+    workers: int | None = Field(
+        None, ge=1, description="Processes that clean and tokenize; default: the cores. The result is the same."
+    )
+
+
+def _called(path: str) -> str:
+    """A name for what lies under a path: of raw/news/*.jsonl.gz news, of raw/cases.txt cases."""
+    parts = [re.sub(r"[^\w-]+", "-", part.partition(".")[0]).strip("-") for part in path.split("/") if "*" not in part]
+    return next((part for part in reversed(parts) if part), "source")
+
+
+def load_corpus(path: str | Path, overrides: Sequence[str] = ()) -> CorpusConfig:
+    """Read and check the configuration of a corpus. UserError names the file and the key."""
+    where = str(path)
+    config = expanded(corpus_config(read(path, overrides), where), where)
+    sources: list[CorpusSource] = []
+    for source in config.sources:
+        found = [source] if source.remote else globbed([source], f"{where}: sources")
+        sources += [s.changed(name=source.name or _called(source.path)) for s in found]  # type: ignore[misc]
+    return config.changed(sources=sources)
+
+
+def corpus_config(raw: dict[str, Any], where: str) -> CorpusConfig:
+    """A plain mapping, checked. UserError names ``where`` and the key."""
+    if not isinstance(raw.get("rules", {}), dict | list | str | None):
+        raise UserError(f"{where}: rules: is neither a mapping nor a list of rules.")
+    return section(specialized(CorpusConfig, raw), raw, where)  # type: ignore[return-value]

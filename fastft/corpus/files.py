@@ -1,0 +1,229 @@
+"""The files of a corpus's sources, here or behind a URL: which they are, what is in them, and how they are opened."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, BinaryIO, TextIO, cast
+
+from fastft.config.corpus import CorpusConfig, CorpusSource
+from fastft.data import formats
+from fastft.data.formats.base import DATA_EXTRA, FORMATS, decompressed, format_of
+from fastft.data.sources import fingerprint
+from fastft.errors import UserError
+
+WHOLE = 64  # how many times the longest document a file may be that is read at once
+CHUNK = 1 << 20
+BINARY = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, which is full of zeros, too
+MODULES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+
+
+class DataFile:
+    """A file that opens itself, for the readers of ``fastft.data.formats``, and holds no more of it than it must.
+
+    Attributes
+    ----------
+    most_text : int
+        Characters of the longest document.
+    most : int
+        Characters of the longest file that is read at once.
+    rows : int
+        Rows of a Parquet file that are decoded at a time.
+    too_long : list of int
+        Lines that were longer than a document may be, and were passed over.
+    """
+
+    rows = 256
+
+    def __init__(self, where: str, source: CorpusSource, longest: int):
+        self.where, self.source = where, source
+        self.path: PurePath = PurePosixPath(where.partition("://")[2]) if "://" in where else Path(where)
+        self.most_text, self.most = longest, longest * WHOLE
+        self.too_long: list[int] = []
+        self.raw: BinaryIO | None = None
+
+    def __str__(self) -> str:
+        return self.where
+
+    @property
+    def suffix(self) -> str:
+        return self.path.suffix
+
+    @property
+    def suffixes(self) -> list[str]:
+        return self.path.suffixes
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def format(self) -> str | None:
+        return self.source.format if self.source.format != "auto" else format_of(self.path)
+
+    def is_dir(self) -> bool:
+        return False
+
+    def open_raw(self) -> BinaryIO:
+        """As it lies there, compressed or not."""
+        if "://" in self.where:
+            fs, path = filesystem(self.where)
+            self.raw = cast(BinaryIO, fs.open(path, "rb"))
+        else:
+            self.raw = open(self.where, "rb")  # noqa: SIM115  # closed by the reader
+        return self.raw
+
+    def open_text(self, newline: str | None = None) -> TextIO:
+        """Text in the source's encoding. UserError for a binary file."""
+        content = decompressed(self.open_raw(), self.where)
+        buffered = io.BufferedReader(cast(io.RawIOBase, content), CHUNK)
+        start = buffered.peek(1 << 13)[: 1 << 13]
+        encoding = self.source.encoding.lower().replace("_", "-")
+        if "16" not in encoding and "32" not in encoding and (b"\0" in start or start[:2] in BINARY):
+            kind = "is UTF-16" if start[:2] in BINARY else "holds zero bytes: it is binary"
+            raise UserError(
+                f"{self.where}: {kind}, not {self.source.encoding} text.",
+                "Set encoding in the source, or leave it out.",
+            )
+        if self.format in ("jsonl", "csv", "tsv"):
+            buffered = io.BufferedReader(_Lines(buffered, self.most_text, self.too_long), CHUNK)
+        text = io.TextIOWrapper(
+            buffered, encoding="utf-8-sig" if encoding in ("utf-8", "utf8") else encoding, newline=newline
+        )
+        text._CHUNK_SIZE = 1 << 18  # type: ignore[attr-defined]  # 8 KiB is its own
+        return text
+
+    def size(self) -> int:
+        """Bytes as it lies there."""
+        if "://" in self.where:
+            fs, path = filesystem(self.where)
+            return int(fs.size(path))
+        return Path(self.where).stat().st_size
+
+    def position(self) -> int:
+        """Bytes of it that were read."""
+        try:
+            return self.raw.tell() if self.raw is not None else 0
+        except ValueError:  # closed: it was read to its end
+            return self.size()
+
+
+class _Lines(io.RawIOBase):
+    """A file of lines in which those that are too long are empty."""
+
+    def __init__(self, content: Any, most: int, too_long: list[int]):
+        self.content, self.most, self.too_long = content, most, too_long
+        self.ready = memoryview(b"")
+        self.held: list[bytes] = []  # of the line that has not ended yet
+        self.size, self.number, self.passing = 0, 1, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            chunk = self.content.read1(CHUNK)
+            if not chunk:
+                self.ready, self.held = memoryview(b"".join(self.held)), []
+                if not self.ready:
+                    return 0
+                break
+            self._take(chunk)
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+    def _take(self, chunk: bytes) -> None:
+        end = chunk.rfind(b"\n") + 1
+        if not end:
+            self._hold(chunk)
+            return
+        first = chunk.find(b"\n") + 1
+        self._hold(chunk[:first])
+        whole = b"\n" if self.passing else b"".join(self.held)
+        self.held, self.size, self.passing = [], 0, False
+        rest = chunk[first:end]
+        self.number += 1
+        if self.most < len(rest):  # no line of it can be longer than it is
+            lines = rest.split(b"\n")
+            for i, line in enumerate(lines):
+                if len(line) > self.most:
+                    self.too_long.append(self.number + i)
+                    lines[i] = b""
+            rest = b"\n".join(lines)
+        self.number += rest.count(b"\n")
+        self.ready = memoryview(whole + rest)
+        self._hold(chunk[end:])
+
+    def _hold(self, part: bytes) -> None:
+        if not self.passing and part:
+            self.held.append(part)
+            self.size += len(part)
+            if self.size > self.most:
+                self.too_long.append(self.number)
+                self.held, self.passing = [], True
+
+    def close(self) -> None:
+        self.content.close()
+        super().close()
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it. UserError where it cannot be had."""
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as e:
+        extra = f"pip install {MODULES[scheme]}" if scheme in MODULES else DATA_EXTRA
+        raise UserError(f"{url}: {e}.", extra) from None
+    except ValueError as e:
+        raise UserError(f"{url}: {e}.", "Use a URL such as s3://bucket/folder, or a path.") from None
+
+
+def files_of(source: CorpusSource, config: CorpusConfig) -> list[DataFile]:
+    """The files of a source, in a fixed order. UserError where there are none, or one has no known format."""
+    names = _remote(source.path) if source.remote else [str(path) for path in formats.files_of(source)]
+    files = [DataFile(name, source, config.max_document_bytes) for name in names]
+    for file in files:
+        if file.format is None:
+            raise UserError(
+                f"{file}: cannot tell the format from the name.", f"Set format to one of: {', '.join(FORMATS.names())}."
+            )
+        if file.format == "hf":
+            raise UserError(f"{file}: a saved data set is not read.", "Give its Parquet files.")
+        FORMATS.get(file.format)
+    return files
+
+
+def _remote(url: str) -> list[str]:
+    scheme = url.partition("://")[0]
+    fs, path = filesystem(url)
+    try:
+        if any(sign in path for sign in "*?["):
+            found = [name for name in fs.glob(path) if fs.isfile(name)]
+        elif fs.isfile(path):
+            found = [path]
+        else:
+            found = [name for name in fs.find(path) if format_of(PurePosixPath(name)) is not None]
+    except OSError as e:
+        raise UserError(f"{url}: cannot be listed: {e}.", "Check the URL and its credentials.") from None
+    if not found:
+        raise UserError(f"{url}: no file of a known format.", f"Known: {', '.join(FORMATS.names())} (also .gz, .zst).")
+    return [f"{scheme}://{name.removeprefix(f'{scheme}://')}" for name in sorted(found)]
+
+
+def hashes(files: list[DataFile], known: dict[str, dict]) -> dict[str, dict]:
+    """``sha256`` of every file, by its name; those in ``known`` that lie there unchanged are not read again."""
+    local = [Path(file.where) for file in files if "://" not in file.where]
+    found = fingerprint(local, known)
+    for file in files:
+        if "://" in file.where:
+            sha = hashlib.sha256()
+            with file.open_raw() as f:
+                while chunk := f.read(CHUNK):
+                    sha.update(chunk)
+            found[file.where] = {"sha256": sha.hexdigest()}
+    return found

@@ -1,0 +1,171 @@
+"""Text to token ids, as a task's own tokenizer gives them: by gigatoken where it is proven to be the same, else by
+Hugging Face's tokenizers.
+
+Every document becomes what causal_lm makes of it: the special tokens that the tokenizer puts before and behind a text,
+and the end-of-sequence token. Tasks that want other ones take these off.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastft.errors import UserError
+
+SAMPLE = 200  # documents that are compared before gigatoken is trusted; later one of every block is
+LONGEST = 100_000  # characters of one that is compared then: tokenizers take seconds for megabytes
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What a process needs to tokenize.
+
+    Attributes
+    ----------
+    content : str
+        The tokenizer as JSON, of Hugging Face's tokenizers.
+    key : dict
+        What its ids depend on (``models.load.tokenizer_key``).
+    before, after : list of int
+        Tokens around every document; ``eos`` is the last of ``after`` where there is one.
+    bos, eos : int or None
+    vocabulary : int
+        Ids are below it.
+    """
+
+    content: str
+    key: dict[str, Any]
+    before: list[int]
+    after: list[int]
+    bos: int | None
+    eos: int | None
+    vocabulary: int
+
+    @property
+    def dtype(self) -> str:
+        return "<u2" if self.vocabulary <= 1 << 16 else "<i4"
+
+
+def facts_of(path: str, revision: str | None) -> TokenizerFacts:
+    """UserError for a tokenizer that cannot be had, or that is written in Python alone."""
+    from fastft.config import Model
+    from fastft.models import load
+
+    found = load.tokenizer(Model(path=path, revision=revision))
+    if not found.is_fast:
+        raise UserError(f"tokenizer {path}: has no tokenizer.json.", "A corpus needs a fast tokenizer.")
+    whole, bare = (found("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
+    if at is None:
+        raise UserError(f"tokenizer {path}: encodes a text otherwise with special tokens than without.")
+    before, after, eos = whole[:at], whole[at + len(bare) :], found.eos_token_id
+    if eos is not None and after[-1:] != [eos]:
+        after = [*after, eos]
+    backend = found.backend_tokenizer
+    content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    key = load.tokenizer_key(found)
+    return TokenizerFacts(json.dumps(content), key, before, after, found.bos_token_id, eos, len(found))
+
+
+class Encoder:
+    """Texts to ids, in one process."""
+
+    def __init__(self, facts: TokenizerFacts, fast: bool):
+        self.facts = facts
+        self.fast = _Gigatoken(facts) if fast else None
+        self._plain: Any = None
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text, with those around it. ``Differs`` where gigatoken gives others than the tokenizer."""
+        if self.fast is None:
+            return [self._whole(ids) for ids in self.plain(texts)]
+        bare = self.fast.encode(texts, self.plain)
+        at = next((i for i, text in enumerate(texts) if len(text) <= LONGEST), None)
+        if at is not None and not np.array_equal(self.plain([texts[at]])[0], bare[at]):
+            raise Differs(texts[at])
+        return [self._whole(ids) for ids in bare]
+
+    def plain(self, texts: list[str]) -> list[np.ndarray]:
+        """Without special tokens, by Hugging Face's tokenizers."""
+        if self._plain is None:
+            from tokenizers import Tokenizer
+
+            self._plain = Tokenizer.from_str(self.facts.content)
+        found = self._plain.encode_batch(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.uint32) for encoding in found]
+
+    def _whole(self, ids: np.ndarray) -> np.ndarray:
+        """As causal_lm's encoder has it: a text that says BOS or EOS itself gets no second one."""
+        facts = self.facts
+        if not len(ids):
+            return ids
+        before, after = facts.before, facts.after
+        if facts.bos is not None and before[-1:] == [facts.bos] and ids[0] == facts.bos:
+            before = before[:-1]
+        if facts.eos is not None and after == [facts.eos] and ids[-1] == facts.eos:
+            after = []
+        if not before and len(after) == 1:
+            return np.append(ids, np.uint32(after[0]))
+        return np.concatenate([np.asarray(part, np.uint32) for part in (before, ids, after)])
+
+
+class Differs(RuntimeError):
+    """gigatoken's ids of a text are not the tokenizer's."""
+
+
+class _Gigatoken:
+    """gigatoken, which wants a token for every single byte. A vocabulary without some is given them under ids that it
+    does not have; a text in which one comes up is left to the tokenizer itself.
+    """
+
+    def __init__(self, facts: TokenizerFacts):
+        import gigatoken
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        content = json.loads(facts.content)
+        vocabulary = content["model"].get("vocab")
+        ids = [token["id"] for token in content.get("added_tokens", [])]
+        self.first = 1 << 32
+        if content["model"].get("type") == "BPE" and "ByteLevel" in json.dumps(content.get("pre_tokenizer")):
+            missing = [char for char in sorted(ByteLevel.alphabet()) if char not in vocabulary]
+            self.first = max([*vocabulary.values(), *ids]) + 1
+            vocabulary |= {char: self.first + i for i, char in enumerate(missing)}
+        self.tokenizer = gigatoken.Tokenizer.from_json(json.dumps(content))
+
+    def encode(self, texts: list[str], plain: Any) -> list[np.ndarray]:
+        found = self.tokenizer.encode_batch(texts, parallel=False)
+        layout = getattr(found, "layout", None)
+        if layout is None:
+            rows = [np.asarray(row, np.uint32) for row in found]
+        else:
+            offsets, values = np.asarray(layout.offsets.data), np.asarray(layout.content.data)
+            rows = np.split(values, offsets[1:-1]) if len(texts) else []
+        for i, row in enumerate(rows):
+            if len(row) and row.max() >= self.first:
+                rows[i] = plain([texts[i]])[0]
+        return rows
+
+
+def choose(facts: TokenizerFacts, wanted: str, sample: list[str]) -> tuple[bool, str]:
+    """Whether gigatoken is used, and why: ids of a sample are compared. UserError where it cannot be, but must."""
+    if wanted == "tokenizers":
+        return False, "asked for"
+    try:
+        fast = _Gigatoken(facts)
+    except ImportError:
+        why = "gigatoken is not installed"
+    except Exception as e:  # what its Rust code says of a tokenizer that it does not know
+        why = f"gigatoken does not take this tokenizer: {str(e).strip().splitlines()[0]}"
+    else:
+        exact = Encoder(facts, fast=False)
+        got, right = fast.encode(sample, exact.plain), exact.plain(sample)
+        wrong = sum(not np.array_equal(a, b) for a, b in zip(got, right, strict=True))
+        if not wrong:
+            return True, f"the same ids on {len(sample)} of {len(sample)} documents"
+        why = f"gigatoken gives other ids on {wrong} of {len(sample)} documents"
+    if wanted == "gigatoken":
+        raise UserError(f"encoder: {why}.", "Set encoder: auto, or pip install 'fastft[data]'.")
+    return False, why

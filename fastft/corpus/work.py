@@ -1,0 +1,151 @@
+"""What is done with a block of rows, in whichever process: rules, then tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fastft.config.corpus import corpus_config
+from fastft.corpus.rules.base import Document, chosen
+from fastft.corpus.tokens import Encoder, TokenizerFacts
+
+SAMPLES = 3  # documents left out by a rule that the manifest shows
+SHOWN = 200  # characters of each
+Place = tuple[int, int]  # file of the source, row in it; -1: the file is the document
+
+
+@dataclass
+class Count:
+    """What a rule did.
+
+    Attributes
+    ----------
+    rows, changed, dropped : int
+        Documents that came in, whose text was changed, that were left out.
+    reasons : dict of str
+        Why, and how many.
+    samples : list of dict
+        ``where``, ``reason`` and the beginning of the ``text`` of the first that were left out.
+    """
+
+    rows: int = 0
+    changed: int = 0
+    dropped: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+    def drop(self, where: str, reason: str, text: str) -> None:
+        self.dropped += 1
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        if len(self.samples) < SAMPLES:
+            self.samples.append({"where": where, "reason": reason, "text": text[:SHOWN]})
+
+    def add(self, other: Count) -> None:
+        self.rows += other.rows
+        self.changed += other.changed
+        self.dropped += other.dropped
+        for reason, count in other.reasons.items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
+        self.samples += other.samples[: SAMPLES - len(self.samples)]
+
+
+@dataclass
+class Rows:
+    """Rows of a source as they were read: where each is, by its place and in words, and its text."""
+
+    places: list[Place] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Done:
+    """What a block of rows has become.
+
+    Attributes
+    ----------
+    places : (n, 2) int64
+        File and row of the documents that stay.
+    where : list of str
+        The same in words.
+    ids : list of bytes
+        A hash of each text, 16 bytes.
+    tokens, lengths : (tokens,) and (n,)
+    characters : (n,) int64
+    counts : dict of str
+        By rule.
+    """
+
+    places: np.ndarray
+    where: list[str]
+    ids: list[bytes]
+    tokens: np.ndarray
+    lengths: np.ndarray
+    characters: np.ndarray
+    counts: dict[str, Count]
+
+    def only(self, kept: np.ndarray) -> Done:
+        """Those documents alone. ``kept``: (n,) bool."""
+        at = np.flatnonzero(kept).tolist()
+        tokens = self.tokens[np.repeat(kept, self.lengths)]
+        return Done(
+            self.places[kept],
+            [self.where[i] for i in at],
+            [self.ids[i] for i in at],
+            tokens,
+            self.lengths[kept],
+            self.characters[kept],
+            self.counts,
+        )
+
+
+class Worker:
+    """Cleans and tokenizes blocks: the same block becomes the same in every process."""
+
+    def __init__(self, config: dict[str, Any], facts: TokenizerFacts, fast: bool):
+        """``config``: as it is dumped, for the classes of sections do not pickle."""
+        self.rules = [(name, kind(settings)) for name, kind, settings in chosen(corpus_config(config, "prepare"))]
+        self.encoder = Encoder(facts, fast)
+        self.dtype = facts.dtype
+
+    def run(self, rows: Rows) -> Done:
+        counts = {name: Count() for name, _ in self.rules}
+        kept, texts = list[int](), list[str]()
+        for i, text in enumerate(rows.texts):
+            document = Document(text)
+            for name, rule in self.rules:
+                count, before = counts[name], document.text
+                count.rows += 1
+                reason = rule.apply(document)
+                if reason is not None:
+                    count.drop(rows.where[i], reason, before)
+                    break
+                count.changed += document.text is not before
+            else:
+                kept.append(i)
+                texts.append(document.text)
+        encoded = self.encoder.encode(texts)
+        counts["tokens"] = empty = Count(rows=len(texts))
+        for at in range(len(texts)):
+            if not len(encoded[at]):
+                empty.drop(rows.where[kept[at]], "no token", texts[at])
+        full = [at for at in range(len(texts)) if len(encoded[at])]
+        used = [encoded[at] for at in full]
+        values: Any = np.concatenate(used) if used else np.zeros(0)
+        return Done(
+            np.array([rows.places[kept[at]] for at in full], np.int64).reshape(-1, 2),
+            [rows.where[kept[at]] for at in full],
+            [identity(texts[at]) for at in full],
+            values.astype(self.dtype),
+            np.array([len(ids) for ids in used], np.int64),
+            np.array([len(texts[at]) for at in full], np.int64),
+            counts,
+        )
+
+
+def identity(text: str) -> bytes:
+    """What a document is known by: a hash of its text."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

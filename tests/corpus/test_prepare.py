@@ -1,0 +1,283 @@
+"""`fastft prepare`: what goes in, what is counted, what comes out, whoever does it and however often it is killed."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import corpora
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import transformers
+
+from fastft.config.corpus import load_corpus
+from fastft.corpus import build, reading, shards
+from fastft.corpus.build import prepare
+from fastft.errors import UserError
+
+RULES = {
+    "unicode": True,
+    "whitespace": True,
+    "length": {"min_words": 20},
+    "repetition": {"duplicate_ngrams": {10: 0.9}},
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_llama):
+    return transformers.AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """A folder with a file of every kind, 30 documents each where a file holds several."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    texts = [corpora.prose(n) for n in range(200)]
+    with gzip.open(folder / "a.txt.gz", "wt") as f:
+        f.write("\n\n".join(texts[:30]))
+    corpora.jsonl(folder / "b.jsonl", texts[30:60])
+    rows = "".join(f'{n},"{t}"\n' for n, t in enumerate(texts[60:90]))
+    (folder / "c.csv").write_text("id,text\n" + rows)
+    pq.write_table(pa.table({"text": texts[90:120]}), folder / "d.parquet")
+    (folder / "e.html").write_text(f"<html><style>p {{}}</style><p>{texts[120]}</p><script>no</script></html>")
+    items = "".join(f"<doc><p>{text}</p></doc>" for text in texts[121:151])
+    (folder / "f.xml").write_text(f"<docs>{items}</docs>")
+    (folder / "g.json").write_text(json.dumps([{"text": text} for text in texts[151:180]]))
+    return folder
+
+
+SOURCE = {"path": "", "name": "all", "licence": "CC0", "element": "doc"}
+
+
+def of(raw):
+    return [SOURCE | {"path": str(raw)}]
+
+
+def test_every_format_becomes_tokens_that_say_the_text(tmp_path, raw, tiny_llama, tokenizer):
+    corpus = corpora.made(tmp_path, tiny_llama, of(raw))
+    found = corpora.texts_of(corpus, tokenizer)
+    assert sorted(found) == sorted(corpora.prose(n) for n in range(180))
+    assert all(corpus.tokens(0)[i][-1] == tokenizer.eos_token_id for i in range(180))
+    manifest = corpus.manifest
+    assert manifest["sources"][0]["licence"] == "CC0" and manifest["totals"]["documents"] == 180
+    assert corpus.where(0, 0) == f"all: {raw}/a.txt.gz:1" and corpus.where(0, 91) == f"all: {raw}/d.parquet:row 2"
+    assert corpus.where(0, 120) == f"all: {raw}/e.html"
+    corpus.verify()
+
+
+def test_zstandard(tmp_path, raw, tiny_llama, tokenizer):
+    zstandard = pytest.importorskip("zstandard", reason="pip install 'fastft[data]'")
+    for name in ("b.jsonl", "f.xml"):  # as two frames
+        content = (raw / name).read_bytes()
+        packed = zstandard.compress(content[:1000]) + zstandard.compress(content[1000:])
+        (tmp_path / f"{name}.zst").write_bytes(packed)
+    sources = [SOURCE | {"path": str(tmp_path / f"{name}.zst")} for name in ("b.jsonl", "f.xml")]
+    found = corpora.texts_of(corpora.made(tmp_path, tiny_llama, sources), tokenizer)
+    assert found == [corpora.prose(n) for n in (*range(30, 60), *range(121, 151))]
+    (tmp_path / "b.jsonl.zst").write_bytes(packed[:-20])
+    with pytest.raises(UserError, match=r"b\.jsonl\.zst: cannot be read as jsonl: the file ends within|before its Zst"):
+        corpora.made(tmp_path / "2", tiny_llama, sources[:1])
+
+
+def test_urls(tmp_path, tiny_llama, tokenizer):
+    fsspec = pytest.importorskip("fsspec")
+    fs = fsspec.filesystem("memory")
+    for number in range(3):
+        with fs.open(f"/bucket/part/{number}.jsonl", "w") as f:
+            f.write(json.dumps({"text": corpora.prose(number)}) + "\n")
+    with fs.open("/bucket/part/notes.bin", "w") as f:
+        f.write("no data")
+    try:
+        corpus = corpora.made(tmp_path, tiny_llama, "memory://bucket/part")
+        assert corpora.texts_of(corpus, tokenizer) == [corpora.prose(n) for n in range(3)]
+        assert corpus.where(0, 2) == "raw: memory://bucket/part/2.jsonl:1" or "memory:///bucket" in corpus.where(0, 2)
+        some = corpora.made(tmp_path / "2", tiny_llama, "memory://bucket/part/[01].jsonl")
+        assert some.manifest["totals"]["documents"] == 2
+        with pytest.raises(UserError, match="no file of a known format"):
+            corpora.made(tmp_path / "3", tiny_llama, "memory://bucket/none")
+    finally:
+        fs.rm("/bucket", recursive=True)
+
+
+def test_rules_count_what_they_do_and_show_some_of_it(tmp_path, tiny_llama):
+    texts = [corpora.prose(0), "too short", corpora.prose(1) + "\t \t end", corpora.prose(0), "", corpora.prose(2)]
+    corpora.jsonl(tmp_path / "r.jsonl", texts)
+    corpus = corpora.made(tmp_path, tiny_llama, str(tmp_path / "r.jsonl"), rules=RULES)
+    rules = corpus.manifest["rules"]
+    found = {name: [rule[n] for n in ("in", "kept", "changed", "dropped")] for name, rule in rules.items()}
+    assert found == {
+        "reading": [6, 5, 0, 1],
+        "unicode": [5, 5, 0, 0],
+        "whitespace": [5, 5, 1, 0],
+        "length": [5, 4, 0, 1],
+        "repetition": [4, 4, 0, 0],
+        "tokens": [4, 4, 0, 0],
+        "duplicates": [4, 3, 0, 1],
+    }
+    where = f"{tmp_path}/r.jsonl"
+    assert rules["length"]["samples"] == [
+        {"where": f"{where}:2", "reason": "fewer than 20 characters", "text": "too short"}
+    ]
+    assert rules["duplicates"]["samples"][0]["where"] == f"{where}:4" and rules["reading"]["reasons"] == {"empty": 1}
+    kept = corpora.made(tmp_path / "2", tiny_llama, str(tmp_path / "r.jsonl"), duplicates="keep")
+    assert kept.manifest["totals"]["documents"] == 5
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK_ROWS", 7)
+
+
+SMALL = {"rules": RULES, "shard_tokens": 1500}
+
+
+def test_the_same_bytes_from_any_number_of_workers(tmp_path, raw, tiny_llama, small_blocks):
+    """One source is one folder, the other files of it again: duplicates across sources."""
+    sources = [*of(raw), {"path": str(raw / "b.jsonl"), "name": "again"}, {"path": str(raw / "c.csv"), "name": "third"}]
+    found = []
+    for workers in (1, 2, 4):
+        corpus = corpora.made(tmp_path / str(workers), tiny_llama, sources, workers=workers, duplicates="keep", **SMALL)
+        found.append(corpora.content(corpus.folder))
+    assert found[0] == found[1] == found[2]
+    assert len(corpus.shards) > 6 and all(shard.tokens <= 1500 for shard in corpus.shards)
+    assert {shard.source for shard in corpus.shards} == {0, 1, 2}
+
+
+def _killed(config, seed: int, blocks: int | None) -> None:
+    """In a process of its own: kill it after some blocks, or after a time."""
+
+    def report(made):
+        nonlocal blocks
+        if blocks is not None:
+            blocks -= 1
+            if blocks < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    prepare(config, report=report)
+
+
+def _kill_until_done(config, rng: random.Random, kills: int) -> int:
+    fork = multiprocessing.get_context("fork")
+    killed = 0
+    for number in range(kills):
+        blocks = rng.randrange(20) if number % 2 else None
+        child = fork.Process(target=_killed, args=(config, number, blocks))
+        child.start()
+        if blocks is None:
+            time.sleep(rng.random() * 0.4)
+            child.kill()
+        child.join()
+        killed += child.exitcode == -signal.SIGKILL
+        assert child.exitcode in (0, -signal.SIGKILL)
+        if child.exitcode == -signal.SIGKILL:
+            assert not shards.is_corpus(build.Path(config.output))
+    return killed
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.long)])
+def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path, raw, tiny_llama, small_blocks, kills):
+    corpora.jsonl(raw / "b.jsonl", [corpora.prose(n) for n in range(20, 300)])  # some are duplicates of a.txt.gz
+    whole = corpora.made(tmp_path / "whole", tiny_llama, of(raw), **SMALL)
+    rng = random.Random(kills)
+    killed = 0
+    for attempt in range(kills // 3):
+        config = corpora.config_of(tmp_path / f"{attempt}", tiny_llama, of(raw), **SMALL)
+        (tmp_path / f"{attempt}").mkdir()
+        killed += _kill_until_done(config, rng, 3)
+        corpus = prepare(config)
+        assert corpora.content(corpus.folder) == corpora.content(whole.folder)
+    assert killed >= kills // 3
+
+
+def test_what_is_done_stays_and_nothing_is_written_twice(tmp_path, raw, tiny_llama, small_blocks):
+    config = corpora.config_of(tmp_path, tiny_llama, of(raw), **SMALL)
+    corpus = prepare(config)
+    times = {path: path.stat().st_mtime_ns for path in corpus.folder.rglob("*")}
+    assert prepare(config).digest == corpus.digest
+    assert {path: path.stat().st_mtime_ns for path in corpus.folder.rglob("*")} == times
+    corpora.jsonl(raw / "b.jsonl", ["another text " * 20])
+    with pytest.raises(UserError, match="made from other files or settings"):
+        prepare(config)
+    again = prepare(config, overwrite=True)
+    assert again.digest != corpus.digest and again.manifest["totals"]["documents"] < 180
+
+
+@pytest.mark.parametrize("how", ["cut", "swapped", "flipped"])
+def test_a_torn_or_swapped_shard_is_found(tmp_path, raw, tiny_llama, small_blocks, how):
+    corpus = corpora.made(tmp_path, tiny_llama, of(raw), **SMALL)
+    first = corpus.path(0) / "tokens.values.bin"
+    data = first.read_bytes()
+    if how == "cut":
+        first.write_bytes(data[:-2])
+    elif how == "swapped":
+        sizes = {i: (corpus.path(i) / "ids.npy").stat().st_size for i in range(len(corpus.shards))}
+        a, b = next((i, j) for i in sizes for j in sizes if i < j and sizes[i] == sizes[j])
+        first = corpus.path(a) / "ids.npy"
+        first.write_bytes((corpus.path(b) / "ids.npy").read_bytes())
+    else:
+        first.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(UserError, match=str(first)):
+        shards.Corpus(corpus.folder)
+
+
+def test_a_flipped_byte_in_the_middle_is_found_by_verify(tmp_path, raw, tiny_llama):
+    corpus = corpora.made(tmp_path, tiny_llama, of(raw))
+    path = corpus.path(0) / "tokens.values.bin"
+    data = bytearray(path.read_bytes())
+    assert len(data) > 2 * shards.PROBED
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="does not match its hash"):
+        shards.Corpus(corpus.folder).verify()
+
+
+def test_the_command(tmp_path, raw, tiny_llama):
+    import launch
+
+    (tmp_path / "corpus.yaml").write_text(
+        f"output: {tmp_path}/out\ntokenizer: {tiny_llama}\nsources: {{path: '{raw}/*.jsonl', licence: CC0}}\n"
+        "rules: [unicode, length]\n"
+    )
+    _, output = launch.fastft("prepare", tmp_path / "corpus.yaml", "workers=2", "--json")
+    said = json.loads(output.strip().splitlines()[-1])
+    assert said["totals"]["documents"] == 30 and said["sources"][0]["name"] == "raw"
+    _, output = launch.fastft("prepare", tmp_path / "corpus.yaml")
+    assert said["manifest"] in output and "30 documents" in output
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ("rules: {lenght: true}", "rules.lenght: unknown key. Did you mean 'length'?"),
+        ("rules: [length, {quality: {min_words: -1}}]", "rules.quality.min_words"),
+        ("tokeniser: x", "tokeniser: unknown key"),
+        ("sources: {dataset: a/b}", "a corpus is made from files"),
+        ("sources: nowhere/*.txt", "no file matches"),
+        ("sources: []", "sources"),
+    ],
+)
+def test_mistakes_in_the_file(tmp_path, change, said):
+    key = change.partition(":")[0]
+    lines = {"output": "output: out", "tokenizer": "tokenizer: x", "sources": "sources: x.txt"} | {key: change}
+    (tmp_path / "c.yaml").write_text("\n".join(lines.values()))
+    with pytest.raises(UserError) as e:
+        load_corpus(tmp_path / "c.yaml")
+    assert said in str(e.value) and "c.yaml" in str(e.value)
+
+
+def test_ids_are_those_of_the_tokenizer(tmp_path, tiny_llama, tokenizer):
+    """Documents as causal_lm encodes them: special tokens in the text, and the end-of-sequence token once."""
+    texts = ["a plain text", "it ends by itself<eos>", "<eos>it begins so", "naïve 中文 \U0001f600", "in <pad> it"]
+    corpora.jsonl(tmp_path / "t.jsonl", texts)
+    corpus = corpora.made(tmp_path, tiny_llama, str(tmp_path / "t.jsonl"))
+    eos = tokenizer.eos_token_id
+    for i, text in enumerate(texts):
+        ids = tokenizer(text)["input_ids"]
+        assert corpus.tokens(0)[i].tolist() == (ids if ids[-1] == eos else [*ids, eos])
+    assert corpus.dtype == np.dtype("<u2")
