@@ -1,8 +1,8 @@
 """`fastft prepare`: from raw files to shards of tokens behind a manifest.
 
 One process reads, several clean and tokenize, the first one leaves out duplicates and writes, in the order of the
-files: the result does not depend on how many there are. When a shard is complete, what has been done until then is written
-down; a run that was killed goes on from there, and its result is the same to the byte.
+files: the result does not depend on how many there are. When a shard is complete, what has been done until then is
+written down; a run that was killed goes on from there, and its result is the same to the byte.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastft.config import Source
 from fastft.corpus.work import Done
 from fastft.data.prepared import Ragged, RaggedWriter, map_ragged
 from fastft.errors import UserError
@@ -103,6 +104,18 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def corpora_of(name: str, sources: list[Source]) -> list[Path]:
+    """The folders of a set that is made of corpora; none where it is not. UserError for a mixture."""
+    folders = [Path(source.path) for source in sources if source.path]
+    found = [folder for folder in folders if is_corpus(folder)]
+    if found and len(found) < len(sources):
+        raise UserError(
+            f"data set {name!r}: {found[0]} is a prepared corpus, other sources are not.",
+            "Prepare them all, into one corpus or several.",
+        )
+    return found
 
 
 class Corpus:

@@ -29,7 +29,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     """
     lengths = np.asarray(lengths)
     assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
-    order = np.argsort(-lengths, kind="stable")
+    shortfall = capacity - lengths  # of small integers NumPy sorts by digits, three times as fast
+    order = np.argsort(shortfall.astype(np.uint16) if capacity < 1 << 16 else shortfall, kind="stable")
     bin_of = np.empty(len(order), np.int64)
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free tokens -> bins with that much room
     rooms = _Rooms(capacity + 1)

@@ -40,6 +40,11 @@ class TextTask(Task):
             )
         return wanted
 
+    @property
+    def room(self) -> int:
+        """Tokens of a document that a sequence takes."""
+        return self.max_length
+
     def width(self, rows: Sequence[Sized]) -> int:
         """Tokens that rows are padded to."""
         multiple = self.config.batch.pad_to_multiple_of

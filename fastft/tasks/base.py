@@ -18,6 +18,7 @@ import numpy as np
 
 from fastft import rooms
 from fastft.config import Config, Data, Evaluation, Loss, Section
+from fastft.corpus.shards import corpora_of
 from fastft.data.encoder import Encoder, Learned
 from fastft.data.split import Split, data_key, open_split
 from fastft.errors import UserError, did_you_mean
@@ -338,7 +339,16 @@ class Task(ABC):
         sets = self.config.data.eval
         return {name: self._split(f"eval-{name}", sources, learned) for name, sources in sets.items()}
 
+    def corpus_split(self, name: str, folders: list[Path], learned: Learned | None) -> Split:
+        """A set of prepared corpora. Raises UserError where the task does not read them."""
+        raise UserError(
+            f"data set {name!r}: {folders[0]} is a prepared corpus, which task {self.config.task} does not read.",
+            "causal_lm and masked_lm do.",
+        )
+
     def _split(self, name, sources, learned: Learned | None) -> Split:
+        if folders := corpora_of(name, sources):
+            return self.corpus_split(name, folders, learned)
         config = self.config
         key = self.preparation_key(learned)
         return open_split(name, sources, self.encoder(learned), key, learned, config.data, config.run)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from fastft import rooms
 from fastft.config import Data
 from fastft.data.encoder import Counts, Example, Learned
 from fastft.data.formats import Record
+from fastft.data.split import Split
 from fastft.data.store import Store
 from fastft.inference.base import Predictor
 from fastft.lazy import torch
 from fastft.models import load
+from fastft.tasks._corpus import open_corpora
 from fastft.tasks._decoder import DecoderTask, GenerationOptions
 from fastft.tasks._documents import count_long, pieces, write_packs
 from fastft.tasks._text import TextEncoder
@@ -36,6 +40,9 @@ class CausalLM(DecoderTask):
 
     def encoder(self, learned: Learned | None) -> DocumentEncoder:
         return DocumentEncoder(self)
+
+    def corpus_split(self, name: str, folders: list[Path], learned: Learned | None) -> Split:
+        return open_corpora(self, name, folders, self.encoder(learned), learned, bare=False)
 
     @classmethod
     def fits(cls, model_config: Any) -> bool:
@@ -84,9 +91,13 @@ class DocumentEncoder(TextEncoder):
 
     def finish(self, store: Store, learned: Learned | None) -> dict:
         tokens = store.ragged("tokens")
-        # Neighbors share one token, so that every token but the document's first is predicted once.
-        parts = pieces(tokens.lengths(), self.max_length, self.truncation, overlap=1)
-        targets = parts[2] - 1  # a piece's first token is no target
-        totals = write_packs(store, parts, self.max_length, self.packing == "isolated", 0, targets)
         sums = {"documents": len(tokens), "tokens": len(tokens.values), "characters": self.characters}
-        return {"totals": totals, **sums}
+        return {**self.plan(store, tokens.lengths(), np.zeros(1, np.int64)), **sums}
+
+    def plan(self, store: Store, lengths: np.ndarray, starts: np.ndarray) -> dict:
+        """Pack documents by their lengths; no sequence crosses ``starts``, the documents at which shards begin."""
+        # Neighbors share one token, so that every token but the document's first is predicted once.
+        parts = pieces(lengths, self.max_length, self.truncation, overlap=1)
+        targets = parts[2] - 1  # a piece's first token is no target
+        groups = np.searchsorted(parts[0], starts)
+        return {"totals": write_packs(store, parts, self.max_length, self.packing == "isolated", 0, targets, groups)}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from fastft.inference.base import Predictor, Row
 from fastft.lazy import torch
 from fastft.models import load
 from fastft.objectives.base import Objective
+from fastft.tasks._corpus import open_corpora
 from fastft.tasks._documents import count_long, documents_of, pack, pieces, write_packs
 from fastft.tasks._language import (
     LanguageModelLoss,
@@ -110,6 +112,29 @@ class MaskedLM(TextTask):
                 "masked_lm is for encoders; for decoders there is causal_lm.",
             )
         return MaskedEncoder(self)
+
+    @property
+    def room(self) -> int:
+        return self.max_length - sum(map(len, self.special))
+
+    def corpus_split(self, name: str, folders: list[Path], learned: Learned | None) -> Split:
+        split = open_corpora(self, name, folders, self.encoder(learned), learned, bare=True)
+        split.data.columns["words"] = Words(split.data["tokens"], self._begins())  # type: ignore[assignment]
+        return split
+
+    def _begins(self) -> np.ndarray:
+        """(vocabulary,) bool: tokens that begin a unit that is masked as a whole."""
+        if not self.config.data.whole_words:
+            return np.ones(len(self.tokenizer), bool)
+        model = self.tokenizer.backend_tokenizer.model if self.tokenizer.is_fast else None
+        prefix = getattr(model, "continuing_subword_prefix", None)
+        if type(model).__name__ != "WordPiece" or self.config.data.chinese_words == "jieba":
+            raise UserError(
+                "data.whole_words: a prepared corpus holds no words, and only tokens of WordPiece say where one begins.",
+                "Set data.whole_words: false (and data.chinese_words: none), or train on the files themselves.",
+            )
+        tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
+        return np.array([not str(token).startswith(prefix) for token in tokens])
 
     @cached_property
     def special(self) -> tuple[list[int], list[int]]:
@@ -284,7 +309,7 @@ class MaskedEncoder(TextEncoder):
     def __init__(self, task: MaskedLM):
         data = task.config.data
         super().__init__(task, [data.text])
-        self.data, self.room = data, task.max_length - sum(map(len, task.special))
+        self.data, self.room = data, task.room
         self.segment = _segmenter(data.chinese_words) if data.whole_words else None
         if not self.tokenizer.is_fast and data.whole_words:
             raise UserError(
@@ -321,11 +346,31 @@ class MaskedEncoder(TextEncoder):
 
     def finish(self, store: Store, learned: Learned | None) -> dict:
         tokens = store.ragged("tokens")
-        parts = pieces(tokens.lengths(), self.room, self.truncation, overlap=0)
-        targets = np.array([_quota(int(n), self.data.mask_share) for n in parts[2]], dtype=np.int64)
-        packed = self.data.packing == "isolated"
-        totals = write_packs(store, parts, self.max_length, packed, self.max_length - self.room, targets)
-        return {"totals": totals, "documents": len(tokens), "tokens": len(tokens.values)}
+        sums = {"documents": len(tokens), "tokens": len(tokens.values)}
+        return {**self.plan(store, tokens.lengths(), np.zeros(1, np.int64)), **sums}
+
+    def plan(self, store: Store, lengths: np.ndarray, starts: np.ndarray) -> dict:
+        """Pack documents by their lengths; no sequence crosses ``starts``, the documents at which shards begin."""
+        parts = pieces(lengths, self.room, self.truncation, overlap=0)
+        targets = np.maximum(1, np.rint(parts[2] * self.data.mask_share)).astype(np.int64)  # _quota of each
+        packed, groups = self.data.packing == "isolated", np.searchsorted(parts[0], starts)
+        return {"totals": write_packs(store, parts, self.max_length, packed, self.max_length - self.room, targets, groups)}
+
+
+class Words:
+    """The word that each token of a document belongs to, counted in it.
+
+    Parameters
+    ----------
+    begins : (vocabulary,) bool
+        Tokens that begin a word.
+    """
+
+    def __init__(self, tokens: Any, begins: np.ndarray):
+        self.tokens, self.begins = tokens, begins
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        return np.cumsum(self.begins[self.tokens[document]])
 
 
 class MaskFiller(Predictor):

@@ -26,6 +26,7 @@ def run_record(job: Job, schedule: Schedule, start: int) -> dict:
         "sequences_per_step": schedule.size,
         "segments": schedule.segments,
         "data_key": job.train.data.key,
+        **({"corpus": found} if (found := job.train.data.meta.get("corpus")) else {}),
         "world_size": job.ranks.world,
         "device": str(job.ranks.device),
         "threads": torch.get_num_threads(),

@@ -26,6 +26,7 @@ class Saver:
         self.writer = Writer(job.ranks)
         self.fixed = {
             "data": job.train.data.key,
+            **({"corpus": found} if (found := job.train.data.meta.get("corpus")) else {}),
             "layout": layout,
             "task": job.learned,
             "adapter_only": job.adapter_only,

@@ -5,12 +5,9 @@ from html.parser import HTMLParser
 
 from fastft.data.formats.base import read_whole, reader
 
-BLOCKS = frozenset(
-    re.split(
-        r"\s+",
-        "address article aside blockquote body br dd div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 "
-        "header hr li main nav ol option p pre section table tbody td tfoot th thead title tr ul",
-    )
+BLOCKS = re.compile(
+    r"address|article|aside|blockquote|body|br|d[dlt]|div|fieldset|figcaption|figure|footer|form|h[1-6r]|header|li|main|nav"
+    r"|[ou]l|option|p|pre|section|t(able|body|d|foot|h|head|itle|r)"
 )
 HIDDEN = frozenset(("script", "style", "noscript", "template", "svg"))
 
@@ -36,14 +33,14 @@ class _Text(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.hidden += tag in HIDDEN
         self.in_title = tag == "title"
-        if tag in BLOCKS:
+        if BLOCKS.fullmatch(tag):
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
         if tag in HIDDEN:
             self.hidden = max(0, self.hidden - 1)
         self.in_title = False
-        if tag in BLOCKS:
+        if BLOCKS.fullmatch(tag):
             self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:

@@ -1,0 +1,146 @@
+"""Training on prepared corpora (``fastft prepare``): tokens are taken from the shards as they are, and only packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from fastft.corpus.shards import MANIFEST, Corpus
+from fastft.data.encoder import Counts, Learned
+from fastft.data.prepared import Prepared, Ragged, prepare
+from fastft.data.split import Split
+from fastft.data.store import Store
+from fastft.errors import UserError
+from fastft.files import digest
+
+if TYPE_CHECKING:
+    from fastft.tasks._text import TextTask
+
+
+class Planner(Protocol):
+    """An encoder of documents: it packs them by their lengths alone."""
+
+    truncation: str
+
+    def plan(self, store: Store, lengths: np.ndarray, starts: np.ndarray) -> dict: ...
+    def settle(self, counts: Counts) -> None: ...
+
+
+class Joined:
+    """Documents of several shards, one behind the other, as one ragged column.
+
+    Parameters
+    ----------
+    parts : list of Ragged
+    before, after : int
+        Tokens at either end of every document that are left out.
+    """
+
+    def __init__(self, parts: list[Ragged], before: int = 0, after: int = 0):
+        self.parts, self.before, self.after = parts, before, after
+        self.starts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def place(self, document: int) -> tuple[int, int]:
+        """Shard, and document in it."""
+        part = int(np.searchsorted(self.starts, document, side="right")) - 1
+        return part, document - int(self.starts[part])
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        part, row = self.place(document)
+        found = self.parts[part][row]
+        return found[self.before : len(found) - self.after]
+
+    def lengths(self) -> np.ndarray:
+        whole = [np.diff(np.asarray(part.offsets)) for part in self.parts]
+        return np.concatenate([np.zeros(0, np.int64), *whole]) - self.before - self.after
+
+
+class CorpusData(Prepared):
+    """Packs of documents that lie in corpora."""
+
+    def __init__(self, folder: Path, corpora: list[Corpus], tokens: Joined):
+        super().__init__(folder)
+        self.corpora = corpora
+        self.columns |= {"tokens": tokens}  # type: ignore[dict-item]
+        self.shards = [(corpus, shard) for corpus in corpora for shard in range(len(corpus.shards))]
+
+    def origin(self, document: int) -> str:
+        part, row = self["tokens"].place(document)
+        corpus, shard = self.shards[part]
+        return corpus.where(shard, row)
+
+    def verify(self) -> None:
+        super().verify()
+        for corpus in self.corpora:
+            corpus.verify()
+
+
+def open_corpora(
+    task: TextTask, name: str, folders: list[Path], planner: Planner, learned: Learned | None, bare: bool
+) -> Split:
+    """A split of prepared corpora: their tokens, and packs, which are planned once for a run's settings.
+
+    Parameters
+    ----------
+    bare : bool
+        Whether the special tokens around documents are left out.
+
+    Raises
+    ------
+    UserError
+        Another tokenizer's corpus; a shard that is not as it was written.
+    """
+    corpora = [Corpus(folder) for folder in folders]
+    mine = task.processor_key()
+    for corpus in corpora:
+        said = corpus.manifest["tokens"]
+        if said["tokenizer"] != mine:
+            raise UserError(
+                f"{corpus.folder}: was tokenized by another tokenizer ({said['path']}) than this run's "
+                f"({task.config.model.tokenizer or task.config.model.path}).",
+                "Prepare the corpus with the model's tokenizer, or set model.tokenizer.",
+            )
+    around = corpora[0].manifest["tokens"] if bare else {"before": [], "after": []}
+    parts = [corpus.tokens(shard) for corpus in corpora for shard in range(len(corpus.shards))]
+    tokens = Joined(parts, len(around["before"]), len(around["after"]))
+
+    def build(folder: Path) -> dict:
+        lengths = tokens.lengths()
+        counts = _counts(lengths, task, planner.truncation, tokens, corpora)
+        planner.settle(counts)
+        meta = planner.plan(Store(folder, {}), lengths, tokens.starts[:-1])
+        characters = sum(corpus.manifest["totals"]["characters"] for corpus in corpora)
+        sums = {"documents": len(lengths), "tokens": int(lengths.sum()), "characters": characters}
+        return {"counts": counts.as_dict(), "origins": [], **sums, **meta, "corpus": [c.digest for c in corpora]}
+
+    data = task.config.data
+    cache = Path(data.cache or Path(task.config.run.dir) / "prepared")
+    settings = digest(["corpus", task.preparation_key(learned)])
+    made = prepare(cache / name, settings, [str(folder / MANIFEST) for folder in folders], build)
+    split = Split(name, CorpusData(made.folder, corpora, tokens))
+    if not split.totals["targets"]:
+        raise UserError(f"data set {name!r} is empty: nothing is left of {folders[0]} to learn from.")
+    return split
+
+
+def _counts(lengths: np.ndarray, task: TextTask, truncation: str, tokens: Joined, corpora: list[Corpus]) -> Counts:
+    """What becomes of documents that are longer than a sequence, as an encoder counts it."""
+    counts = Counts(rows=len(lengths))
+    room = task.room
+    long = np.flatnonzero(lengths > room)
+    shards = [(corpus, shard) for corpus in corpora for shard in range(len(corpus.shards))]
+    for document in long[:3].tolist():
+        part, row = tokens.place(document)
+        corpus, shard = shards[part]
+        counts.too_long(corpus.where(shard, row), int(lengths[document]))
+    counts.overlong_total = len(long)
+    counts.longest = int(lengths.max(initial=0)) if len(long) else 0
+    counts.truncated = len(long) * (truncation == "truncate")
+    counts.split = len(long) * (truncation == "split")
+    counts.dropped = len(long) * (truncation == "drop")
+    return counts
