@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
@@ -95,10 +95,10 @@ class Key:
         return self.path.rpartition(".")[2]
 
 
-def keys() -> list[Key]:
+def keys(of: type[Section] = Config) -> list[Key]:
     """All of them, in the order of the file; one that several members share is there once."""
     merged: dict[tuple, Key] = {}
-    for key in _walk(Config, "", ()):
+    for key in _walk(of, "", ()):
         same = (key.path, key.kind, key.default, key.description)
         before = merged.get(same)
         merged[same] = replace(before, used=(*before.used, *key.used)) if before else key
@@ -127,6 +127,8 @@ def _walk(cls: type[Section], where: str, used: tuple[str, ...]) -> Iterator[Key
             yield _leaf(field, path, used)
             if path == "data.train":
                 yield from _walk(Source, f"{path}.", ())
+            if path == "sources":  # of a corpus
+                yield from _walk(default_class(field), f"{path}.", ())
     for name in cls.members.names() if cls.members else []:
         entry = cls.members.get(name)  # type: ignore[union-attr]
         yield Key(f"{where}{name}", "section", "null", (), summary(entry), used)
@@ -140,6 +142,11 @@ def _leaf(field: FieldInfo, path: str, used: tuple[str, ...]) -> Key:
     kind = "source, or a list of them" if path == "data.train" else kind
     default = "required" if field.is_required() else shown(default_of(field))
     return Key(path, kind, default, tuple(map(str, choices)), field.description or "", used)
+
+
+def default_class(field: FieldInfo) -> type[Section]:
+    """The section of which a field holds a list."""
+    return get_args(field.annotation)[0]
 
 
 def about(cls: type[Section], name: str) -> str:

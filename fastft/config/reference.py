@@ -133,20 +133,32 @@ def page() -> str:
         "values can have are in [configuration.md](configuration.md).",
         "",
     ]
-    known = keys()
-    sections = ["", *dict.fromkeys(key.path for key in known if key.kind == "section" or key.path == "data.train")]
-    for section in sections:
+    lines += _sections(keys(), "The file", "##")
+    from fastft.config.corpus import CorpusConfig  # which reads configurations by what this file says of keys
+
+    lines += ["## fastft prepare", "", "Keys of the file that makes a corpus: [corpus.md](corpus.md).", ""]
+    lines += _sections(keys(CorpusConfig), "The file of a corpus", "###")
+    return "\n".join(lines)
+
+
+def _sections(known: list[Key], whole: str, mark: str) -> list[str]:
+    lines = []
+    listed = ("data.train", "sources")
+    for section in ["", *dict.fromkeys(key.path for key in known if key.kind == "section" or key.path in listed)]:
         below = [key for key in known if key.section == section]
         if not below:
             continue
-        lines += [f"## {section or 'The file'}", ""]
+        lines += [f"{mark} {section or whole}", ""]
         about = next((key for key in known if key.path == section), None)
-        if section == "data.train":
-            lines += ["A source of rows; those of `data.eval` are the same.", ""]
+        if section in listed:
+            lines += [
+                "A source of rows; those of `data.eval` are the same." if section == "data.train" else "A source.",
+                "",
+            ]
         elif about:
             lines += [about.description, ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|", *map(_row, below), ""]
-    return "\n".join(lines)
+    return lines
 
 
 def _row(key: Key) -> str:

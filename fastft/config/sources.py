@@ -19,7 +19,7 @@ class Source(Section):
     revision: str | None = Field(None, description="dataset: a commit, branch or tag.")
     format: str = Field(
         "auto",
-        description="txt, jsonl, json, csv, tsv, parquet, conll, html, xml, hf; auto goes by the name (also .gz, .zst).",
+        description="txt, jsonl, json, csv, tsv, parquet, conll, html, xml, hf; auto goes by the name (also .gz).",
     )
     split: str | None = Field(
         None,

@@ -19,10 +19,14 @@ def word_hashes(words: list[str]) -> np.ndarray:
 def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
     """(max(0, words - n + 1),) uint64: a hash of every run of ``n`` words, from ``word_hashes``."""
     count = max(0, len(words) - n + 1)
-    with np.errstate(over="ignore"):
-        found = np.zeros(count, np.uint64)
-        for at in range(n):
-            found = found * _MULTIPLIER + words[at : at + count] + np.uint64(1)
-        found ^= found >> np.uint64(31)
-        found *= _MIX
-        return found ^ (found >> np.uint64(29))
+    found = np.zeros(count, np.uint64)
+    for at in range(n):
+        found = longer(found, words[at : at + count])
+    found ^= found >> np.uint64(31)
+    found *= _MIX  # on arrays it wraps without a word
+    return found ^ (found >> np.uint64(29))
+
+
+def longer(hashes: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Hashes of runs of words with one more word at the end of each."""
+    return hashes * _MULTIPLIER + words + np.uint64(1)

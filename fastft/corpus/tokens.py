@@ -78,38 +78,61 @@ class Encoder:
         self.fast = _Gigatoken(facts) if fast else None
         self._plain: Any = None
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, with those around it. ``Differs`` where gigatoken gives others than the tokenizer."""
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts, one behind the other, with those around each, (tokens,); and how many each has, (texts,): 0
+        for a text without any of its own. ``Differs`` where gigatoken gives others than the tokenizer.
+        """
         if self.fast is None:
-            return [self._whole(ids) for ids in self.plain(texts)]
-        bare = self.fast.encode(texts, self.plain)
+            return self._whole(*self.plain(texts))
+        values, lengths = self.fast.encode(texts, self.plain)
         at = next((i for i, text in enumerate(texts) if len(text) <= LONGEST), None)
-        if at is not None and not np.array_equal(self.plain([texts[at]])[0], bare[at]):
-            raise Differs(texts[at])
-        return [self._whole(ids) for ids in bare]
+        if at is not None:
+            start = int(lengths[:at].sum())
+            if not np.array_equal(self.plain([texts[at]])[0], values[start : start + lengths[at]]):
+                raise Differs(texts[at])
+        return self._whole(values, lengths)
 
-    def plain(self, texts: list[str]) -> list[np.ndarray]:
-        """Without special tokens, by Hugging Face's tokenizers."""
+    def plain(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same without special tokens, by Hugging Face's tokenizers."""
         if self._plain is None:
             from tokenizers import Tokenizer
 
             self._plain = Tokenizer.from_str(self.facts.content)
-        found = self._plain.encode_batch(texts, add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.uint32) for encoding in found]
+        return flat([encoding.ids for encoding in self._plain.encode_batch(texts, add_special_tokens=False)])
 
-    def _whole(self, ids: np.ndarray) -> np.ndarray:
-        """As causal_lm's encoder has it: a text that says BOS or EOS itself gets no second one."""
-        facts = self.facts
-        if not len(ids):
-            return ids
-        before, after = facts.before, facts.after
-        if facts.bos is not None and before[-1:] == [facts.bos] and ids[0] == facts.bos:
-            before = before[:-1]
-        if facts.eos is not None and after == [facts.eos] and ids[-1] == facts.eos:
-            after = []
-        if not before and len(after) == 1:
-            return np.append(ids, np.uint32(after[0]))
-        return np.concatenate([np.asarray(part, np.uint32) for part in (before, ids, after)])
+    def _whole(self, values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """With the tokens around each text, as causal_lm's encoder has them: a text that says BOS or EOS itself gets no
+        second one.
+        """
+        facts, full = self.facts, lengths > 0
+        ends = np.cumsum(lengths)[full]
+        starts = ends - lengths[full]
+        before, after = np.full(len(ends), len(facts.before)), np.full(len(ends), len(facts.after))
+        if facts.bos is not None and facts.before[-1:] == [facts.bos]:
+            before -= values[starts] == facts.bos
+        if facts.eos is not None and facts.after == [facts.eos]:
+            after -= values[ends - 1] == facts.eos
+        whole = lengths.copy()
+        whole[full] += before + after
+        found = np.empty(int(whole.sum()), np.uint32)
+        own = np.ones(len(found), bool)
+        last = np.cumsum(whole)[full]
+        first = last - whole[full]
+        for i, token in enumerate(facts.before):
+            at = first[before > i] + i
+            found[at], own[at] = token, False
+        for i, token in enumerate(facts.after):
+            at = last[after > i] - len(facts.after) + i
+            found[at], own[at] = token, False
+        found[own] = values
+        return found, whole
+
+
+def flat(rows: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids, one behind the other, uint32, and their lengths."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    parts = [np.asarray(row, np.uint32) for row in rows]
+    return np.concatenate([np.zeros(0, np.uint32), *parts]), lengths
 
 
 class Differs(RuntimeError):
@@ -135,18 +158,20 @@ class _Gigatoken:
             vocabulary |= {char: self.first + i for i, char in enumerate(missing)}
         self.tokenizer = gigatoken.Tokenizer.from_json(json.dumps(content))
 
-    def encode(self, texts: list[str], plain: Any) -> list[np.ndarray]:
+    def encode(self, texts: list[str], plain: Any) -> tuple[np.ndarray, np.ndarray]:
         found = self.tokenizer.encode_batch(texts, parallel=False)
         layout = getattr(found, "layout", None)
-        if layout is None:
-            rows = [np.asarray(row, np.uint32) for row in found]
+        if layout is None:  # without awkward
+            values, lengths = flat(list(found))
         else:
-            offsets, values = np.asarray(layout.offsets.data), np.asarray(layout.content.data)
-            rows = np.split(values, offsets[1:-1]) if len(texts) else []
+            values, lengths = np.asarray(layout.content.data), np.diff(np.asarray(layout.offsets.data))
+        if not len(values) or values.max() < self.first:
+            return values, lengths
+        rows = np.split(values, np.cumsum(lengths)[:-1])
         for i, row in enumerate(rows):
             if len(row) and row.max() >= self.first:
                 rows[i] = plain([texts[i]])[0]
-        return rows
+        return flat(rows)
 
 
 def choose(facts: TokenizerFacts, wanted: str, sample: list[str]) -> tuple[bool, str]:
@@ -161,7 +186,7 @@ def choose(facts: TokenizerFacts, wanted: str, sample: list[str]) -> tuple[bool,
         why = f"gigatoken does not take this tokenizer: {str(e).strip().splitlines()[0]}"
     else:
         exact = Encoder(facts, fast=False)
-        got, right = fast.encode(sample, exact.plain), exact.plain(sample)
+        got, right = (_rows(*encode(sample)) for encode in (lambda t: fast.encode(t, exact.plain), exact.plain))
         wrong = sum(not np.array_equal(a, b) for a, b in zip(got, right, strict=True))
         if not wrong:
             return True, f"the same ids on {len(sample)} of {len(sample)} documents"
@@ -169,3 +194,7 @@ def choose(facts: TokenizerFacts, wanted: str, sample: list[str]) -> tuple[bool,
     if wanted == "gigatoken":
         raise UserError(f"encoder: {why}.", "Set encoder: auto, or pip install 'fastft[data]'.")
     return False, why
+
+
+def _rows(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(values, np.cumsum(lengths)[:-1])

@@ -127,20 +127,17 @@ class Worker:
             else:
                 kept.append(i)
                 texts.append(document.text)
-        encoded = self.encoder.encode(texts)
+        tokens, lengths = self.encoder.encode(texts)
         counts["tokens"] = empty = Count(rows=len(texts))
-        for at in range(len(texts)):
-            if not len(encoded[at]):
-                empty.drop(rows.where[kept[at]], "no token", texts[at])
-        full = [at for at in range(len(texts)) if len(encoded[at])]
-        used = [encoded[at] for at in full]
-        values: Any = np.concatenate(used) if used else np.zeros(0)
+        for at in np.flatnonzero(lengths == 0).tolist():
+            empty.drop(rows.where[kept[at]], "no token", texts[at])
+        full = np.flatnonzero(lengths).tolist()
         return Done(
             np.array([rows.places[kept[at]] for at in full], np.int64).reshape(-1, 2),
             [rows.where[kept[at]] for at in full],
             [identity(texts[at]) for at in full],
-            values.astype(self.dtype),
-            np.array([len(ids) for ids in used], np.int64),
+            tokens.astype(self.dtype),
+            lengths[full],
             np.array([len(texts[at]) for at in full], np.int64),
             counts,
         )

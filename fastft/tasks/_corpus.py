@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -144,3 +144,25 @@ def _counts(lengths: np.ndarray, task: TextTask, truncation: str, tokens: Joined
     counts.split = len(long) * (truncation == "split")
     counts.dropped = len(long) * (truncation == "drop")
     return counts
+
+
+class Words:
+    """The unit of masked_lm that each token of a document belongs to. UserError where tokens alone do not say it."""
+
+    def __init__(self, task: TextTask, tokens: Joined):
+        self.tokens = tokens
+        tokenizer, data = task.tokenizer, task.config.data
+        self.begins = np.ones(len(tokenizer), bool)  # tokens that begin one
+        if not data.whole_words:
+            return
+        model: Any = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
+        if type(model).__name__ != "WordPiece" or data.chinese_words == "jieba":
+            raise UserError(
+                "data.whole_words: a prepared corpus holds no words; only tokens of WordPiece say where one begins.",
+                "Set data.whole_words: false (and data.chinese_words: none), or train on the files themselves.",
+            )
+        names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        self.begins = np.array([not str(name).startswith(model.continuing_subword_prefix) for name in names])
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        return np.cumsum(self.begins[self.tokens[document]])

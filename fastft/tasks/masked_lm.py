@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from fastft.inference.base import Predictor, Row
 from fastft.lazy import torch
 from fastft.models import load
 from fastft.objectives.base import Objective
-from fastft.tasks._corpus import open_corpora
+from fastft.tasks._corpus import Words, open_corpora
 from fastft.tasks._documents import count_long, documents_of, pack, pieces, write_packs
 from fastft.tasks._language import (
     LanguageModelLoss,
@@ -32,6 +31,7 @@ from fastft.tasks._language import (
     sample_inputs,
 )
 from fastft.tasks._text import TextEncoder, TextTask, padded
+from fastft.tasks._words import HAN, segmenter, spans
 from fastft.tasks.base import IGNORE, Batch, Draw, Metric, ModelSpec
 
 # Name parts of the language modeling heads of encoders, which a checkpoint without one does not have.
@@ -47,7 +47,6 @@ HEADS = (
     "decoder",
     "head",
 )
-HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]{2,}")
 PACKING_HINT = "Set data.packing: none (one document per row) for this model."
 
 
@@ -119,22 +118,8 @@ class MaskedLM(TextTask):
 
     def corpus_split(self, name: str, folders: list[Path], learned: Learned | None) -> Split:
         split = open_corpora(self, name, folders, self.encoder(learned), learned, bare=True)
-        split.data.columns["words"] = Words(split.data["tokens"], self._begins())  # type: ignore[assignment]
+        split.data.columns["words"] = Words(self, split.data["tokens"])  # type: ignore[assignment]
         return split
-
-    def _begins(self) -> np.ndarray:
-        """(vocabulary,) bool: tokens that begin a unit that is masked as a whole."""
-        if not self.config.data.whole_words:
-            return np.ones(len(self.tokenizer), bool)
-        model = self.tokenizer.backend_tokenizer.model if self.tokenizer.is_fast else None
-        prefix = getattr(model, "continuing_subword_prefix", None)
-        if type(model).__name__ != "WordPiece" or self.config.data.chinese_words == "jieba":
-            raise UserError(
-                "data.whole_words: a prepared corpus holds no words, and only tokens of WordPiece say where one begins.",
-                "Set data.whole_words: false (and data.chinese_words: none), or train on the files themselves.",
-            )
-        tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
-        return np.array([not str(token).startswith(prefix) for token in tokens])
 
     @cached_property
     def special(self) -> tuple[list[int], list[int]]:
@@ -310,7 +295,7 @@ class MaskedEncoder(TextEncoder):
         data = task.config.data
         super().__init__(task, [data.text])
         self.data, self.room = data, task.room
-        self.segment = _segmenter(data.chinese_words) if data.whole_words else None
+        self.segment = segmenter(data.chinese_words) if data.whole_words else None
         if not self.tokenizer.is_fast and data.whole_words:
             raise UserError(
                 f"tokenizer {task.config.model.tokenizer or task.config.model.path}: cannot tell words apart, for "
@@ -339,7 +324,7 @@ class MaskedEncoder(TextEncoder):
         if self.segment is None or not HAN.search(text):
             return words
         word_at = np.full(len(text) + 1, -1)
-        for number, (start, stop) in enumerate(_spans(text, self.segment)):
+        for number, (start, stop) in enumerate(spans(text, self.segment)):
             word_at[start:stop] = len(words) + number  # numbers that the tokenizer's own words do not have
         found = [int(word_at[start]) for start, _ in encoded["offset_mapping"][i]]
         return [word if own < 0 else own for word, own in zip(words, found, strict=True)]
@@ -354,23 +339,9 @@ class MaskedEncoder(TextEncoder):
         parts = pieces(lengths, self.room, self.truncation, overlap=0)
         targets = np.maximum(1, np.rint(parts[2] * self.data.mask_share)).astype(np.int64)  # _quota of each
         packed, groups = self.data.packing == "isolated", np.searchsorted(parts[0], starts)
-        return {"totals": write_packs(store, parts, self.max_length, packed, self.max_length - self.room, targets, groups)}
-
-
-class Words:
-    """The word that each token of a document belongs to, counted in it.
-
-    Parameters
-    ----------
-    begins : (vocabulary,) bool
-        Tokens that begin a word.
-    """
-
-    def __init__(self, tokens: Any, begins: np.ndarray):
-        self.tokens, self.begins = tokens, begins
-
-    def __getitem__(self, document: int) -> np.ndarray:
-        return np.cumsum(self.begins[self.tokens[document]])
+        return {
+            "totals": write_packs(store, parts, self.max_length, packed, self.max_length - self.room, targets, groups)
+        }
 
 
 class MaskFiller(Predictor):
@@ -411,25 +382,3 @@ class MaskFiller(Predictor):
 def _quota(tokens: int, share: float) -> int:
     """How many tokens of a document are predicted."""
     return max(1, round(tokens * share))
-
-
-def _segmenter(wanted: str) -> Callable[[str], list[str]] | None:
-    if wanted == "none":
-        return None
-    try:
-        import jieba
-    except ImportError:
-        if wanted == "jieba":
-            raise UserError("data.chinese_words: jieba is not installed.", "pip install 'fastft[zh]'") from None
-        return None
-    jieba.setLogLevel("WARNING")
-    return jieba.lcut
-
-
-def _spans(text: str, segment: Callable[[str], list[str]]) -> Iterator[tuple[int, int]]:
-    """Start and end of the words in the Chinese parts of a text."""
-    for part in HAN.finditer(text):
-        at = part.start()
-        for word in segment(part[0]):
-            yield at, at + len(word)
-            at += len(word)

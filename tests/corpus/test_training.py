@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import corpora
 import jobs
@@ -13,7 +14,6 @@ import transformers
 import yaml
 
 import launch
-from fastft import config as configuration
 from fastft import track
 from fastft.corpus import reading, shards
 from fastft.corpus.shards import Shard
@@ -85,7 +85,7 @@ def test_masked_lm_takes_the_special_tokens_off(tmp_path, corpus, files):
 @pytest.fixture
 def many_shards(tmp_path, files, tiny_llama, monkeypatch):
     monkeypatch.setattr(reading, "BLOCK_ROWS", 7)
-    rows = [json.loads(line)["text"] for line in open(files)]
+    rows = [json.loads(line)["text"] for line in Path(files).read_text().splitlines()]
     sources = []
     for name, part in (("first", rows[:30]), ("second", rows[30:])):
         sources.append({"path": str(corpora.jsonl(tmp_path / f"{name}.jsonl", part)), "name": name})
@@ -111,12 +111,15 @@ def test_a_run_names_its_corpus_and_trace_the_rows(lm_config, many_shards, tmp_p
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(lm_config))
     launch.fastft("train", tmp_path / "c.yaml")
     first = next(r for r in track.read(tmp_path / "run") if r["kind"] == "run")
-    assert first["corpus"] == [many_shards.digest] and first["data"]["train"]["rows"] == many_shards.manifest["totals"]["documents"]
+    assert (
+        first["corpus"] == [many_shards.digest]
+        and first["data"]["train"]["rows"] == many_shards.manifest["totals"]["documents"]
+    )
     said = [where for sample in trace(tmp_path / "run", [], 2) for where in sample["documents"]]
     assert said and all("jsonl:" in where for where in said)
     where = said[0].split(" tokens ")[0].partition(": ")[2]
     path, _, row = where.rpartition(":")
-    text = json.loads(open(path).read().splitlines()[int(row) - 1])["text"]
+    text = json.loads(Path(path).read_text().splitlines()[int(row) - 1])["text"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(lm_config["model"]["path"])
     assert text in corpora.texts_of(many_shards, tokenizer)
     assert any(many_shards.digest in path.read_text() for path in (tmp_path / "run" / "checkpoints").rglob("*.json"))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import ClassVar
 
+import numpy as np
+
 from fastft import rooms
 from fastft.config.base import Section
 from fastft.config.corpus import CorpusConfig, CorpusSource
@@ -36,7 +38,7 @@ class Document:
     def words(self) -> list[str]:
         """What white space separates; characters of scripts that have none between words."""
         text = self._text
-        if not text.isascii() and UNSPACED.search(text):
+        if not text.isascii() and (np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2") > 0x303F).any():
             text = UNSPACED.sub(r" \g<0> ", text)
         return text.split()
 

@@ -42,8 +42,12 @@ class Encoding(Rule):
             return None
         if text.count("\ufffd") > self.most * len(text):
             return "replacement characters"
-        if self.is_bad(text):
-            document.text = "\n".join(self.fix(line) if self.is_bad(line) else line for line in text.split("\n"))
+        lines = text.split("\n")
+        bad = [i for i, line in enumerate(lines) if not line.isascii() and self.is_bad(line)]
+        for i in bad:
+            lines[i] = self.fix(lines[i])
+        if bad:
+            document.text = "\n".join(lines)
         return None
 
     @classmethod

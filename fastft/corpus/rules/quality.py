@@ -56,8 +56,8 @@ class Quality(Rule):
             return "lines that begin with a bullet"
         if sum(line.endswith(ELLIPSES) for line in lines) > limits.max_ellipses * len(lines):
             return "lines that end with an ellipsis"
-        # a word of letters alone is told fast; the others character by character
-        if sum(word.isalpha() or any(map(str.isalpha, word)) for word in words) < limits.min_letters * count:
+        least = limits.min_letters * count
+        if sum(map(str.isalpha, words)) < least and sum(any(map(str.isalpha, word)) for word in words) < least:
             return "words without letters"
         if limits.min_stop_words and len(self.stop.intersection(words)) < limits.min_stop_words:
             return "stop words"

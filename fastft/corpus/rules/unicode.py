@@ -44,7 +44,7 @@ class Unicode(Rule):
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         if not text.isascii() and not unicodedata.is_normalized(self.form, text):
             text = unicodedata.normalize(self.form, text)
-        if self.remove and not text.isprintable():  # a line feed is not printable either
+        if self.remove and not text.replace("\n", "").isprintable():  # which is told four times as fast as found
             text = NOT_SEEN.sub("", text)
         if text is not document.text:
             document.text = text

@@ -10,9 +10,8 @@ from fastft import rooms
 from fastft.config.base import Section
 from fastft.corpus.rules.base import Document, Rule
 
-RUNS = re.compile(
-    r"[ \t\v\f\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]{2,}|[\t\v\f\u00a0\u1680\u2000-\u200a\u202f\u205f]"
-)
+OTHERS = "\t\v\f\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+RUNS = re.compile(f"[ {OTHERS}]{{2,}}|[{OTHERS}]")
 AROUND = re.compile(r" +\n| *\n +")
 
 
@@ -41,8 +40,12 @@ class Whitespace(Rule):
         if self.indentation:
             text = "\n".join(line.rstrip() for line in text.split("\n"))
         else:
-            text = AROUND.sub("\n", RUNS.sub(" ", text)) if "\n" in text else RUNS.sub(" ", text)
-        text = self.many.sub(self.blank, text)
+            if "  " in text or any(space in text for space in OTHERS[: 3 if text.isascii() else None]):
+                text = RUNS.sub(" ", text)
+            if " \n" in text or "\n " in text:
+                text = AROUND.sub("\n", text)
+        if self.blank + "\n" in text:
+            text = self.many.sub(self.blank, text)
         text = text.strip("\n") if self.indentation else text.strip()
         if text != document.text:
             document.text = text
