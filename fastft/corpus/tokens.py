@@ -7,6 +7,7 @@ and the end-of-sequence token. Tasks that want other ones take these off.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ class TokenizerFacts:
     content : str
         The tokenizer as JSON, of Hugging Face's tokenizers.
     key : dict
-        What its ids depend on (``models.load.tokenizer_key``).
+        What its ids depend on (``tokenizer_key``).
     before, after : list of int
         Tokens around every document; ``eos`` is the last of ``after`` where there is one.
     bos, eos : int or None
@@ -49,6 +50,16 @@ class TokenizerFacts:
         return "<u2" if self.vocabulary <= 1 << 16 else "<i4"
 
 
+def tokenizer_key(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer's ids depend on, as JSON."""
+    fast = tokenizer.is_fast
+    vocabulary = tokenizer.backend_tokenizer.to_str() if fast else repr(sorted(tokenizer.get_vocab().items()))
+    return {
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+    }
+
+
 def facts_of(path: str, revision: str | None) -> TokenizerFacts:
     """UserError for a tokenizer that cannot be had, or that is written in Python alone."""
     from fastft.config import Model
@@ -66,7 +77,7 @@ def facts_of(path: str, revision: str | None) -> TokenizerFacts:
         after = [*after, eos]
     backend = found.backend_tokenizer
     content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    key = load.tokenizer_key(found)
+    key = tokenizer_key(found)
     return TokenizerFacts(json.dumps(content), key, before, after, found.bos_token_id, eos, len(found))
 
 

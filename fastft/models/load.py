@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import os
 import re
@@ -118,16 +117,6 @@ def tokenizer(settings: Model):
             )
         found.pad_token = found.eos_token
     return found
-
-
-def tokenizer_key(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer's ids depend on, as JSON."""
-    fast = tokenizer.is_fast
-    vocabulary = tokenizer.backend_tokenizer.to_str() if fast else repr(sorted(tokenizer.get_vocab().items()))
-    return {
-        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
-    }
 
 
 def starts_twice(tokenizer: Any, ids: list[int]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastft.corpus.tokens import tokenizer_key
 from fastft.data.encoder import Counts, Encoder, RowError, check_text
 from fastft.data.formats import Record
 from fastft.data.prepared import Ragged
@@ -102,7 +103,7 @@ class TextTask(Task):
 
     @cached_property
     def _tokenizer_key(self) -> dict:
-        return load.tokenizer_key(self.tokenizer)
+        return tokenizer_key(self.tokenizer)
 
 
 class TextEncoder(Encoder):
