@@ -1,6 +1,6 @@
-"""LoRA on a base in 4 bits beside the same on one in bf16: the loss after some steps, and the peak of memory.
+"""LoRA on a base in 4 bits beside the same on one in bf16 or fp32: the loss after some steps, and the peak of memory.
 
-    python benchmarks/quantized.py --data SETS --smollm2 FOLDER [--steps 100]
+    python benchmarks/quantized.py --data SETS --smollm2 FOLDER [--steps 100] [--dtype fp32]
 
 The same rows, order, adapters and learning rate; sequences of 512 tokens, two a step. `loss`: of held-out documents,
 `train`: the mean over the last ten steps. Each run is a process of its own; `peak` is its resident memory's. Nothing is
@@ -21,7 +21,7 @@ import common
 import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
-BASES = {"bf16": [], "nf4": ["model.quantize=nf4"], "int8": ["model.quantize=int8"]}
+BASES = {"whole": [], "nf4": ["model.quantize=nf4"]}
 
 
 def run(name: str, args: argparse.Namespace, folder: Path) -> dict:
@@ -32,7 +32,7 @@ def run(name: str, args: argparse.Namespace, folder: Path) -> dict:
     files = tasks.write_rows(case, args.data, folder, False)
     config = {
         "task": "causal_lm",
-        "model": {"path": str(args.smollm2), "dtype": "bf16", "lora": {"r": 16}},
+        "model": {"path": str(args.smollm2), "dtype": args.dtype, "lora": {"r": 16}},
         "data": {"train": files["train"], "eval": files["dev"], "max_length": 512, "truncation": "truncate"},
         "batch": {"size": 2},
         "optim": {"lr": 2e-4, "schedule": "linear", "warmup": 0.1},
@@ -47,7 +47,7 @@ def run(name: str, args: argparse.Namespace, folder: Path) -> dict:
     trained = [r for r in records if r["kind"] == "train"]
     last = trained[-10:]
     return {
-        "base": name,
+        "base": args.dtype if name == "whole" else f"{name}, computed in {args.dtype}",
         "loss": next(r["loss"] for r in reversed(records) if r["kind"] == "eval"),
         "train": sum(r["loss"] for r in last) / len(last),
         "first": trained[0]["loss"],
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--smollm2", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--machine", default=common.default_machine())
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
