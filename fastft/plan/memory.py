@@ -233,24 +233,23 @@ def plan(tensors: Tensors, kept: Kept, setting: Setting) -> Plan:
     around = _around(tensors, setting)
     if setting.device == "cpu":
         step[WHOLE] = whole = _heap(step, tensors, kept, setting)
-        if setting.zero < 3:
-            copies = around["checkpoint"]["copies"]
-            # Copies of the state are about as large as gradients, and go into what half of the activations left.
-            around["checkpoint"] = {**whole, "activations": whole["activations"] - kept.layers // 2, "copies": copies}
+        copies = around["checkpoint"]["copies"]
+        # Copies of the state are about as large as gradients, and go into what half of the activations left.
+        around["checkpoint"] = {**whole, "activations": whole["activations"] - kept.layers // 2, "copies": copies}
     return Plan(setting, kept, step, around)
 
 
 def _heap(step: dict[str, dict[str, int]], t: Tensors, kept: Kept, s: Setting) -> dict[str, int]:
     """What a CPU run takes: it gives nothing back to the system (`fastft.ranks`), and what one kind of tensor leaves is
-    seldom of a size for another, so that the moments of a step add up. ZeRO 3 gives it back.
+    seldom of a size for another, so that the moments of a step add up.
     """
-    if s.zero == 3:
-        return {**max(step.values(), key=lambda moment: sum(moment[part] for part in PARTS)), HEAP: 0}
     whole = {part: max(moment[part] for moment in step.values()) for part in PARTS}
     unused = int((ADAPTER_HEAP_SHARE if s.adapter_only else HEAP_SHARE) * kept.layers)
     used = min(t.trained_bytes, s.bucket * s.element)
     if s.zero == 1:  # gradients that went into the bucket
         unused += used
+    elif s.zero == 3 and s.ranks > 1:  # what weights were gathered into; the copy in which gloo reduces
+        unused += min(t.whole, s.prefetch * s.element) + used
     return {**whole, HEAP: unused}
 
 
