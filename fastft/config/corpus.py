@@ -1,11 +1,12 @@
 """What `fastft prepare` reads: the sources of a corpus, the rules that clean them, and where the tokens go."""
 
+import codecs
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from fastft import rooms
 from fastft.config.base import InputPath, OutputPath, Section, specialized
@@ -34,6 +35,22 @@ class CorpusSource(Source):
         if self.dataset or self.revision or not self.path:
             raise ValueError("a corpus is made from files: give a path (of a hub's data set: its Parquet files)")
         return self
+
+    @field_validator("path")
+    @classmethod
+    def _local(cls, value: str) -> str:
+        """A file of this machine by its path, whatever way it was written."""
+        scheme, _, rest = value.partition("://")
+        return rest if scheme in ("file", "local") else value
+
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        try:
+            codecs.lookup(value)
+        except LookupError:
+            raise ValueError(f"{value!r} is no text encoding that Python knows") from None
+        return value
 
     @property
     def remote(self) -> bool:
@@ -100,11 +117,8 @@ def load_corpus(path: str | Path, overrides: Sequence[str] = ()) -> CorpusConfig
     """Read and check the configuration of a corpus. UserError names the file and the key."""
     where = str(path)
     config = expanded(corpus_config(read(path, overrides), where), where)
-    sources: list[CorpusSource] = []
-    for source in config.sources:
-        found = [source] if source.remote else globbed([source], f"{where}: sources")
-        sources += [s.changed(name=source.name or _called(source.path)) for s in found]  # type: ignore[misc]
-    return config.changed(sources=sources)
+    globbed([source for source in config.sources if not source.remote], f"{where}: sources")  # refused where nothing is
+    return config.changed(sources=[s.changed(name=s.name or _called(s.path)) for s in config.sources])
 
 
 def corpus_config(raw: dict[str, Any], where: str) -> CorpusConfig:

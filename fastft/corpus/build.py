@@ -27,7 +27,18 @@ from fastft.corpus.pool import in_order
 from fastft.corpus.reading import Block, Position, Reader
 from fastft.corpus.rules.base import chosen
 from fastft.corpus.seen import Seen
-from fastft.corpus.shards import FORMAT, MANIFEST, Corpus, Shard, ShardWriter, as_json, check_shard, is_corpus
+from fastft.corpus.shards import (
+    FORMAT,
+    MANIFEST,
+    PROGRESS,
+    Corpus,
+    Shard,
+    ShardWriter,
+    as_json,
+    begun,
+    check_shard,
+    is_corpus,
+)
 from fastft.corpus.work import Count, Done
 from fastft.data.prepared import LITTER, disk_told
 from fastft.data.sources import holds
@@ -37,7 +48,6 @@ from fastft.files import digest, locked, remove, replacing
 log = logging.getLogger(__name__)
 
 CODE = 1  # raise it when the same files and settings give another corpus
-PROGRESS = "progress.json"
 SCRATCH = ".shard"
 NO_PART_OF_THE_KEY = {"output", "workers", "encoder", "tokenizer", "revision"}
 Report = Callable[["Build"], None]
@@ -70,6 +80,7 @@ def prepare(config: CorpusConfig, overwrite: bool = False, report: Report = lamb
         if is_corpus(output) and not overwrite:
             corpus = Corpus(output)
             if corpus.manifest["key"] == build.key:
+                corpus.verify()
                 return corpus
             raise UserError(
                 f"{output}: holds a corpus that was made from other files or settings.",
@@ -323,7 +334,7 @@ def _libraries(fast: bool) -> dict[str, str]:
 
 def _write(path: Path, value: dict[str, Any]) -> None:
     with replacing(path) as scratch, open(scratch, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
+        json.dump(value, f, indent=1)  # escaped: names of files need not be Unicode
         f.flush()
         os.fsync(f.fileno())
 
@@ -350,7 +361,7 @@ def _check_output(config: CorpusConfig, output: Path, files: list[list[DataFile]
         raise UserError(f"{output}: is a file.", "Choose another output.")
     known = {MANIFEST, PROGRESS, SCRATCH, "shards", *LITTER}
     there = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    ours = is_corpus(output) or _recorded(output) or not there
+    ours = is_corpus(output) or _recorded(output) or begun(output) or not there
     strangers = sorted(n for n in there - (known if ours else set(LITTER)) if ".fastft-" not in n)
     if strangers:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 from pathlib import Path, PurePath, PurePosixPath
@@ -80,14 +81,17 @@ class DataFile:
         buffered = io.BufferedReader(cast(io.RawIOBase, content), CHUNK)
         start = buffered.peek(1 << 13)[: 1 << 13]
         encoding = self.source.encoding.lower().replace("_", "-")
-        if "16" not in encoding and "32" not in encoding and (b"\0" in start or start[:2] in BINARY):
+        wide = "16" in encoding or "32" in encoding
+        if not wide and (b"\0" in start or start[:2] in BINARY):
             kind = "is UTF-16" if start[:2] in BINARY else "holds zero bytes: it is binary"
             raise UserError(
                 f"{self.where}: {kind}, not {self.source.encoding} text.",
                 "Set encoding in the source, or leave it out.",
             )
-        if self.format in ("jsonl", "csv", "tsv"):
+        if self.format == "jsonl" and not wide:
             buffered = io.BufferedReader(_Lines(buffered, self.most_text, self.too_long), CHUNK)
+        elif self.format in ("csv", "tsv") and not wide:  # a line may be a part of a row
+            buffered = io.BufferedReader(_Lines(buffered, self.most_text, _Refused(self.where)), CHUNK)
         text = io.TextIOWrapper(
             buffered, encoding="utf-8-sig" if encoding in ("utf-8", "utf8") else encoding, newline=newline
         )
@@ -107,6 +111,20 @@ class DataFile:
             return self.raw.tell() if self.raw is not None else 0
         except ValueError:  # closed: it was read to its end
             return self.size()
+
+
+class _Refused(list[int]):
+    """Where no line may be passed over."""
+
+    def __init__(self, where: str):
+        super().__init__()
+        self.where = where
+
+    def append(self, line: int) -> None:
+        raise UserError(
+            f"{self.where}:{line}: a line is longer than max_document_bytes, and may be a part of a row.",
+            "Raise max_document_bytes, or write the file as jsonl, of which such rows are left out.",
+        )
 
 
 class _Lines(io.RawIOBase):
@@ -185,7 +203,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 def files_of(source: CorpusSource, config: CorpusConfig) -> list[DataFile]:
     """The files of a source, in a fixed order. UserError where there are none, or one has no known format."""
-    names = _remote(source.path) if source.remote else [str(path) for path in formats.files_of(source)]
+    names = _remote(source.path) if source.remote else _local(source)
     files = [DataFile(name, source, config.max_document_bytes) for name in names]
     for file in files:
         if file.format is None:
@@ -196,6 +214,17 @@ def files_of(source: CorpusSource, config: CorpusConfig) -> list[DataFile]:
             raise UserError(f"{file}: a saved data set is not read.", "Give its Parquet files.")
         FORMATS.get(file.format)
     return files
+
+
+def _local(source: CorpusSource) -> list[str]:
+    """Files of a path, or of all that a pattern matches, each once."""
+    if not glob.has_magic(source.path) or Path(source.path).exists():
+        return [str(path) for path in formats.files_of(source)]
+    found = sorted(name for name in glob.glob(source.path, recursive=True) if Path(name).is_file())
+    if not found:
+        raise UserError(f"{source.path}: no file matches.", "In it, * is any text, ? a character, ** folders.")
+    known = [name for name in found if source.format != "auto" or format_of(Path(name)) is not None]
+    return known or found
 
 
 def _remote(url: str) -> list[str]:

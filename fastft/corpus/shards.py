@@ -23,8 +23,9 @@ from fastft.files import digest, fsync, remove, sha256_file
 
 FORMAT = "fastft-corpus-1"
 MANIFEST = "manifest.json"
+PROGRESS = "progress.json"  # while it is made
 PROBED = 1 << 12  # bytes at either end of a file that are compared whenever it is opened
-AGAIN = "Prepare it again, or copy it anew."
+AGAIN = "Prepare it again (fastft prepare --overwrite), or copy it anew."
 
 
 @dataclass
@@ -98,6 +99,12 @@ def is_corpus(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and _read(folder).get("format") == FORMAT
 
 
+def begun(folder: Path) -> bool:
+    """Whether a folder is a corpus that was not finished, or whose manifest is broken."""
+    left = (folder / PROGRESS).is_file() or ((folder / MANIFEST).is_file() and (folder / "shards").is_dir())
+    return left and not is_corpus(folder)
+
+
 def _read(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
@@ -109,6 +116,8 @@ def _read(folder: Path) -> dict[str, Any]:
 def corpora_of(name: str, sources: list[Source]) -> list[Path]:
     """The folders of a set that is made of corpora; none where it is not. UserError for a mixture."""
     folders = [Path(source.path) for source in sources if source.path]
+    for folder in filter(begun, folders):
+        raise UserError(f"data set {name!r}: {folder} is a corpus that is not complete.", "Run fastft prepare again.")
     found = [folder for folder in folders if is_corpus(folder)]
     if found and len(found) < len(sources):
         raise UserError(

@@ -110,6 +110,8 @@ def open_corpora(
     tokens = Joined(parts, len(around["before"]), len(around["after"]))
 
     def build(folder: Path) -> dict:
+        for corpus in corpora:  # once: a later start compares sizes and ends
+            corpus.verify()
         lengths = tokens.lengths()
         counts = _counts(lengths, task, planner.truncation, tokens, corpora)
         planner.settle(counts)

@@ -25,8 +25,10 @@ def test_the_page_works_as_it_is_written(tmp_path, tiny_llama, monkeypatch):
     shutil.copytree(tiny_llama, tmp_path / "models" / "SmolLM2-135M")
     first, second = test_docs.blocks(PAGE, "yaml")
     (tmp_path / "corpus.yaml").write_text(first)
-    small = "batch: {size: 4}\ntrain: {steps: 2}\nrun: {dir: runs/medical, device: cpu, threads: 1}\n"
-    (tmp_path / "train.yaml").write_text(second.replace("max_length: 1024", "max_length: 64") + small)
+    small = "batch: {size: 4}\ntrain: {steps: 2}\n"
+    second = second.replace("max_length: 1024", "max_length: 64")
+    second = second.replace("{dir: runs/medical}", "{dir: runs/medical, device: cpu, threads: 1}")
+    (tmp_path / "train.yaml").write_text(second + small)
     commands = re.findall(r"^fastft (.*)$", "\n".join(test_docs.blocks(PAGE, "bash")), re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["prepare", "train", "trace"]
     said = [launch.fastft(*command.partition("#")[0].split())[1] for command in commands]

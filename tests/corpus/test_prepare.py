@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import transformers
 
+from fastft.config import Source
 from fastft.config.corpus import load_corpus
 from fastft.corpus import build, reading, shards
 from fastft.corpus.build import prepare
+from fastft.corpus.shards import MANIFEST, corpora_of
 from fastft.errors import UserError
 
 RULES = {
@@ -281,3 +283,48 @@ def test_ids_are_those_of_the_tokenizer(tmp_path, tiny_llama, tokenizer):
         ids = tokenizer(text)["input_ids"]
         assert corpus.tokens(0)[i].tolist() == (ids if ids[-1] == eos else [*ids, eos])
     assert corpus.dtype == np.dtype("<u2")
+
+
+def test_a_pattern_is_one_source_and_every_file_is_read_once(tmp_path, tiny_llama):
+    (tmp_path / "raw" / "more").mkdir(parents=True)
+    for n, folder in enumerate(("raw", "raw/more", "raw")):
+        corpora.jsonl(tmp_path / folder / f"{n}.jsonl", [corpora.prose(n)])
+    (tmp_path / "raw" / "notes.lock").write_text("no data")
+    corpus = corpora.made(tmp_path, tiny_llama, str(tmp_path / "raw" / "**"), duplicates="keep")
+    (source,) = corpus.manifest["sources"]
+    assert len(source["files"]) == 3 and source["documents"] == 3 and len(corpus.shards) == 1
+    by_url = corpora.config_of(tmp_path, tiny_llama, f"file://{tmp_path}/raw/0.jsonl")
+    assert by_url.sources[0].path == f"{tmp_path}/raw/0.jsonl"
+    with pytest.raises(UserError, match="no file matches"):
+        corpora.made(tmp_path, tiny_llama, str(tmp_path / "raw" / "*.none"))
+
+
+def test_what_is_not_whole_is_told(tmp_path, tiny_llama):
+    """A byte in the middle of a shard; a manifest that is cut short, which is prepared anew."""
+    source = str(corpora.jsonl(tmp_path / "t.jsonl", [corpora.prose(n, 400) for n in range(90)]))
+    whole = corpora.made(tmp_path, tiny_llama, source)
+    file, before = whole.path(0) / "tokens.values.bin", corpora.content(tmp_path / "out")
+    with open(file, "r+b") as f:
+        f.seek(file.stat().st_size // 2)
+        f.write(b"\xff\xff")
+    with pytest.raises(UserError, match=r"tokens.values.bin: does not match its hash .*\n.*--overwrite"):
+        corpora.made(tmp_path, tiny_llama, source)
+    manifest = tmp_path / "out" / MANIFEST
+    manifest.write_bytes(manifest.read_bytes()[:-100])
+    with pytest.raises(UserError, match="is a corpus that is not complete"):
+        corpora_of("train", [Source(path=str(tmp_path / "out"))])
+    corpora.made(tmp_path, tiny_llama, source)
+    assert corpora.content(tmp_path / "out") == before
+
+
+def test_long_lines_of_wide_encodings_and_of_csv(tmp_path, tiny_llama):
+    """Only the row is left out; a csv's is refused, for it may be a part of one."""
+    rows = [json.dumps({"text": text}) for text in (corpora.prose(1), "x" * 5000, corpora.prose(2))]
+    (tmp_path / "wide.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-16-le")
+    source = {"path": str(tmp_path / "wide.jsonl"), "encoding": "utf-16-le"}
+    assert corpora.made(tmp_path, tiny_llama, source, max_document_bytes=1024).manifest["totals"]["documents"] == 2
+    (tmp_path / "a.csv").write_text('text\n"short"\n"' + "x" * 5000 + '\n y"\n')
+    with pytest.raises(UserError, match=r"a.csv:3: a line is longer than max_document_bytes"):
+        prepare(corpora.config_of(tmp_path, tiny_llama, str(tmp_path / "a.csv"), max_document_bytes=1024), True)
+    with pytest.raises(UserError, match="'klingon' is no text encoding"):
+        corpora.config_of(tmp_path, tiny_llama, {"path": "a.csv", "encoding": "klingon"})

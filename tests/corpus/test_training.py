@@ -157,6 +157,10 @@ def test_a_torn_shard_is_found_before_training(lm_config, prepared):
         jobs.task_of(lm_config).train_split()
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+    lm_config["data"]["cache"] = str(prepared.folder.parent / "another")
+    with pytest.raises(UserError, match="does not match its hash"):
+        jobs.task_of(lm_config).train_split()
+    del lm_config["data"]["cache"]  # packs are planned there
     with pytest.raises(UserError, match="does not match its hash"):
         jobs.task_of(lm_config).train_split().data.verify()
 
@@ -171,7 +175,7 @@ def big(folder, template, documents: int, length: int) -> None:
     np.save(shard / "places.npy", np.zeros((documents, 2), np.int64))
     with open(shard / "tokens.values.bin", "wb") as f:
         f.truncate(int(offsets[-1]) * 2)
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": "", "ends": shards._ends(p)} for p in shard.iterdir()}
+    files = {p.name: shards._described(p) for p in shard.iterdir()}
     made = Shard("00000", 0, documents, int(offsets[-1]), 1, files)
     manifest |= {"shards": [dataclasses.asdict(made)], "totals": {"documents": documents, "tokens": 1, "characters": 1}}
     (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": digest(manifest)}))
