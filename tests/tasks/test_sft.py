@@ -128,6 +128,9 @@ def test_plain_rows_end_with_the_end_of_the_text(config, tmp_path):
     assert isinstance(task.template, Plain)
     rows = [{"prompt": "2 + 2 =", "completion": " 4", "system": "Be brief."}]
     config["data"]["train"] = write(tmp_path / "s.jsonl", rows)
+    model = transformers.AutoModelForCausalLM.from_pretrained(config["model"]["path"])
+    chat = task.predictor(model, {}, type(task).Predict())
+    assert chat.fields["messages"] == "prompt", "rows of the training data are read"
     with pytest.raises(UserError, match=r"s.jsonl:1: data.plain: true takes rows of prompt and completion"):
         jobs.task_of(config).train_split()
     config["data"]["train"] = write(tmp_path / "m.jsonl", [{"messages": CHAT}])

@@ -228,7 +228,8 @@ class SFT(DecoderTask):
         from fastft.tasks.sft.chat import Chat
 
         _stop_at(model, self.end_of_turn)
-        columns = self.config.data.columns
+        data = self.config.data
+        columns = {"prompt": "prompt", **data.columns} if data.plain else data.columns  # of rows as they were trained
         return Chat(model, self.template, columns, options.max_new_tokens, options.temperature)
 
 
