@@ -169,8 +169,8 @@ DATA: dict[str, tuple] = {
     ),
     "unknown suffix": (lambda t: {"data.train": rows(t, "x.data", GOOD)}, ["x.data", "cannot tell the format"]),
     "unknown format": (
-        lambda t: {"data.train": {"path": str(t / "good.jsonl"), "format": "xml"}},
-        ["Unknown data format 'xml'", "jsonl"],
+        lambda t: {"data.train": {"path": str(t / "good.jsonl"), "format": "docx"}},
+        ["Unknown data format 'docx'", "jsonl"],
     ),
     "broken JSON": (lambda t: {"data.train": rows(t, "b.jsonl", [*GOOD, '{"text": '])}, ["b.jsonl:17: broken JSON"]),
     "row is a list": (lambda t: {"data.train": rows(t, "l.jsonl", [*GOOD, "[1]"])}, ["l.jsonl:17: expected a JSON"]),

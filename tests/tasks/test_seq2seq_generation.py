@@ -268,6 +268,7 @@ def test_export_and_predict_are_one(pair_config, tmp_path, kind):
     in batches of 1 and 32, and its generation config is what evaluations used; `best_by` takes a score."""
     made = scored(pair_config, kind, tmp_path, num_beams=2, max_new_tokens=15)
     made |= {"optim": {"lr": 1e-2}, "train": {"steps": 20, "log_every": 20, "eval_every": 10}}
+    made["data"]["order"] = "permutation"  # of which so few steps learn to write more than nothing
     made["checkpoint"] = {"every": 10, "best_by": "eval.chrf"}
     launch.fastft("train", launch.write_config(tmp_path / "c.yaml", made))
     run = tmp_path / "run"
