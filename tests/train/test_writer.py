@@ -86,7 +86,7 @@ def test_a_sign_of_life_only_while_the_disk_answers(tmp_path, monkeypatch, answe
     os.mkfifo(tmp_path / "x.safetensors")
     found, beats, turns = Writer(ALONE), [], []
     heart = SimpleNamespace(beat=lambda step: beats.append(time.monotonic() - start))
-    split = SimpleNamespace(data=SimpleNamespace(key=""))
+    split = SimpleNamespace(data=SimpleNamespace(key="", meta={}))
     job = SimpleNamespace(
         train=split, config=configuration.validate(CONFIG), ranks=ALONE, learned={}, adapter_only=False
     )
