@@ -312,7 +312,14 @@ def damaged(kind: str) -> Callable[[Bench, int, str], Outcome]:
     return fault
 
 
-# Python imports this by itself at the start of every process that has its folder in PYTHONPATH.
+def injected(run: Path, code: str) -> dict[str, str]:
+    """The environment of processes that run ``code`` at their start: Python imports a sitecustomize in PYTHONPATH."""
+    folder = Path(f"{run}-injected")
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
+
+
 POISON = """
 import os
 
@@ -339,13 +346,8 @@ def poisoned(begin: int, end: int) -> Callable[[Bench, int, str], Outcome]:
 
     def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
         run = bench.run_dir()
-        folder = Path(f"{run}-poison")
-        folder.mkdir()
-        (folder / "sitecustomize.py").write_text(POISON.format(begin=begin, end=end))
-        path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-        process = bench.start(
-            "train", bench.config(run, zero, dtype, max_skipped=3), env={"PYTHONPATH": path}, max_restarts=0
-        )
+        env = injected(run, POISON.format(begin=begin, end=end))
+        process = bench.start("train", bench.config(run, zero, dtype, max_skipped=3), env=env, max_restarts=0)
         code = process.wait()
         skipped = [r for r in track.read(run) if r["kind"] == "skipped"]
         named = all(len(r["samples"]) == 8 for r in skipped)
@@ -393,14 +395,11 @@ def killed_in(where: str, rank: int, call: int) -> Callable[[Bench, int, str], O
 
     def fault(bench: Bench, zero: int, dtype: str) -> Outcome:
         truth, run = bench.undisturbed(zero, dtype), bench.run_dir()
-        folder, marker = Path(f"{run}-killed"), Path(f"{run}.marker")
-        folder.mkdir()
+        marker = Path(f"{run}.marker")
         module, _, rest = where.partition(":")
         owner, _, name = rest.rpartition(".")
         text = KILLED.format(rank=rank, marker=str(marker), module=module, owner=owner, name=name, call=call)
-        (folder / "sitecustomize.py").write_text(text)
-        path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-        process = bench.start("train", bench.config(run, zero, dtype), env={"PYTHONPATH": path})
+        process = bench.start("train", bench.config(run, zero, dtype), env=injected(run, text))
         now_at = process.when("was ended by SIGKILL")
         half = (run / "model").exists() and weights(run) != truth
         at, code = reached(run), process.wait()
@@ -459,11 +458,7 @@ if os.environ.get("RANK") == "1":
 def out_of_memory(bench: Bench, zero: int, dtype: str) -> Outcome:
     """One rank finds no memory in a forward: all ranks end, and it is said what to lower."""
     run = bench.run_dir()
-    folder = Path(f"{run}-full")
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(FULL)
-    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    process = bench.start("train", bench.config(run, zero, dtype), env={"PYTHONPATH": path}, max_restarts=0)
+    process = bench.start("train", bench.config(run, zero, dtype), env=injected(run, FULL), max_restarts=0)
     code = process.wait()
     told = "out of memory" in process.text() and "Lower batch.micro_tokens" in process.text()
     return Outcome(code == 1 and told and not left(run), None, 0, "said what to lower")

@@ -306,5 +306,5 @@ def trained(path: str, task: str | None = None, together: bool = False) -> Job:
     if not job.sharded:
         job.model.to(job.ranks.device)
     job.model.eval()
-    keep_heap(job.ranks.device, job.config.parallel.zero)
+    keep_heap(job.ranks.device, job.sharded)
     return job

@@ -75,7 +75,7 @@ def evaluate_model(config: Config, *, rows: bool = False, keep: Sequence[str] = 
         health.check_agreement(config, digest([split.data.key for split in job.evals.values()]), job.ranks)
     engine = assemble.add_together(job)
     assemble.add_objective(job, engine)
-    keep_heap(job.ranks.device, config.parallel.zero)
+    keep_heap(job.ranks.device, job.sharded)
     found = {}
     for name, split in job.evals.items():
         metrics, ids = measure(job, split, engine)

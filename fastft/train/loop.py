@@ -128,7 +128,7 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
     engine = zero.build_engine(job.model, job.optimizer, settings, config.parallel.fused_step)
     with fitting.explained(config):
         assemble.add_objective(job, engine)
-    keep_heap(ranks.device, config.parallel.zero)  # not before: what is loaded and let go of is to be given back
+    keep_heap(ranks.device, config.parallel.zero == 3)  # not before: what is loaded and let go of is to be given back
     ranks.seed(config.run.seed)
     stop = StopRequest()
     if not steps_only:
