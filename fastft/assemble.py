@@ -17,6 +17,7 @@ from fastft import rooms
 from fastft.config import Config
 from fastft.data import batches
 from fastft.data.encoder import Learned
+from fastft.data.mixture import Mixture
 from fastft.data.orders.base import Order
 from fastft.data.split import Split
 from fastft.errors import UserError
@@ -132,10 +133,16 @@ def add_data(job: Job, *, train: bool = True, evals: bool = True) -> None:
     if train:
         job.train = task.train_split()
         job.learned = task.learned(job.train)
-        order = rooms.ORDERS.get(config.data.order.name)
-        job.order = order(config.data.order, job.train, config.data.seed, config.batch.sequences(task.max_length))
+        job.order = _order(config, job.train, config.batch.sequences(task.max_length))
     if evals:
         job.evals = task.eval_splits(job.learned)
+
+
+def _order(config: Config, split: Split, batch: int) -> Order:
+    data, train = config.data, config.train
+    if data.shares is None:
+        return rooms.ORDERS.get(data.order.name)(data.order, split, data.seed, batch)
+    return Mixture(data.shares, split, data.seed, batch, train.steps, train.epochs or 1.0)
 
 
 def add_model(job: Job, weights: Weights = "start", shards: dict | None = None) -> None:

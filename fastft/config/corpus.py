@@ -1,7 +1,6 @@
 """What `fastft prepare` reads: the sources of a corpus, the rules that clean them, and where the tokens go."""
 
 import codecs
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -12,7 +11,7 @@ from fastft import rooms
 from fastft.config.base import InputPath, OutputPath, Section, specialized
 from fastft.config.loading import expanded, globbed, section
 from fastft.config.reading import read
-from fastft.config.sources import Source
+from fastft.config.sources import Source, called
 from fastft.errors import UserError
 
 
@@ -107,18 +106,12 @@ class CorpusConfig(Section):
     )
 
 
-def _called(path: str) -> str:
-    """A name for what lies under a path: of raw/news/*.jsonl.gz news, of raw/cases.txt cases."""
-    parts = [re.sub(r"[^\w-]+", "-", part.partition(".")[0]).strip("-") for part in path.split("/") if "*" not in part]
-    return next((part for part in reversed(parts) if part), "source")
-
-
 def load_corpus(path: str | Path, overrides: Sequence[str] = ()) -> CorpusConfig:
     """Read and check the configuration of a corpus. UserError names the file and the key."""
     where = str(path)
     config = expanded(corpus_config(read(path, overrides), where), where)
     globbed([source for source in config.sources if not source.remote], f"{where}: sources")  # refused where nothing is
-    return config.changed(sources=[s.changed(name=s.name or _called(s.path)) for s in config.sources])
+    return config.changed(sources=[s.changed(name=s.name or called(s.path)) for s in config.sources])
 
 
 def corpus_config(raw: dict[str, Any], where: str) -> CorpusConfig:

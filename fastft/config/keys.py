@@ -14,7 +14,6 @@ from pydantic.json_schema import GenerateJsonSchema
 from fastft import rooms
 from fastft.config.base import Section
 from fastft.config.sections import Config
-from fastft.config.sources import Source
 from fastft.registry import Registry
 
 # Numbers and booleans as YAML 1.1 and 1.2 write them: what is a number to one is a text to the other.
@@ -58,6 +57,7 @@ PARTS = {
         Part("data.order", "data.order.name", rooms.ORDERS, lambda order: order.Settings),
     )
 }
+LISTS = ("data.train", "data.curriculum", "sources")  # keys that hold lists of sections; the last is a corpus's
 NAMES = {part.by: part.members for part in PARTS.values()}  # keys whose values are the names of a table's members
 
 
@@ -125,9 +125,7 @@ def _walk(cls: type[Section], where: str, used: tuple[str, ...]) -> Iterator[Key
             yield from _walk(kind, f"{path}.", used)
         else:
             yield _leaf(field, path, used)
-            if path == "data.train":
-                yield from _walk(Source, f"{path}.", ())
-            if path == "sources":  # of a corpus
+            if path in LISTS:
                 yield from _walk(default_class(field), f"{path}.", ())
     for name in cls.members.names() if cls.members else []:
         entry = cls.members.get(name)  # type: ignore[union-attr]

@@ -18,11 +18,12 @@ from fastft.config.keys import NAMES
 from fastft.config.reading import read
 from fastft.config.reference import instead
 from fastft.config.sections import Config, Data, Loss, Optim, Run
-from fastft.config.sources import Source
+from fastft.config.sources import Source, TrainSource, called
 from fastft.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Section)
+Read = TypeVar("Read", bound=Source)
 
 # What fastft 0.1.0 stored in every run's config.yaml, whatever the task and the optimizer were.
 STORED_BY_0_1 = {
@@ -119,10 +120,11 @@ def expanded(found: S, where: str) -> S:
     return found.with_paths(whole) if any("$" in path or path.startswith("~") for path in keys) else found
 
 
-def globbed(sources: list[Source], where: str) -> list[Source]:
+def globbed(sources: list[Read], where: str) -> list[Read]:
     """Each source whose path is a pattern (``data/*.jsonl``) as those of the files and folders that it matches, sorted.
 
-    They are what a run keeps: files that come later are no part of it. Raises UserError for a pattern without a match.
+    They are what a run keeps: files that come later are no part of it. In a mixture they stay one source, by its name.
+    Raises UserError for a pattern without a match.
     """
     found = []
     for source in sources:
@@ -134,7 +136,9 @@ def globbed(sources: list[Source], where: str) -> list[Source]:
             raise UserError(
                 f"{where}: {source.path}: no file matches.", "In it, * is any text, ? a character, ** folders."
             )
-        found += [source.changed(path=path) for path in paths]
+        mixed = isinstance(source, TrainSource) and not (source.weight is None and source.epochs is None)
+        same = {"name": source.name or called(source.path)} if mixed else {}
+        found += [source.changed(path=path, **same) for path in paths]
     return found
 
 

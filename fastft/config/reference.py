@@ -143,7 +143,11 @@ def page() -> str:
 
 def _sections(known: list[Key], whole: str, mark: str) -> list[str]:
     lines = []
-    listed = ("data.train", "sources")
+    listed = {
+        "data.train": "A source of rows; those of `data.eval` have no `weight` and `epochs`, and files no `name`.",
+        "data.curriculum": "A stage: [adapt.md](adapt.md#a-curriculum).",
+        "sources": "A source.",
+    }
     for section in ["", *dict.fromkeys(key.path for key in known if key.kind == "section" or key.path in listed)]:
         below = [key for key in known if key.section == section]
         if not below:
@@ -151,10 +155,7 @@ def _sections(known: list[Key], whole: str, mark: str) -> list[str]:
         lines += [f"{mark} {section or whole}", ""]
         about = next((key for key in known if key.path == section), None)
         if section in listed:
-            lines += [
-                "A source of rows; those of `data.eval` are the same." if section == "data.train" else "A source.",
-                "",
-            ]
+            lines += [listed[section], ""]
         elif about:
             lines += [about.description, ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|", *map(_row, below), ""]

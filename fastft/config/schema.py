@@ -27,8 +27,9 @@ class _Builder:
     def whole(self) -> dict[str, Any]:
         found = self.section(Config, "")
         rules = [rule for path, part in PARTS.items() if part.by == "task" for rule in self.rules(part, path)]
-        if "Source" in self.definitions and len(self.formats) > 1:
-            self.definitions["Source"]["properties"]["format"]["enum"] = self.formats
+        for name in ("Source", "TrainSource"):
+            if name in self.definitions and len(self.formats) > 1:
+                self.definitions[name]["properties"]["format"]["enum"] = self.formats
         return {**found, "allOf": rules, "$defs": dict(sorted(self.definitions.items()))}
 
     def section(self, cls: type[Section], where: str, empty: bool = False) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from fastft import rooms
 from fastft.config.base import InputPath, OutputPath, Section
 from fastft.config.evaluation import Evaluation
 from fastft.config.every import Every
-from fastft.config.sources import EvalSets, Sources
+from fastft.config.mixture import Shares, shares_of
+from fastft.config.sources import EvalSets, Stage, TrainSources
 from fastft.errors import UserError
 
 
@@ -81,7 +82,7 @@ class Data(Section):
 
     aliases: ClassVar = {"overlength": "truncation"}
 
-    train: Sources = Field([], description="Training sources: a path, a list of paths, or a list of sources.")
+    train: TrainSources = Field([], description="Training sources: a path, a list of paths, or a list of sources.")
     eval: EvalSets = Field({}, description="Evaluation sets by name (a bare path is named 'eval').")
     max_length: int | None = Field(
         None, ge=2, description="Longest sequence in tokens; default: the model's limit, at most 1024."
@@ -91,7 +92,17 @@ class Data(Section):
     )
     cache: OutputPath | None = Field(None, description="Where prepared data goes; default: <run.dir>/prepared.")
     order: SerializeAsAny[Order] = Field(Order(), description="The sample order, by name, with its settings.")
+    curriculum: list[Stage] = Field(
+        [],
+        description="Stages with weights of their own for the sources of data.train, whose weights hold after the last "
+        "stage.",
+    )
     seed: int = Field(17, ge=0, lt=1 << 63, description="Seed of the sample order.")
+
+    @property
+    def shares(self) -> Shares | None:
+        """The mixture of the training sources; None: they are read as one."""
+        return shares_of(self.train, self.curriculum)
 
 
 FORWARD_TOKENS = 16384
@@ -348,6 +359,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _across_sections(self) -> Self:
         self.optim.settle(self)
+        if self.data.shares is not None and self.data.order.name != "permutation":
+            raise ValueError(
+                f"data.order: {self.data.order.name}: a mixture (data.train with weight or epochs) has an order of its "
+                "own: set data.order: permutation"
+            )
         parts = (self.data, self.data.order, self.optim, self.loss, self.evaluation, self.train, self.run.trackers)
         for section in (self.model, *parts):
             section.check(self)

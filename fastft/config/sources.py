@@ -1,8 +1,9 @@
 """Where rows are read from, and what a file may say for it."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fastft.config.base import InputPath, Section
 
@@ -49,6 +50,75 @@ class Source(Section):
         return self
 
 
+class TrainSource(Source):
+    """A source of training data, and its part in a mixture."""
+
+    name: str | None = Field(
+        None,
+        description="What the source is called in data.curriculum and in records; default: the last part of its path. "
+        "dataset: its configuration, where it has several.",
+    )
+    weight: float | None = Field(
+        None,
+        ge=0,
+        description="Share of all targets (tokens to be predicted) that come from here, of the sum of all sources' "
+        "weights. A source that is too small is read again. All sources have one, or none.",
+    )
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="With weights: how often the source is read at most; the others then share what was its. Without: "
+        "how often it is read in an epoch of the run.",
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if bool(self.path) == bool(self.dataset):
+            raise ValueError("a source has a path (of files here) or a dataset (owner/name on the hub): give one")
+        if not self.dataset and self.revision:
+            raise ValueError("revision is of a dataset on the hub")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        if self.dataset:
+            return "/".join(part for part in (self.dataset, self.name, self.split) if part)
+        return self.name or called(self.path)
+
+
+class Stage(Section):
+    """The weights of a part of the run."""
+
+    until: int | float = Field(
+        gt=0, description="Where they end: an integer counts steps, a fraction (0.5) is of all steps."
+    )
+    weights: dict[str, float] = Field(
+        description="Weight by the source's name; sources that are not named have none in this stage."
+    )
+
+    @field_validator("until")
+    @classmethod
+    def _a_fraction_or_steps(cls, value: int | float) -> int | float:
+        if isinstance(value, float) and value >= 1:
+            raise ValueError("is neither a fraction of all steps (below 1) nor a whole number of steps")
+        return value
+
+    @field_validator("weights")
+    @classmethod
+    def _not_negative(cls, value: dict[str, float]) -> dict[str, float]:
+        if least := [name for name, weight in value.items() if weight < 0]:
+            raise ValueError(f"the weight of {least[0]} is negative")
+        return value
+
+
+def called(path: str) -> str:
+    """A name for what lies under a path: of raw/news/*.jsonl.gz news, of raw/cases.txt cases."""
+    parts = [re.sub(r"[^\w-]+", "-", part.partition(".")[0]).strip("-") for part in path.split("/") if "*" not in part]
+    return next((part for part in reversed(parts) if part), "source")
+
+
 def _sources(value: Any) -> Any:
     """A path, a source, or a list of either, as a list of sources."""
     if value is None:
@@ -73,7 +143,8 @@ def _eval_sets(evals: Any) -> Any:
 
 
 _Given = str | Source | list[str | Source] | None  # what a file may say for a list of sources
-Sources = Annotated[list[Source], BeforeValidator(_sources, json_schema_input_type=_Given)]
+_Trained = str | TrainSource | list[str | TrainSource] | None
+TrainSources = Annotated[list[TrainSource], BeforeValidator(_sources, json_schema_input_type=_Trained)]
 EvalSets = Annotated[
     dict[str, list[Source]], BeforeValidator(_eval_sets, json_schema_input_type=_Given | dict[str, _Given])
 ]

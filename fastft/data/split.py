@@ -5,9 +5,12 @@ it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from fastft.config import Data, Run, Source
 from fastft.data import formats
@@ -37,19 +40,38 @@ class Split:
         What each sequence contributes to the loss's denominator (target tokens, or 1 per classified text).
     totals : dict
         ``tokens`` and ``targets``, summed, and ``longest``; see ``write_sizes``.
+    starts : (sources,) int64 or None
+        The document, or the sample where a sample is no pack, at which each source begins; None: it was read as one.
     """
 
-    def __init__(self, name: str, data: Prepared):
+    def __init__(self, name: str, data: Prepared, starts: np.ndarray | None = None):
         self.name, self.data = name, data
+        self.starts = np.asarray(data.meta["sources"], np.int64) if "sources" in data.meta else starts
         self.lengths, self.targets, self.totals = data["lengths"], data["targets"], data.meta["totals"]
         self.sizes = data["sizes"] if "sizes" in data.columns else self.lengths
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def sample_starts(self) -> np.ndarray:
+        """(sources + 1,) int64: the sample at which each source begins, and the number of samples."""
+        assert self.starts is not None, "the sources were read as one"
+        starts = self.starts.tolist()
+        if "packs" in self.data.columns:
+            packs, document = self.data["packs"], self.data["piece_doc"]
+            starts = [bisect_left(range(len(self)), s, key=lambda i: document[packs[i][0]]) for s in starts]
+        return np.append(np.asarray(starts, np.int64), len(self))
+
 
 def open_split(
-    name: str, sources: list[Source], encoder: Encoder, key: dict, learned: Learned | None, data: Data, run: Run
+    name: str,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    key: dict,
+    learned: Learned | None,
+    data: Data,
+    run: Run,
+    apart: bool = False,
 ) -> Split:
     """Prepare a split, or open what was prepared from the same files, settings and tokenizer.
 
@@ -59,6 +81,8 @@ def open_split(
         What the encoder's result depends on beside the files, as JSON.
     learned : dict or None
         What the training set taught, for an evaluation set.
+    apart : bool
+        Whether no pack crosses a source, and the split knows where each begins: for a mixture.
 
     Raises
     ------
@@ -78,10 +102,10 @@ def open_split(
             "data set %r: no data, not read: %s (a file is read when it is named)", name, ", ".join(others[:10])
         )
     read_as = [formats.format_of(Path(f)) for f in files]  # a name decides it, where a source says nothing
-    settings = digest([key, [_source_key(source) for source in sources], read_as])
+    settings = digest([key, [_source_key(source) for source in sources], read_as, *(["apart"] if apart else [])])
 
     def build(folder: Path) -> dict:
-        meta = encode(folder, encoder, sources, learned)
+        meta = encode(folder, encoder, sources, learned, apart)
         if came := set(_files(sources)) ^ set(files):
             raise UserError(
                 f"{min(came)}: came or went while the data was read.", "Run again when nothing writes to it any more."
@@ -99,18 +123,23 @@ def open_split(
     return split
 
 
-def encode(folder: Path, encoder: Encoder, sources: list[Source], learned: Learned | None) -> dict:
-    """Write the columns of a split into a folder; returns its meta."""
+def encode(
+    folder: Path, encoder: Encoder, sources: Sequence[Source], learned: Learned | None, apart: bool = False
+) -> dict:
+    """Write the columns of a split into a folder; returns its meta. ``apart``: as ``open_split`` has it."""
     counts, store, refused = Counts(), Store(folder, encoder.columns), _Refused()
-    for rows in _chunks(_accepted(sources, encoder, counts, refused)):
-        for example in _encoded(rows, encoder, counts, refused):
-            store.append(example.where, example.columns, example.extra)
+    for part in [[source] for source in sources] if apart else [sources]:
+        store.starts.append(store.examples)
+        for rows in _chunks(_accepted(part, encoder, counts, refused)):
+            for example in _encoded(rows, encoder, counts, refused):
+                store.append(example.where, example.columns, example.extra)
     refused.check()
     origins = store.close()
     encoder.settle(counts)
     meta = encoder.finish(store, learned)
     dtypes = {"dtypes": found} if (found := store.dtypes()) else {}
-    return {"counts": counts.as_dict(), "origins": origins, **dtypes, **meta}
+    begins = {"sources": store.starts} if apart else {}
+    return {"counts": counts.as_dict(), "origins": origins, **dtypes, **begins, **meta}
 
 
 class _Refused:
@@ -134,7 +163,7 @@ class _Refused:
 
 
 def _accepted(
-    sources: list[Source], encoder: Encoder, counts: Counts, refused: _Refused
+    sources: Sequence[Source], encoder: Encoder, counts: Counts, refused: _Refused
 ) -> Iterator[tuple[str, formats.Record]]:
     for where, record in _read(sources, refused):
         counts.rows += 1
@@ -149,7 +178,7 @@ def _accepted(
             counts.empty += 1
 
 
-def _read(sources: list[Source], refused: _Refused) -> Iterator[tuple[str, formats.Record]]:
+def _read(sources: Sequence[Source], refused: _Refused) -> Iterator[tuple[str, formats.Record]]:
     """All rows. Where a file cannot be read on, the rows refused before are told first."""
     for source in sources:
         try:
@@ -178,7 +207,7 @@ def _chunks(rows: Iterator) -> Iterator[list]:
         yield chunk
 
 
-def _check_folders(name: str, sources: list[Source], run_dir: Path, cache: Path) -> None:
+def _check_folders(name: str, sources: Sequence[Source], run_dir: Path, cache: Path) -> None:
     for folder in (path for source in sources if source.path and (path := Path(source.path)).is_dir()):
         own = {"run.dir": run_dir, **({"data.cache": cache} if formats.hf.is_saved_dataset(folder) else {})}
         if inside := [key for key, path in own.items() if holds(folder, path)]:
@@ -189,7 +218,7 @@ def _check_folders(name: str, sources: list[Source], run_dir: Path, cache: Path)
             )
 
 
-def _files(sources: list[Source]) -> list[str]:
+def _files(sources: Sequence[Source]) -> list[str]:
     return [str(file) for source in sources for file in formats.files_of(source)]
 
 
@@ -206,7 +235,7 @@ DATA_KEY_0_1 = {
     "label_separator": ",",
     "labels": None,
 }
-NO_PART_OF_THE_KEY = {"train", "eval", "cache", "seed", "max_length", "order"}
+NO_PART_OF_THE_KEY = {"train", "eval", "cache", "seed", "max_length", "order", "curriculum"}
 
 
 def data_key(data: Data) -> dict:
@@ -221,5 +250,5 @@ def data_key(data: Data) -> dict:
 
 def _source_key(source: Source) -> dict:
     fields = type(source).model_fields
-    values = source.model_dump(exclude={"path"})
+    values = source.model_dump(exclude={"path", "weight", "epochs", *(["name"] if source.path else [])})
     return {k: v for k, v in values.items() if k in SOURCE_KEY_0_1 or v != fields[k].default}

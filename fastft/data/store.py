@@ -20,11 +20,13 @@ class Store:
     ----------
     extras : list of (where, object)
         What the encoder kept beside the columns.
+    starts : list of int
+        The example at which each source begins; packs do not cross them. Sources that are read as one: 0 alone.
     """
 
     def __init__(self, folder: Path, columns: dict[str, str]):
         self.folder, self.extras = folder, list[tuple[str, Any]]()
-        self.examples = 0
+        self.examples, self.starts = 0, list[int]()
         self._ragged = {
             name: RaggedWriter(folder, name, kind.removeprefix("ragged:"))
             for name, kind in columns.items()

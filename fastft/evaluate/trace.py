@@ -10,6 +10,7 @@ from fastft import assemble, track
 from fastft import config as configuration
 from fastft.assemble import Job
 from fastft.config import Config
+from fastft.data.mixture import Mixture
 from fastft.data.orders.base import Samples
 from fastft.errors import UserError
 from fastft.train import run_folder
@@ -17,8 +18,8 @@ from fastft.train.schedule import Schedule
 
 
 def trace(path: Path, overrides: list[str], step: int) -> list[dict]:
-    """The samples of step ``step`` (counted from 1, as in the log), in order: ``sample`` (id) and ``documents`` (file
-    and line of each).
+    """The samples of step ``step`` (counted from 1, as in the log), in order: ``sample`` (id), ``documents`` (file and
+    line of each) and, of a mixture, ``source``.
 
     Parameters
     ----------
@@ -33,7 +34,11 @@ def trace(path: Path, overrides: list[str], step: int) -> list[dict]:
     config, is_run = configuration.load_either(path, overrides)
     job, samples = samples_of(config, step, path if is_run else None)
     assert job.train is not None
-    return [{"sample": int(i), "documents": job.task.documents(job.train, int(i))} for i in samples.ids]
+    found: list[dict] = []
+    for i in samples.ids.tolist():
+        source = {"source": job.order.source_of(i)} if isinstance(job.order, Mixture) else {}
+        found.append({"sample": i, **source, "documents": job.task.documents(job.train, i)})
+    return found
 
 
 def samples_of(config: Config, step: int, run_dir: Path | None) -> tuple[Job, Samples]:

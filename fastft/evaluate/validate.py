@@ -37,7 +37,7 @@ def validate_run(config: Config) -> dict:
     report = {name: {"sequences": len(s), **s.totals, "counts": s.data.meta["counts"]} for name, s in splits.items()}
     return {
         "splits": report,
-        "data": job.task.describe(job.train),
+        "data": [*job.task.describe(job.train), *job.order.describe(schedule.positions)],
         "advice": advice(job, schedule),
         "footprint": footprint(job, schedule).as_dict(),
         "steps": schedule.total,

@@ -124,7 +124,8 @@ def open_corpora(
     cache = Path(data.cache or Path(task.config.run.dir) / "prepared")
     settings = digest(["corpus", task.preparation_key(learned)])
     made = prepare(cache / name, settings, [str(folder / MANIFEST) for folder in folders], build)
-    split = Split(name, CorpusData(made.folder, corpora, tokens))
+    begins = tokens.starts[np.cumsum([0, *(len(corpus.shards) for corpus in corpora[:-1])])]
+    split = Split(name, CorpusData(made.folder, corpora, tokens), begins)
     if not split.totals["targets"]:
         raise UserError(f"data set {name!r} is empty: nothing is left of {folders[0]} to learn from.")
     return split

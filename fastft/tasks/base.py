@@ -333,7 +333,7 @@ class Task(ABC):
     def train_split(self) -> Split:
         if not self.config.data.train:
             raise UserError("data.train: no training data given.", "For example: data: {train: corpus.jsonl}")
-        return self._split("train", self.config.data.train, None)
+        return self._split("train", self.config.data.train, None, apart=self.config.data.shares is not None)
 
     def eval_splits(self, learned: Learned) -> dict[str, Split]:
         sets = self.config.data.eval
@@ -346,9 +346,9 @@ class Task(ABC):
             "causal_lm and masked_lm do.",
         )
 
-    def _split(self, name, sources, learned: Learned | None) -> Split:
+    def _split(self, name, sources, learned: Learned | None, apart: bool = False) -> Split:
         if folders := corpora_of(name, sources):
             return self.corpus_split(name, folders, learned)
         config = self.config
         key = self.preparation_key(learned)
-        return open_split(name, sources, self.encoder(learned), key, learned, config.data, config.run)
+        return open_split(name, sources, self.encoder(learned), key, learned, config.data, config.run, apart)

@@ -92,10 +92,10 @@ class DocumentEncoder(TextEncoder):
     def finish(self, store: Store, learned: Learned | None) -> dict:
         tokens = store.ragged("tokens")
         sums = {"documents": len(tokens), "tokens": len(tokens.values), "characters": self.characters}
-        return {**self.plan(store, tokens.lengths(), np.zeros(1, np.int64)), **sums}
+        return {**self.plan(store, tokens.lengths(), np.asarray(store.starts)), **sums}
 
     def plan(self, store: Store, lengths: np.ndarray, starts: np.ndarray) -> dict:
-        """Pack documents by their lengths; no sequence crosses ``starts``, the documents at which shards begin."""
+        """Pack documents by their lengths; no sequence crosses ``starts``: where shards, or sources, begin."""
         # Neighbors share one token, so that every token but the document's first is predicted once.
         parts = pieces(lengths, self.max_length, self.truncation, overlap=1)
         targets = parts[2] - 1  # a piece's first token is no target

@@ -332,10 +332,10 @@ class MaskedEncoder(TextEncoder):
     def finish(self, store: Store, learned: Learned | None) -> dict:
         tokens = store.ragged("tokens")
         sums = {"documents": len(tokens), "tokens": len(tokens.values)}
-        return {**self.plan(store, tokens.lengths(), np.zeros(1, np.int64)), **sums}
+        return {**self.plan(store, tokens.lengths(), np.asarray(store.starts)), **sums}
 
     def plan(self, store: Store, lengths: np.ndarray, starts: np.ndarray) -> dict:
-        """Pack documents by their lengths; no sequence crosses ``starts``, the documents at which shards begin."""
+        """Pack documents by their lengths; no sequence crosses ``starts``: where shards, or sources, begin."""
         parts = pieces(lengths, self.room, self.truncation, overlap=0)
         targets = np.maximum(1, np.rint(parts[2] * self.data.mask_share)).astype(np.int64)  # _quota of each
         packed, groups = self.data.packing == "isolated", np.searchsorted(parts[0], starts)

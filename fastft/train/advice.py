@@ -61,7 +61,7 @@ def _learning_rate(job: Job, schedule: Schedule) -> Iterator[str]:
 
 
 def _batch(job: Job, schedule: Schedule) -> Iterator[str]:
-    rows, size = len(schedule.order.split), schedule.size
+    rows, size = schedule.order.rows_per_epoch, schedule.size
     if size <= rows:
         return
     key = "batch.size" if job.config.batch.global_tokens is None else "batch.global_tokens"

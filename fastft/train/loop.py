@@ -29,7 +29,7 @@ from fastft.train.evaluation import evaluate
 from fastft.train.heartbeat import Heartbeat
 from fastft.train.observers._standard import STANDARD, Best, Skips, Stragglers, upgraded
 from fastft.train.observers.base import Action, Evaluate, Metrics, Observer, Save, StepResult, Stop, View
-from fastft.train.record import cpu_sentence, run_record
+from fastft.train.record import run_record, sentences
 from fastft.train.resuming import Found
 from fastft.train.saver import Saver
 from fastft.train.schedule import Due, Schedule
@@ -79,9 +79,8 @@ def _train(config: Config, cleanup: ExitStack, resume: bool, overwrite: bool) ->
     log.open_trackers(run_dir, config)
     record = run_record(job, schedule, loop.step)
     log.record("run", zero_step=loop.engine.fastft_step, resumed_from=found and found.record(), **record)
-    for sentence in [*([found.describe(config)] if found else []), *job.task.describe(job.train), cpu_sentence(job)]:
-        if sentence:
-            log.say(sentence)
+    for sentence in [*([found.describe(config)] if found else []), *sentences(job, schedule)]:
+        log.say(sentence)
     for sentence in advice(job, schedule):
         log.say(f"warning: {sentence}")
     return loop.run()

@@ -27,6 +27,7 @@ def run_record(job: Job, schedule: Schedule, start: int) -> dict:
         "segments": schedule.segments,
         "data_key": job.train.data.key,
         **({"corpus": found} if (found := job.train.data.meta.get("corpus")) else {}),
+        **({"mixture": shares} if (shares := schedule.order.shares(schedule.positions)) else {}),
         "world_size": job.ranks.world,
         "device": str(job.ranks.device),
         "threads": torch.get_num_threads(),
@@ -40,6 +41,13 @@ def run_record(job: Job, schedule: Schedule, start: int) -> dict:
         "versions": versions(),
         **job.record,
     }
+
+
+def sentences(job: Job, schedule: Schedule) -> list[str]:
+    """What is said of a run before its first step."""
+    assert job.train is not None
+    told = [*job.task.describe(job.train), *schedule.order.describe(schedule.positions), cpu_sentence(job)]
+    return [sentence for sentence in told if sentence]
 
 
 def cpu_sentence(job: Job) -> str:

@@ -99,6 +99,13 @@ def find(job: Job, layout: str) -> Found:
                 f"{path}: was written with {key} = {then}, this run has {new}.",
                 f"Resume with {key}={then}, or start a new run from the exported model.",
             )
+    then, new = (_mixture(c) for c in (before, now))
+    if then != new:
+        raise UserError(
+            f"{path}: was written with another mixture: weights, epochs or data.curriculum changed (or train.steps, of "
+            "which a stage is a fraction).",
+            "Resume with the values that the run began with, or start a new run from the exported model.",
+        )
     names = {type(edit).__name__: edit for edit in job.edits}
     stored = state.get("edits", {})
     if "edits" in state and set(stored) != set(names):
@@ -132,6 +139,17 @@ def _value(config: dict, key: str, default: object) -> object:
     for name in key.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     return default if value is None else value
+
+
+def _mixture(config: dict) -> object:
+    """What the sample order of a mixture hangs on; None where there is none."""
+    data, train = config["data"], config["train"]
+    parts = [(source.get("name"), source.get("weight"), source.get("epochs")) for source in data["train"]]
+    if all(weight is None and epochs is None for _, weight, epochs in parts):
+        return None
+    stages = data.get("curriculum", [])
+    length = (train["steps"], train["epochs"]) if any(isinstance(s["until"], float) for s in stages) else None
+    return parts, stages, length
 
 
 def load(job: Job, engine, found: Found) -> dict:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fastft.config import Config
 from fastft.config.every import interval
 from fastft.data.orders.base import Order, Samples
+from fastft.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,25 @@ class Schedule:
 
     @classmethod
     def of(cls, config: Config, order: Order, max_length: int, segments: Iterable[Iterable[int]] = ()) -> Schedule:
+        """UserError where the sources of a mixture do not last."""
+        schedule = cls._of(config, order, max_length, segments)
+        if order.limit is not None and schedule.positions > order.limit:
+            raise UserError(
+                f"data.train: every source has been read as often as its epochs say after {order.limit:,} samples "
+                f"({order.limit // schedule.size:,} whole steps); the run takes {schedule.positions:,}.",
+                "Lower train.steps or train.epochs, raise the sources' epochs, or leave one source without.",
+            )
+        return schedule
+
+    @classmethod
+    def _of(cls, config: Config, order: Order, max_length: int, segments: Iterable[Iterable[int]]) -> Schedule:
         size = config.batch.sequences(max_length)
         before = tuple((steps, taken) for steps, taken in segments)
         steps, taken = before[-1] if before else (0, 0)
         if config.train.steps is not None:
             total = config.train.steps
             return cls(order, size, total, taken + max(0, total - steps) * size, before)
-        positions = max(1, round((config.train.epochs or 1.0) * len(order.split)))
+        positions = max(1, round((config.train.epochs or 1.0) * order.rows_per_epoch))
         return cls(order, size, steps + max(0, math.ceil((positions - taken) / size)), positions, before)
 
     def taken(self, step: int) -> int:
@@ -49,7 +62,7 @@ class Schedule:
 
     def epoch(self, step: int) -> float:
         """Passes over the training data in the first ``step`` steps."""
-        return self.taken(step) / len(self.order.split)
+        return self.taken(step) / self.order.rows_per_epoch
 
     def segments_at(self, step: int) -> list[tuple[int, int]]:
         """What a run that is resumed here must know to take the position after the last one."""

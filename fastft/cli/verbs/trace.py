@@ -25,4 +25,5 @@ def run(
         print(json.dumps(samples))
         return
     for sample in samples:
-        print(f"sample {sample['sample']}: " + "; ".join(sample["documents"]))
+        source = f" ({sample['source']})" if "source" in sample else ""
+        print(f"sample {sample['sample']}{source}: " + "; ".join(sample["documents"]))

@@ -33,6 +33,13 @@ class Order(ABC):
     """A pure function of the position, so that nothing has to be saved and any step can be looked up.
 
     Positions count the samples that a run takes, from 0; a step takes a range of them.
+
+    Attributes
+    ----------
+    rows_per_epoch : int
+        Positions of an epoch of the run.
+    limit : int or None
+        Positions that there are at most; None: no end.
     """
 
     Settings: ClassVar[type[OrderSettings]] = OrderSettings
@@ -40,6 +47,19 @@ class Order(ABC):
     def __init__(self, settings: OrderSettings, split: Split, seed: int, batch: int):
         """``batch``: samples of a step."""
         self.settings, self.split, self.seed, self.batch = settings, split, seed, batch
+        self.limit: int | None = None
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return len(self.split)
+
+    def describe(self, positions: int) -> list[str]:
+        """What to know of a run of so many samples, a sentence each."""
+        return []
+
+    def shares(self, position: int) -> dict[str, dict[str, float]]:
+        """Of a mixture: what each source gave to the samples before a position, see ``mixture.Part``."""
+        return {}
 
     @abstractmethod
     def samples(self, start: int, stop: int) -> Samples:

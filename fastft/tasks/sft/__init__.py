@@ -305,7 +305,8 @@ class ConversationEncoder(TextEncoder):
         targets = np.array(self.learned, np.float64)
         if (targets % 1 == 0).all():  # no weights but 0 and 1: counted as tokens are
             targets = targets.astype(np.int64)
-        totals = write_packs(store, parts, self.max_length, self.data.packing == "isolated", 0, targets)
+        groups, packed = np.searchsorted(parts[0], store.starts), self.data.packing == "isolated"
+        totals = write_packs(store, parts, self.max_length, packed, 0, targets, groups)
         return {"totals": totals, "documents": len(lengths)}
 
 

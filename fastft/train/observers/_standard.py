@@ -116,6 +116,26 @@ class Stragglers(Observer):
         return []
 
 
+class MixtureShares(Observer):
+    """Records what each source of a mixture has given so far, at logging steps and at the end."""
+
+    step = 0
+
+    def after_step(self, result: StepResult) -> list[Action]:
+        if result.logging and (shares := self._shares(result.step)):
+            self.view.log.record("mixture", step=result.step, sources=shares)
+        self.step = result.step
+        return []
+
+    def _shares(self, step: int) -> dict[str, dict[str, float]]:
+        schedule = self.view.schedule
+        return schedule.order.shares(schedule.taken(step))
+
+    def summary(self) -> dict[str, Any]:
+        shares = self._shares(self.step)
+        return {"mixture": shares} if shares else {}
+
+
 class Best(Observer):
     """Knows the best value of checkpoint.best_by; the checkpoint of the same step, where one is due, becomes BEST."""
 
@@ -159,6 +179,7 @@ STANDARD: dict[str, type[Observer]] = {
     "skips": Skips,
     "spikes": Spikes,
     "stragglers": Stragglers,
+    "mixture": MixtureShares,
     "best": Best,
 }
 

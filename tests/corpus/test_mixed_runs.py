@@ -1,0 +1,152 @@
+"""Mixtures in real runs: from files and corpora, recorded, traced, resumed; what a configuration may not say."""
+
+import json
+import shutil
+
+import corpora
+import jobs
+import numpy as np
+import pytest
+import yaml
+
+import launch
+from fastft import config as configuration
+from fastft import track
+from fastft.errors import UserError
+from fastft.evaluate.trace import trace
+from fastft.train import loop
+
+
+@pytest.fixture
+def two(lm_config, corpus, tmp_path):
+    """lm_config with two sources of files: the second is small."""
+    texts = [json.loads(line)["text"] for line in (corpus / "train.jsonl").read_text().splitlines()]
+    for name, part in (("domain", texts[:-10]), ("general", texts[-10:])):
+        corpora.jsonl(tmp_path / f"{name}.jsonl", part)
+    sources = [{"path": str(tmp_path / f"{name}.jsonl")} for name in ("domain", "general")]
+    lm_config["data"] |= {"train": sources, "eval": {}}
+    return lm_config
+
+
+def weigh(config, *weights, **more):
+    for source, weight in zip(config["data"]["train"], weights, strict=True):
+        source["weight"] = weight
+    config["data"] |= more
+    return config
+
+
+def test_a_run_on_files_is_recorded_traced_and_resumed(two, tmp_path):
+    weigh(two, 0.75, 0.25)["checkpoint"] = {"every": 2}
+    path = launch.write_config(tmp_path / "c.yaml", two)
+    code, output = launch.fastft("train", path)
+    assert code == 0 and "mixture: domain: 75.00% of the targets" in output
+    assert "mixture: general: 25.00% of the targets" in output
+    records = track.read(tmp_path / "run")
+    start, end = (next(r for r in records if r["kind"] == kind) for kind in ("run", "end"))
+    assert start["mixture"].keys() == {"domain", "general"} and end["mixture"] == start["mixture"]
+    one_sample = 63 / (end["mixture"]["domain"]["targets"] + end["mixture"]["general"]["targets"])
+    assert abs(end["mixture"]["domain"]["seen"] - 0.75) < one_sample
+    steps = [r for r in records if r["kind"] == "mixture"]
+    assert [r["step"] for r in steps] == list(range(1, 5)) and steps[-1]["sources"] == end["mixture"]
+    samples = [sample for step in range(1, 5) for sample in trace(tmp_path / "run", [], step)]
+    for name in ("domain", "general"):
+        own = [sample for sample in samples if sample["source"] == name]
+        assert len(own) == end["mixture"][name]["rows"]
+        assert all(f"{name}.jsonl:" in where for sample in own for where in sample["documents"])
+    said = launch.fastft("trace", tmp_path / "run", "--step", 3)[1]
+    assert "(general): " in said and "(domain): " in said
+    # The second half is lost, and made again.
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-4")
+    loop.resumed(configuration.load_run(tmp_path / "run"))
+    again = track.read(tmp_path / "run")
+    again = again[max(i for i, r in enumerate(again) if r["kind"] == "run") :]
+    losses = [[r["loss"] for r in part if r["kind"] == "train"] for part in (records, again)]
+    assert len(losses[1]) == 2 and losses[1] == losses[0][2:] and again[-1]["mixture"] == end["mixture"]
+    with pytest.raises(UserError, match="written with another mixture"):
+        changed = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+        changed["data"]["train"][0]["weight"], changed["train"]["steps"] = 0.5, 6
+        loop.resumed(configuration.validate(changed))
+
+
+def test_a_changed_weight_needs_no_new_preparation_and_no_pack_crosses_a_source(two, tmp_path):
+    first = jobs.task_of(weigh(two, 0.75, 0.25)).train_split()
+    made = (first.data.folder / "MANIFEST.json").stat()
+    second = jobs.task_of(weigh(two, 3, 7, curriculum=[{"until": 2, "weights": {"domain": 1}}])).train_split()
+    assert (second.data.folder / "MANIFEST.json").stat() == made
+    cut = int(second.sample_starts()[1])
+    assert list(second.sample_starts()) == [0, cut, len(second)]
+    task = jobs.task_of(two)
+    for sample in range(len(second)):
+        said = {"domain.jsonl" in where for where in task.documents(second, sample)}
+        assert said == {sample < cut}
+    del two["data"]["curriculum"]
+    plain = jobs.task_of({**two, "data": two["data"] | {"train": [s["path"] for s in two["data"]["train"]]}})
+    assert plain.train_split().starts is None and len(plain.train_split()) <= len(second), (
+        "read as one: packed together"
+    )
+
+
+def test_prepared_corpora_and_patterns(two, tiny_llama, tmp_path):
+    """Two corpora, already packed for a run without weights; then a pattern, whose files are one source."""
+    made = []
+    for source in two["data"]["train"]:
+        (folder := tmp_path / "made" / str(len(made))).mkdir(parents=True)
+        made.append(str(corpora.made(folder, tiny_llama, source["path"], duplicates="keep").folder))
+    two["data"] |= {"train": made}
+    before = (jobs.task_of(two).train_split().data.folder / "MANIFEST.json").stat()
+    two["data"]["train"] = [{"path": path, "name": name} for path, name in zip(made, ("a", "b"), strict=True)]
+    job = jobs.job_of(weigh(two, 0.5, 0.5))
+    assert (job.train.data.folder / "MANIFEST.json").stat() == before
+    found = job.order.samples(0, 60)
+    share = job.train.targets[found.ids[found.ids < job.train.sample_starts()[1]]].sum()
+    assert share / job.train.targets[found.ids].sum() == pytest.approx(0.5, abs=63 / (30 * 60))
+    assert {job.order.source_of(int(i)) for i in found.ids} == {"a", "b"}
+    two["data"]["train"] = [{"path": f"{tmp_path}/*.jsonl", "weight": 2, "name": "all"}, {"path": made[0], "weight": 1}]
+    config = configuration.validate(two)
+    assert [(s.name, s.weight) for s in config.data.train] == [("all", 2), ("all", 2), (None, 1)]
+    assert [(p.name, p.first, p.last) for p in config.data.shares.parts] == [("all", 0, 2), ("out", 2, 3)]
+    again = configuration.validate(config.model_dump(mode="json"))
+    assert again.data.shares == config.data.shares
+
+
+def test_rows_of_other_tasks_are_mixed_too(classification_config, tmp_path):
+    train = classification_config["data"]["train"]
+    classification_config["data"]["train"] = [
+        {"path": train, "weight": 0.9, "name": "a"},
+        {"path": train, "weight": 0.1, "name": "b"},
+    ]
+    job = jobs.job_of(classification_config)
+    found = job.order.samples(0, 100).ids
+    assert (found >= job.train.sample_starts()[1]).sum() == 10 and len(np.unique(found)) > 20
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"train": [{"path": "a", "weight": 1}, "b"]}, "some sources have a weight, these have none: b"),
+        ({"train": [{"path": "a", "weight": 0}, {"path": "b", "weight": 0}]}, "all weights are 0"),
+        ({"train": [{"path": "x/a.txt", "weight": 1}, {"path": "y/a.txt", "weight": 2}]}, "two sources are called 'a'"),
+        ({"train": [{"path": "a", "weight": -1}]}, "weight: Input should be greater than or equal to 0"),
+        ({"train": ["a"], "curriculum": [{"until": 5, "weights": {"a": 1}}]}, "no source of data.train has a weight"),
+        ({"curriculum": [{"until": 5, "weights": {"c": 1}}]}, "no source is called 'c'; data.train has a, b"),
+        ({"curriculum": [{"until": 0.5, "weights": {"a": 0}}]}, "until 0.5: all weights are 0"),
+        ({"curriculum": [{"until": 1.5, "weights": {"a": 1}}]}, "neither a fraction of all steps"),
+        ({"curriculum": [{"until": 5, "weights": {"a": 1}}, {"until": 0.5, "weights": {"b": 1}}]}, "give all in steps"),
+        ({"curriculum": [{"until": 5, "weights": {"a": 1}}, {"until": 5, "weights": {"b": 1}}]}, "5, 5 do not rise"),
+        ({"order": "length_groups"}, "a mixture .* has an order of its own"),
+        ({"eval": {"dev": {"path": "a", "weight": 1}}}, "weight: unknown key"),
+    ],
+)
+def test_what_contradicts_is_refused_before_anything_is_read(two, change, said):
+    two["data"]["train"] = [{"path": "a", "weight": 1}, {"path": "b", "weight": 2}]
+    two["data"] |= change
+    with pytest.raises(UserError, match=said):
+        configuration.validate(two)
+
+
+def test_sources_that_do_not_last_are_refused(two):
+    for source in weigh(two, 1, 1)["data"]["train"]:
+        source["epochs"] = 1
+    two["train"]["steps"] = 1000
+    with pytest.raises(UserError, match=r"read as often as its epochs say after [0-9,]+ samples"):
+        loop.train(configuration.validate(two))
