@@ -85,7 +85,8 @@ def _intervals(job: Job, schedule: Schedule) -> Iterator[str]:
         if steps or epochs:
             length = f"{schedule.total:,} steps ({schedule.epoch(schedule.total):.3g} epochs)"
             yield f"{key}: {value} is longer than the run of {length}, which is {what} at its end only."
-    if config.checkpoint.best_by and config.checkpoint.every is None and "early_stopping" not in config.train.chosen():
+    saving = {"early_stopping", "forgetting"} & set(config.train.chosen())  # a checkpoint wherever it is the best
+    if config.checkpoint.best_by and config.checkpoint.every is None and not saving:
         yield "checkpoint.best_by: without checkpoint.every only the last step is saved, which is then the best."
 
 

@@ -167,8 +167,7 @@ class Loop:
         self.mark: Callable[[str], object] = lambda part: None
         self.stopped: str | None = None  # why the run ended before its last step
         self.chosen: list | dict = []
-        now = time.monotonic()
-        config = job.config
+        now, config = time.monotonic(), job.config
         self.eval_due, self.save_due = (
             Due(e, schedule, now) for e in (config.train.eval_every, config.checkpoint.every)
         )
@@ -184,7 +183,7 @@ class Loop:
     def open(self, log: Telemetry) -> Telemetry:
         """Begin to watch and to record."""
         self.log = log
-        view = View(self.job, self.schedule, log)
+        view = View(self.job, self.schedule, log, self.observers)
         chosen = {
             name: (rooms.OBSERVERS.get(name), settings) for name, settings in self.job.config.train.chosen().items()
         }
@@ -203,8 +202,11 @@ class Loop:
     log: Telemetry
 
     def run(self) -> dict:
-        if self.step == 0 and self.job.config.train.eval_at_start:
+        observers = self.observers.values()
+        if self.step == 0 and (self.job.config.train.eval_at_start or any(o.needs_start for o in observers)):
             self._measure()
+            for observer in observers:
+                observer.at_start(self.metrics)
             self.metrics = {}  # of no step: nothing is best or improves by it
         self.engine.train()
         for loss in self.steps():
@@ -343,8 +345,7 @@ class Loop:
 
     def _evaluate(self) -> list[Action]:
         self._measure()
-        observers = self.observers.values()
-        return [action for o in observers for action in o.after_evaluation(self.step, self.metrics)]
+        return [a for o in self.observers.values() for a in o.after_evaluation(self.step, self.metrics)]
 
     def _measure(self) -> None:
         with self.throughput.paused():

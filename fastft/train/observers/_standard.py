@@ -153,7 +153,7 @@ class Best(Observer):
             value = metrics[self.name.rpartition(".")[0]][self.metric.name]
             # NaN is neither better nor worse than anything.
             better = self.best is None or self.metric.better(value, self.best["value"])
-            ours = math.isfinite(value) and better
+            ours = math.isfinite(value) and better and all(o.accepts(metrics) for o in self.view.observers.values())
             self.candidate = {"step": step, "metric": self.name, "value": value} if ours else None
             self.latest = {name: dict(found) for name, found in metrics.items()}
         return []

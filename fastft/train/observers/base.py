@@ -7,8 +7,8 @@ and is in every checkpoint.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastft.config import Section
@@ -74,6 +74,7 @@ class View:
     job: Job
     schedule: Schedule
     log: Telemetry
+    observers: Mapping[str, Observer] = field(default_factory=dict)
 
 
 class Observer(ABC):
@@ -85,10 +86,13 @@ class Observer(ABC):
         What stands under its key of ``train``, for those that are chosen there.
     exports_best : bool
         Whether the run exports its best checkpoint's model (checkpoint.best_by), not its last step's.
+    needs_start : bool
+        Whether it is to know the metrics of the model before training (``at_start``).
     """
 
     Settings: ClassVar[type[Section]] = Section
     exports_best: ClassVar[bool] = False
+    needs_start: ClassVar[bool] = False
 
     def __init__(self, settings: Any, view: View):
         self.settings, self.view = settings, view
@@ -96,6 +100,13 @@ class Observer(ABC):
     @classmethod
     def check_task(cls, settings: Any, task: Task) -> None:
         """Before anything is built. Raises UserError where the task gives nothing to watch."""
+
+    def at_start(self, metrics: Metrics) -> None:
+        """Of the model before training, where it is evaluated."""
+
+    def accepts(self, metrics: Metrics) -> bool:
+        """Whether the model of these metrics may be the run's best."""
+        return True
 
     def before_update(self, step: int) -> None:
         """Between the last backward of a step and its update; ``step`` is the one being taken, counted from 1."""
