@@ -25,6 +25,8 @@ def test_the_page_works_as_it_is_written(tmp_path, tiny_llama, monkeypatch):
         made = corpora.made(folder, tiny_llama, str(corpora.jsonl(tmp_path / f"{name}.jsonl", texts)))
         shutil.copytree(made.folder, tmp_path / "corpora" / name)
         corpora.jsonl(tmp_path / "held_out" / f"{name}.jsonl", [corpora.prose(first + n) for n in range(40, 50)])
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "medical.txt").write_text("\n\n".join(corpora.prose(n) for n in range(60)))
     small = "batch: {size: 4}\n"
     for block in test_docs.blocks(PAGE, "yaml"):
         if name := re.match(r"# (\S+\.yaml)\n", block):
@@ -40,6 +42,8 @@ def test_the_page_works_as_it_is_written(tmp_path, tiny_llama, monkeypatch):
             assert "of the weights tried keeps it at step" in said
         else:
             assert code == 0, said
-    assert (tmp_path / "curves" / "pareto.png").is_file()
+    assert (tmp_path / "curves" / "pareto.png").is_file() and (
+        tmp_path / "models" / "medical" / "config.json"
+    ).is_file()
     points = json.loads((tmp_path / "curves" / "forgetting.json").read_text())["points"]
     assert {(p["run"], p["step"]) for p in points} == {(run, step) for run in ("plain", "replay") for step in (0, 2, 4)}
