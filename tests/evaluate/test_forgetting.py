@@ -73,6 +73,13 @@ def test_nothing_within_the_budget_is_told():
     assert "no evaluation was within" in said[0]
 
 
+def test_a_run_that_was_begun_without_it_cannot_go_on_with_it():
+    watch, best, _ = watching(0.1)
+    watch.load_state({"sets": {"domain": "other", "general": "general"}, "start": 1.0, "best": None, "latest": {}})
+    with pytest.raises(UserError, match="this run was begun without it, or with other sets"):
+        best.after_evaluation(1, both(3, 2.5))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, corpus, tiny_llama):
     """Three runs: with a budget; without replay and with much, to the same step."""

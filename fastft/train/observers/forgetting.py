@@ -74,8 +74,14 @@ class Forgetting(Observer):
         self.latest = {"domain_at_start": metrics[self.settings.domain]["loss"], "general_at_start": self.start}
 
     def rise(self, metrics: Metrics) -> float:
-        """How much general loss was added; NaN where it was not measured before training."""
-        return metrics[self.settings.general]["loss"] - (math.nan if self.start is None else self.start)
+        """How much general loss was added. UserError where it was not measured before training."""
+        if self.start is None:
+            raise UserError(
+                "train.forgetting: this run was begun without it, or with other sets: the general loss of the model "
+                "before training is not known.",
+                "Resume with what it began with, or start a new run.",
+            )
+        return metrics[self.settings.general]["loss"] - self.start
 
     def accepts(self, metrics: Metrics) -> bool:
         return self.settings.budget is None or self.rise(metrics) <= self.settings.budget
