@@ -2,11 +2,10 @@
 
     python benchmarks/vocabulary.py --model FOLDER --corpus FILE.txt.gz --variant plain|extended [--count 1000]
 
-Both variants learn the same documents, in full, with the same number of sequences in a step, and are measured on the
-same held-out ones: the last tenth of the corpus, cut to ``--held-out`` characters. The vocabulary is chosen from the
-rest. A loss per token
-says nothing of two tokenizers, so it is told per character (nats): the sum over the tokens by the characters. A row
-for each variant is added to benchmarks/results/vocabulary.jsonl; vocabulary.md is written from all rows.
+Both variants learn the same documents, in full, with as many sequences in a step, and are measured on the same held-out
+ones: the last tenth of the corpus, cut to ``--held-out`` characters. The vocabulary is chosen from the rest. A loss per
+token says nothing of two tokenizers, so it is told per character (nats): the sum over the tokens by the characters. A
+row for each variant is added to benchmarks/results/vocabulary.jsonl; vocabulary.md is written from all rows.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
 from common import RESULTS, default_machine
 
 from fastft import config as configuration
@@ -83,7 +81,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         "held_out_characters": characters,
         "lr": args.lr,
         "machine": args.machine,
-        "config": yaml.safe_dump(config),
     }
 
 

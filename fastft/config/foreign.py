@@ -53,6 +53,7 @@ FOREIGN: dict[str, str] = {
     "dataset": "data.train",
     "datasets": "data.train",
     "dataset_dir": "data.train",
+    "interleave_datasets": "data.train: {weight: ...} of each source, in shares of tokens",
     "interleave_probs": "data.train: {weight: ...} of each source, in shares of tokens",
     "probabilities": "data.train: {weight: ...} of each source, in shares of tokens",
     "mix_strategy": "data.train: weight or epochs of each source (a small source is read again)",

@@ -55,8 +55,12 @@ class TrainSource(Source):
 
     name: str | None = Field(
         None,
-        description="What the source is called in data.curriculum and in records; default: the last part of its path. "
-        "dataset: its configuration, where it has several.",
+        description="What the source is called in data.curriculum and in records; default: its source, or the last "
+        "part of its path. dataset: its configuration, where it has several.",
+    )
+    source: str | None = Field(
+        None,
+        description="Of a prepared corpus: the source in it that is read, by its name there; default: all of them.",
     )
     weight: float | None = Field(
         None,
@@ -85,7 +89,7 @@ class TrainSource(Source):
         """What it is called."""
         if self.dataset:
             return "/".join(part for part in (self.dataset, self.name, self.split) if part)
-        return self.name or called(self.path)
+        return self.name or self.source or called(self.path)
 
 
 class Stage(Section):

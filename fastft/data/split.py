@@ -250,5 +250,5 @@ def data_key(data: Data) -> dict:
 
 def _source_key(source: Source) -> dict:
     fields = type(source).model_fields
-    values = source.model_dump(exclude={"path", "weight", "epochs", *(["name"] if source.path else [])})
+    values = source.model_dump(exclude={"path", "source", "weight", "epochs", *(["name"] if source.path else [])})
     return {k: v for k, v in values.items() if k in SOURCE_KEY_0_1 or v != fields[k].default}

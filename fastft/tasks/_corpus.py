@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +13,7 @@ from fastft.data.encoder import Counts, Learned
 from fastft.data.prepared import Prepared, Ragged, prepare
 from fastft.data.split import Split
 from fastft.data.store import Store
-from fastft.errors import UserError
+from fastft.errors import UserError, did_you_mean
 from fastft.files import digest
 
 if TYPE_CHECKING:
@@ -61,13 +62,12 @@ class Joined:
 
 
 class CorpusData(Prepared):
-    """Packs of documents that lie in corpora."""
+    """Packs of documents that lie in shards of corpora."""
 
-    def __init__(self, folder: Path, corpora: list[Corpus], tokens: Joined):
+    def __init__(self, folder: Path, shards: list[tuple[Corpus, int]], tokens: Joined):
         super().__init__(folder)
-        self.corpora = corpora
         self.columns |= {"tokens": tokens}  # type: ignore[dict-item]
-        self.shards = [(corpus, shard) for corpus in corpora for shard in range(len(corpus.shards))]
+        self.shards = shards
 
     def origin(self, document: int) -> str:
         part, row = self["tokens"].place(document)
@@ -76,24 +76,32 @@ class CorpusData(Prepared):
 
     def verify(self) -> None:
         super().verify()
-        for corpus in self.corpora:
+        for corpus in {corpus.folder: corpus for corpus, _ in self.shards}.values():
             corpus.verify()
 
 
 def open_corpora(
-    task: TextTask, name: str, folders: list[Path], planner: Planner, learned: Learned | None, bare: bool
+    task: TextTask,
+    name: str,
+    folders: list[Path],
+    planner: Planner,
+    learned: Learned | None,
+    only: Sequence[str | None],
+    bare: bool,
 ) -> Split:
     """A split of prepared corpora: their tokens, and packs, which are planned once for a run's settings.
 
     Parameters
     ----------
+    only : list of (str or None)
+        Of each corpus the source that is read; None: all of them.
     bare : bool
         Whether the special tokens around documents are left out.
 
     Raises
     ------
     UserError
-        Another tokenizer's corpus; a shard that is not as it was written.
+        Another tokenizer's corpus; one without the source that is asked for; a shard that is not as it was written.
     """
     corpora = [Corpus(folder) for folder in folders]
     mine = task.processor_key()
@@ -106,37 +114,51 @@ def open_corpora(
                 "Prepare the corpus with the model's tokenizer, or set model.tokenizer.",
             )
     around = corpora[0].manifest["tokens"] if bare else {"before": [], "after": []}
-    parts = [corpus.tokens(shard) for corpus in corpora for shard in range(len(corpus.shards))]
-    tokens = Joined(parts, len(around["before"]), len(around["after"]))
+    chosen = [_shards(corpus, source) for corpus, source in zip(corpora, only, strict=True)]
+    shards = [(corpus, shard) for corpus, own in zip(corpora, chosen, strict=True) for shard in own]
+    tokens = Joined([corpus.tokens(shard) for corpus, shard in shards], len(around["before"]), len(around["after"]))
+
+    digests = list(dict.fromkeys(corpus.digest for corpus in corpora))
 
     def build(folder: Path) -> dict:
         for corpus in corpora:  # once: a later start compares sizes and ends
             corpus.verify()
         lengths = tokens.lengths()
-        counts = _counts(lengths, task, planner.truncation, tokens, corpora)
+        counts = _counts(lengths, task, planner.truncation, tokens, shards)
         planner.settle(counts)
         meta = planner.plan(Store(folder, {}), lengths, tokens.starts[:-1])
-        characters = sum(corpus.manifest["totals"]["characters"] for corpus in corpora)
+        characters = sum(corpus.shards[shard].characters for corpus, shard in shards)
         sums = {"documents": len(lengths), "tokens": int(lengths.sum()), "characters": characters}
-        return {"counts": counts.as_dict(), "origins": [], **sums, **meta, "corpus": [c.digest for c in corpora]}
+        return {"counts": counts.as_dict(), "origins": [], **sums, **meta, "corpus": digests}
 
     data = task.config.data
     cache = Path(data.cache or Path(task.config.run.dir) / "prepared")
-    settings = digest(["corpus", task.preparation_key(learned)])
+    settings = digest(["corpus", task.preparation_key(learned), *([list(only)] if any(only) else [])])
     made = prepare(cache / name, settings, [str(folder / MANIFEST) for folder in folders], build)
-    begins = tokens.starts[np.cumsum([0, *(len(corpus.shards) for corpus in corpora[:-1])])]
-    split = Split(name, CorpusData(made.folder, corpora, tokens), begins)
+    begins = tokens.starts[np.cumsum([0, *map(len, chosen[:-1])])]
+    split = Split(name, CorpusData(made.folder, shards, tokens), begins)
     if not split.totals["targets"]:
         raise UserError(f"data set {name!r} is empty: nothing is left of {folders[0]} to learn from.")
     return split
 
 
-def _counts(lengths: np.ndarray, task: TextTask, truncation: str, tokens: Joined, corpora: list[Corpus]) -> Counts:
+def _shards(corpus: Corpus, source: str | None) -> list[int]:
+    """The shards of a source in a corpus; all of them for None."""
+    names = [found["name"] for found in corpus.manifest["sources"]]
+    if source is not None and source not in names:
+        raise UserError(
+            f"{corpus.folder}: has no source {source!r}, but {', '.join(names)}.", did_you_mean(source, names)
+        )
+    return [i for i, shard in enumerate(corpus.shards) if source in (None, names[shard.source])]
+
+
+def _counts(
+    lengths: np.ndarray, task: TextTask, truncation: str, tokens: Joined, shards: list[tuple[Corpus, int]]
+) -> Counts:
     """What becomes of documents that are longer than a sequence, as an encoder counts it."""
     counts = Counts(rows=len(lengths))
     room = task.room
     long = np.flatnonzero(lengths > room)
-    shards = [(corpus, shard) for corpus in corpora for shard in range(len(corpus.shards))]
     for document in long[:3].tolist():
         part, row = tokens.place(document)
         corpus, shard = shards[part]

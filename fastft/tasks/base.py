@@ -8,7 +8,7 @@ a task keeps nothing between its methods.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -339,16 +339,27 @@ class Task(ABC):
         sets = self.config.data.eval
         return {name: self._split(f"eval-{name}", sources, learned) for name, sources in sets.items()}
 
-    def corpus_split(self, name: str, folders: list[Path], learned: Learned | None) -> Split:
-        """A set of prepared corpora. Raises UserError where the task does not read them."""
+    def corpus_split(
+        self, name: str, folders: list[Path], learned: Learned | None, only: Sequence[str | None]
+    ) -> Split:
+        """A set of prepared corpora, of each the source named in ``only``, or all (None). Raises UserError where the
+        task does not read them.
+        """
         raise UserError(
             f"data set {name!r}: {folders[0]} is a prepared corpus, which task {self.config.task} does not read.",
             "causal_lm and masked_lm do.",
         )
 
     def _split(self, name, sources, learned: Learned | None, apart: bool = False) -> Split:
+        only = [getattr(source, "source", None) for source in sources]
         if folders := corpora_of(name, sources):
-            return self.corpus_split(name, folders, learned)
+            return self.corpus_split(name, folders, learned, only)
+        if any(only):
+            raise UserError(
+                f"data set {name!r}: source: {next(filter(None, only))} is a source in a prepared corpus, and these "
+                "are files.",
+                "Leave it out.",
+            )
         config = self.config
         key = self.preparation_key(learned)
         return open_split(name, sources, self.encoder(learned), key, learned, config.data, config.run, apart)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +42,10 @@ class CausalLM(DecoderTask):
     def encoder(self, learned: Learned | None) -> DocumentEncoder:
         return DocumentEncoder(self)
 
-    def corpus_split(self, name: str, folders: list[Path], learned: Learned | None) -> Split:
-        return open_corpora(self, name, folders, self.encoder(learned), learned, bare=False)
+    def corpus_split(
+        self, name: str, folders: list[Path], learned: Learned | None, only: Sequence[str | None]
+    ) -> Split:
+        return open_corpora(self, name, folders, self.encoder(learned), learned, only, bare=False)
 
     @classmethod
     def fits(cls, model_config: Any) -> bool:

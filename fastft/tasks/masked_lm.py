@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,8 +116,10 @@ class MaskedLM(TextTask):
     def room(self) -> int:
         return self.max_length - sum(map(len, self.special))
 
-    def corpus_split(self, name: str, folders: list[Path], learned: Learned | None) -> Split:
-        split = open_corpora(self, name, folders, self.encoder(learned), learned, bare=True)
+    def corpus_split(
+        self, name: str, folders: list[Path], learned: Learned | None, only: Sequence[str | None]
+    ) -> Split:
+        split = open_corpora(self, name, folders, self.encoder(learned), learned, only, bare=True)
         split.data.columns["words"] = Words(self, split.data["tokens"])  # type: ignore[assignment]
         return split
 

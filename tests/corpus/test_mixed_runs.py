@@ -109,6 +109,30 @@ def test_prepared_corpora_and_patterns(two, tiny_llama, tmp_path):
     assert again.data.shares == config.data.shares
 
 
+def test_sources_of_one_corpus(two, tiny_llama, tmp_path):
+    """Each by its name there; without weights, one of them alone."""
+    sources = [{"path": source["path"], "name": name} for source, name in zip(two["data"]["train"], "ab", strict=True)]
+    made = corpora.made(tmp_path, tiny_llama, sources, duplicates="keep")
+    two["data"]["train"] = [{"path": str(made.folder), "source": name, "weight": w} for name, w in (("b", 3), ("a", 1))]
+    job = jobs.job_of(two)
+    found = job.order.samples(0, 80).ids.tolist()
+    share = (
+        job.train.targets[[i for i in found if job.order.source_of(i) == "b"]].sum() / job.train.targets[found].sum()
+    )
+    assert share == pytest.approx(0.75, abs=63 / (40 * 60))
+    assert all(job.task.documents(job.train, i)[0].startswith(f"{job.order.source_of(i)}: ") for i in found)
+    two["data"]["train"] = {"path": str(made.folder), "source": "b"}
+    split = jobs.task_of(two).train_split()
+    shard = next(shard for shard in made.shards if shard.source == 1)
+    assert split.data.meta["documents"] == shard.documents and split.data.meta["characters"] == shard.characters
+    two["data"]["train"]["source"] = "c"
+    with pytest.raises(UserError, match="has no source 'c', but a, b"):
+        jobs.task_of(two).train_split()
+    two["data"]["train"] = {"path": sources[0]["path"], "source": "a"}
+    with pytest.raises(UserError, match="source: a is a source in a prepared corpus, and these are files"):
+        jobs.task_of(two).train_split()
+
+
 def test_rows_of_other_tasks_are_mixed_too(classification_config, tmp_path):
     train = classification_config["data"]["train"]
     classification_config["data"]["train"] = [
