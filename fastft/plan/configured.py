@@ -192,7 +192,7 @@ def _setting(job: Job, device: str, ranks: int, batch: Batching, tensors: Tensor
     own = config.model.dtype
     probe = torch.empty(0, dtype=dtype_of(own))
     largest = tensors.largest // probe.element_size()
-    gathered = gathered_at_once(largest) | zero
+    gathered = gathered_at_once(largest, device == "cpu") | zero
     return Setting(
         device=device,
         zero=config.parallel.zero,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fastft.zero.parameters import whole_numel
@@ -25,7 +27,7 @@ def with_bucket(model: torch.nn.Module, settings: dict) -> dict:
     largest = max(map(whole_numel, parameters))
     limits = {"reduce_bucket_size": reduced_at_once(trained, largest)}
     if zero["stage"] == 3:
-        limits |= gathered_at_once(largest)
+        limits |= gathered_at_once(largest, os.environ.get("DS_ACCELERATOR") == "cpu")
     return {**settings, "zero_optimization": {**limits, **zero}}
 
 
@@ -34,12 +36,12 @@ def reduced_at_once(trained: int, largest: int) -> int:
     return max(1, min(max(REDUCE_BUCKET, largest), trained))
 
 
-def gathered_at_once(largest: int) -> dict[str, int]:
+def gathered_at_once(largest: int, on_cpu: bool) -> dict[str, int]:
     """DeepSpeed's settings for weights that are gathered before they are needed, or kept until they are again: two of
-    the largest, as elements.
+    the largest, as elements. None of either on a CPU: the cores that would gather ahead are those that compute.
     """
     return {
         "stage3_max_live_parameters": 2 * largest,
-        "stage3_max_reuse_distance": 2 * largest,
-        "stage3_prefetch_bucket_size": min(PREFETCH, largest),
+        "stage3_max_reuse_distance": 0 if on_cpu else 2 * largest,
+        "stage3_prefetch_bucket_size": 0 if on_cpu else min(PREFETCH, largest),
     }

@@ -17,7 +17,7 @@ from fastft.ops import sum_squares
 from fastft.optim import set_offset
 from fastft.optim.optimizers.base import ClientOptimizer
 from fastft.ranks import Ranks
-from fastft.zero import fused_step
+from fastft.zero import fused_step, rings
 from fastft.zero.bucket import with_bucket
 from fastft.zero.parameters import whole_shape
 from fastft.zero.unused import Unused
@@ -51,6 +51,8 @@ def start_process_group() -> None:
                     f"{where}: the port is taken by another process.",
                     "Choose another port (MASTER_PORT, --master-port).",
                 ) from None
+    if on_cpu:
+        rings.install()
 
 
 def _accelerate_with_cpu() -> None:
@@ -141,6 +143,7 @@ def build_engine(model: torch.nn.Module, optimizer: ClientOptimizer, settings: d
         )
     if engine.zero_optimization_stage() == 3:
         _clear_padding(engine.optimizer)
+        _held_once(engine.optimizer)
     _set_offsets(engine)
     reason = "parallel.fused_step: false"
     if fuse:
@@ -181,6 +184,24 @@ def _clear_padding(zero) -> None:
             if flat.numel() >= before + size:
                 flat.data[before : before + size][padding].zero_()
             before += size
+
+
+def _held_once(zero) -> None:
+    """Let go of what stage 3 holds twice.
+
+    Where the weights have the masters' dtype and device they are the masters: DeepSpeed means it so, but compares a
+    device with its name. And the zeros that it has stepped on while it was made, as much as this rank's gradients,
+    which have a place of their own, it holds until the first step.
+    """
+    for flat, weights in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+        if not zero.offload_optimizer and not zero.swap_optimizer:
+            flat.grad = None
+        if weights is not None and (weights.dtype, weights.device, len(weights)) == (
+            flat.dtype,
+            flat.device,
+            len(flat),
+        ):
+            flat.data = weights.data
 
 
 def _set_offsets(engine) -> None:
