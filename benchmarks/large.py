@@ -172,7 +172,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
             for dtype in ("float32", "bfloat16"):
                 peaks = peaks_of(folder, folder / dtype, world, f"{dtype}-{world}", args.until)
                 weights = parameters * 4
-                bucket = 4 * reduced_at_once(parameters, largest // 4)
+                bucket = 4 * reduced_at_once(parameters, largest // 4, True)
                 step = 4 * weights // world + 2 * bucket + 2 * largest
                 allowed = {"load": weights // world + 2 * largest, "engine": 0, "step": step}
                 allowed |= {"checkpoint": step + 3 * weights // world, "export": step + 2 * largest}

@@ -192,7 +192,9 @@ def _setting(job: Job, device: str, ranks: int, batch: Batching, tensors: Tensor
     own = config.model.dtype
     probe = torch.empty(0, dtype=dtype_of(own))
     largest = tensors.largest // probe.element_size()
-    gathered = gathered_at_once(largest, device == "cpu") | zero
+    on_cpu = device == "cpu"
+    gathered = gathered_at_once(largest, on_cpu) | zero
+    reduced = reduced_at_once(tensors.trained, largest, on_cpu and config.parallel.zero == 3)
     return Setting(
         device=device,
         zero=config.parallel.zero,
@@ -202,11 +204,11 @@ def _setting(job: Job, device: str, ranks: int, batch: Batching, tensors: Tensor
         states=len(spec.state_tensors),
         state_dtype=getattr(config.optim, "state_dtype", "fp32"),
         accumulates=batch.accumulation > 1,
-        widens=device == "cpu" and widens(probe),
+        widens=on_cpu and widens(probe),
         fused_loss=getattr(config.loss, "implementation", "auto") != "cross_entropy",
         adapter_only=job.adapter_only,
         offload=config.parallel.offload,
-        bucket=int(zero.get("reduce_bucket_size") or reduced_at_once(tensors.trained, largest)),
+        bucket=int(zero.get("reduce_bucket_size") or reduced),
         reuse=int(gathered["stage3_max_reuse_distance"]),
         prefetch=int(gathered["stage3_prefetch_bucket_size"]),
         loads_whole=config.model.init == "random" or (job.came_in != own and bool(config.model.chosen())),

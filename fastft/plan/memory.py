@@ -192,10 +192,11 @@ class Plan:
 def masters(setting: Setting, trained: int) -> int:
     """Of the weights that are updated, beside those that compute, of all ranks together.
 
-    Stages 1 and 2 clone their part whatever the dtype; stage 3 only where the dtypes differ; stage 0 in bf16 alone.
+    Weights in fp32 are the masters, but where they are offloaded; stages 1 and 2 clone their part of bf16 weights
+    whatever the masters' dtype.
     """
     if not setting.bf16:
-        return 4 * trained if setting.zero in (1, 2) else 0
+        return 4 * trained if setting.offload and setting.zero in (1, 2) else 0
     if setting.master == "fp32":
         return 4 * trained
     remainder = 2 if setting.master == "remainder" else 0
@@ -224,14 +225,15 @@ def checkpoint(setting: Setting, tensors: Tensors) -> int:
         weights = tensors.trained_bytes if not setting.bf16 or setting.master != "fp32" else 0
         weights += 0 if setting.adapter_only else tensors.frozen_bytes
     state = tensors.trained * setting.states * SAVED_BYTES[setting.state_dtype]
-    return weights + state + masters(setting, tensors.trained)
+    own = 4 * tensors.trained if not setting.bf16 and setting.zero in (1, 2) else masters(setting, tensors.trained)
+    return weights + state + own
 
 
 def plan(tensors: Tensors, kept: Kept, setting: Setting) -> Plan:
     """Memory of one rank at every moment that may be its fullest."""
     step = _step(tensors, kept, setting)
     around = _around(tensors, setting)
-    if setting.device == "cpu":
+    if setting.device == "cpu" and setting.zero != 3:
         step[WHOLE] = whole = _heap(step, tensors, kept, setting)
         copies = around["checkpoint"]["copies"]
         # Copies of the state are about as large as gradients, and go into what half of the activations left.
@@ -240,16 +242,14 @@ def plan(tensors: Tensors, kept: Kept, setting: Setting) -> Plan:
 
 
 def _heap(step: dict[str, dict[str, int]], t: Tensors, kept: Kept, s: Setting) -> dict[str, int]:
-    """What a CPU run takes: it gives nothing back to the system (`fastft.ranks`), and what one kind of tensor leaves is
-    seldom of a size for another, so that the moments of a step add up.
+    """What a CPU run takes before ZeRO 3: it gives nothing back to the system (`fastft.ranks`), and what one kind of
+    tensor leaves is seldom of a size for another, so that the moments of a step add up.
     """
     whole = {part: max(moment[part] for moment in step.values()) for part in PARTS}
     unused = int((ADAPTER_HEAP_SHARE if s.adapter_only else HEAP_SHARE) * kept.layers)
     used = min(t.trained_bytes, s.bucket * s.element)
     if s.zero == 1:  # gradients that went into the bucket
         unused += used
-    elif s.zero == 3 and s.ranks > 1:  # what weights were gathered into; the copy in which gloo reduces
-        unused += min(t.whole, s.prefetch * s.element) + used
     return {**whole, HEAP: unused}
 
 
@@ -283,7 +283,10 @@ def _step(t: Tensors, kept: Kept, s: Setting) -> dict[str, dict[str, int]]:
     # DeepSpeed's bucket.
     doubled = t.embedding_bytes if t.tied or zero >= 2 or s.accumulates else 0
     ending = whole if zero < 2 else bucket.after
-    found["last layer"] = _parts(weights, ending + doubled, states, kept.ends, 0, bucket.beside)
+    beside = bucket.beside
+    if zero == 3 and gathered:  # the embedding's weights; what is in the bucket is sent to make room for its gradient
+        beside += t.embedding_bytes + (whole - t.embedding_bytes) % max(1, s.bucket * s.element)
+    found["last layer"] = _parts(weights, ending + doubled, states, kept.ends, 0, beside)
     found["reduction"] = _parts(weights, bucket.reduced, states, 0, 0, bucket.flat)
     if whole > s.bucket * s.element and zero >= 2:  # the first reduction is before the backward has ended
         left = int(kept.layers * (1 - s.bucket * s.element / whole))
@@ -344,10 +347,12 @@ def _buckets(t: Tensors, s: Setting) -> _Buckets:
 
 def _gathered(t: Tensors, s: Setting) -> int:
     """Weights that ZeRO 3 has gathered at the turn from forward to backward: those that it needs again within
-    DeepSpeed's distance, which is both ways.
+    DeepSpeed's distance, which is both ways; on a CPU, where nothing is kept, those of the head.
     """
     if s.zero != 3 or (s.ranks == 1 and not (s.offload == "parameters" and s.device == "cuda")):
         return 0
+    if not s.reuse and not s.prefetch:
+        return t.largest
     return min(t.whole, (s.reuse // 2 + s.prefetch) * s.element + t.block)
 
 
@@ -374,6 +379,8 @@ def _around(t: Tensors, s: Setting) -> dict[str, dict[str, int]]:
     module = (t.trained_bytes if s.adapter_only else t.whole) if s.zero < 3 else 0  # rank 0 alone writes it
     snapshot = module + (saved - module) // (s.ranks if s.zero else 1)
     held = {"weights": weights, "optimizer": states} if s.device == "cpu" else {}
+    if held and s.zero == 3:  # a place for this rank's gradients, and the bucket
+        held |= {"gradients": t.trained_bytes // s.ranks, "buckets": min(t.trained_bytes, s.bucket * s.element)}
     found["checkpoint"] = {**held, "copies": snapshot}
     copies = 2 * t.largest  # one weight at a time, read back and compared
     if s.adapter_only:  # peft's files are made of all weights at once

@@ -9,6 +9,7 @@ import torch
 from fastft.zero.parameters import whole_numel
 
 REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's default, 500 M, is 2 GB in fp32
+SMALL_BUCKET = 12_500_000  # of ZeRO 3 on a CPU, which reduces a larger gradient where it lies
 PREFETCH = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size
 
 
@@ -25,15 +26,18 @@ def with_bucket(model: torch.nn.Module, settings: dict) -> dict:
     parameters = list(model.parameters())
     trained = sum(whole_numel(p) for p in parameters if p.requires_grad)
     largest = max(map(whole_numel, parameters))
-    limits = {"reduce_bucket_size": reduced_at_once(trained, largest)}
-    if zero["stage"] == 3:
-        limits |= gathered_at_once(largest, os.environ.get("DS_ACCELERATOR") == "cpu")
+    sharded, on_cpu = zero["stage"] == 3, os.environ.get("DS_ACCELERATOR") == "cpu"
+    limits = {"reduce_bucket_size": reduced_at_once(trained, largest, sharded and on_cpu)}
+    if sharded:
+        limits |= gathered_at_once(largest, on_cpu)
     return {**settings, "zero_optimization": {**limits, **zero}}
 
 
-def reduced_at_once(trained: int, largest: int) -> int:
-    """Elements of DeepSpeed's bucket for so many trained ones, the largest parameter of so many."""
-    return max(1, min(max(REDUCE_BUCKET, largest), trained))
+def reduced_at_once(trained: int, largest: int, small: bool) -> int:
+    """Elements of DeepSpeed's bucket for so many trained ones, the largest parameter of so many; ``small``: at ZeRO 3
+    on a CPU.
+    """
+    return max(1, min(SMALL_BUCKET if small else max(REDUCE_BUCKET, largest), trained))
 
 
 def gathered_at_once(largest: int, on_cpu: bool) -> dict[str, int]:

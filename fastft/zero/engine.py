@@ -143,6 +143,7 @@ def build_engine(model: torch.nn.Module, optimizer: ClientOptimizer, settings: d
         )
     if engine.zero_optimization_stage() == 3:
         _clear_padding(engine.optimizer)
+    if engine.zero_optimization_stage():
         _held_once(engine.optimizer)
     _set_offsets(engine)
     reason = "parallel.fused_step: false"
@@ -187,21 +188,27 @@ def _clear_padding(zero) -> None:
 
 
 def _held_once(zero) -> None:
-    """Let go of what stage 3 holds twice.
+    """Let go of what ZeRO holds twice where nothing is offloaded.
 
-    Where the weights have the masters' dtype and device they are the masters: DeepSpeed means it so, but compares a
-    device with its name. And the zeros that it has stepped on while it was made, as much as this rank's gradients,
-    which have a place of their own, it holds until the first step.
+    Weights of the masters' dtype are the masters: DeepSpeed clones them at stages 1 and 2, and at stage 3, where it
+    means not to, it compares a device with its name. And the zeros that stage 3 has stepped on while it was made, as
+    much as this rank's gradients, which have a place of their own, it holds until the first step.
     """
-    for flat, weights in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
-        if not zero.offload_optimizer and not zero.swap_optimizer:
-            flat.grad = None
-        if weights is not None and (weights.dtype, weights.device, len(weights)) == (
-            flat.dtype,
-            flat.device,
-            len(flat),
-        ):
-            flat.data = weights.data
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        if zero.offload_optimizer or zero.swap_optimizer:
+            return
+        masters, weights = zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat
+        for master in masters:
+            master.grad = None
+    elif zero.cpu_offload:
+        return
+    else:
+        masters, groups = zero.single_partition_of_fp32_groups, zero.real_dp_process_group
+        parts = zero.parallel_partitioned_bit16_groups
+        weights = [own[torch.distributed.get_rank(group=group)] for own, group in zip(parts, groups, strict=True)]
+    for master, weight in zip(masters, weights, strict=True):
+        if weight is not None and (weight.dtype, weight.device) == (master.dtype, master.device):
+            master.data = weight.data
 
 
 def _set_offsets(engine) -> None:

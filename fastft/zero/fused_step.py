@@ -219,7 +219,10 @@ class _Stage12(_Seam):
             flat = zero._get_preflattened_grad_partition(i)
             grads = zero.averaged_gradients[i] if flat is None else [flat]
         out = weights if weights.device == master.device else zero.param_buffer_of_bit16_for_cpu_offload_groups[i]
-        self.optimizer.step_flat(zero.optimizer.param_groups[i], master, _joined(grads), out=out.data, grad_scale=scale)
+        one = out.data_ptr() == master.data_ptr()  # the weights are the masters
+        self.optimizer.step_flat(
+            zero.optimizer.param_groups[i], master, _joined(grads), out=None if one else out.data, grad_scale=scale
+        )
         if out is not weights:
             weights.data.copy_(out.data, non_blocking=True)
         zero._lazy_init_hp_params_optimizer_state()
@@ -250,7 +253,7 @@ class _Stage3(_Seam):
         super().__init__(zero, optimizer)
         self.grads: list[Tensor] = []  # of the sub-group in hand
         self.scale: Tensor | None = None
-        self.stored = False  # whether the kernel wrote the sub-group's weights
+        self.stored = False  # whether the kernel has written the sub-group's weights
 
     def attach(self) -> None:
         self.copy_weights = types.MethodType(type(self.zero)._reassign_or_swap_out_partitioned_parameters, self.zero)
@@ -293,12 +296,12 @@ class _Stage3(_Seam):
         master, weights = zero.fp32_partitioned_groups_flat[sub_group], zero.fp16_partitioned_groups_flat[sub_group]
         grads = [master.grad] if zero.offload_optimizer else self.grads
         self.grads = []
-        self.stored = (
-            weights is not None and weights.device == master.device and weights.data_ptr() != master.data_ptr()
-        )
+        there = weights is not None and weights.device == master.device
+        one = there and weights.data_ptr() == master.data_ptr()  # the weights are the masters
+        self.stored = there
         group = zero.optimizer.param_groups[zero.sub_group_to_group_id[sub_group]]
         self.optimizer.step_flat(
-            group, master, _joined(grads), out=weights.data if self.stored else None, grad_scale=self.scale
+            group, master, _joined(grads), out=weights.data if there and not one else None, grad_scale=self.scale
         )
 
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group: int) -> None:
