@@ -1,8 +1,8 @@
 """LoRA on a base in 4 bits beside the same on one in bf16 or fp32: the loss after some steps, and the peak of memory.
 
-    python benchmarks/quantized.py --data SETS --smollm2 FOLDER [--steps 100] [--dtype fp32]
+    python benchmarks/quantized.py --data SETS --smollm2 FOLDER [--steps 100] [--length 512] [--dtype fp32]
 
-The same rows, order, adapters and learning rate; sequences of 512 tokens, two a step. `loss`: of held-out documents,
+The same rows, order, adapters and learning rate; two sequences a step. `loss`: of held-out documents,
 `train`: the mean over the last ten steps. Each run is a process of its own; `peak` is its resident memory's. Nothing is
 said about speed: on a CPU bitsandbytes unpacks a weight for each product.
 """
@@ -33,7 +33,7 @@ def run(name: str, args: argparse.Namespace, folder: Path) -> dict:
     config = {
         "task": "causal_lm",
         "model": {"path": str(args.smollm2), "dtype": args.dtype, "lora": {"r": 16}},
-        "data": {"train": files["train"], "eval": files["dev"], "max_length": 512, "truncation": "truncate"},
+        "data": {"train": files["train"], "eval": files["dev"], "max_length": args.length, "truncation": "truncate"},
         "batch": {"size": 2},
         "optim": {"lr": 2e-4, "schedule": "linear", "warmup": 0.1},
         "train": {"steps": args.steps, "log_every": 1},
@@ -60,13 +60,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--smollm2", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--machine", default=common.default_machine())
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [run(name, args, Path(folder)) for name in BASES]
     packages = ("torch", "transformers", "peft", "bitsandbytes")
-    facts = {"date": time.strftime("%Y-%m-%d"), "machine": args.machine, "cpu": tasks.cpu(), "steps": args.steps}
+    facts = {"date": time.strftime("%Y-%m-%d"), "machine": args.machine, "cpu": tasks.cpu(), "steps": args.steps, "length": args.length}
     facts["versions"] = {name: metadata.version(name) for name in packages}
     with open(common.RESULTS / "quantized.jsonl", "a") as file:
         file.writelines(json.dumps({**facts, **row}) + "\n" for row in rows)

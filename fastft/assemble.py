@@ -94,13 +94,14 @@ def start(config: Config, learned: Learned | None = None) -> Job:
         load.go_offline()
     ranks = environment(config)
     task = rooms.TASKS.get(config.task)(config)
-    if config.parallel.sequence > 1:
-        _check_sequence(config, task)
+    check_sequence(config, task)
     return Job(config, ranks, task, learned or {})
 
 
-def _check_sequence(config: Config, task: Task) -> None:
+def check_sequence(config: Config, task: Task) -> None:
     """UserError for what parallel.sequence cannot be had with, as far as configurations tell."""
+    if config.parallel.sequence == 1:
+        return
     key, one = f"parallel.sequence: {config.parallel.sequence}", "Set parallel.sequence: 1"
     if not task.cuts_sequences:
         able = ", ".join(name for name in rooms.TASKS.names() if rooms.TASKS.get(name).cuts_sequences)

@@ -10,6 +10,7 @@ from fastft.plan.configured import Planned
 
 # Of a plan's options what a change costs beside time, in words.
 NOTHING, ROUNDING = "the same gradient", "moments rounded at random"
+HOST = "the host's memory"
 MOST_RANKS = 4096
 
 
@@ -70,6 +71,15 @@ def candidates(planned: Planned) -> Iterator[Change]:
     if ranks > 1:
         for stage in range(zero + 1, 4):
             yield Change((f"parallel.zero={stage}",), ranks, NOTHING)
+    if planned.setting.device == "cuda" and config.parallel.offload is None:
+        for what, least in (("optimizer", 1), ("parameters", 3)):
+            needed = () if zero >= least else (f"parallel.zero={least}",)
+            yield Change((f"parallel.offload={what}", *needed), ranks, HOST)
+    parts = 2
+    while config.parallel.sequence == 1 and parts <= ranks:
+        if ranks % parts == 0:
+            yield Change((f"parallel.sequence={parts}",), ranks, NOTHING)
+        parts *= 2
     if not config.parallel.activation_checkpointing:
         yield Change(("parallel.activation_checkpointing=true",), ranks, NOTHING)
     if planned.setting.states and hasattr(config.optim, "state_dtype"):

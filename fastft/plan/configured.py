@@ -123,6 +123,7 @@ def without_weights(config: Config, ranks: int, learned: Learned | None = None) 
     """The model with its edits on the meta device. Reads the model's config.json, never its weights."""
     places = Ranks(0, ranks, 0, ranks, torch.device("meta"))
     task = rooms.TASKS.get(config.task)(config)
+    assemble.check_sequence(config, task)
     for known in (learned, {}, UNLEARNED):
         if known is None:
             continue

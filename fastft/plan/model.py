@@ -38,6 +38,10 @@ class Hardware:
     gpus_per_node : int
     price : float
         Of one GPU for an hour, in any currency; None: not known.
+    host_link : float
+        Bytes per second and direction between one GPU and its host.
+    host_bandwidth : float
+        Bytes per second of the host's memory, for each of its GPUs.
     """
 
     flops: float
@@ -47,11 +51,14 @@ class Hardware:
     inter_node_bandwidth: float
     gpus_per_node: int = 8
     price: float | None = None
+    host_link: float = 64e9
+    host_bandwidth: float = 77e9
 
 
-# NVIDIA's data sheets of the SXM parts; nodes are DGX: one network card of 200 (A100) or 400 Gbit/s per GPU.
+# NVIDIA's data sheets of the SXM parts; nodes are DGX: one network card of 200 (A100) or 400 Gbit/s per GPU, PCIe 4
+# (A100) or 5 to the host, whose two processors have 8 channels of DDR4-3200 (A100) or DDR5-4800 each.
 HARDWARE = {
-    "a100": Hardware(312e12, 2.039e12, 80e9, 300e9, 200e9),
+    "a100": Hardware(312e12, 2.039e12, 80e9, 300e9, 200e9, host_link=32e9, host_bandwidth=51e9),
     "h100": Hardware(989.4e12, 3.35e12, 80e9, 450e9, 400e9),
     "h200": Hardware(989.4e12, 4.8e12, 141e9, 450e9, 400e9),
     "b200": Hardware(2250e12, 8.0e12, 180e9, 900e9, 400e9),
@@ -102,6 +109,10 @@ class Setup:
         Seconds per step that nothing hides (loading data, logging).
     trained : float
         Share of the parameters that is trained: an adapter beside frozen weights needs none of their gradients.
+    sequence : int
+        Ranks that share a sequence, each with a part of its tokens (``sequence_length`` is the whole).
+    offload : str or None
+        "optimizer" or "parameters": what is in the host's memory.
     """
 
     model: Shape
@@ -115,6 +126,8 @@ class Setup:
     reduce_bytes: int = 2
     stall: float = 0.0
     trained: float = 1.0
+    sequence: int = 1
+    offload: str | None = None
 
     @property
     def tokens(self) -> float:
@@ -263,18 +276,51 @@ def compute_seconds(setup: Setup, constants: Constants) -> float:
 
 
 def optimizer_seconds(setup: Setup) -> float:
-    """One pass over the parameters that this rank updates: all at stage 0, a shard above."""
+    """One pass over the parameters that this rank updates: all at stage 0, a shard above. Offloaded, it is the host's
+    processors that make it, and the new weights come back (but where they stay there) while it goes on.
+    """
     local = setup.trained * setup.model.parameters / (setup.world_size if setup.zero else 1)
-    return OPTIMIZER_BYTES * local / setup.hardware.hbm_bandwidth
+    if setup.offload is None:
+        return OPTIMIZER_BYTES * local / setup.hardware.hbm_bandwidth
+    back = WEIGHT_BYTES * local / setup.hardware.host_link if setup.offload == "optimizer" else 0.0
+    return max(OPTIMIZER_BYTES * local / setup.hardware.host_bandwidth, back)
 
 
 def step(setup: Setup, constants: Constants) -> Step:
     """The time of one optimizer step."""
     compute = setup.accumulation * compute_seconds(setup, constants)
     overlappable, between = communication_seconds(setup, constants)
+    overlappable += fetched_seconds(setup)
+    between += setup.accumulation * exchange_seconds(setup, constants)
     exposed = constants.exposed_share * overlappable
     outlasting = max(0.0, overlappable - exposed - compute)  # max(compute, overlapped) without the compute
     return Step(setup, compute, overlappable + between, outlasting + exposed + between, optimizer_seconds(setup))
+
+
+def fetched_seconds(setup: Setup) -> float:
+    """Weights of this rank that are in the host's memory, brought to the GPU for each forward and backward pass; what
+    computation does not hide of it is taken to be what it does not hide of other communication. And the gradients,
+    which go the other way.
+    """
+    if setup.offload is None:
+        return 0.0
+    own = WEIGHT_BYTES * setup.model.parameters / (setup.world_size if setup.zero == 3 else 1)
+    gradients = setup.reduce_bytes * setup.trained * setup.model.parameters / setup.world_size
+    passes = 2 * setup.accumulation if setup.offload == "parameters" else 0
+    return (passes * own + gradients) / setup.hardware.host_link
+
+
+def exchange_seconds(setup: Setup, constants: Constants) -> float:
+    """Of a micro-step on sequences that are cut over ranks (DeepSpeed-Ulysses, arXiv 2309.14509): each layer exchanges
+    queries, keys and values, and the output, forward and backward; nothing hides it. Keys and values are counted like
+    queries: the most that they take.
+    """
+    n, hardware = setup.sequence, setup.hardware
+    if n == 1:
+        return 0.0
+    link = hardware.intra_node_bandwidth if n <= hardware.gpus_per_node else bus_bandwidth(setup)
+    sent = 8 * WEIGHT_BYTES * setup.model.hidden * setup.tokens * (n - 1) / n
+    return setup.model.layers * (sent / link + 4 * (n - 1) * constants.hop_latency)
 
 
 def memory(setup: Setup) -> Memory:

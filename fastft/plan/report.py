@@ -86,7 +86,8 @@ def hardware_of(name: str) -> Hardware:
         return HARDWARE[name]
     if not Path(name).is_file():
         hint = (
-            "Or a YAML file: flops, hbm_bandwidth, memory, intra_node_bandwidth, inter_node_bandwidth, gpus_per_node."
+            "Or a YAML file: flops, hbm_bandwidth, memory, intra_node_bandwidth, inter_node_bandwidth, gpus_per_node, "
+            "price, host_link, host_bandwidth."
         )
         raise UserError(f"--hardware {name}: unknown.", f"{did_you_mean(name, HARDWARE)} {hint}")
     values, fields = read(name), {field.name: field for field in dataclasses.fields(Hardware)}

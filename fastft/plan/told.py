@@ -161,6 +161,8 @@ def _setup(p: Planned, hardware: Hardware) -> Setup:
         p.batching.accumulation,
         p.config.parallel.activation_checkpointing,
         trained=p.trained,
+        sequence=p.config.parallel.sequence,
+        offload=p.setting.offload,
     )
 
 

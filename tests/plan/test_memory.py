@@ -187,7 +187,29 @@ def test_changes_are_priced(lm_config):
     assert {"parallel.zero", "parallel.activation_checkpointing", "optim.state_dtype", "model.dtype", "model.lora"} <= {
         *keys
     }
+    assert {"parallel.offload", "parallel.sequence"} <= {*keys}
     assert "optim.master" not in keys  # of bf16 weights alone
+
+
+def test_offload_and_sequences_are_offered_with_their_price(capsys, lm_config, tmp_path):
+    """Where the optimizer alone does not fit: the host's memory takes it, and its step takes longer there. Where one
+    long sequence does not: ranks share it, but not more than divide the heads.
+    """
+    lm_config["run"]["device"] = "auto"
+    lm_config["parallel"] = {"zero": 3}
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    few = configured.planned(config.validate(lm_config), "cuda", 2)
+    need = few.plan.training + few.plan.process
+    less = need - few.plan.parts["optimizer"] // 2
+    found = json.loads(run(capsys, path, "--hardware", "h100", "--memory", str(less), "--gpus", "2", "--json")[1])
+    offers = {tuple(c["overrides"]): c for c in found["changes"]}
+    offload = next(c for keys, c in offers.items() if "parallel.offload=optimizer" in keys)
+    assert offload["time"] > 1 and "host" in offload["words"], offers
+    own = [c.overrides for c in changes.candidates(configured.planned(config.validate(lm_config), "cuda", 8))]
+    assert [o for o in own if "parallel.sequence" in str(o)] == [(f"parallel.sequence={n}",) for n in (2, 4, 8)]
+    lm_config["parallel"]["sequence"] = 64
+    with pytest.raises(UserError, match="attention heads"):
+        configured.planned(config.validate(lm_config), "cuda", 64)
 
 
 @pytest.mark.parametrize(

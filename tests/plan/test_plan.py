@@ -23,6 +23,8 @@ from fastft.plan.model import (
     communicated_bytes,
     communication_seconds,
     compute_seconds,
+    exchange_seconds,
+    fetched_seconds,
     memory,
     model_flops_per_token,
     optimizer_seconds,
@@ -333,3 +335,17 @@ def test_hardware_of_ones_own(tmp_path):
             hardware_of(str(tmp_path / "x.yaml"))
     with pytest.raises(UserError, match="Or a YAML file"):
         hardware_of("h1000")
+
+
+def test_offload_and_sequences_by_hand():
+    """120 parameters in shards of 30, 2 layers of hidden size 10, 10 tokens."""
+    setup = change(hardware=dataclasses.replace(PLAIN, host_link=2.0, host_bandwidth=7.0))
+    assert fetched_seconds(setup) == 0 and exchange_seconds(setup, HALF) == 0
+    state, all_ = change(setup, offload="optimizer"), change(setup, offload="parameters")
+    assert fetched_seconds(state) == 30 * setup.reduce_bytes / 2  # gradients go over
+    assert fetched_seconds(all_) == (2 * setup.accumulation * 30 * 2 + 30 * setup.reduce_bytes) / 2
+    assert optimizer_seconds(state) == 28 * 30 / 7 and optimizer_seconds(all_) == 28 * 30 / 7
+    slow = change(setup, offload="optimizer", hardware=dataclasses.replace(setup.hardware, host_link=0.1))
+    assert optimizer_seconds(slow) == 2 * 30 / 0.1  # the weights come back more slowly than the step is taken
+    cut = exchange_seconds(change(setup, sequence=2), dataclasses.replace(HALF, hop_latency=0.0))
+    assert cut == 2 * (8 * 2 * 10 * 10 * 0.5) / PLAIN.intra_node_bandwidth
