@@ -266,11 +266,11 @@ def keep_heap(device: torch.device, sharded: bool) -> None:
 
 
 def give_heap_back() -> None:
-    """Tell glibc to return every array of 1 MiB and more to the system when it is freed: by default what is freed once
-    raises that limit to 32 MiB. Of a process that holds weights in shards (ZeRO 3), which is there to save memory:
+    """Tell glibc to return every array of 128 KiB and more to the system when it is freed: by default what is freed
+    once raises that limit to 32 MiB. Of a process that holds weights in shards (ZeRO 3), which is there to save memory:
     those that are gathered and let go of left holes that took a quarter of all.
     """
-    _mallopt({M_MMAP_THRESHOLD: 1 << 20})
+    _mallopt({M_MMAP_THRESHOLD: 1 << 17})
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
