@@ -30,6 +30,8 @@ class Section(BaseModel):
         Older name of a key -> its name today. The older one keeps working in files, with a warning.
     scalar : str or None
         The key that a bare value stands for: ``layer_decay: 0.9`` is ``layer_decay: {rate: 0.9}``.
+    named : dict of str
+        Words that stand for the section: ``duplicates: keep`` is ``duplicates: {exact: false}``.
     members : Registry or None
         Every name of this table is an optional key of the section, whose value the named class's ``Settings``
         validates; null and false leave it out.
@@ -38,6 +40,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
     aliases: ClassVar[dict[str, str]] = {}
     scalar: ClassVar[str | None] = None
+    named: ClassVar[dict[str, dict[str, Any]]] = {}
     members: ClassVar[Registry | None] = None
 
     def settle(self, config: Config) -> None:
@@ -56,12 +59,16 @@ class Section(BaseModel):
     def _short_forms(cls, raw: Any) -> Any:
         if cls.members is not None:
             raw = short_list(cls, raw)
-            if isinstance(raw, dict):
-                switch: Any = {True: {}, False: None}
-                raw = {
-                    key: switch[value] if isinstance(value, bool) and key in cls.members else value
-                    for key, value in raw.items()
-                }
+        if isinstance(raw, dict):
+            switch: Any = {True: {}, False: None}
+            raw = {
+                key: switch[value] if isinstance(value, bool) and cls.switched(key) else value
+                for key, value in raw.items()
+            }
+        if cls.named and isinstance(raw, str):
+            if raw not in cls.named:
+                raise ValueError(f"is none of {', '.join(cls.named)}, nor a mapping")
+            return cls.named[raw]
         if cls.scalar is not None and not isinstance(raw, dict | BaseModel) and raw is not None:
             return {cls.scalar: raw}
         return raw
@@ -75,6 +82,13 @@ class Section(BaseModel):
             text = str(value).lower()
             raise ValueError(f"{text} is no value for it (on, off, yes, no, true and false are booleans in YAML)")
         return value
+
+    @classmethod
+    def switched(cls, key: str) -> bool:
+        """Whether true and false turn it on, by its defaults, and off."""
+        if cls.members is not None and key in cls.members:
+            return True
+        return key in cls.model_fields and optional(cls.model_fields[key].annotation) is not None
 
     def chosen(self) -> dict[str, Section]:
         """Settings of the members that this section names, in the order of their names."""
@@ -128,6 +142,13 @@ def _path_kind(field: FieldInfo) -> PathKind | None:
 def _holds_section(kind: Any) -> bool:
     kinds = getattr(kind, "__args__", (kind,))
     return any(isinstance(k, type) and issubclass(k, Section) for k in kinds)
+
+
+def optional(kind: Any) -> type[Section] | None:
+    """The section of a type that is a section or None."""
+    kinds = set(get_args(kind)) - {type(None)}
+    one = kinds.pop() if len(kinds) == 1 and type(None) in get_args(kind) else None
+    return one if isinstance(one, type) and issubclass(one, Section) else None
 
 
 _made: dict[tuple, type[Section]] = {}

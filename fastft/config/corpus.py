@@ -73,6 +73,46 @@ class Rules(Section):
     members: ClassVar = rooms.RULES
 
 
+class NearDuplicates(Section):
+    """Documents that are nearly the same: compared by their n-grams of words, of which case and punctuation do not
+    count, nor white space; a character of scripts without spaces is a word.
+    """
+
+    ngram: int = Field(5, ge=1, le=100, description="Words of an n-gram.")
+    threshold: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="Left out is what shares so much of all n-grams with a document that stays (Jaccard).",
+    )
+    bands: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="Hashes by which documents are found that are then compared; default: by the threshold, so that of "
+        "pairs at it 99 % are compared. Each takes 8 bytes a document.",
+    )
+    rows: int | None = Field(
+        None, ge=1, le=32, description="MinHash values in each of them; default: as many as 20 bands allow, at most 6."
+    )
+    seed: int = Field(0, ge=0, lt=1 << 32, description="Of the MinHash permutations.")
+
+
+class Duplicates(Section):
+    """Which documents count as the same; of them the first stays, across all files and sources."""
+
+    exact: bool = Field(True, description="Documents with the same text after the rules.")
+    near: NearDuplicates | None = Field(None, description="Those that are nearly the same, too; true: by the defaults.")
+
+    named: ClassVar = {"exact": {}, "near": {"near": {}}, "keep": {"exact": False}}
+
+    @model_validator(mode="after")
+    def _exact_is_near(self) -> Self:
+        if self.near is not None and not self.exact:
+            raise ValueError("exact: false beside near: documents with the same text are nearly the same, too")
+        return self
+
+
 class CorpusConfig(Section):
     """One corpus: raw files in, shards of tokens out."""
 
@@ -82,8 +122,10 @@ class CorpusConfig(Section):
     tokenizer: InputPath = Field(description="Folder or hub id of the model or tokenizer that will train on it.")
     revision: str | None = Field(None, description="Commit or tag of a hub id.")
     rules: SerializeAsAny[Rules] = Field(Rules(), description="A rule's name, a list or a mapping of rules.")
-    duplicates: Literal["exact", "keep"] = Field(
-        "exact", description="exact: of documents with the same text after the rules the first stays; keep: all do."
+    duplicates: Duplicates = Field(
+        Duplicates(),
+        description="exact: of documents with the same text after the rules the first stays; near: of those with "
+        "nearly the same, too (a mapping has its settings); keep: all stay.",
     )
     shard_tokens: int = Field(1 << 26, ge=1, description="Tokens of a shard, at most (a block of rows is not cut).")
     max_document_bytes: int = Field(

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
 from fastft import rooms
-from fastft.config.base import Section
+from fastft.config.base import Section, optional
 from fastft.config.sections import Config
 from fastft.registry import Registry
 
@@ -123,6 +123,9 @@ def _walk(cls: type[Section], where: str, used: tuple[str, ...]) -> Iterator[Key
         elif isinstance(kind, type) and issubclass(kind, Section):
             yield Key(path, "section", "", (), field.description or summary(kind), used)
             yield from _walk(kind, f"{path}.", used)
+        elif (below := optional(kind)) is not None:
+            yield Key(path, "section", "null", (), field.description or summary(below), used)
+            yield from _walk(below, f"{path}.", used)
         else:
             yield _leaf(field, path, used)
             if path in LISTS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastft.config.base import Section
+from fastft.config.base import Section, optional
 from fastft.config.keys import BOOLEAN, NAMES, PARTS, Part, about, default_of, schema_of, summary
 from fastft.config.sections import Config
 
@@ -37,9 +37,7 @@ class _Builder:
         properties = {name: self.field(cls, name, where) for name in cls.model_fields}
         for name in cls.members.names() if cls.members else []:
             entry = cls.members.get(name)  # type: ignore[union-attr]
-            forms = [self.section(entry.Settings, f"{where}{name}."), {"type": "null"}, {"type": "boolean"}]
-            yes_or_no = {"type": "string", "pattern": BOOLEAN}
-            properties[name] = {"anyOf": [*_flat(forms), yes_or_no], "description": summary(entry)}
+            properties[name] = self.switched(entry.Settings, f"{where}{name}.", summary(entry))
         for old, new in cls.aliases.items():
             said = f"Older name of {new}."
             properties[old] = {**properties[new], "description": said, "deprecationMessage": said}
@@ -54,6 +52,11 @@ class _Builder:
         short = self.short(cls, properties)
         return {"anyOf": [found, *short]} if short else found
 
+    def switched(self, cls: type[Section], where: str, description: str) -> dict[str, Any]:
+        """A section that may be left out, and turned on or off by true or false."""
+        forms = [self.section(cls, where), {"type": "null"}, {"type": "boolean"}]
+        return {"anyOf": [*_flat(forms), {"type": "string", "pattern": BOOLEAN}], "description": description}
+
     @staticmethod
     def short(cls: type[Section], properties: dict[str, Any]) -> list[dict[str, Any]]:
         """What may stand for a section instead of a mapping: its main value, or the names of its members."""
@@ -62,6 +65,8 @@ class _Builder:
                 key: value for key, value in properties[cls.scalar].items() if key not in ("default", "description")
             }
             return main["anyOf"] if set(main) == {"anyOf"} else [main]
+        if cls.named:
+            return [{"enum": list(cls.named)}]
         names = cls.members.names() if cls.members else []
         if not names or cls.model_fields:
             return []
@@ -80,6 +85,8 @@ class _Builder:
         if isinstance(kind, type) and issubclass(kind, Section):
             empty = not where and name not in NEEDED
             return {**self.section(kind, f"{path}.", empty), "description": field.description or summary(kind)}
+        if (below := optional(kind)) is not None:
+            return self.switched(below, f"{path}.", field.description or summary(below))
         found = schema_of(field)
         self.definitions |= found.pop("$defs", {})
         if path in NAMES:

@@ -7,48 +7,47 @@ written down; a run that was killed goes on from there, and its result is the sa
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import platform
+import unicodedata
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastft.config.corpus import CorpusConfig
+from fastft.corpus import output as folder_of
 from fastft.corpus import tokens
+from fastft.corpus.duplicates import Filter
 from fastft.corpus.files import DataFile, files_of, hashes
+from fastft.corpus.manifest import manifest_of, totals
+from fastft.corpus.minhash import VERSION
+from fastft.corpus.output import NEAR, SCRATCH
 from fastft.corpus.pool import in_order
 from fastft.corpus.reading import Block, Position, Reader
 from fastft.corpus.rules.base import chosen
-from fastft.corpus.seen import Seen
 from fastft.corpus.shards import (
-    FORMAT,
     MANIFEST,
     PROGRESS,
     Corpus,
     Shard,
     ShardWriter,
     as_json,
-    begun,
     check_shard,
     is_corpus,
+    place_name,
 )
 from fastft.corpus.work import Count, Done
-from fastft.data.prepared import LITTER, disk_told
-from fastft.data.sources import holds
+from fastft.data.prepared import disk_told
 from fastft.errors import UserError
-from fastft.files import digest, locked, remove, replacing
+from fastft.files import digest, locked, remove
 
 log = logging.getLogger(__name__)
 
 CODE = 1  # raise it when the same files and settings give another corpus
-SCRATCH = ".shard"
 NO_PART_OF_THE_KEY = {"output", "workers", "encoder", "tokenizer", "revision"}
 Report = Callable[["Build"], None]
 
@@ -70,31 +69,33 @@ def prepare(config: CorpusConfig, overwrite: bool = False, report: Report = lamb
     """
     output = Path(config.output)
     files = [files_of(source, config) for source in config.sources]
-    _check_output(config, output, files)
+    folder_of.check(config, output, files)
     output.parent.mkdir(parents=True, exist_ok=True)
     with locked(output.with_name(output.name + ".lock")) as writable:
         if not writable:
             raise UserError(f"{output}: cannot be written.", "Choose another output.")
-        before = _recorded(output)
+        before = folder_of.recorded(output)
         build = Build(config, output, files, before.get("files", {}))
         if is_corpus(output) and not overwrite:
             corpus = Corpus(output)
             if corpus.manifest["key"] == build.key:
                 corpus.verify()
+                folder_of.finished(output)  # it may have been killed right behind its manifest
                 return corpus
             raise UserError(
                 f"{output}: holds a corpus that was made from other files or settings.",
                 "Choose another output, or replace it: fastft prepare --overwrite.",
             )
         if before.get("key") != build.key:
-            _clear(output, overwrite)
+            folder_of.clear(output, overwrite)
             before = {}
         try:
             with disk_told(output.parent, "the corpus", "Make room and run again: complete shards stay."):
                 build.run(before, report)
         except tokens.Differs as e:
             log.warning("gigatoken gives other ids for a document (%.60r): all are tokenized anew without it", str(e))
-            _clear(output, True)
+            build.duplicates.close()
+            folder_of.clear(output, True)
             build = Build(config.changed(encoder="tokenizers"), output, files, build.found)
             build.why = "gigatoken gave other ids for a document"
             build.run({}, report)
@@ -122,6 +123,8 @@ class Build:
         rules = {name: {"version": kind.version, **kind.versions()} for name, kind, _ in self.rules}
         settings = config.model_dump(mode="json", exclude=NO_PART_OF_THE_KEY)
         names = [[[file.where, self.found[file.where]["sha256"]] for file in group] for group in files]
+        if config.duplicates.near is not None:
+            rules["near"] = {"version": VERSION, "unicode": unicodedata.unidata_version}
         self.key = digest([CODE, settings, rules, self.facts.key, names, self._besides()])
         self.shards: list[Shard] = []
         self.names: list[list[str]] = [[] for _ in files]
@@ -129,7 +132,7 @@ class Build:
         self.broken: list[dict[str, str]] = [{} for _ in files]
         self.position, self.fast = Position(), False
         self.reader = Reader(config, files, self.names)
-        self.seen = Seen()
+        self.duplicates = Filter(config.duplicates, output / NEAR)
         self.writer: ShardWriter | None = None
         self.sizes = [[file.size() for file in group] for group in files]
 
@@ -187,8 +190,8 @@ class Build:
         for name, count in done.counts.items():
             counts.setdefault(name, Count()).add(count)
         self.broken[block.source] |= block.broken
-        if self.config.duplicates == "exact":
-            done = self._without_duplicates(done, counts.setdefault("duplicates", Count()))
+        if self.duplicates.on:
+            done = self.duplicates.without(done, counts.setdefault("duplicates", Count()), self._where)
         if len(done.lengths):
             if self.writer is None:
                 folder = self.output / "shards" / f"{len(self.shards):05d}"
@@ -196,17 +199,17 @@ class Build:
             self.writer.append(done)
         self.position = block.end
 
-    def _without_duplicates(self, done: Done, count: Count) -> Done:
-        if not done.ids:
-            return done
-        fresh = self.seen.new(done.ids)
-        count.rows += len(fresh)
-        if all(fresh):
-            return done
-        for i, new in enumerate(fresh):
-            if not new:
-                count.drop(done.where[i], "the same text", done.ids[i].hex())
-        return done.only(np.array(fresh))
+    def _where(self, number: int) -> str:
+        """Of a document that stays, in words."""
+        for shard, end in zip(self.shards, accumulate(shard.documents for shard in self.shards), strict=True):
+            if number < end:
+                places = np.load(self.output / "shards" / shard.name / "places.npy", mmap_mode="r")
+                place, row = places[number - end + shard.documents].tolist()
+                return place_name(self.names[shard.source], place, row)
+        assert self.writer is not None
+        at = number - sum(shard.documents for shard in self.shards)
+        place, row = np.concatenate(self.writer.places)[at].tolist()
+        return place_name(self.names[self.writer.source], place, row)
 
     def _commit(self) -> None:
         """The shard is complete, and what has been done until here is written down."""
@@ -225,11 +228,12 @@ class Build:
             "names": self.names,
             "counts": counts,
             "broken": self.broken,
+            "duplicates": self.duplicates.state(),
             "shards": as_json(self.shards),
         }
 
     def _save(self) -> None:
-        _write(self.output / PROGRESS, self._state())
+        folder_of.write(self.output / PROGRESS, self._state())
 
     def _restore(self, before: dict[str, Any]) -> None:
         self.fast, self.why = before["encoder"]
@@ -242,8 +246,8 @@ class Build:
         kept = {shard.name for shard in self.shards}
         for shard in self.shards:
             check_shard(self.output / "shards" / shard.name, shard)
-            if self.config.duplicates == "exact":
-                self.seen.add(np.load(self.output / "shards" / shard.name / "ids.npy"))
+        ids = (np.load(self.output / "shards" / shard.name / "ids.npy") for shard in self.shards)
+        self.duplicates.restore(before["duplicates"], ids)
         if (self.output / "shards").is_dir():
             for folder in (self.output / "shards").iterdir():
                 if folder.name not in kept:  # renamed, but not written down
@@ -257,120 +261,10 @@ class Build:
             if entry["sha256"] != self.found[name]["sha256"]:
                 raise UserError(f"{name}: changed while it was read.", "Run again when nothing writes to it any more.")
         if not self.shards:
-            said = "; ".join(f"{name}: {count.dropped:,} of {count.rows:,}" for name, count in self._totals().items())
+            said = "; ".join(f"{name}: {count.dropped:,} of {count.rows:,}" for name, count in totals(self).items())
             raise UserError(f"{self.output}: no document is left. Left out were: {said}.", "Loosen the rules.")
         (self.output / "shards").mkdir(exist_ok=True)
-        manifest = self._manifest()
-        _write(self.output / MANIFEST, {**manifest, "digest": digest(manifest)})
-        remove(self.output / SCRATCH)
-        remove(self.output / PROGRESS)
-
-    def _totals(self) -> dict[str, Count]:
-        totals: dict[str, Count] = {}
-        for group in self.counts:
-            for name, count in group.items():
-                totals.setdefault(name, Count()).add(count)
-        return {name: totals[name] for name in self._order() if name in totals}
-
-    def _order(self) -> list[str]:
-        return ["reading", *(name for name, _, _ in self.rules), "tokens", "duplicates"]
-
-    def _manifest(self) -> dict[str, Any]:
-        sums = {name: sum(getattr(s, name) for s in self.shards) for name in ("documents", "tokens", "characters")}
-        sources = []
-        for number, source in enumerate(self.config.sources):
-            of = [shard for shard in self.shards if shard.source == number]
-            files = [{"file": f.where, "sha256": self.found[f.where]["sha256"]} for f in self.files[number]]
-            for entry, size in zip(files, self.sizes[number], strict=True):
-                entry["bytes"] = size
-                if why := self.broken[number].get(entry["file"]):
-                    entry["not_read_to_its_end"] = why
-            counts = self.counts[number]
-            sources.append(
-                {
-                    "name": source.name,
-                    "licence": source.licence,
-                    **{name: sum(getattr(s, name) for s in of) for name in ("documents", "tokens", "characters")},
-                    "rules": {n: _numbers(counts[n]) for n in self._order() if n in counts},
-                    "files": files,
-                    "places": self.names[number],
-                }
-            )
-        from fastft import __version__
-
-        return {
-            "format": FORMAT,
-            "key": self.key,
-            "made_by": {"fastft": __version__, "python": platform.python_version(), **_libraries(self.fast)},
-            "settings": self.config.model_dump(mode="json", exclude={"output", "workers"}),
-            "totals": sums,
-            "tokens": {
-                "dtype": self.facts.dtype,
-                "before": self.facts.before,
-                "after": self.facts.after,
-                "vocabulary": self.facts.vocabulary,
-                "tokenizer": self.facts.key,
-                "path": self.config.tokenizer,
-                "encoder": "gigatoken" if self.fast else "tokenizers",
-                "because": self.why,
-            },
-            "rules": {name: {**_numbers(c), "samples": c.samples} for name, c in self._totals().items()},
-            "sources": sources,
-            "shards": as_json(self.shards),
-        }
-
-
-def _numbers(count: Count) -> dict[str, Any]:
-    kept = count.rows - count.dropped
-    numbers = {"in": count.rows, "kept": kept, "changed": count.changed, "dropped": count.dropped}
-    return {**numbers, "reasons": dict(sorted(count.reasons.items()))}
-
-
-def _libraries(fast: bool) -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("numpy", "tokenizers", *(["gigatoken"] if fast else []))}
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    with replacing(path) as scratch, open(scratch, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)  # escaped: names of files need not be Unicode
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _recorded(output: Path) -> dict[str, Any]:
-    """What a run before has written down; nothing where it is broken."""
-    with suppress(OSError, ValueError):
-        found = json.loads((output / PROGRESS).read_bytes())
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
-def _check_output(config: CorpusConfig, output: Path, files: list[list[DataFile]]) -> None:
-    """UserError for an output that is an input, holds one, or lies in one; and for one that holds other files."""
-    whole = output.resolve()
-    for source in config.sources:
-        if not source.remote and Path(source.path).is_dir() and holds(Path(source.path), output):
-            raise UserError(f"{output}: lies in the folder that is read ({source.path}).", "Choose another output.")
-    for file in (file for group in files for file in group if "://" not in file.where):
-        if whole in (path := Path(file.where).resolve(), *path.parents):
-            raise UserError(f"{output}: is or holds a file that is read ({file}).", "Choose another output.")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file.", "Choose another output.")
-    known = {MANIFEST, PROGRESS, SCRATCH, "shards", *LITTER}
-    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    ours = is_corpus(output) or _recorded(output) or begun(output) or not there
-    strangers = sorted(n for n in there - (known if ours else set(LITTER)) if ".fastft-" not in n)
-    if strangers:
-        raise UserError(
-            f"{output}: holds other files: {', '.join(strangers[:5])}.", "Choose another output; nothing was touched."
-        )
-
-
-def _clear(output: Path, overwrite: bool) -> None:
-    """Take away what an unfinished run, or with ``overwrite`` a finished one, has left."""
-    if overwrite or not is_corpus(output):
-        for name in (MANIFEST, PROGRESS, SCRATCH, "shards"):  # the manifest first: without it nothing is taken for done
-            remove(output / name)
+        manifest = manifest_of(self)
+        folder_of.write(self.output / MANIFEST, {**manifest, "digest": digest(manifest)})
+        self.duplicates.close()
+        folder_of.finished(self.output)

@@ -161,8 +161,7 @@ class Corpus:
         """Source, and file and row, as the file was called then."""
         place, row = np.load(self.path(shard) / "places.npy", mmap_mode="r")[document].tolist()
         source = self.manifest["sources"][self.shards[shard].source]
-        name = source["places"][place]
-        return f"{source['name']}: {name}{row}" if row >= 0 else f"{source['name']}: {name}"
+        return f"{source['name']}: {place_name(source['places'], place, row)}"
 
     def verify(self) -> None:
         """Re-hash every file. UserError names the first that differs."""
@@ -170,6 +169,11 @@ class Corpus:
             for name, entry in shard.files.items():
                 if sha256_file(self.path(i) / name) != entry["sha256"]:
                     raise UserError(f"{self.path(i) / name}: does not match its hash in {MANIFEST}.", AGAIN)
+
+
+def place_name(names: list[str], place: int, row: int) -> str:
+    """A place in words."""
+    return f"{names[place]}{row}" if row >= 0 else names[place]
 
 
 def check_shard(folder: Path, shard: Shard) -> None:

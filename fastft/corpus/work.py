@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from fastft.config.corpus import corpus_config
+from fastft.corpus.minhash import MinHash, Sketches
 from fastft.corpus.rules.base import Document, chosen
 from fastft.corpus.tokens import Encoder, TokenizerFacts
 
-SAMPLES = 3  # documents left out by a rule that the manifest shows
+SAMPLES = 3  # documents left out for a reason that the manifest shows
 SHOWN = 200  # characters of each
 Place = tuple[int, int]  # file of the source, row in it; -1: the file is the document
 
@@ -28,7 +30,8 @@ class Count:
     reasons : dict of str
         Why, and how many.
     samples : list of dict
-        ``where``, ``reason`` and the beginning of the ``text`` of the first that were left out.
+        ``where``, ``reason`` and the beginning of the ``text`` of the first that were left out for each reason; of a
+        near-duplicate also the document ``of`` which it is one, and how alike they are (``jaccard``).
     """
 
     rows: int = 0
@@ -37,19 +40,27 @@ class Count:
     reasons: dict[str, int] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
 
-    def drop(self, where: str, reason: str, text: str) -> None:
+    def shows(self, reason: str) -> bool:
+        """Whether one more that is left out for it would be shown."""
+        return self.reasons.get(reason, 0) < SAMPLES
+
+    def drop(self, where: str, reason: str, text: str, **more: str) -> None:
+        if self.shows(reason):
+            self.samples.append({"where": where, "reason": reason, "text": text[:SHOWN], **more})
         self.dropped += 1
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        if len(self.samples) < SAMPLES:
-            self.samples.append({"where": where, "reason": reason, "text": text[:SHOWN]})
 
     def add(self, other: Count) -> None:
         self.rows += other.rows
         self.changed += other.changed
         self.dropped += other.dropped
+        shown = Counter(sample["reason"] for sample in self.samples)
+        for sample in other.samples:
+            shown[sample["reason"]] += 1
+            if shown[sample["reason"]] <= SAMPLES:
+                self.samples.append(sample)
         for reason, count in other.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
-        self.samples += other.samples[: SAMPLES - len(self.samples)]
 
 
 @dataclass
@@ -77,6 +88,8 @@ class Done:
     characters : (n,) int64
     counts : dict of str
         By rule.
+    sketches : Sketches or None
+        Where near-duplicates are looked for.
     """
 
     places: np.ndarray
@@ -86,6 +99,7 @@ class Done:
     lengths: np.ndarray
     characters: np.ndarray
     counts: dict[str, Count]
+    sketches: Sketches | None = None
 
     def only(self, kept: np.ndarray) -> Done:
         """Those documents alone. ``kept``: (n,) bool."""
@@ -99,6 +113,7 @@ class Done:
             self.lengths[kept],
             self.characters[kept],
             self.counts,
+            self.sketches.only(kept) if self.sketches is not None else None,
         )
 
 
@@ -107,7 +122,10 @@ class Worker:
 
     def __init__(self, config: dict[str, Any], facts: TokenizerFacts, fast: bool):
         """``config``: as it is dumped, for the classes of sections do not pickle."""
-        self.rules = [(name, kind(settings)) for name, kind, settings in chosen(corpus_config(config, "prepare"))]
+        settings = corpus_config(config, "prepare")
+        self.rules = [(name, kind(own)) for name, kind, own in chosen(settings)]
+        near = settings.duplicates.near
+        self.minhash = MinHash(near) if near is not None else None
         self.encoder = Encoder(facts, fast)
         self.dtype = facts.dtype
 
@@ -140,6 +158,7 @@ class Worker:
             lengths[full],
             np.array([len(texts[at]) for at in full], np.int64),
             counts,
+            self.minhash.of([texts[at] for at in full]) if self.minhash is not None else None,
         )
 
 

@@ -11,6 +11,7 @@ import test_docs
 import launch
 
 PAGE = launch.ROOT / "docs" / "corpus.md"
+SMALL = {"max_length: 1024": "max_length: 64", "{dir: runs/medical}": "{dir: runs/medical, device: cpu, threads: 1}"}
 
 
 def test_the_page_works_as_it_is_written(tmp_path, tiny_llama, monkeypatch):
@@ -20,20 +21,24 @@ def test_the_page_works_as_it_is_written(tmp_path, tiny_llama, monkeypatch):
     for part in range(2):
         with gzip.open(tmp_path / "raw" / "cancer" / f"{part}.txt.gz", "wt") as f:
             f.write("\n\n".join(text(n) for n in range(part * 20, part * 20 + 20)))
-    rows = "".join(json.dumps({"body": text(n)}) + "\n" for n in range(30, 80))  # 10 are there already
-    (tmp_path / "raw" / "lungs.jsonl").write_text(rows)
+    texts = [text(n) for n in range(30, 80)] + [text(79) + " Again."]  # 10 are there already, one nearly
+    (tmp_path / "raw" / "lungs.jsonl").write_text("".join(json.dumps({"body": one}) + "\n" for one in texts))
     shutil.copytree(tiny_llama, tmp_path / "models" / "SmolLM2-135M")
-    first, second = test_docs.blocks(PAGE, "yaml")
-    (tmp_path / "corpus.yaml").write_text(first)
-    small = "batch: {size: 4}\ntrain: {steps: 2}\n"
-    second = second.replace("max_length: 1024", "max_length: 64")
-    second = second.replace("{dir: runs/medical}", "{dir: runs/medical, device: cpu, threads: 1}")
-    (tmp_path / "train.yaml").write_text(second + small)
+    for block in test_docs.blocks(PAGE, "yaml"):
+        name = re.match(r"# (\S+\.yaml)\n", block)[1]
+        for whole, small in SMALL.items():
+            block = block.replace(whole, small)
+        more = "batch: {size: 4}\ntrain: {steps: 2}\n" if name == "train.yaml" else ""
+        (tmp_path / name).write_text(block + more)
     commands = re.findall(r"^fastft (.*)$", "\n".join(test_docs.blocks(PAGE, "bash")), re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["prepare", "train", "trace"]
-    said = [launch.fastft(*command.partition("#")[0].split())[1] for command in commands]
-    assert "the same text 10" in said[0] and "80 documents" in said[0]
-    assert "cancer: raw/cancer/" in said[2] or "lungs: raw/lungs.jsonl:" in said[2]
+    said = {}
+    for command in commands:
+        said[command] = launch.fastft(*command.partition("#")[0].split())[1]
+    assert "the same text 10" in said["prepare corpus.yaml"] and "81 documents" in said["prepare corpus.yaml"]
+    near = said["prepare near.yaml"]
+    assert "the same text 10, nearly the same text 1" in near and "80 documents" in near
+    (traced,) = (output for command, output in said.items() if command.startswith("trace"))
+    assert "cancer: raw/cancer/" in traced or "lungs: raw/lungs.jsonl:" in traced
     assert (tmp_path / "runs" / "medical" / "model" / "config.json").is_file()
 
 

@@ -141,14 +141,19 @@ SMALL = {"rules": RULES, "shard_tokens": 1500}
 
 def test_the_same_bytes_from_any_number_of_workers(tmp_path, raw, tiny_llama, small_blocks):
     """One source is one folder, the other files of it again: duplicates across sources."""
-    sources = [*of(raw), {"path": str(raw / "b.jsonl"), "name": "again"}, {"path": str(raw / "c.csv"), "name": "third"}]
+    corpora.jsonl(tmp_path / "near.jsonl", [corpora.prose(n) + " again" for n in range(10, 40)])
+    paths = {"again": raw / "b.jsonl", "third": raw / "c.csv", "near": tmp_path / "near.jsonl"}
+    sources = [*of(raw), *({"path": str(path), "name": name} for name, path in paths.items())]
     found = []
-    for workers in (1, 2, 4):
-        corpus = corpora.made(tmp_path / str(workers), tiny_llama, sources, workers=workers, duplicates="keep", **SMALL)
+    for workers, duplicates in ((1, "near"), (4, "near"), (1, "keep"), (2, "keep")):
+        settings = SMALL | {"duplicates": duplicates}
+        corpus = corpora.made(tmp_path / f"{workers}{duplicates}", tiny_llama, sources, workers=workers, **settings)
         found.append(corpora.content(corpus.folder))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1] and found[2] == found[3]
+    near = json.loads((tmp_path / "4near" / "out" / MANIFEST).read_text())["rules"]["duplicates"]
+    assert near["reasons"]["nearly the same text"] == near["pairs"] == 30
     assert len(corpus.shards) > 6 and all(shard.tokens <= 1500 for shard in corpus.shards)
-    assert {shard.source for shard in corpus.shards} == {0, 1, 2}
+    assert {shard.source for shard in corpus.shards} == {0, 1, 2, 3}
 
 
 def _killed(config, seed: int, blocks: int | None) -> None:
@@ -182,14 +187,18 @@ def _kill_until_done(config, rng: random.Random, kills: int) -> int:
     return killed
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.long)])
-def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path, raw, tiny_llama, small_blocks, kills):
-    corpora.jsonl(raw / "b.jsonl", [corpora.prose(n) for n in range(20, 300)])  # some are duplicates of a.txt.gz
-    whole = corpora.made(tmp_path / "whole", tiny_llama, of(raw), **SMALL)
+@pytest.mark.parametrize(
+    "duplicates, kills", [("exact", 3), ("near", 6), pytest.param("near", 30, marks=pytest.mark.long)]
+)
+def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path, raw, tiny_llama, small_blocks, duplicates, kills):
+    settings = {**SMALL, "duplicates": duplicates}
+    texts = [corpora.prose(n) + " again" * (n % 2) for n in range(20, 300)]  # some are duplicates of a.txt.gz
+    corpora.jsonl(raw / "b.jsonl", texts)
+    whole = corpora.made(tmp_path / "whole", tiny_llama, of(raw), **settings)
     rng = random.Random(kills)
     killed = 0
     for attempt in range(kills // 3):
-        config = corpora.config_of(tmp_path / f"{attempt}", tiny_llama, of(raw), **SMALL)
+        config = corpora.config_of(tmp_path / f"{attempt}", tiny_llama, of(raw), **settings)
         (tmp_path / f"{attempt}").mkdir()
         killed += _kill_until_done(config, rng, 3)
         corpus = prepare(config)

@@ -1,0 +1,87 @@
+"""What `manifest.json` says of a corpus."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, Any
+
+from fastft.corpus.shards import FORMAT, as_json
+from fastft.corpus.work import Count
+
+if TYPE_CHECKING:
+    from fastft.corpus.build import Build
+
+SUMS = ("documents", "tokens", "characters")
+
+
+def totals(build: Build) -> dict[str, Count]:
+    """What every rule did, of all sources, in the order in which they are applied."""
+    found: dict[str, Count] = {}
+    for group in build.counts:
+        for name, count in group.items():
+            found.setdefault(name, Count()).add(count)
+    return {name: found[name] for name in _order(build) if name in found}
+
+
+def _order(build: Build) -> list[str]:
+    return ["reading", *(name for name, _, _ in build.rules), "tokens", "duplicates"]
+
+
+def manifest_of(build: Build) -> dict[str, Any]:
+    """As JSON, but for its digest."""
+    from fastft import __version__
+
+    facts = build.facts
+    rules = {name: {**_numbers(c), "samples": c.samples} for name, c in totals(build).items()}
+    if "duplicates" in rules:
+        rules["duplicates"] |= build.duplicates.told()
+    return {
+        "format": FORMAT,
+        "key": build.key,
+        "made_by": {"fastft": __version__, "python": platform.python_version(), **_libraries(build.fast)},
+        "settings": build.config.model_dump(mode="json", exclude={"output", "workers"}),
+        "totals": {name: sum(getattr(s, name) for s in build.shards) for name in SUMS},
+        "tokens": {
+            "dtype": facts.dtype,
+            "before": facts.before,
+            "after": facts.after,
+            "vocabulary": facts.vocabulary,
+            "tokenizer": facts.key,
+            "path": build.config.tokenizer,
+            "encoder": "gigatoken" if build.fast else "tokenizers",
+            "because": build.why,
+        },
+        "rules": rules,
+        "sources": [_source(build, number) for number in range(len(build.files))],
+        "shards": as_json(build.shards),
+    }
+
+
+def _source(build: Build, number: int) -> dict[str, Any]:
+    source, counts = build.config.sources[number], build.counts[number]
+    of = [shard for shard in build.shards if shard.source == number]
+    files = [{"file": f.where, "sha256": build.found[f.where]["sha256"]} for f in build.files[number]]
+    for entry, size in zip(files, build.sizes[number], strict=True):
+        entry["bytes"] = size
+        if why := build.broken[number].get(entry["file"]):
+            entry["not_read_to_its_end"] = why
+    return {
+        "name": source.name,
+        "licence": source.licence,
+        **{name: sum(getattr(s, name) for s in of) for name in SUMS},
+        "rules": {n: _numbers(counts[n]) for n in _order(build) if n in counts},
+        "files": files,
+        "places": build.names[number],
+    }
+
+
+def _numbers(count: Count) -> dict[str, Any]:
+    kept = count.rows - count.dropped
+    numbers = {"in": count.rows, "kept": kept, "changed": count.changed, "dropped": count.dropped}
+    return {**numbers, "reasons": dict(sorted(count.reasons.items()))}
+
+
+def _libraries(fast: bool) -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("numpy", "tokenizers", *(["gigatoken"] if fast else []))}

@@ -1,0 +1,70 @@
+"""The folder that a corpus is made in: what may be in it, what is written down there meanwhile, and what is removed."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fastft.config.corpus import CorpusConfig
+from fastft.corpus.files import DataFile
+from fastft.corpus.shards import MANIFEST, PROGRESS, begun, is_corpus
+from fastft.data.prepared import LITTER
+from fastft.data.sources import holds
+from fastft.errors import UserError
+from fastft.files import remove, replacing
+
+SCRATCH, NEAR = ".shard", ".near"  # of the shard that is written; of near-duplicates
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    """A JSON file, whole and on the disk."""
+    with replacing(path) as scratch, open(scratch, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)  # escaped: names of files need not be Unicode
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def recorded(output: Path) -> dict[str, Any]:
+    """What a run before has written down; nothing where it is broken."""
+    with suppress(OSError, ValueError):
+        found = json.loads((output / PROGRESS).read_bytes())
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def check(config: CorpusConfig, output: Path, files: list[list[DataFile]]) -> None:
+    """UserError for an output that is an input, holds one, or lies in one; and for one that holds other files."""
+    whole = output.resolve()
+    for source in config.sources:
+        if not source.remote and Path(source.path).is_dir() and holds(Path(source.path), output):
+            raise UserError(f"{output}: lies in the folder that is read ({source.path}).", "Choose another output.")
+    for file in (file for group in files for file in group if "://" not in file.where):
+        if whole in (path := Path(file.where).resolve(), *path.parents):
+            raise UserError(f"{output}: is or holds a file that is read ({file}).", "Choose another output.")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file.", "Choose another output.")
+    known = {MANIFEST, PROGRESS, SCRATCH, NEAR, "shards", *LITTER}
+    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    ours = is_corpus(output) or recorded(output) or begun(output) or not there
+    strangers = sorted(n for n in there - (known if ours else set(LITTER)) if ".fastft-" not in n)
+    if strangers:
+        raise UserError(
+            f"{output}: holds other files: {', '.join(strangers[:5])}.", "Choose another output; nothing was touched."
+        )
+
+
+def clear(output: Path, overwrite: bool) -> None:
+    """Take away what an unfinished run, or with ``overwrite`` a finished one, has left."""
+    if overwrite or not is_corpus(output):
+        for name in (MANIFEST, PROGRESS, SCRATCH, NEAR, "shards"):  # the manifest first: without it nothing is done
+            remove(output / name)
+
+
+def finished(output: Path) -> None:
+    """Take away what a corpus that has its manifest needs no more."""
+    for name in (SCRATCH, NEAR, PROGRESS):
+        remove(output / name)
