@@ -153,15 +153,17 @@ def recall(pairs: list, least: float, most: float = 1.01, kind: str = "") -> str
 
 
 def cost(folder: Path, tokenizer: str, file: Path, settings: dict) -> dict:
-    """Seconds and peak memory of the first process, in a process of its own; and of one that only imports."""
+    """Seconds, and peak memory of the first process above what it has before, in a process of its own."""
     code = (
-        "import json, sys, time, resource; sys.path[:0] = ['benchmarks']; import duplicates; from pathlib import Path\n"
+        "import json, re, sys, time; sys.path[:0] = ['benchmarks']; import duplicates; from pathlib import Path\n"
         "folder, tokenizer, file, settings = sys.argv[1:]\n"
         "from fastft.corpus import build; from fastft.corpus.tokens import facts_of\n"
         "facts = facts_of(tokenizer, None); build.tokens.facts_of = lambda path, revision: facts\n"
-        "before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()\n"
+        "memory = lambda of: int(re.search(of + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "Path('/proc/self/clear_refs').write_text('5')\n"
+        "before, start = memory('VmRSS'), time.perf_counter()\n"
         "corpus = duplicates.prepared(Path(folder), tokenizer, [Path(file)], **json.loads(settings))\n"
-        "seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "seconds, peak = time.perf_counter() - start, memory('VmHWM')\n"
         "print(json.dumps([seconds, before, peak, corpus.manifest['totals']['documents']]))\n"
     )
     command = [sys.executable, "-c", code, str(folder), tokenizer, str(file), json.dumps(settings)]

@@ -15,9 +15,8 @@ from fastft.config.sources import Source, called
 from fastft.errors import UserError
 
 
-class CorpusSource(Source):
-    """Files of one kind and origin. They keep their name and licence in the manifest, and tokens of two sources are
-    never in one shard."""
+class Files(Source):
+    """Files here or behind a URL."""
 
     path: InputPath = Field(
         "", description="File, folder, pattern (raw/*.jsonl.gz), or a URL that fsspec knows (s3://bucket/folder)."
@@ -25,8 +24,6 @@ class CorpusSource(Source):
     name: str | None = Field(
         None, pattern=r"^[\w.-]+$", description="What the source is called; default: the last part of its path."
     )
-    licence: str | None = Field(None, description="Of the source, for the manifest.")
-    text: str = Field("text", description="Column of the text.")
     encoding: str = Field("utf-8", description="Of text files.")
 
     @model_validator(mode="after")
@@ -55,15 +52,29 @@ class CorpusSource(Source):
     def remote(self) -> bool:
         return "://" in self.path
 
+    @property
+    def called(self) -> str:
+        """Its name, or one for what lies under its path."""
+        return self.name or called(self.path)
 
-def _sources(value: Any) -> Any:
+
+class CorpusSource(Files):
+    """Files of one kind and origin. They keep their name and licence in the manifest, and tokens of two sources are
+    never in one shard."""
+
+    licence: str | None = Field(None, description="Of the source, for the manifest.")
+    text: str = Field("text", description="Column of the text.")
+
+
+def listed(value: Any) -> Any:
+    """A path, files, or a list of either, as a list of files."""
     values = value if isinstance(value, list) else [value]
     return [{"path": v} if isinstance(v, str) else v for v in values]
 
 
 CorpusSources = Annotated[
     list[CorpusSource],
-    BeforeValidator(_sources, json_schema_input_type=str | CorpusSource | list[str | CorpusSource]),
+    BeforeValidator(listed, json_schema_input_type=str | CorpusSource | list[str | CorpusSource]),
 ]
 
 
@@ -153,7 +164,7 @@ def load_corpus(path: str | Path, overrides: Sequence[str] = ()) -> CorpusConfig
     where = str(path)
     config = expanded(corpus_config(read(path, overrides), where), where)
     globbed([source for source in config.sources if not source.remote], f"{where}: sources")  # refused where nothing is
-    return config.changed(sources=[s.changed(name=s.name or called(s.path)) for s in config.sources])
+    return config.changed(sources=[s.changed(name=s.called) for s in config.sources])
 
 
 def corpus_config(raw: dict[str, Any], where: str) -> CorpusConfig:

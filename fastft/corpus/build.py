@@ -68,7 +68,7 @@ def prepare(config: CorpusConfig, overwrite: bool = False, report: Report = lamb
         A file that cannot be read, a row that the settings do not fit, an output that holds other files.
     """
     output = Path(config.output)
-    files = [files_of(source, config) for source in config.sources]
+    files = [files_of(source, config.max_document_bytes) for source in config.sources]
     folder_of.check(config, output, files)
     output.parent.mkdir(parents=True, exist_ok=True)
     with locked(output.with_name(output.name + ".lock")) as writable:
@@ -118,14 +118,16 @@ class Build:
         self.config, self.output, self.files = config, output, files
         self.rules = chosen(config)
         self.facts = tokens.facts_of(config.tokenizer, config.revision)
-        self.found = hashes([file for group in files for file in group], known)
+        self.beside = [(name, file) for name, kind, settings in self.rules for file in kind.files(settings)]
+        self.found = hashes(self._files(), known)
         self.why = ""
         rules = {name: {"version": kind.version, **kind.versions()} for name, kind, _ in self.rules}
         settings = config.model_dump(mode="json", exclude=NO_PART_OF_THE_KEY)
         names = [[[file.where, self.found[file.where]["sha256"]] for file in group] for group in files]
+        beside = [[name, self.found[file.where]["sha256"]] for name, file in self.beside]
         if config.duplicates.near is not None:
             rules["near"] = {"version": VERSION, "unicode": unicodedata.unidata_version}
-        self.key = digest([CODE, settings, rules, self.facts.key, names, self._besides()])
+        self.key = digest([CODE, settings, rules, self.facts.key, names, beside])
         self.shards: list[Shard] = []
         self.names: list[list[str]] = [[] for _ in files]
         self.counts: list[dict[str, Count]] = [{} for _ in files]
@@ -136,14 +138,9 @@ class Build:
         self.writer: ShardWriter | None = None
         self.sizes = [[file.size() for file in group] for group in files]
 
-    def _besides(self) -> list[Any]:
-        """What else rules read."""
-        found = []
-        for name, kind, settings in self.rules:
-            for source in kind.sources(settings):
-                files = files_of(source, self.config)
-                found.append([name, [entry["sha256"] for entry in hashes(files, {}).values()]])
-        return found
+    def _files(self) -> list[DataFile]:
+        """All that is read: of the sources, and by rules beside them."""
+        return [file for group in self.files for file in group] + [file for _, file in self.beside]
 
     def run(self, before: dict[str, Any], report: Report) -> None:
         if before:
@@ -256,7 +253,7 @@ class Build:
 
     def _finish(self) -> None:
         """Compare the files once more, and write the manifest."""
-        again = hashes([f for group in self.files for f in group if "://" not in f.where], self.found)
+        again = hashes([file for file in self._files() if "://" not in file.where], self.found)
         for name, entry in again.items():
             if entry["sha256"] != self.found[name]["sha256"]:
                 raise UserError(f"{name}: changed while it was read.", "Run again when nothing writes to it any more.")

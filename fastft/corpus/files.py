@@ -8,7 +8,7 @@ import io
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, TextIO, cast
 
-from fastft.config.corpus import CorpusConfig, CorpusSource
+from fastft.config.corpus import Files
 from fastft.data import formats
 from fastft.data.formats.base import DATA_EXTRA, FORMATS, decompressed, format_of
 from fastft.data.sources import fingerprint
@@ -37,7 +37,7 @@ class DataFile:
 
     rows = 256
 
-    def __init__(self, where: str, source: CorpusSource, longest: int):
+    def __init__(self, where: str, source: Files, longest: int):
         self.where, self.source = where, source
         self.path: PurePath = PurePosixPath(where.partition("://")[2]) if "://" in where else Path(where)
         self.most_text, self.most = longest, longest * WHOLE
@@ -201,10 +201,13 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: {e}.", "Use a URL such as s3://bucket/folder, or a path.") from None
 
 
-def files_of(source: CorpusSource, config: CorpusConfig) -> list[DataFile]:
-    """The files of a source, in a fixed order. UserError where there are none, or one has no known format."""
+def files_of(source: Files, longest: int) -> list[DataFile]:
+    """The files of a source, in a fixed order. UserError where there are none, or one has no known format.
+
+    ``longest``: characters of a document.
+    """
     names = _remote(source.path) if source.remote else _local(source)
-    files = [DataFile(name, source, config.max_document_bytes) for name in names]
+    files = [DataFile(name, source, longest) for name in names]
     for file in files:
         if file.format is None:
             raise UserError(
@@ -216,7 +219,7 @@ def files_of(source: CorpusSource, config: CorpusConfig) -> list[DataFile]:
     return files
 
 
-def _local(source: CorpusSource) -> list[str]:
+def _local(source: Files) -> list[str]:
     """Files of a path, or of all that a pattern matches, each once."""
     if not glob.has_magic(source.path) or Path(source.path).exists():
         return [str(path) for path in formats.files_of(source)]

@@ -33,6 +33,10 @@ def manifest_of(build: Build) -> dict[str, Any]:
 
     facts = build.facts
     rules = {name: {**_numbers(c), "samples": c.samples} for name, c in totals(build).items()}
+    for name, kind, settings in build.rules:
+        files = [{"file": f.where, "sha256": build.found[f.where]["sha256"]} for of, f in build.beside if of == name]
+        if files and name in rules:
+            rules[name] |= {"files": files, **kind(settings).told()}
     if "duplicates" in rules:
         rules["duplicates"] |= build.duplicates.told()
     return {

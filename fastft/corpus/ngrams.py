@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
 from functools import cache
 from zlib import crc32
 
@@ -26,6 +27,15 @@ def word_hashes(words: list[str]) -> np.ndarray:
 def longer(hashes: np.ndarray, words: np.ndarray) -> np.ndarray:
     """Hashes of runs of words with one more word at the end of each."""
     return hashes * _MULTIPLIER + words + np.uint64(1)
+
+
+def growing(words: np.ndarray, n: int) -> Iterator[np.ndarray]:
+    """Hashes of all runs of 1, 2, ..., n words."""
+    runs = words
+    for size in range(1, n + 1):
+        if size > 1:
+            runs = longer(runs[:-1], words[size - 1 :])
+        yield runs
 
 
 def mixed(hashes: np.ndarray) -> np.ndarray:
@@ -143,10 +153,8 @@ def runs_of_words(words: np.ndarray, counts: np.ndarray, n: int) -> tuple[np.nda
     """
     ends = np.cumsum(counts)
     starts = ends - counts
-    runs, found, chosen = words, words.copy(), np.zeros(len(words), bool)
-    for size in range(1, n + 1):
-        if size > 1:
-            runs = longer(runs[:-1], words[size - 1 :])
+    found, chosen = words.copy(), np.zeros(len(words), bool)
+    for size, runs in enumerate(growing(words, n), start=1):
         if size < n:
             whole = starts[counts == size]
             found[whole], chosen[whole] = runs[whole], True

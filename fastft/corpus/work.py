@@ -11,7 +11,7 @@ import numpy as np
 
 from fastft.config.corpus import corpus_config
 from fastft.corpus.minhash import MinHash, Sketches
-from fastft.corpus.rules.base import Document, chosen
+from fastft.corpus.rules.base import Document, Rule, chosen
 from fastft.corpus.tokens import Encoder, TokenizerFacts
 
 SAMPLES = 3  # documents left out for a reason that the manifest shows
@@ -124,6 +124,11 @@ class Worker:
         """``config``: as it is dumped, for the classes of sections do not pickle."""
         settings = corpus_config(config, "prepare")
         self.rules = [(name, kind(own)) for name, kind, own in chosen(settings)]
+        self.passes: list[list[tuple[str, Rule]]] = []
+        for name, rule in self.rules:
+            if not self.passes or type(rule).look is not Rule.look:
+                self.passes.append([])
+            self.passes[-1].append((name, rule))
         near = settings.duplicates.near
         self.minhash = MinHash(near) if near is not None else None
         self.encoder = Encoder(facts, fast)
@@ -131,20 +136,11 @@ class Worker:
 
     def run(self, rows: Rows) -> Done:
         counts = {name: Count() for name, _ in self.rules}
-        kept, texts = list[int](), list[str]()
-        for i, text in enumerate(rows.texts):
-            document = Document(text)
-            for name, rule in self.rules:
-                count, before = counts[name], document.text
-                count.rows += 1
-                reason = rule.apply(document)
-                if reason is not None:
-                    count.drop(rows.where[i], reason, before)
-                    break
-                count.changed += document.text is not before
-            else:
-                kept.append(i)
-                texts.append(document.text)
+        left = [(i, Document(text)) for i, text in enumerate(rows.texts)]
+        for rules in self.passes:
+            rules[0][1].look([document for _, document in left])
+            left = [(i, document) for i, document in left if self._stays(rules, document, rows.where[i], counts)]
+        kept, texts = [i for i, _ in left], [document.text for _, document in left]
         tokens, lengths = self.encoder.encode(texts)
         counts["tokens"] = empty = Count(rows=len(texts))
         for at in np.flatnonzero(lengths == 0).tolist():
@@ -160,6 +156,19 @@ class Worker:
             counts,
             self.minhash.of([texts[at] for at in full]) if self.minhash is not None else None,
         )
+
+    @staticmethod
+    def _stays(rules: list[tuple[str, Rule]], document: Document, where: str, counts: dict[str, Count]) -> bool:
+        for name, rule in rules:
+            count, before = counts[name], document.text
+            count.rows += 1
+            reason = rule.apply(document)
+            if reason is not None:
+                count.drop(where, reason, before, **rule.details())
+                return False
+            count.changed += document.text is not before
+        document.forget()
+        return True
 
 
 def identity(text: str) -> bytes:

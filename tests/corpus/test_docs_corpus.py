@@ -23,6 +23,10 @@ def test_the_page_works_as_it_is_written(tmp_path, tiny_llama, monkeypatch):
             f.write("\n\n".join(text(n) for n in range(part * 20, part * 20 + 20)))
     texts = [text(n) for n in range(30, 80)] + [text(79) + " Again."]  # 10 are there already, one nearly
     (tmp_path / "raw" / "lungs.jsonl").write_text("".join(json.dumps({"body": one}) + "\n" for one in texts))
+    (tmp_path / "eval").mkdir()
+    exam = {"question": f"What follows? {corpora.prose(3, 80)[100:300]}", "answer": "This."}
+    (tmp_path / "eval" / "exam.jsonl").write_text(json.dumps(exam) + "\n")
+    (tmp_path / "eval" / "notes.csv").write_text("id,note\n1," + corpora.prose(5, 40).upper() + "\n")
     shutil.copytree(tiny_llama, tmp_path / "models" / "SmolLM2-135M")
     for block in test_docs.blocks(PAGE, "yaml"):
         name = re.match(r"# (\S+\.yaml)\n", block)[1]
@@ -37,6 +41,7 @@ def test_the_page_works_as_it_is_written(tmp_path, tiny_llama, monkeypatch):
     assert "the same text 10" in said["prepare corpus.yaml"] and "81 documents" in said["prepare corpus.yaml"]
     near = said["prepare near.yaml"]
     assert "the same text 10, nearly the same text 1" in near and "80 documents" in near
+    assert "text of exam 1" in said["prepare clean.yaml"] and "text of notes 1" in said["prepare clean.yaml"]
     (traced,) = (output for command, output in said.items() if command.startswith("trace"))
     assert "cancer: raw/cancer/" in traced or "lungs: raw/lungs.jsonl:" in traced
     assert (tmp_path / "runs" / "medical" / "model" / "config.json").is_file()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fastft import rooms
 from fastft.config.base import Section
-from fastft.config.corpus import CorpusConfig, CorpusSource
+from fastft.config.corpus import CorpusConfig
+from fastft.corpus.files import DataFile
 
 # Scripts without spaces between words (Han, Kana): of them a character is taken for a word.
 UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
@@ -31,6 +31,10 @@ class Document:
     @text.setter
     def text(self, text: str) -> None:
         self._text = text
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave the text alone in memory."""
         for name in ("words", "lines"):
             self.__dict__.pop(name, None)
 
@@ -68,14 +72,25 @@ class Rule(ABC):
     def __init__(self, settings: Section):
         self.settings = settings
 
+    def look(self, documents: list[Document]) -> None:
+        """Called before ``apply`` with all documents of a block that come to the rule, for what is quicker together."""
+
     @abstractmethod
     def apply(self, document: Document) -> str | None:
         """Why the document is left out, in a few words without numbers of its own; None: it stays."""
 
+    def details(self) -> dict[str, str]:
+        """More for the manifest's sample of the document that was left out last."""
+        return {}
+
+    def told(self) -> dict[str, Any]:
+        """More for the manifest, as JSON."""
+        return {}
+
     @classmethod
-    def sources(cls, settings: Section) -> Iterator[CorpusSource]:
-        """Files that the rule reads besides: a corpus is another when they change."""
-        return iter(())
+    def files(cls, settings: Any) -> list[DataFile]:
+        """What the rule reads besides: a corpus is another when they change."""
+        return []
 
     @classmethod
     def versions(cls) -> dict[str, str]:
