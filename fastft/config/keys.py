@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
@@ -57,7 +57,6 @@ PARTS = {
         Part("data.order", "data.order.name", rooms.ORDERS, lambda order: order.Settings),
     )
 }
-LISTS = ("data.train", "data.curriculum", "sources")  # keys that hold lists of sections; the last is a corpus's
 NAMES = {part.by: part.members for part in PARTS.values()}  # keys whose values are the names of a table's members
 
 
@@ -128,8 +127,8 @@ def _walk(cls: type[Section], where: str, used: tuple[str, ...]) -> Iterator[Key
             yield from _walk(below, f"{path}.", used)
         else:
             yield _leaf(field, path, used)
-            if path in LISTS:
-                yield from _walk(default_class(field), f"{path}.", ())
+            if (items := items_of(kind)) is not None:
+                yield from _walk(items, f"{path}.", ())
     for name in cls.members.names() if cls.members else []:
         entry = cls.members.get(name)  # type: ignore[union-attr]
         yield Key(f"{where}{name}", "section", "null", (), summary(entry), used)
@@ -145,9 +144,10 @@ def _leaf(field: FieldInfo, path: str, used: tuple[str, ...]) -> Key:
     return Key(path, kind, default, tuple(map(str, choices)), field.description or "", used)
 
 
-def default_class(field: FieldInfo) -> type[Section]:
-    """The section of which a field holds a list."""
-    return get_args(field.annotation)[0]
+def items_of(kind: Any) -> type[Section] | None:
+    """The section of a type that is a list of them."""
+    items = get_args(kind)[0] if get_origin(kind) is list else None
+    return items if isinstance(items, type) and issubclass(items, Section) else None
 
 
 def about(cls: type[Section], name: str) -> str:

@@ -147,6 +147,7 @@ def _sections(known: list[Key], whole: str, mark: str) -> list[str]:
         "data.train": "A source of rows; those of `data.eval` have no `weight` and `epochs`, and files no `name`.",
         "data.curriculum": "A stage: [adapt.md](adapt.md#a-curriculum).",
         "sources": "A source.",
+        "rules.decontaminate.sets": "An evaluation set.",
     }
     for section in ["", *dict.fromkeys(key.path for key in known if key.kind == "section" or key.path in listed)]:
         below = [key for key in known if key.section == section]
