@@ -82,7 +82,8 @@ def _source(build: Build, number: int) -> dict[str, Any]:
 def _numbers(count: Count) -> dict[str, Any]:
     kept = count.rows - count.dropped
     numbers = {"in": count.rows, "kept": kept, "changed": count.changed, "dropped": count.dropped}
-    return {**numbers, "reasons": dict(sorted(count.reasons.items()))}
+    found = {"found": dict(sorted(count.found.items()))} if count.found else {}
+    return {**numbers, "reasons": dict(sorted(count.reasons.items())), **found}
 
 
 def _libraries(fast: bool) -> dict[str, str]:

@@ -19,7 +19,10 @@ def summary(corpus: Corpus) -> dict[str, Any]:
         "shards": len(corpus.shards),
         "totals": manifest["totals"],
         "encoder": {name: manifest["tokens"][name] for name in ("encoder", "because")},
-        "rules": {name: {n: rule[n] for n in (*NUMBERS, "reasons")} for name, rule in manifest["rules"].items()},
+        "rules": {
+            name: {n: rule[n] for n in (*NUMBERS, "reasons", "found") if n in rule}
+            for name, rule in manifest["rules"].items()
+        },
         "sources": [{name: source[name] for name in numbers} for source in manifest["sources"]],
         "not_read_to_their_end": [
             file["file"] for source in manifest["sources"] for file in source["files"] if "not_read_to_its_end" in file
@@ -36,7 +39,7 @@ def show(corpus: Corpus) -> None:
     found, out = summary(corpus), terminal.console()
     rows = []
     for name, rule in found["rules"].items():
-        most = sorted(rule["reasons"].items(), key=lambda reason: -reason[1])[:3]
+        most = sorted({**rule["reasons"], **rule.get("found", {})}.items(), key=lambda reason: -reason[1])[:3]
         why = ", ".join(f"{reason} {count:,}" for reason, count in most)
         rows.append([escape(name), *(f"{rule[number]:,}" for number in NUMBERS), escape(why)])
     terminal.print_table(out, ("rule", *NUMBERS, "why"), rows, text=("why",))

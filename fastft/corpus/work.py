@@ -32,6 +32,8 @@ class Count:
     samples : list of dict
         ``where``, ``reason`` and the beginning of the ``text`` of the first that were left out for each reason; of a
         near-duplicate also the document ``of`` which it is one, and how alike they are (``jaccard``).
+    found : dict of str
+        What a rule has found in documents, and how many times.
     """
 
     rows: int = 0
@@ -39,6 +41,7 @@ class Count:
     dropped: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
+    found: dict[str, int] = field(default_factory=dict)
 
     def shows(self, reason: str) -> bool:
         """Whether one more that is left out for it would be shown."""
@@ -59,8 +62,9 @@ class Count:
             shown[sample["reason"]] += 1
             if shown[sample["reason"]] <= SAMPLES:
                 self.samples.append(sample)
-        for reason, count in other.reasons.items():
-            self.reasons[reason] = self.reasons.get(reason, 0) + count
+        for own, more in ((self.reasons, other.reasons), (self.found, other.found)):
+            for name, count in more.items():
+                own[name] = own.get(name, 0) + count
 
 
 @dataclass
@@ -140,6 +144,9 @@ class Worker:
         for rules in self.passes:
             rules[0][1].look([document for _, document in left])
             left = [(i, document) for i, document in left if self._stays(rules, document, rows.where[i], counts)]
+        for name, rule in self.rules:
+            counts[name].found = dict(rule.found)
+            rule.found.clear()
         kept, texts = [i for i, _ in left], [document.text for _, document in left]
         tokens, lengths = self.encoder.encode(texts)
         counts["tokens"] = empty = Count(rows=len(texts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -71,6 +72,7 @@ class Rule(ABC):
 
     def __init__(self, settings: Section):
         self.settings = settings
+        self.found = Counter[str]()  # what is counted besides, by name
 
     def look(self, documents: list[Document]) -> None:
         """Called before ``apply`` with all documents of a block that come to the rule, for what is quicker together."""

@@ -74,7 +74,7 @@ class Decontaminate(Rule):
         self.where: list[str] = []  # of each text, with its set
         self.set_of: list[int] = []
         self.counts: list[dict[str, int]] = []
-        self.found = ""
+        self.last = ""
         self.suspects: set[int] = set()  # by their id
         words = [np.zeros(0, np.uint64)]
         sizes = [np.zeros(0, np.int64)]
@@ -160,7 +160,7 @@ class Decontaminate(Rule):
         if not enough.any():
             return None
         text = int(found[enough][0])
-        self.found = self.where[text]
+        self.last = self.where[text]
         return f"text of {self.names[self.set_of[text]]}"
 
     def _held(self, size: int, runs: np.ndarray) -> np.ndarray:
@@ -171,7 +171,7 @@ class Decontaminate(Rule):
         return maybe[known[at] == runs[maybe]]
 
     def details(self) -> dict[str, str]:
-        return {"of": self.found}
+        return {"of": self.last}
 
     def told(self) -> dict[str, Any]:
         """``sets``: of each how many ``texts``, of them ``looked_for_whole`` and ``too_short``."""
