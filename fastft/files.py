@@ -63,27 +63,42 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, keep: bool = True) -> Iterator[bool]:
     """Wait for a file's lock and hold it; yields False, holding nothing, where the path may not be written.
+
+    ``keep``: leave the file where it is then, rather than remove it.
 
     Where the file system has no locks a hidden file beside the path serves as one: made by whoever holds it and touched
     all the time, so that the one of a killed process is seen to be nobody's.
     """
     with ExitStack() as held:
         try:
-            file = held.enter_context(open(path, "w"))
+            while not _take_lock(path, held):
+                held.close()
         except OSError as e:
             if e.errno not in READ_ONLY:
                 raise
             yield False
             return
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as e:
-            if e.errno not in NO_LOCKS:
-                raise
-            held.enter_context(_locked_by_file(path.with_name(f".{path.name}.fastft-held")))
-        yield True
+            yield True
+        finally:
+            if not keep:
+                path.unlink(missing_ok=True)
+
+
+def _take_lock(path: Path, held: ExitStack) -> bool:
+    """Wait for the lock; whether it is still that of the file at the path, which whoever held it may have removed."""
+    file = held.enter_context(open(path, "w"))  # noqa: SIM115  # closed with held
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            raise
+        held.enter_context(_locked_by_file(path.with_name(f".{path.name}.fastft-held")))
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
 
 
 @contextmanager

@@ -30,6 +30,8 @@ class Files(Source):
     def _one_place(self) -> Self:
         if self.dataset or self.revision or not self.path:
             raise ValueError("a corpus is made from files: give a path (of a hub's data set: its Parquet files)")
+        if self.columns:
+            raise ValueError("columns: nothing is renamed here; say the column of the text itself (text, texts)")
         return self
 
     @field_validator("path")
@@ -142,7 +144,8 @@ class CorpusConfig(Section):
     max_document_bytes: int = Field(
         1 << 22,
         ge=1 << 10,
-        description="Longest document. Longer text is split; longer rows of other files are left out, and counted.",
+        description="Longest document, in bytes of UTF-8. Longer text is split; longer rows of other files are left "
+        "out, and counted. A line may be 8 times as long.",
     )
     unreadable: Literal["error", "skip"] = Field(
         "error",
@@ -171,4 +174,5 @@ def corpus_config(raw: dict[str, Any], where: str) -> CorpusConfig:
     """A plain mapping, checked. UserError names ``where`` and the key."""
     if not isinstance(raw.get("rules", {}), dict | list | str | None):
         raise UserError(f"{where}: rules: is neither a mapping nor a list of rules.")
+    raw = {key: value for key, value in raw.items() if value is not None or key not in ("rules", "duplicates")}
     return section(specialized(CorpusConfig, raw), raw, where)  # type: ignore[return-value]

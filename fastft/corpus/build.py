@@ -23,7 +23,7 @@ from fastft.corpus import output as folder_of
 from fastft.corpus import tokens
 from fastft.corpus.duplicates import Filter
 from fastft.corpus.files import DataFile, files_of, hashes
-from fastft.corpus.manifest import manifest_of, totals
+from fastft.corpus.manifest import left_out, manifest_of
 from fastft.corpus.minhash import VERSION
 from fastft.corpus.output import NEAR, SCRATCH
 from fastft.corpus.pool import in_order
@@ -71,7 +71,7 @@ def prepare(config: CorpusConfig, overwrite: bool = False, report: Report = lamb
     files = [files_of(source, config.max_document_bytes) for source in config.sources]
     folder_of.check(config, output, files)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with locked(output.with_name(output.name + ".lock")) as writable:
+    with locked(output.with_name(output.name + ".lock"), keep=False) as writable:
         if not writable:
             raise UserError(f"{output}: cannot be written.", "Choose another output.")
         before = folder_of.recorded(output)
@@ -127,11 +127,12 @@ class Build:
         beside = [[name, self.found[file.where]["sha256"]] for name, file in self.beside]
         if config.duplicates.near is not None:
             rules["near"] = {"version": VERSION, "unicode": unicodedata.unidata_version}
-        self.key = digest([CODE, settings, rules, self.facts.key, names, beside])
+        self.key = digest([CODE, settings, rules, self.facts.key, names, beside, self.facts.split])
         self.shards: list[Shard] = []
         self.names: list[list[str]] = [[] for _ in files]
         self.counts: list[dict[str, Count]] = [{} for _ in files]
         self.broken: list[dict[str, str]] = [{} for _ in files]
+        self.empty: list[str] = []
         self.position, self.fast = Position(), False
         self.reader = Reader(config, files, self.names)
         self.duplicates = Filter(config.duplicates, output / NEAR)
@@ -187,6 +188,7 @@ class Build:
         for name, count in done.counts.items():
             counts.setdefault(name, Count()).add(count)
         self.broken[block.source] |= block.broken
+        self.empty += block.empty
         if self.duplicates.on:
             done = self.duplicates.without(done, counts.setdefault("duplicates", Count()), self._where)
         if len(done.lengths):
@@ -225,12 +227,14 @@ class Build:
             "names": self.names,
             "counts": counts,
             "broken": self.broken,
+            "empty": self.empty,
             "duplicates": self.duplicates.state(),
             "shards": as_json(self.shards),
         }
 
     def _save(self) -> None:
-        folder_of.write(self.output / PROGRESS, self._state())
+        state = self._state()
+        folder_of.write(self.output / PROGRESS, {**state, "digest": digest(state)})
 
     def _restore(self, before: dict[str, Any]) -> None:
         self.fast, self.why = before["encoder"]
@@ -238,7 +242,7 @@ class Build:
         for names, known in zip(self.names, before["names"], strict=True):
             names[:] = known
         self.counts = [{name: Count(**count) for name, count in group.items()} for group in before["counts"]]
-        self.broken = before["broken"]
+        self.broken, self.empty = before["broken"], before["empty"]
         self.shards = [Shard(**shard) for shard in before["shards"]]
         kept = {shard.name for shard in self.shards}
         for shard in self.shards:
@@ -258,8 +262,7 @@ class Build:
             if entry["sha256"] != self.found[name]["sha256"]:
                 raise UserError(f"{name}: changed while it was read.", "Run again when nothing writes to it any more.")
         if not self.shards:
-            said = "; ".join(f"{name}: {count.dropped:,} of {count.rows:,}" for name, count in totals(self).items())
-            raise UserError(f"{self.output}: no document is left. Left out were: {said}.", "Loosen the rules.")
+            raise UserError(f"{self.output}: no document is left. {left_out(self)}", "Loosen the rules.")
         (self.output / "shards").mkdir(exist_ok=True)
         manifest = manifest_of(self)
         folder_of.write(self.output / MANIFEST, {**manifest, "digest": digest(manifest)})

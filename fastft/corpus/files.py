@@ -14,6 +14,7 @@ from fastft.data.formats.base import DATA_EXTRA, FORMATS, decompressed, format_o
 from fastft.data.sources import fingerprint
 from fastft.errors import UserError
 
+LINE = 8  # how many times the longest document a line may be
 WHOLE = 64  # how many times the longest document a file may be that is read at once
 CHUNK = 1 << 20
 BINARY = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, which is full of zeros, too
@@ -26,9 +27,11 @@ class DataFile:
     Attributes
     ----------
     most_text : int
-        Characters of the longest document.
+        Bytes of the longest document, in UTF-8.
     most : int
-        Characters of the longest file that is read at once.
+        Bytes of the longest file that is read at once.
+    most_line : int
+        Bytes of the longest line: a document's may be escaped in it, beside other columns.
     rows : int
         Rows of a Parquet file that are decoded at a time.
     too_long : list of int
@@ -40,7 +43,7 @@ class DataFile:
     def __init__(self, where: str, source: Files, longest: int):
         self.where, self.source = where, source
         self.path: PurePath = PurePosixPath(where.partition("://")[2]) if "://" in where else Path(where)
-        self.most_text, self.most = longest, longest * WHOLE
+        self.most_text, self.most, self.most_line = longest, longest * WHOLE, longest * LINE
         self.too_long: list[int] = []
         self.raw: BinaryIO | None = None
 
@@ -89,9 +92,9 @@ class DataFile:
                 "Set encoding in the source, or leave it out.",
             )
         if self.format == "jsonl" and not wide:
-            buffered = io.BufferedReader(_Lines(buffered, self.most_text, self.too_long), CHUNK)
+            buffered = io.BufferedReader(_Lines(buffered, self.most_line, self.too_long), CHUNK)
         elif self.format in ("csv", "tsv") and not wide:  # a line may be a part of a row
-            buffered = io.BufferedReader(_Lines(buffered, self.most_text, _Refused(self.where)), CHUNK)
+            buffered = io.BufferedReader(_Lines(buffered, self.most_line, _Refused(self.where)), CHUNK)
         text = io.TextIOWrapper(
             buffered, encoding="utf-8-sig" if encoding in ("utf-8", "utf8") else encoding, newline=newline
         )
@@ -122,7 +125,7 @@ class _Refused(list[int]):
 
     def append(self, line: int) -> None:
         raise UserError(
-            f"{self.where}:{line}: a line is longer than max_document_bytes, and may be a part of a row.",
+            f"{self.where}:{line}: a line is longer than {LINE} times max_document_bytes, and may be a part of a row.",
             "Raise max_document_bytes, or write the file as jsonl, of which such rows are left out.",
         )
 
@@ -204,7 +207,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 def files_of(source: Files, longest: int) -> list[DataFile]:
     """The files of a source, in a fixed order. UserError where there are none, or one has no known format.
 
-    ``longest``: characters of a document.
+    ``longest``: bytes of a document, in UTF-8.
     """
     names = _remote(source.path) if source.remote else _local(source)
     files = [DataFile(name, source, longest) for name in names]
@@ -220,14 +223,24 @@ def files_of(source: Files, longest: int) -> list[DataFile]:
 
 
 def _local(source: Files) -> list[str]:
-    """Files of a path, or of all that a pattern matches, each once."""
+    """Files of a path, or of all that a pattern matches, each once; none of a corpus that lies there, too."""
     if not glob.has_magic(source.path) or Path(source.path).exists():
-        return [str(path) for path in formats.files_of(source)]
-    found = sorted(name for name in glob.glob(source.path, recursive=True) if Path(name).is_file())
+        listed = formats.files_of(source)
+        kept = [path for path in listed if len(listed) == 1 or not _of_corpus(path)]
+        if not kept:
+            raise UserError(f"{source.path}: holds nothing but corpora.", "A corpus is trained on as it is.")
+        return [str(path) for path in kept]
+    names = (name for name in glob.glob(source.path, recursive=True) if Path(name).is_file())
+    found = sorted(name for name in names if not _of_corpus(Path(name)))
     if not found:
         raise UserError(f"{source.path}: no file matches.", "In it, * is any text, ? a character, ** folders.")
     known = [name for name in found if source.format != "auto" or format_of(Path(name)) is not None]
     return known or found
+
+
+def _of_corpus(path: Path) -> bool:
+    """Whether a file is a corpus's own."""
+    return path.name in ("manifest.json", "progress.json") and (path.parent / "shards").is_dir()
 
 
 def _remote(url: str) -> list[str]:

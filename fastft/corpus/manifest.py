@@ -23,6 +23,17 @@ def totals(build: Build) -> dict[str, Count]:
     return {name: found[name] for name in _order(build) if name in found}
 
 
+def left_out(build: Build) -> str:
+    """Of which rule how many, and why."""
+    said = []
+    for name, count in totals(build).items():
+        if count.dropped:
+            most = sorted(count.reasons.items(), key=lambda reason: (-reason[1], reason[0]))[:5]
+            reasons = ", ".join(f"{reason} {number:,}" for reason, number in most)
+            said.append(f"{name}: {count.dropped:,} of {count.rows:,} ({reasons})")
+    return f"Left out were: {'; '.join(said)}." if said else "There is none in the files."
+
+
 def _order(build: Build) -> list[str]:
     return ["reading", *(name for name, _, _ in build.rules), "tokens", "duplicates"]
 
@@ -69,6 +80,8 @@ def _source(build: Build, number: int) -> dict[str, Any]:
         entry["bytes"] = size
         if why := build.broken[number].get(entry["file"]):
             entry["not_read_to_its_end"] = why
+        if entry["file"] in build.empty:
+            entry["holds_no_row"] = True
     return {
         "name": source.name,
         "licence": source.licence,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,9 @@ from fastft.corpus.shards import MANIFEST, PROGRESS, begun, is_corpus
 from fastft.data.prepared import LITTER
 from fastft.data.sources import holds
 from fastft.errors import UserError
-from fastft.files import remove, replacing
+from fastft.files import digest, remove, replacing
+
+log = logging.getLogger(__name__)
 
 SCRATCH, NEAR = ".shard", ".near"  # of the shard that is written; of near-duplicates
 
@@ -28,11 +31,12 @@ def write(path: Path, value: dict[str, Any]) -> None:
 
 
 def recorded(output: Path) -> dict[str, Any]:
-    """What a run before has written down; nothing where it is broken."""
+    """What a run before has written down, with its digest; nothing where it is broken, or was changed."""
     with suppress(OSError, ValueError):
         found = json.loads((output / PROGRESS).read_bytes())
-        if isinstance(found, dict):
+        if isinstance(found, dict) and found.pop("digest", None) == digest(found):
             return found
+        log.warning("%s: is not as it was written: what was begun is made anew", output / PROGRESS)
     return {}
 
 

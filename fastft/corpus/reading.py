@@ -17,6 +17,7 @@ from fastft.errors import UserError, did_you_mean
 
 BLOCK_ROWS = 1000
 BLOCK_CHARACTERS = 1 << 20
+LOOKED = 100  # first rows of a file of which one must have the column
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Block:
         Rows, and those that have no text.
     broken : dict of str
         File -> why it was left before its end.
+    empty : list of str
+        Files without a row.
     """
 
     rows: Rows
@@ -48,6 +51,7 @@ class Block:
     end: Position
     read: Count = field(default_factory=Count)
     broken: dict[str, str] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
 
 
 class Reader:
@@ -77,16 +81,18 @@ class Reader:
         for file_number in range(at.file, len(self.files[number])):
             file = self.current = self.files[number][file_number]
             passed = at.records if file_number == at.file else 0
-            records, broken = 0, dict[str, str]()
+            records, broken, before = 0, dict[str, str](), block.read.rows
+            column = _Column(source.text)
             for where, record in _records(file, source, self.config, broken):
                 records += 1
+                column.look(where, record, records)
                 if records <= passed:
                     continue
                 name, row = split_where(where)
                 place = known.setdefault(name, len(known))
                 if place == len(names):
                     names.append(name)
-                text = self._text(where, record, source, block.read, first=records == 1)
+                text = self._text(where, record, source, block.read)
                 if text is not None:
                     _add(block.rows, (place, row), where, text)
                     characters += len(text)
@@ -94,37 +100,62 @@ class Reader:
                     block.end = Position(number, file_number, records)
                     yield block
                     block, characters = Block(Rows(), number, block.end), 0
+            column.end()
             _passed_over(file, block)
             block.broken |= broken
+            if not records and not broken and block.read.rows == before:
+                block.empty.append(file.where)
             block.end = Position(number, file_number + 1, 0)
         block.end = Position(number + 1)
         yield block
 
-    def _text(self, where: str, record: Any, source: CorpusSource, count: Count, first: bool) -> str | None:
+    def _text(self, where: str, record: Any, source: CorpusSource, count: Count) -> str | None:
         """The text of a row; None where it has none, which is counted."""
         count.rows += 1
         value = value_of(record, source.text)
         if value is MISSING:
-            if first:
-                raise UserError(
-                    f"{where}: no column {source.text!r}.",
-                    f"{did_you_mean(source.text, list(record))} Set text to the column in the source.",
-                )
             count.drop(where, "no such column", "")
         elif value is None or (isinstance(value, str) and not value.strip()):
             count.drop(where, "empty", "")
         elif isinstance(value, Unreadable) or not isinstance(value, str):
             count.drop(where, "not text", str(value)[:100])
-        elif len(value) > self.config.max_document_bytes:
-            count.drop(where, "longer than max_document_bytes", value[:100])
         else:
             try:
-                value.encode()
+                size = len(value.encode())
             except UnicodeEncodeError:
                 count.drop(where, "half a character", value.encode(errors="replace").decode()[:100])
                 return None
-            return value
+            if size <= self.config.max_document_bytes:
+                return value
+            count.drop(where, "longer than max_document_bytes", value[:100])
         return None
+
+
+class _Column:
+    """Whether the first rows of a file have the column: one of them must, or it is not this file's."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.first: tuple[str, Any] | None = None
+        self.there = False
+
+    def look(self, where: str, record: Any, number: int) -> None:
+        if self.there or number > LOOKED:
+            return
+        self.there = value_of(record, self.name) is not MISSING
+        self.first = self.first or (where, record)
+        if number == LOOKED:
+            self.end()
+
+    def end(self) -> None:
+        """UserError where none has."""
+        if self.first is None or self.there:
+            return
+        where, record = self.first
+        raise UserError(
+            f"{where}: no column {self.name!r}, nor in any of the rows behind it.",
+            f"{did_you_mean(self.name, list(record))} Set text to the column in the source.",
+        )
 
 
 def _records(

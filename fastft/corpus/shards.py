@@ -25,6 +25,7 @@ FORMAT = "fastft-corpus-1"
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"  # while it is made
 PROBED = 1 << 12  # bytes at either end of a file that are compared whenever it is opened
+OF_FILES = ("format", "split", "columns", "element", "documents", "header", "delimiter", "quoting")  # options of files
 AGAIN = "Prepare it again (fastft prepare --overwrite), or copy it anew."
 
 
@@ -124,6 +125,17 @@ def corpora_of(name: str, sources: list[Source]) -> list[Path]:
             f"data set {name!r}: {found[0]} is a prepared corpus, other sources are not.",
             "Prepare them all, into one corpus or several.",
         )
+    for source in sources if found else ():
+        given = [
+            name
+            for name in OF_FILES
+            if getattr(source, name) != type(source).model_fields[name].get_default(call_default_factory=True)
+        ]
+        if given:
+            raise UserError(
+                f"data set {name!r}: {source.path} is a prepared corpus, of which {', '.join(given)} says nothing.",
+                "Say it of the source that fastft prepare reads.",
+            )
     return found
 
 

@@ -35,6 +35,10 @@ class TokenizerFacts:
     bos, eos : int or None
     vocabulary : int
         Ids are below it.
+    special : tuple of int
+        Special tokens that a text can have in it, written out.
+    split : bool
+        Whether they are plain text there.
     """
 
     content: str
@@ -44,6 +48,8 @@ class TokenizerFacts:
     bos: int | None
     eos: int | None
     vocabulary: int
+    special: tuple[int, ...] = ()
+    split: bool = False
 
     @property
     def dtype(self) -> str:
@@ -78,7 +84,10 @@ def facts_of(path: str, revision: str | None) -> TokenizerFacts:
     backend = found.backend_tokenizer
     content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     key = tokenizer_key(found)
-    return TokenizerFacts(json.dumps(content), key, before, after, found.bos_token_id, eos, len(found))
+    special = {id for id, token in found.added_tokens_decoder.items() if token.special} - {found.unk_token_id}
+    split = bool(getattr(found, "split_special_tokens", False))
+    ends = found.bos_token_id, eos
+    return TokenizerFacts(json.dumps(content), key, before, after, *ends, len(found), tuple(sorted(special)), split)
 
 
 class Encoder:
@@ -88,6 +97,9 @@ class Encoder:
         self.facts = facts
         self.fast = _Gigatoken(facts) if fast else None
         self._plain: Any = None
+        self.written = 0  # special tokens that texts had in them
+        self.special = np.zeros(max([facts.vocabulary, *facts.special]) + 1, bool)
+        self.special[list(facts.special)] = True
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts, one behind the other, with those around each, (tokens,); and how many each has, (texts,): 0
@@ -109,12 +121,14 @@ class Encoder:
             from tokenizers import Tokenizer
 
             self._plain = Tokenizer.from_str(self.facts.content)
+            self._plain.encode_special_tokens = self.facts.split
         return flat([encoding.ids for encoding in self._plain.encode_batch(texts, add_special_tokens=False)])
 
     def _whole(self, values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """With the tokens around each text, as causal_lm's encoder has them: a text that says BOS or EOS itself gets no
         second one.
         """
+        self.written += int(self.special[values].sum())
         facts, full = self.facts, lengths > 0
         ends = np.cumsum(lengths)[full]
         starts = ends - lengths[full]
@@ -190,6 +204,8 @@ def choose(facts: TokenizerFacts, wanted: str, sample: list[str]) -> tuple[bool,
     if wanted == "tokenizers":
         return False, "asked for"
     try:
+        if facts.split:
+            raise ValueError("split_special_tokens")
         fast = _Gigatoken(facts)
     except ImportError:
         why = "gigatoken is not installed"

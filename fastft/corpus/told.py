@@ -24,10 +24,13 @@ def summary(corpus: Corpus) -> dict[str, Any]:
             for name, rule in manifest["rules"].items()
         },
         "sources": [{name: source[name] for name in numbers} for source in manifest["sources"]],
-        "not_read_to_their_end": [
-            file["file"] for source in manifest["sources"] for file in source["files"] if "not_read_to_its_end" in file
-        ],
+        "not_read_to_their_end": _files(manifest, "not_read_to_its_end"),
+        "without_a_row": _files(manifest, "holds_no_row"),
     }
+
+
+def _files(manifest: dict[str, Any], what: str) -> list[str]:
+    return [file["file"] for source in manifest["sources"] for file in source["files"] if what in file]
 
 
 def show(corpus: Corpus) -> None:
@@ -55,5 +58,7 @@ def show(corpus: Corpus) -> None:
         f"{found['folder']}: manifest {found['manifest']}",
     ]
     lines += [f"warning: {file}: not read to its end" for file in found["not_read_to_their_end"]]
+    if empty := found["without_a_row"]:
+        lines.append(f"warning: {len(empty):,} files hold no row: {', '.join(empty[:5])}")
     for line in lines:
         out.print(line, highlight=False, markup=False)

@@ -150,6 +150,8 @@ class Worker:
         kept, texts = [i for i, _ in left], [document.text for _, document in left]
         tokens, lengths = self.encoder.encode(texts)
         counts["tokens"] = empty = Count(rows=len(texts))
+        if self.encoder.written:
+            empty.found, self.encoder.written = {"special tokens in the text": self.encoder.written}, 0
         for at in np.flatnonzero(lengths == 0).tolist():
             empty.drop(rows.where[kept[at]], "no token", texts[at])
         full = np.flatnonzero(lengths).tolist()

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import launch
-from fastft.corpus import reading, shards
+from fastft.corpus import reading, shards, told
 from fastft.corpus.build import prepare
 from fastft.errors import UserError
 
@@ -86,19 +86,29 @@ def test_empty_files_and_rows_without_text(attempt):
     reading = corpus.manifest["rules"]["reading"]
     assert reading["reasons"] == {"empty": 2, "half a character": 1, "no such column": 1, "not text": 1}
     assert corpus.manifest["totals"]["documents"] == 7
-    assert attempt("b.jsonl", b"").manifest["totals"]["documents"] == 5
+    corpus = attempt("b.jsonl", b"")
+    assert corpus.manifest["totals"]["documents"] == 5
+    empty = [entry["file"] for entry in corpus.manifest["sources"][0]["files"] if "holds_no_row" in entry]
+    assert len(empty) == 1 and empty[0].endswith("b.jsonl") and told.summary(corpus)["without_a_row"] == empty
 
 
 def test_nothing_is_left(attempt, tmp_path):
     told = attempt("b.txt", b"", source={"path": str(tmp_path / "raw" / "b.txt")})
     assert "no document is left" in told
+    assert "There is none in the files" in told
     told = attempt("a.txt", b"some text", rules={"length": {"min_words": 500}})
-    assert "no document is left" in told and "length: 6 of 6" in told
+    assert "no document is left" in told
+    assert "length: 6 of 6 (fewer than 500 words 5, fewer than 20 characters 1)" in told
 
 
 def test_a_column_that_is_not_there(attempt):
-    told = attempt("b.jsonl", b'{"body": "some text"}\n')
+    told = attempt("b.jsonl", b'{"body": "some text"}\n' * 300)
     assert "b.jsonl:1: no column 'text'" in told and "Set text" in told
+    first = attempt("b.jsonl", b'{"body": "some text"}\n' + json.dumps({"text": "and a text"}).encode())
+    last = attempt("b.jsonl", json.dumps({"text": "and a text"}).encode() + b'\n{"body": "some text"}\n')
+    for corpus in (first, last):
+        assert corpus.manifest["rules"]["reading"]["reasons"] == {"no such column": 1}
+        assert corpus.manifest["totals"]["documents"] == len(GOOD) + 1
 
 
 def test_a_loop_of_links_and_a_link_to_nothing(attempt, tmp_path):
@@ -200,6 +210,46 @@ def test_documents_that_are_too_long_are_split_or_left_out(attempt, tmp_path):
     assert corpus.manifest["rules"]["reading"]["samples"][0]["where"].endswith("long.parquet:row 2")
 
 
+def test_the_longest_document_is_in_bytes_of_utf8(attempt, tmp_path):
+    """Chinese takes three a character: in lines, in Parquet, escaped in JSON, beside other columns; in text, split."""
+    texts = ["文" * 1000, "文" * 300 + "ab" * 62, "文" * 342]  # 3000, 1024 and 1026 bytes
+    limit = {"max_document_bytes": 1024, "duplicates": "keep"}
+    rows = [{"id": "x" * 2000, "text": text} for text in texts]
+    for name, lines in (
+        ("a.jsonl", "\n".join(json.dumps(row) for row in rows)),
+        ("b.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)),
+        ("c.csv", "id,text\n" + "\n".join(f"{row['id']},{row['text']}" for row in rows)),
+    ):
+        corpus = attempt(name, lines.encode(), source={"path": str(tmp_path / "raw" / name)}, **limit)
+        assert corpus.manifest["totals"] == {"documents": 1, "tokens": corpus.shards[0].tokens, "characters": 424}
+        assert corpus.manifest["rules"]["reading"]["reasons"] == {"longer than max_document_bytes": 2}
+    for documents in ("line", "file", "blank_line"):
+        source = {"path": str(tmp_path / "raw" / "d.txt"), "documents": documents}
+        corpus = attempt("d.txt", "\n".join(texts).encode(), source=source, **limit)
+        assert corpus.manifest["rules"]["reading"]["dropped"] == 0
+        assert corpus.manifest["totals"]["documents"] >= 5
+        letters = sum(map(len, texts))
+        assert letters <= corpus.manifest["totals"]["characters"] <= letters + 2
+
+
+def test_a_corpus_in_a_folder_that_is_read_is_none_of_its_files(attempt, tmp_path, tiny_llama):
+    attempt("b.jsonl", b"")
+    (tmp_path / "out").rename(tmp_path / "raw" / "old")
+    assert not (tmp_path / "out.lock").exists()
+    corpus = attempt("b.jsonl", b"")
+    assert [entry["file"].rpartition("/")[2] for entry in corpus.manifest["sources"][0]["files"]] == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
+    with pytest.raises(UserError, match="holds nothing but corpora"):
+        other = tmp_path / "corpora" / "one"
+        other.parent.mkdir()
+        (tmp_path / "raw" / "old").rename(other)
+        (other.parent / "manifest.json").write_text("[]")
+        (other.parent / "shards").mkdir()
+        corpora.made(tmp_path / "2", tiny_llama, str(other.parent))
+
+
 def test_whole_files_that_are_too_long_are_refused(attempt, tmp_path):
     body = "word " * 20_000
     for name, content in (
@@ -248,6 +298,6 @@ def test_a_bomb_and_a_line_without_end_take_little_memory(tmp_path, tiny_llama, 
     if kind == "zeros":
         assert "holds zero bytes" in output
     elif kind == "csv":
-        assert "bomb.csv.gz:3: a line is longer than max_document_bytes" in output, output
+        assert "bomb.csv.gz:3: a line is longer than 8 times max_document_bytes" in output, output
     else:
         assert ("'documents': 1," in output) == (kind == "jsonl") and "'documents'" in output, output

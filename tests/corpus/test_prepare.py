@@ -248,6 +248,30 @@ def test_a_flipped_byte_in_the_middle_is_found_by_verify(tmp_path, raw, tiny_lla
         shards.Corpus(corpus.folder).verify()
 
 
+def test_what_was_written_down_and_then_changed_is_made_anew(tmp_path, raw, tiny_llama, small_blocks, caplog):
+    """And no rules at all are written as nothing."""
+    whole = corpora.made(tmp_path / "whole", tiny_llama, of(raw), **SMALL)
+    config = corpora.config_of(tmp_path, tiny_llama, of(raw), **SMALL)
+    with pytest.raises(ZeroDivisionError):
+        prepare(config, report=_stop_after_shards(2))
+    progress = tmp_path / "out" / "progress.json"
+    found = json.loads(progress.read_text())
+    progress.write_text(json.dumps(found | {"position": {"source": 0, "fiel": 3}}))
+    assert corpora.content(prepare(config).folder) == corpora.content(whole.folder)
+    assert "progress.json: is not as it was written" in caplog.text
+    assert not list(tmp_path.glob("*.lock")) and not (tmp_path / "out" / ".near").exists()
+    nothing = corpora.config_of(tmp_path, tiny_llama, of(raw), rules=None, duplicates=None)
+    assert nothing.rules.chosen() == {} and nothing.duplicates.exact
+
+
+def _stop_after_shards(count: int):
+    def report(made):
+        if len(made.shards) >= count:
+            raise ZeroDivisionError
+
+    return report
+
+
 def test_the_command(tmp_path, raw, tiny_llama):
     import launch
 
@@ -271,6 +295,10 @@ def test_the_command(tmp_path, raw, tiny_llama):
         ("sources: {dataset: a/b}", "a corpus is made from files"),
         ("sources: nowhere/*.txt", "no file matches"),
         ("sources: []", "sources"),
+        ("sources: {path: x.txt, columns: {text: body}}", "columns: nothing is renamed here"),
+        ("rules: {length: {min_words: 9, max_words: 3}}", "min_words: 9 is above max_words: 3"),
+        ("rules: {quality: {min_word_length: 9, max_word_length: 3}}", "min_word_length: 9.0 is above"),
+        ("rules: {quality: {stop_words: [und]}}", "min_stop_words: 2 of 1 stop_words"),
     ],
 )
 def test_mistakes_in_the_file(tmp_path, change, said):
@@ -292,6 +320,21 @@ def test_ids_are_those_of_the_tokenizer(tmp_path, tiny_llama, tokenizer):
         ids = tokenizer(text)["input_ids"]
         assert corpus.tokens(0)[i].tolist() == (ids if ids[-1] == eos else [*ids, eos])
     assert corpus.dtype == np.dtype("<u2")
+    assert corpus.manifest["rules"]["tokens"]["found"] == {"special tokens in the text": 3}
+
+
+def test_special_tokens_as_plain_text(tmp_path, tiny_llama):
+    """A tokenizer that says so is heeded, as in training on the files."""
+    folder = tmp_path / "tokenizer"
+    transformers.AutoTokenizer.from_pretrained(tiny_llama, split_special_tokens=True).save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "in <pad> it, and <eos> is not the end"
+    corpora.jsonl(tmp_path / "t.jsonl", [text])
+    corpus = corpora.made(tmp_path, folder, str(tmp_path / "t.jsonl"))
+    ids = tokenizer(text)["input_ids"]
+    assert corpus.tokens(0)[0].tolist() == [*ids, tokenizer.eos_token_id] and tokenizer.pad_token_id not in ids
+    assert "split_special_tokens" in corpus.manifest["tokens"]["because"]
+    assert "found" not in corpus.manifest["rules"]["tokens"]
 
 
 def test_a_pattern_is_one_source_and_every_file_is_read_once(tmp_path, tiny_llama):
@@ -332,8 +375,8 @@ def test_long_lines_of_wide_encodings_and_of_csv(tmp_path, tiny_llama):
     (tmp_path / "wide.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-16-le")
     source = {"path": str(tmp_path / "wide.jsonl"), "encoding": "utf-16-le"}
     assert corpora.made(tmp_path, tiny_llama, source, max_document_bytes=1024).manifest["totals"]["documents"] == 2
-    (tmp_path / "a.csv").write_text('text\n"short"\n"' + "x" * 5000 + '\n y"\n')
-    with pytest.raises(UserError, match=r"a.csv:3: a line is longer than max_document_bytes"):
+    (tmp_path / "a.csv").write_text('text\n"short"\n"' + "x" * 9000 + '\n y"\n')
+    with pytest.raises(UserError, match=r"a.csv:3: a line is longer than 8 times max_document_bytes"):
         prepare(corpora.config_of(tmp_path, tiny_llama, str(tmp_path / "a.csv"), max_document_bytes=1024), True)
     with pytest.raises(UserError, match="'klingon' is no text encoding"):
         corpora.config_of(tmp_path, tiny_llama, {"path": "a.csv", "encoding": "klingon"})

@@ -132,6 +132,9 @@ def test_what_a_corpus_is_not_for(lm_config, prepared, tmp_path, classification_
     lm_config["data"] |= {"train": [str(prepared.folder), files], "eval": {}}
     with pytest.raises(UserError, match="other sources are not"):
         jobs.task_of(lm_config).train_split()
+    lm_config["data"]["train"] = {"path": str(prepared.folder), "split": "train", "columns": {"text": "body"}}
+    with pytest.raises(UserError, match="is a prepared corpus, of which split, columns says nothing"):
+        jobs.task_of(lm_config).train_split()
     other = transformers.AutoTokenizer.from_pretrained(lm_config["model"]["path"])
     other.add_tokens("<another>")
     other.save_pretrained(tmp_path / "other")

@@ -6,14 +6,16 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fastft import rooms
 from fastft.config.base import Section
 from fastft.config.corpus import CorpusConfig
-from fastft.corpus.files import DataFile
+
+if TYPE_CHECKING:
+    from fastft.corpus.files import DataFile
 
 # Scripts without spaces between words (Han, Kana): of them a character is taken for a word.
 UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
@@ -51,6 +53,14 @@ class Document:
     def lines(self) -> list[str]:
         """Lines that are not blank, without the white space around them."""
         return [line for part in self._text.split("\n") if (line := part.strip())]
+
+
+def rising(settings: Section, *pairs: tuple[str, str]) -> None:
+    """ValueError where a least value is above the largest."""
+    for least, most in pairs:
+        low, high = getattr(settings, least), getattr(settings, most)
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"{least}: {low:,} is above {most}: {high:,}: nothing would be left")
 
 
 class Rule(ABC):

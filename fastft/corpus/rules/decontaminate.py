@@ -18,7 +18,7 @@ from fastft.data import formats
 from fastft.data.formats.base import MISSING, value_of
 from fastft.errors import UserError, did_you_mean
 
-LONGEST = 1 << 24  # characters of a row of an evaluation set
+LONGEST = 1 << 24  # bytes of a row of an evaluation set
 
 
 class EvaluationSet(Files):
@@ -97,7 +97,7 @@ class Decontaminate(Rule):
                     self.where.append(where)
                     self.set_of.append(number)
             if file.too_long:
-                raise UserError(f"{file}:{file.too_long[0]}: is longer than {LONGEST:,} characters.", "Split it.")
+                raise UserError(f"{file}:{file.too_long[0]}: is longer than {file.most_line:,} bytes.", "Split it.")
         if not texts:
             raise UserError(f"rules.decontaminate: {source.path}: holds no text.", "Give an evaluation set with texts.")
         return plain_words(texts)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from fastft import rooms
 from fastft.config.base import Section
-from fastft.corpus.rules.base import Document, Rule
+from fastft.corpus.rules.base import Document, Rule, rising
 
 
 class LengthSettings(Section):
@@ -16,6 +18,11 @@ class LengthSettings(Section):
     max_characters: int | None = Field(None, ge=1, description="Most characters.")
     min_words: int | None = Field(None, ge=0, description="Fewest words.")
     max_words: int | None = Field(None, ge=1, description="Most words.")
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        rising(self, ("min_characters", "max_characters"), ("min_words", "max_words"))
+        return self
 
 
 @rooms.RULES.register("length")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from fastft import rooms
 from fastft.config.base import Section
-from fastft.corpus.rules.base import Document, Rule
+from fastft.corpus.rules.base import Document, Rule, rising
 
 BULLETS = ("•", "‣", "▪", "●", "-", "*", "◦", "–")
 ELLIPSES = ("...", "…")
@@ -27,6 +29,13 @@ class QualitySettings(Section):
         ["the", "be", "to", "of", "and", "that", "have", "with"], description="Words that prose of the language has."
     )
     min_stop_words: int = Field(2, ge=0, description="Fewest of them; 0 for other languages than their own.")
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        rising(self, ("min_words", "max_words"), ("min_word_length", "max_word_length"))
+        if self.min_stop_words > len(set(self.stop_words)):
+            raise ValueError(f"min_stop_words: {self.min_stop_words} of {len(set(self.stop_words))} stop_words")
+        return self
 
 
 @rooms.RULES.register("quality")

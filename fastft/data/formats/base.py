@@ -111,12 +111,17 @@ def read_whole(path: Any, newline: str | None = None) -> str:
     most = -1 if isinstance(path, Path) else path.most
     with open_text(path, newline) as f:
         text = f.read(most + 1 if most >= 0 else -1)
-    if 0 <= most < len(text):
+    if 0 <= most < utf8_size(text):
         raise UserError(
-            f"{path}: is more than {most:,} characters, and read at once.",
+            f"{path}: is more than {most:,} bytes, and read at once.",
             "Cut it into several files, or write it as jsonl; or raise max_document_bytes.",
         )
     return text
+
+
+def utf8_size(text: str) -> int:
+    """Bytes of a text."""
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
 def value_of(record: Record, column: str) -> Any:

@@ -3,7 +3,7 @@
 from typing import Any, TextIO
 from xml.etree import ElementTree
 
-from fastft.data.formats.base import open_text, reader
+from fastft.data.formats.base import open_text, reader, utf8_size
 from fastft.errors import UserError
 
 
@@ -36,17 +36,17 @@ def read(path, source):
 
 
 class _Metered:
-    """A text file of which at most so many characters are read until some are let go."""
+    """A text file of which at most so many bytes are read until some are let go."""
 
     def __init__(self, f: TextIO, path: object, most: int | None):
         self.f, self.path, self.most, self.held = f, path, most, 0
 
     def read(self, size: int = -1) -> str:
         text = self.f.read(size)
-        self.held += len(text)
-        if self.most is not None and self.held > self.most + size:
+        self.held += utf8_size(text)
+        if self.most is not None and self.held > self.most + 4 * size:
             raise UserError(
-                f"{self.path}: an element holds more than {self.most:,} characters.",
+                f"{self.path}: an element holds more than {self.most:,} bytes.",
                 "Raise max_document_bytes, or name smaller elements with element in the source.",
             )
         return text
