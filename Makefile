@@ -44,9 +44,10 @@ test: setup-test
 test-long: setup-test
 	$(BIN)/python -m pytest -q -m long $(ARGS)
 
-# What the docs say of the configuration's keys, and the schema that configs name, after a key was added or changed.
+# What the docs say of the configuration's keys, and the schemas that configs name, after a key was added or changed.
 reference: setup
 	$(BIN)/fastft config schema > docs/config.schema.json
+	$(BIN)/fastft config schema --corpus > docs/corpus.schema.json
 	$(BIN)/fastft config reference > docs/config_reference.md
 
 # What CI runs beside the tests. ruff and clang-format are pinned: every machine formats alike.

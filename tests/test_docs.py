@@ -22,7 +22,12 @@ ROOT = launch.ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 SCHEMA = ROOT / "docs" / "config.schema.json"
-WRITTEN = {SCHEMA: "schema", ROOT / "docs" / "config_reference.md": "reference"}  # by `fastft config ...`
+CORPUS_SCHEMA = ROOT / "docs" / "corpus.schema.json"
+WRITTEN = {  # by `fastft config ...`
+    SCHEMA: "schema",
+    CORPUS_SCHEMA: "schema --corpus",
+    ROOT / "docs" / "config_reference.md": "reference",
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -37,6 +42,7 @@ def test_yaml_blocks_are_configurations(page, block):
     """For the loader and for the schema; parts of one are completed by what every run needs."""
     raw = yaml.safe_load(block.replace("...", "x"))
     if "sources" in raw:  # of `fastft prepare`
+        jsonschema.validate(raw, json.loads(CORPUS_SCHEMA.read_text()))
         corpus_config(raw, str(page))
         return
     whole = {"task": "classification", "model": {"path": "x"}, **raw}
@@ -47,7 +53,7 @@ def test_yaml_blocks_are_configurations(page, block):
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda p: p.name)
 def test_written_pages_are_current(path):
-    _, text = launch.fastft("config", WRITTEN[path])
+    _, text = launch.fastft("config", *WRITTEN[path].split())
     same = text.splitlines() == path.read_text().splitlines()
     assert same, f"write it again: make reference, or fastft config {WRITTEN[path]} > {path.relative_to(ROOT)}"
 

@@ -12,9 +12,10 @@ from fastft.config.sections import Config
 NEEDED = ("version", "task", "model")  # sections and keys that must not be left empty
 
 
-def json_schema(formats: Sequence[str] = ()) -> dict[str, Any]:
-    """Draft 7. ``formats``: names of the formats that data files can have."""
-    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "fastft", **_Builder(formats).whole()}
+def json_schema(formats: Sequence[str] = (), of: type[Section] = Config) -> dict[str, Any]:
+    """Draft 7. ``formats``: names of the formats that data files can have. ``of``: what the file holds."""
+    title = "fastft" if of is Config else "fastft prepare"
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": title, **_Builder(formats).whole(of)}
 
 
 class _Builder:
@@ -24,13 +25,15 @@ class _Builder:
         self.formats = ["auto", *formats]
         self.definitions: dict[str, Any] = {}
 
-    def whole(self) -> dict[str, Any]:
-        found = self.section(Config, "")
-        rules = [rule for path, part in PARTS.items() if part.by == "task" for rule in self.rules(part, path)]
-        for name in ("Source", "TrainSource"):
-            if name in self.definitions and len(self.formats) > 1:
-                self.definitions[name]["properties"]["format"]["enum"] = self.formats
-        return {**found, "allOf": rules, "$defs": dict(sorted(self.definitions.items()))}
+    def whole(self, of: type[Section]) -> dict[str, Any]:
+        found = self.section(of, "")
+        parts = [(path, part) for path, part in PARTS.items() if part.by == "task"] if of is Config else []
+        rules = [rule for path, part in parts for rule in self.rules(part, path)]
+        for definition in self.definitions.values():
+            if "format" in definition.get("properties", {}) and len(self.formats) > 1:
+                definition["properties"]["format"]["enum"] = self.formats
+        conditions = {"allOf": rules} if rules else {}
+        return {**found, **conditions, "$defs": dict(sorted(self.definitions.items()))}
 
     def section(self, cls: type[Section], where: str, empty: bool = False) -> dict[str, Any]:
         """A section's mapping; ``empty``: or nothing, which is all its defaults."""

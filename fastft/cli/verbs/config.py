@@ -38,9 +38,14 @@ def init(task: Annotated[str, typer.Argument(help="The task; an unknown name lis
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    corpus: Annotated[bool, typer.Option("--corpus", help="Of the file that fastft prepare reads.")] = False,
+) -> None:
     """The configuration's JSON Schema, for editors: every key, its type, default and meaning."""
-    print(json.dumps(configuration.json_schema(_formats()), indent=1))
+    from fastft.config.corpus import CorpusConfig
+
+    of = {"of": CorpusConfig} if corpus else {}
+    print(json.dumps(configuration.json_schema(_formats(), **of), indent=1))
 
 
 @app.command()
