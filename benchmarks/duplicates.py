@@ -11,6 +11,7 @@ that were left out. Precision: of all that were left out those that are that sim
 
 import argparse
 import json
+import os
 import random
 import re
 import subprocess
@@ -153,23 +154,24 @@ def recall(pairs: list, least: float, most: float = 1.01, kind: str = "") -> str
 
 
 def cost(folder: Path, tokenizer: str, file: Path, settings: dict) -> dict:
-    """Seconds, and peak memory of the first process above what it has before, in a process of its own."""
+    """Seconds by the clock and of all processes' CPU, and peak memory of the first process above what it has before."""
     code = (
-        "import json, re, sys, time; sys.path[:0] = ['benchmarks']; import duplicates; from pathlib import Path\n"
+        "import json, os, re, sys, time; sys.path[:0] = ['benchmarks']; import duplicates; from pathlib import Path\n"
         "folder, tokenizer, file, settings = sys.argv[1:]\n"
         "from fastft.corpus import build; from fastft.corpus.tokens import facts_of\n"
         "facts = facts_of(tokenizer, None); build.tokens.facts_of = lambda path, revision: facts\n"
         "memory = lambda of: int(re.search(of + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "Path('/proc/self/clear_refs').write_text('5')\n"
-        "before, start = memory('VmRSS'), time.perf_counter()\n"
+        "before, start, begun = memory('VmRSS'), time.perf_counter(), sum(os.times()[:4])\n"
         "corpus = duplicates.prepared(Path(folder), tokenizer, [Path(file)], **json.loads(settings))\n"
         "seconds, peak = time.perf_counter() - start, memory('VmHWM')\n"
-        "print(json.dumps([seconds, before, peak, corpus.manifest['totals']['documents']]))\n"
+        "documents, used = corpus.manifest['totals']['documents'], sum(os.times()[:4]) - begun\n"
+        "print(json.dumps([seconds, used, before, peak, documents]))\n"
     )
     command = [sys.executable, "-c", code, str(folder), tokenizer, str(file), json.dumps(settings)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=RESULTS.parent.parent).stdout
-    seconds, before, after, documents = json.loads(output.splitlines()[-1])
-    return {"seconds": seconds, "memory": (after - before) * 1024, "documents": documents}
+    seconds, used, before, after, documents = json.loads(output.splitlines()[-1])
+    return {"seconds": seconds, "used": used, "memory": (after - before) * 1024, "documents": documents}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -217,14 +219,14 @@ def main() -> None:
         by_band.append(["pairs compared", *(f"{r['rule']['compared']:,}" for r in results)])
         write_documents(folder / "all.jsonl", args.texts, args.copies)
         size = (folder / "all.jsonl").stat().st_size
-        rates = []
+        rates, load = [], os.getloadavg()[0]
         for rules in ((), RULES):
             for duplicates in ("keep", "exact", "near"):
                 settings = {"duplicates": duplicates, "rules": list(rules)}
                 taken = cost(folder / "out", args.tokenizer, folder / "all.jsonl", settings)
                 memory = f"{taken['memory'] / 1e6:,.0f}"
-                rate = f"{size / taken['seconds'] / 1e6:.1f}"
-                rates.append(["six" if rules else "none", duplicates, rate, memory, f"{taken['documents']:,}"])
+                rate, own = (f"{size / taken[name] / 1e6:.1f}" for name in ("seconds", "used"))
+                rates.append(["six" if rules else "none", duplicates, rate, own, memory, f"{taken['documents']:,}"])
                 print(*rates[-1], flush=True)
     head, about = __doc__.partition("\n\n    python")[0], __doc__.partition("NAME]\n")[2]
     pieces = [
@@ -234,8 +236,9 @@ def main() -> None:
         table(["change", "similarity from 0.85 on", "from 0.8 on"], kinds),
         "\nRecall by similarity; parameters, bands x rows:\n",
         table(["similarity", *heads], by_band),
-        f"\nWhat it costs: {size / 1e6:.0f} MB, two workers; memory of the first process above its imports:\n",
-        table(["rules", "duplicates", "MB/s", "MB of memory", "documents that stay"], rates),
+        f"\nWhat it costs: {size / 1e6:.0f} MB, two workers, a load of {load:.0f} before; "
+        "CPU seconds of all processes; memory of the first one above what it imports:\n",
+        table(["rules", "duplicates", "MB/s", "MB per CPU second", "MB of memory", "documents that stay"], rates),
     ]
     RESULTS.joinpath("duplicates.md").write_text("\n".join(pieces) + "\n")
     print("\n".join(pieces))
