@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,11 @@ class Near:
         found: list[Pair | None] = [None] * len(fresh)
         for row in sorted({*before, *groups}):
             among = groups.get(row, [])
-            pairs = [Pair(0, number=number) for number in before.get(row, [])]
             rows = Counter(other for kept in among for other in kept[:LISTED])
-            pairs += [Pair(0, row=other) for other, _ in sorted(rows.items(), key=lambda pair: (-pair[1], pair[0]))]
-            found[row] = self._first(grams, row, pairs[:COMPARED])
+            pairs = [(-shared, Pair(0, number=number)) for number, shared in before.get(row, [])]
+            pairs += [(-shared, Pair(0, row=other)) for other, shared in sorted(rows.items())]
+            pairs.sort(key=itemgetter(0))  # those before stay before those of the block
+            found[row] = self._first(grams, row, [pair for _, pair in pairs[:COMPARED]])
             if found[row] is None:
                 for kept in among:
                     kept.append(row)
@@ -117,8 +119,8 @@ class Near:
                 return Pair(alike, pair.number, pair.row)
         return None
 
-    def _before(self, bands: np.ndarray, full: np.ndarray) -> dict[int, list[int]]:
-        """Row -> documents that stay with which it has bands in common: most of them first, then the earliest."""
+    def _before(self, bands: np.ndarray, full: np.ndarray) -> dict[int, list[tuple[int, int]]]:
+        """Row -> documents that stay with which it has bands in common, and how many: most first, then the earliest."""
         rows, pairs = np.flatnonzero(full), list[np.ndarray]()
         for index, keys in zip(self.index, bands[rows].T.astype(np.uint64) << SHIFT, strict=True):
             order = np.argsort(keys, kind="stable")
@@ -131,11 +133,11 @@ class Near:
             return {}
         both, shared = np.unique(np.concatenate(pairs), return_counts=True)
         order = np.lexsort((both, -shared, both >> SHIFT))
-        both = both[order]
-        both = both[_place(both >> SHIFT) < COMPARED]
-        found: dict[int, list[int]] = {}
-        for row, number in zip((both >> SHIFT).tolist(), (both & NUMBER).tolist(), strict=True):
-            found.setdefault(row, []).append(number)
+        order = order[_place(both[order] >> SHIFT) < COMPARED]
+        both, shared = both[order], shared[order]
+        found: dict[int, list[tuple[int, int]]] = {}
+        for row, *pair in zip((both >> SHIFT).tolist(), (both & NUMBER).tolist(), shared.tolist(), strict=True):
+            found.setdefault(row, []).append((pair[0], pair[1]))
         return found
 
     def add(self, sketches: Sketches) -> None:
