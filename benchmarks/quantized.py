@@ -67,7 +67,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [run(name, args, Path(folder)) for name in BASES]
     packages = ("torch", "transformers", "peft", "bitsandbytes")
-    facts = {"date": time.strftime("%Y-%m-%d"), "machine": args.machine, "cpu": tasks.cpu(), "steps": args.steps, "length": args.length}
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": args.machine,
+        "cpu": tasks.cpu(),
+        "steps": args.steps,
+        "length": args.length,
+    }
     facts["versions"] = {name: metadata.version(name) for name in packages}
     with open(common.RESULTS / "quantized.jsonl", "a") as file:
         file.writelines(json.dumps({**facts, **row}) + "\n" for row in rows)

@@ -35,5 +35,6 @@ def test_the_page_works_as_it_is_written(no_dropout, tmp_path, monkeypatch):
     assert all("ZeRO" in text and "fits" in text for text in plans)
     for run in ("my", "offload", "nf4", "auto", "long"):
         assert (Path("runs") / run / "model").is_dir(), run
-    assert json.loads(Path("answers.jsonl").read_text())["prediction"]
+    answer = json.loads(Path("answers.jsonl").read_text())
+    assert answer["text"] and len(answer) > 1
     assert Path("exported/model.safetensors").is_file()
