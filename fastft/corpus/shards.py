@@ -169,9 +169,13 @@ class Corpus:
         """(documents, 16) uint8, memory-mapped."""
         return np.load(self.path(shard) / "ids.npy", mmap_mode="r")
 
+    def places(self, shard: int) -> np.ndarray:
+        """(documents, 2) int64, memory-mapped: the place's name in its source, by number, and row, -1 for a whole file."""
+        return np.load(self.path(shard) / "places.npy", mmap_mode="r")
+
     def where(self, shard: int, document: int) -> str:
         """Source, and file and row, as the file was called then."""
-        place, row = np.load(self.path(shard) / "places.npy", mmap_mode="r")[document].tolist()
+        place, row = self.places(shard)[document].tolist()
         source = self.manifest["sources"][self.shards[shard].source]
         return f"{source['name']}: {place_name(source['places'], place, row)}"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from fastft.corpus.lookup import find
 from fastft.corpus.shards import MANIFEST, Corpus
 from fastft.data.encoder import Counts, Learned
 from fastft.data.prepared import Prepared, Ragged, prepare
@@ -73,6 +74,24 @@ class CorpusData(Prepared):
         part, row = self["tokens"].place(document)
         corpus, shard = self.shards[part]
         return corpus.where(shard, row)
+
+    def called(self, said: str) -> list[int]:
+        """Documents by an id or a place, see ``lookup.find``. UserError where no corpus has one that is read."""
+        starts, found, errors = self["tokens"].starts, list[int](), list[UserError]()
+        for corpus in {corpus.folder: corpus for corpus, _ in self.shards}.values():
+            try:
+                at = find(corpus, said)
+            except UserError as e:
+                errors.append(e)
+                continue
+            for part, (other, shard) in enumerate(self.shards):
+                if other.folder == corpus.folder:
+                    found += [int(starts[part]) + row for own, row in at if own == shard]
+            if not found:
+                errors.append(UserError(f"{corpus.folder}: the source of document {said!r} is not read by this run."))
+        if not found:
+            raise errors[0]
+        return found
 
     def verify(self) -> None:
         super().verify()

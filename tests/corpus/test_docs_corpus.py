@@ -42,8 +42,13 @@ def test_the_page_works_as_it_is_written(tmp_path, tiny_llama, monkeypatch):
     near = said["prepare near.yaml"]
     assert "the same text 10, nearly the same text 1" in near and "80 documents" in near
     assert "text of exam 1" in said["prepare clean.yaml"] and "text of notes 1" in said["prepare clean.yaml"]
-    (traced,) = (output for command, output in said.items() if command.startswith("trace"))
+    traced, back, packed, whole, lengths, shard, document = (
+        output for command, output in said.items() if command.startswith(("trace", "inspect"))
+    )
     assert "cancer: raw/cancer/" in traced or "lungs: raw/lungs.jsonl:" in traced
+    assert "2 steps learn from lungs: raw/lungs.jsonl:20" in back and "targets 1-" in packed
+    assert "CC BY 4.0" in whole and "81 documents" in lengths and "shard 0 of source cancer" in shard
+    assert "Page 49." in document
     assert (tmp_path / "runs" / "medical" / "model" / "config.json").is_file()
 
 
