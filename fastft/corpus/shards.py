@@ -170,7 +170,7 @@ class Corpus:
         return np.load(self.path(shard) / "ids.npy", mmap_mode="r")
 
     def places(self, shard: int) -> np.ndarray:
-        """(documents, 2) int64, memory-mapped: the place's name in its source, by number, and row, -1 for a whole file."""
+        """(documents, 2) int64, memory-mapped: number of the place's name in its source; row, or -1 for a whole file."""
         return np.load(self.path(shard) / "places.npy", mmap_mode="r")
 
     def where(self, shard: int, document: int) -> str:
