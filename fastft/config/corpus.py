@@ -126,6 +126,10 @@ class Duplicates(Section):
         return self
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class CorpusConfig(Section):
     """One corpus: raw files in, shards of tokens out."""
 
@@ -139,6 +143,11 @@ class CorpusConfig(Section):
         Duplicates(),
         description="exact: of documents with the same text after the rules the first stays; near: of those with "
         "nearly the same, too (a mapping has its settings); keep: all stay.",
+    )
+    remove: Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])] = Field(
+        [],
+        description="Documents that are taken out: their ids (fastft inspect CORPUS --document), or files with one on "
+        "each line. Of a corpus that is there, only the shards that hold them are written anew.",
     )
     shard_tokens: int = Field(1 << 26, ge=1, description="Tokens of a shard, at most (a block of rows is not cut).")
     max_document_bytes: int = Field(

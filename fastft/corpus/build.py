@@ -12,7 +12,7 @@ import os
 import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import accumulate, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from fastft.config.corpus import CorpusConfig
 from fastft.corpus import output as folder_of
-from fastft.corpus import tokens
+from fastft.corpus import removal, tokens
 from fastft.corpus.duplicates import Filter
 from fastft.corpus.files import DataFile, files_of, hashes
 from fastft.corpus.manifest import left_out, manifest_of
@@ -28,6 +28,7 @@ from fastft.corpus.minhash import VERSION
 from fastft.corpus.output import NEAR, SCRATCH
 from fastft.corpus.pool import in_order
 from fastft.corpus.reading import Block, Position, Reader
+from fastft.corpus.removal import Removal
 from fastft.corpus.rules.base import chosen
 from fastft.corpus.shards import (
     MANIFEST,
@@ -47,8 +48,8 @@ from fastft.files import digest, locked, remove
 
 log = logging.getLogger(__name__)
 
-CODE = 1  # raise it when the same files and settings give another corpus
-NO_PART_OF_THE_KEY = {"output", "workers", "encoder", "tokenizer", "revision"}
+CODE = 2  # raise it when the same files and settings give another corpus
+NO_PART_OF_THE_KEY = {"output", "workers", "encoder", "tokenizer", "revision", "remove"}
 Report = Callable[["Build"], None]
 
 
@@ -75,6 +76,7 @@ def prepare(config: CorpusConfig, overwrite: bool = False, report: Report = lamb
         if not writable:
             raise UserError(f"{output}: cannot be written.", "Choose another output.")
         before = folder_of.recorded(output)
+        removal.finish(output)
         build = Build(config, output, files, before.get("files", {}))
         if is_corpus(output) and not overwrite:
             corpus = Corpus(output)
@@ -82,6 +84,12 @@ def prepare(config: CorpusConfig, overwrite: bool = False, report: Report = lamb
                 corpus.verify()
                 folder_of.finished(output)  # it may have been killed right behind its manifest
                 return corpus
+            if removal.fits(corpus, build):
+                corpus.verify()
+                folder_of.finished(output)
+                with disk_told(output, "the shards", "Make room and run again."):
+                    removal.take_out(corpus, build)
+                return Corpus(output)
             raise UserError(
                 f"{output}: holds a corpus that was made from other files or settings.",
                 "Choose another output, or replace it: fastft prepare --overwrite.",
@@ -127,7 +135,10 @@ class Build:
         beside = [[name, self.found[file.where]["sha256"]] for name, file in self.beside]
         if config.duplicates.near is not None:
             rules["near"] = {"version": VERSION, "unicode": unicodedata.unidata_version}
-        self.key = digest([CODE, settings, rules, self.facts.key, names, beside, self.facts.split])
+        self.base = digest([CODE, settings, rules, self.facts.key, names, beside, self.facts.split])
+        self.removal = Removal(removal.ids_of(config), [])
+        self.key = digest([self.base, self.removal.ids]) if self.removal.ids else self.base
+        self.rows: list[int] = []  # documents of every shard that is complete, with those that were taken out
         self.shards: list[Shard] = []
         self.names: list[list[str]] = [[] for _ in files]
         self.counts: list[dict[str, Count]] = [{} for _ in files]
@@ -160,6 +171,10 @@ class Build:
         self._commit()
         self._finish()
 
+    def without_removal(self) -> dict[str, str]:
+        """For the manifest: the key of the same corpus with the documents that were taken out, if there are such."""
+        return {"before_removal": self.base} if self.removal.ids else {}
+
     def read(self) -> tuple[int, int]:
         """Bytes of the sources that were read, and all of them."""
         at = self.position
@@ -180,7 +195,7 @@ class Build:
 
     def _take(self, block: Block, done: Done) -> None:
         writer = self.writer
-        full = writer is not None and writer.tokens + len(done.tokens) > self.config.shard_tokens
+        full = writer is not None and writer.room + len(done.tokens) > self.config.shard_tokens
         if writer is not None and (full or writer.source != block.source):
             self._commit()
         counts = self.counts[block.source]
@@ -193,27 +208,42 @@ class Build:
             done = self.duplicates.without(done, counts.setdefault("duplicates", Count()), self._where)
         if len(done.lengths):
             if self.writer is None:
-                folder = self.output / "shards" / f"{len(self.shards):05d}"
+                folder = self.output / "shards" / _name(len(self.rows))
                 self.writer = ShardWriter(self.output / SCRATCH, folder, block.source, self.facts.dtype)
-            self.writer.append(done)
+            kept = self.removal.kept(np.frombuffer(b"".join(done.ids), np.uint8).reshape(-1, 16))
+            self.removal.add(
+                done, kept, str(self.config.sources[block.source].name), self.writer.folder.name, self.writer.rows
+            )
+            self.writer.append(done, kept)
         self.position = block.end
 
     def _where(self, number: int) -> str:
-        """Of a document that stays, in words."""
-        for shard, end in zip(self.shards, accumulate(shard.documents for shard in self.shards), strict=True):
-            if number < end:
-                places = np.load(self.output / "shards" / shard.name / "places.npy", mmap_mode="r")
-                place, row = places[number - end + shard.documents].tolist()
-                return place_name(self.names[shard.source], place, row)
-        assert self.writer is not None
-        at = number - sum(shard.documents for shard in self.shards)
-        place, row = np.concatenate(self.writer.places)[at].tolist()
-        return place_name(self.names[self.writer.source], place, row)
+        """Of a document that stays or was taken out, in words."""
+        for at, rows in enumerate(self.rows):  # noqa: B007  # the last is that of the shard that is written
+            if number < rows:
+                break
+            number -= rows
+        else:
+            at = len(self.rows)
+        if (where := self.removal.where(_name(at), number)) is not None:
+            return where
+        number -= sum(row < number for row in self.removal.rows(_name(at)))
+        if at < len(self.rows):
+            shard = next(shard for shard in self.shards if shard.name == _name(at))
+            source, places = shard.source, np.load(self.output / "shards" / shard.name / "places.npy", mmap_mode="r")
+        else:
+            assert self.writer is not None
+            source, places = self.writer.source, np.concatenate(self.writer.places)
+        return place_name(self.names[source], *places[number].tolist())
 
     def _commit(self) -> None:
         """The shard is complete, and what has been done until here is written down."""
         if self.writer is not None:
-            self.shards.append(self.writer.close())
+            self.rows.append(self.writer.rows)
+            if self.writer.documents:
+                self.shards.append(self.writer.close())
+            else:
+                self.writer.drop()
             self.writer = None
             self._save()
 
@@ -230,6 +260,8 @@ class Build:
             "empty": self.empty,
             "duplicates": self.duplicates.state(),
             "shards": as_json(self.shards),
+            "rows": self.rows,
+            "removed": self.removal.entries,
         }
 
     def _save(self) -> None:
@@ -244,11 +276,12 @@ class Build:
         self.counts = [{name: Count(**count) for name, count in group.items()} for group in before["counts"]]
         self.broken, self.empty = before["broken"], before["empty"]
         self.shards = [Shard(**shard) for shard in before["shards"]]
+        self.rows, self.removal.entries = before["rows"], before["removed"]
         kept = {shard.name for shard in self.shards}
         for shard in self.shards:
             check_shard(self.output / "shards" / shard.name, shard)
         ids = (np.load(self.output / "shards" / shard.name / "ids.npy") for shard in self.shards)
-        self.duplicates.restore(before["duplicates"], ids)
+        self.duplicates.restore(before["duplicates"], chain(ids, [self.removal.seen()]))
         if (self.output / "shards").is_dir():
             for folder in (self.output / "shards").iterdir():
                 if folder.name not in kept:  # renamed, but not written down
@@ -268,3 +301,7 @@ class Build:
         folder_of.write(self.output / MANIFEST, {**manifest, "digest": digest(manifest)})
         self.duplicates.close()
         folder_of.finished(self.output)
+
+
+def _name(shard: int) -> str:
+    return f"{shard:05d}"

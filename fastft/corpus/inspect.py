@@ -96,11 +96,11 @@ def lengths(corpus: Corpus, shards: list[int] | None = None) -> dict[str, Any]:
         ``histogram``: ``from`` and ``to`` (with it), ``documents`` and ``tokens`` of each; a bin begins at twice the
         length of the one before.
     """
-    found = [np.zeros(0, np.int64)]
+    found = []
     for number in range(len(corpus.shards)) if shards is None else shards:
         offsets = np.asarray(corpus.tokens(number).offsets)
         found.append(np.diff(offsets).astype(np.uint32 if offsets[-1] < 1 << 32 else np.int64))
-    values = np.concatenate(found[1:]) if len(found) > 1 else found[0]
+    values = np.concatenate(found)
     values.sort()
     edges = 1 << np.arange(int(values[-1]).bit_length() + 1)
     at = np.searchsorted(values, edges)

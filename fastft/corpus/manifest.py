@@ -5,13 +5,18 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING, Any
 
-from fastft.corpus.shards import FORMAT, as_json
+from fastft.corpus.shards import FORMAT, Shard, as_json
 from fastft.corpus.work import Count
 
 if TYPE_CHECKING:
     from fastft.corpus.build import Build
 
 SUMS = ("documents", "tokens", "characters")
+
+
+def summed(shards: list[Shard]) -> dict[str, int]:
+    """``SUMS`` over some shards."""
+    return {name: sum(getattr(shard, name) for shard in shards) for name in SUMS}
 
 
 def totals(build: Build) -> dict[str, Count]:
@@ -55,7 +60,7 @@ def manifest_of(build: Build) -> dict[str, Any]:
         "key": build.key,
         "made_by": {"fastft": __version__, "python": platform.python_version(), **_libraries(build.fast)},
         "settings": build.config.model_dump(mode="json", exclude={"output", "workers"}),
-        "totals": {name: sum(getattr(s, name) for s in build.shards) for name in SUMS},
+        "totals": summed(build.shards),
         "tokens": {
             "dtype": facts.dtype,
             "before": facts.before,
@@ -69,6 +74,8 @@ def manifest_of(build: Build) -> dict[str, Any]:
         "rules": rules,
         "sources": [_source(build, number) for number in range(len(build.files))],
         "shards": as_json(build.shards),
+        **build.without_removal(),
+        **build.removal.told(),
     }
 
 
@@ -85,7 +92,7 @@ def _source(build: Build, number: int) -> dict[str, Any]:
     return {
         "name": source.name,
         "licence": source.licence,
-        **{name: sum(getattr(s, name) for s in of) for name in SUMS},
+        **summed(of),
         "rules": {n: _numbers(counts[n]) for n in _order(build) if n in counts},
         "files": files,
         "places": build.names[number],

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastft.config.corpus import CorpusConfig
 from fastft.corpus.files import DataFile
-from fastft.corpus.shards import MANIFEST, PROGRESS, begun, is_corpus
+from fastft.corpus.shards import MANIFEST, PROGRESS, REMOVING, begun, is_corpus
 from fastft.data.prepared import LITTER
 from fastft.data.sources import holds
 from fastft.errors import UserError
@@ -51,7 +51,7 @@ def check(config: CorpusConfig, output: Path, files: list[list[DataFile]]) -> No
             raise UserError(f"{output}: is or holds a file that is read ({file}).", "Choose another output.")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file.", "Choose another output.")
-    known = {MANIFEST, PROGRESS, SCRATCH, NEAR, "shards", *LITTER}
+    known = {MANIFEST, PROGRESS, SCRATCH, NEAR, REMOVING, "shards", *LITTER}
     there = {path.name for path in output.iterdir()} if output.is_dir() else set()
     ours = is_corpus(output) or recorded(output) or begun(output) or not there
     strangers = sorted(n for n in there - (known if ours else set(LITTER)) if ".fastft-" not in n)
@@ -64,7 +64,8 @@ def check(config: CorpusConfig, output: Path, files: list[list[DataFile]]) -> No
 def clear(output: Path, overwrite: bool) -> None:
     """Take away what an unfinished run, or with ``overwrite`` a finished one, has left."""
     if overwrite or not is_corpus(output):
-        for name in (MANIFEST, PROGRESS, SCRATCH, NEAR, "shards"):  # the manifest first: without it nothing is done
+        # the manifest first: without it nothing is done
+        for name in (MANIFEST, PROGRESS, SCRATCH, NEAR, REMOVING, "shards"):
             remove(output / name)
 
 

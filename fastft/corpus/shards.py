@@ -1,8 +1,9 @@
 """Shards of tokens on disk.
 
 A corpus is a folder with ``manifest.json``, written last, and ``shards/<number>``: ``tokens.values.bin`` and
-``tokens.offsets.npy`` (a document per row), ``places.npy`` ((documents, 2) int64: file of the source and row in it) and
-``ids.npy`` ((documents, 16) uint8: a hash of the text). A shard holds documents of one source.
+``tokens.offsets.npy`` (a document per row), ``places.npy`` ((documents, 2) int64: file of the source and row in it),
+``ids.npy`` ((documents, 16) uint8: a hash of the text) and ``characters.npy`` ((documents,) uint32: of each text). A
+shard holds documents of one source.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fastft.files import digest, fsync, remove, sha256_file
 FORMAT = "fastft-corpus-1"
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"  # while it is made
+REMOVING = ".removing"  # while documents are taken out of it
 PROBED = 1 << 12  # bytes at either end of a file that are compared whenever it is opened
 OF_FILES = ("format", "split", "columns", "element", "documents", "header", "delimiter", "quoting")  # options of files
 AGAIN = "Prepare it again (fastft prepare --overwrite), or copy it anew."
@@ -59,9 +61,16 @@ class ShardWriter:
         self.ragged = RaggedWriter(scratch, "tokens", dtype)
         self.places: list[np.ndarray] = []
         self.ids: list[bytes] = []
+        self.lengths: list[np.ndarray] = []
         self.documents = self.tokens = self.characters = 0
+        self.rows = self.room = 0  # documents and tokens with those that are not kept
 
-    def append(self, done: Done) -> None:
+    def append(self, done: Done, kept: np.ndarray | None = None) -> None:
+        """``kept``: (n,) bool: those that are written; the others take their room alone. Default: all."""
+        self.rows += len(done.lengths)
+        self.room += len(done.tokens)
+        done = done if kept is None or kept.all() else done.only(kept)
+        self.lengths.append(done.characters.astype("<u4"))
         self.ragged.extend(done.tokens, done.lengths)
         self.places.append(done.places)
         self.ids.append(b"".join(done.ids))
@@ -69,8 +78,14 @@ class ShardWriter:
         self.tokens += len(done.tokens)
         self.characters += int(done.characters.sum())
 
+    def drop(self) -> None:
+        """Nothing was kept."""
+        self.ragged.close()
+        remove(self.scratch)
+
     def close(self) -> Shard:
         self.ragged.close()
+        np.save(self.scratch / "characters.npy", np.concatenate(self.lengths))
         np.save(self.scratch / "places.npy", np.concatenate(self.places))
         np.save(self.scratch / "ids.npy", np.frombuffer(b"".join(self.ids), np.uint8).reshape(-1, 16))
         files = {path.name: _described(path) for path in sorted(self.scratch.iterdir())}
@@ -102,6 +117,8 @@ def is_corpus(folder: Path) -> bool:
 
 def begun(folder: Path) -> bool:
     """Whether a folder is a corpus that was not finished, or whose manifest is broken."""
+    if (folder / REMOVING / MANIFEST).is_file():
+        return True
     left = (folder / PROGRESS).is_file() or ((folder / MANIFEST).is_file() and (folder / "shards").is_dir())
     return left and not is_corpus(folder)
 
@@ -169,8 +186,12 @@ class Corpus:
         """(documents, 16) uint8, memory-mapped."""
         return np.load(self.path(shard) / "ids.npy", mmap_mode="r")
 
+    def characters(self, shard: int) -> np.ndarray:
+        """(documents,) uint32, memory-mapped."""
+        return np.load(self.path(shard) / "characters.npy", mmap_mode="r")
+
     def places(self, shard: int) -> np.ndarray:
-        """(documents, 2) int64, memory-mapped: number of the place's name in its source; row, or -1 for a whole file."""
+        """(documents, 2) int64, memory-mapped: number of the place's name in its source, and row (-1: a whole file)."""
         return np.load(self.path(shard) / "places.npy", mmap_mode="r")
 
     def where(self, shard: int, document: int) -> str:

@@ -24,6 +24,8 @@ def summary(corpus: Corpus) -> dict[str, Any]:
             for name, rule in manifest["rules"].items()
         },
         "sources": [{name: source[name] for name in numbers} for source in manifest["sources"]],
+        "removed": len(manifest.get("removed", [])),
+        "not_found": manifest.get("not_found", []),
         "not_read_to_their_end": _files(manifest, "not_read_to_its_end"),
         "without_a_row": _files(manifest, "holds_no_row"),
     }
@@ -60,5 +62,9 @@ def show(corpus: Corpus) -> None:
     lines += [f"warning: {file}: not read to its end" for file in found["not_read_to_their_end"]]
     if empty := found["without_a_row"]:
         lines.append(f"warning: {len(empty):,} files hold no row: {', '.join(empty[:5])}")
+    if removed := found["removed"]:
+        lines.append(f"{removed:,} documents were removed by their ids.")
+    if missed := found["not_found"]:
+        lines.append(f"warning: {len(missed):,} ids of remove are of no document: {', '.join(missed[:3])}")
     for line in lines:
         out.print(line, highlight=False, markup=False)

@@ -9,6 +9,7 @@ import corpora
 import test_docs
 
 import launch
+from fastft.corpus.shards import Corpus
 
 PAGE = launch.ROOT / "docs" / "corpus.md"
 SMALL = {"max_length: 1024": "max_length: 64", "{dir: runs/medical}": "{dir: runs/medical, device: cpu, threads: 1}"}
@@ -37,6 +38,9 @@ def test_the_page_works_as_it_is_written(tmp_path, tiny_llama, monkeypatch):
     commands = re.findall(r"^fastft (.*)$", "\n".join(test_docs.blocks(PAGE, "bash")), re.MULTILINE)
     said = {}
     for command in commands:
+        if command == "prepare less.yaml":
+            taken = Corpus(tmp_path / "corpora" / "near")
+            (tmp_path / "removed.txt").write_text(taken.ids(1)[3].tobytes().hex())
         said[command] = launch.fastft(*command.partition("#")[0].split())[1]
     assert "the same text 10" in said["prepare corpus.yaml"] and "81 documents" in said["prepare corpus.yaml"]
     near = said["prepare near.yaml"]
@@ -49,6 +53,7 @@ def test_the_page_works_as_it_is_written(tmp_path, tiny_llama, monkeypatch):
     assert "2 steps learn from lungs: raw/lungs.jsonl:20" in back and "targets 1-" in packed
     assert "CC BY 4.0" in whole and "81 documents" in lengths and "shard 0 of source cancer" in shard
     assert "Page 49." in document
+    assert "79 documents" in said["prepare less.yaml"] and "1 documents were removed" in said["prepare less.yaml"]
     assert (tmp_path / "runs" / "medical" / "model" / "config.json").is_file()
 
 
