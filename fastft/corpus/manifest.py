@@ -48,7 +48,7 @@ def manifest_of(build: Build) -> dict[str, Any]:
     from fastft import __version__
 
     facts = build.facts
-    rules = {name: {**_numbers(c), "samples": c.samples} for name, c in totals(build).items()}
+    rules = {name: {**numbers(c), "samples": c.samples} for name, c in totals(build).items()}
     for name, kind, settings in build.rules:
         files = [{"file": f.where, "sha256": build.found[f.where]["sha256"]} for of, f in build.beside if of == name]
         if files and name in rules:
@@ -93,17 +93,18 @@ def _source(build: Build, number: int) -> dict[str, Any]:
         "name": source.name,
         "licence": source.licence,
         **summed(of),
-        "rules": {n: _numbers(counts[n]) for n in _order(build) if n in counts},
+        "rules": {n: numbers(counts[n]) for n in _order(build) if n in counts},
         "files": files,
         "places": build.names[number],
     }
 
 
-def _numbers(count: Count) -> dict[str, Any]:
+def numbers(count: Count) -> dict[str, Any]:
+    """What a rule did."""
     kept = count.rows - count.dropped
-    numbers = {"in": count.rows, "kept": kept, "changed": count.changed, "dropped": count.dropped}
+    sums = {"in": count.rows, "kept": kept, "changed": count.changed, "dropped": count.dropped}
     found = {"found": dict(sorted(count.found.items()))} if count.found else {}
-    return {**numbers, "reasons": dict(sorted(count.reasons.items())), **found}
+    return {**sums, "reasons": dict(sorted(count.reasons.items())), **found}
 
 
 def _libraries(fast: bool) -> dict[str, str]:

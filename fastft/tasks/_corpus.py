@@ -133,6 +133,12 @@ def open_corpora(
                 "Prepare the corpus with the model's tokenizer, or set model.tokenizer.",
             )
     around = corpora[0].manifest["tokens"] if bare else {"before": [], "after": []}
+    for corpus in corpora if bare else ():
+        if any(corpus.manifest["tokens"][side] != around[side] for side in ("before", "after")):
+            raise UserError(
+                f"{corpus.folder}: has other special tokens around its documents than {corpora[0].folder}.",
+                "Train on one of them, or prepare both in the same way.",
+            )
     chosen = [_shards(corpus, source) for corpus, source in zip(corpora, only, strict=True)]
     shards = [(corpus, shard) for corpus, own in zip(corpora, chosen, strict=True) for shard in own]
     tokens = Joined([corpus.tokens(shard) for corpus, shard in shards], len(around["before"]), len(around["after"]))

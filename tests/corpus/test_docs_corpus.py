@@ -3,10 +3,12 @@
 import gzip
 import json
 import re
+import shlex
 import shutil
 
 import corpora
 import test_docs
+import test_importing
 
 import launch
 from fastft.corpus.shards import Corpus
@@ -41,7 +43,11 @@ def test_the_page_works_as_it_is_written(tmp_path, tiny_llama, monkeypatch):
         if command == "prepare less.yaml":
             taken = Corpus(tmp_path / "corpora" / "near")
             (tmp_path / "removed.txt").write_text(taken.ids(1)[3].tobytes().hex())
-        said[command] = launch.fastft(*command.partition("#")[0].split())[1]
+        if command.startswith("import-tokens"):
+            (tmp_path / "raw" / "tokens").mkdir()
+            taken = [Corpus(tmp_path / "corpora" / "near").tokens(0)[i] for i in range(9)]
+            test_importing.ds(tmp_path / "raw" / "tokens" / "a.ds", taken)
+        said[command] = launch.fastft(*shlex.split(command, comments=True))[1]
     assert "the same text 10" in said["prepare corpus.yaml"] and "81 documents" in said["prepare corpus.yaml"]
     near = said["prepare near.yaml"]
     assert "the same text 10, nearly the same text 1" in near and "80 documents" in near
@@ -54,6 +60,8 @@ def test_the_page_works_as_it_is_written(tmp_path, tiny_llama, monkeypatch):
     assert "CC BY 4.0" in whole and "81 documents" in lengths and "shard 0 of source cancer" in shard
     assert "Page 49." in document
     assert "79 documents" in said["prepare less.yaml"] and "1 documents were removed" in said["prepare less.yaml"]
+    (imported,) = (output for command, output in said.items() if command.startswith("import-tokens"))
+    assert "9 documents" in imported and "9 of 9 documents gives the same tokens" in imported
     assert (tmp_path / "runs" / "medical" / "model" / "config.json").is_file()
 
 
