@@ -79,7 +79,7 @@ def opened(paths: list[str]) -> list[TokenFile]:
 
 def datatrove(path: Path) -> TokenFile:
     """A file of datatrove's DocumentTokenizer: tokens of 2 or 4 bytes, ``.index`` (ends of documents, uint64) and,
-    where there is one, ``.metadata`` (tokenizer|bytes of a token, number of tokens). UserError for one that is not whole.
+    where there is one, ``.metadata`` (tokenizer|bytes of a token, number of tokens). UserError where it is not whole.
     """
     index, metadata, loss = (path.with_name(path.name + end) for end in (".index", ".metadata", ".loss"))
     ends = _ends(index, _content(index, f"{path}: has no index ({index.name}), which says where documents end."))
