@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -151,6 +152,7 @@ def peaks_of(folder: Path, model: Path, world: int, name: str, until: str) -> di
         for r in range(world)
     ]
     assert not [process for process in ranks if process.wait(900)], "a rank failed"
+    shutil.rmtree(config["run"]["dir"])  # checkpoints of 4 GB
     found = [json.loads(out.with_name(f"{out.name}-{r}.json").read_text()) for r in range(world)]
     return {phase: max(peaks.get(phase, 0) for peaks in found) for phase in PHASES}
 
@@ -195,9 +197,8 @@ def markdown(rows: list[dict], run: dict) -> str:
         f"{run['machine']}, {run['date']}, {run['versions']}.",
         "",
         "Parts: of loading, weights over the ranks and twice the largest module; of a step, gradients and two moments",
-        "over the ranks besides, and the bucket for reductions twice; activations come on top. The heap of a CPU run",
-        "gives nothing back: the checkpoint (a copy of weights and moments) and the export (two of the largest module)",
-        "find all of that in memory.",
+        "over the ranks besides, and the bucket for reductions twice; activations come on top. The checkpoint (a copy of",
+        "weights and moments) and the export (two of the largest module) find what training holds in memory.",
         "",
         "| ranks | weights in the folder | phase | peak | parts | base |",
         "|---|---|---|---|---|---|",

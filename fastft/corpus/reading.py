@@ -82,16 +82,21 @@ class Reader:
             file = self.current = self.files[number][file_number]
             passed = at.records if file_number == at.file else 0
             records, broken, before = 0, dict[str, str](), block.read.rows
+            name, place = "", 0
             column = _Column(source.text)
             for where, record in _records(file, source, self.config, broken):
                 records += 1
                 column.look(where, record, records)
                 if records <= passed:
                     continue
-                name, row = split_where(where)
-                place = known.setdefault(name, len(known))
-                if place == len(names):
-                    names.append(name)
+                rest = where[len(name) :]
+                if name and where.startswith(name) and rest.isdecimal():  # as of the row before
+                    row = int(rest)
+                else:
+                    name, row = split_where(where)
+                    place = known.setdefault(name, len(known))
+                    if place == len(names):
+                        names.append(name)
                 text = self._text(where, record, source, block.read)
                 if text is not None:
                     _add(block.rows, (place, row), where, text)
@@ -115,13 +120,13 @@ class Reader:
         value = value_of(record, source.text)
         if value is MISSING:
             count.drop(where, "no such column", "")
-        elif value is None or (isinstance(value, str) and not value.strip()):
+        elif value is None or (isinstance(value, str) and (not value or value.isspace())):
             count.drop(where, "empty", "")
         elif isinstance(value, Unreadable) or not isinstance(value, str):
             count.drop(where, "not text", str(value)[:100])
         else:
             try:
-                size = len(value.encode())
+                size = len(value) if value.isascii() else len(value.encode())
             except UnicodeEncodeError:
                 count.drop(where, "half a character", value.encode(errors="replace").decode()[:100])
                 return None
