@@ -68,7 +68,7 @@ class Ranks:
             raise UserError(
                 f"parallel.sequence: {size} ranks share a sequence, which {self.world} "
                 f"rank{' does' if self.world == 1 else 's do'} not divide into.",
-                f"Start a multiple of {size} ranks (fastft launch --nproc {size} train ...), or set parallel.sequence "
+                f"Start a multiple of {size} ranks (fastft launch --nproc {size} ...), or set parallel.sequence "
                 "to a divisor of their number.",
             )
         return replace(self, sequence_world=size)
