@@ -20,7 +20,7 @@ from fastft.config import Source
 from fastft.corpus.work import Done
 from fastft.data.prepared import Ragged, RaggedWriter, map_ragged
 from fastft.errors import UserError
-from fastft.files import digest, fsync, remove, sha256_file
+from fastft.files import digest, fsync, remove, sha256_file, sha256_files
 
 FORMAT = "fastft-corpus-1"
 MANIFEST = "manifest.json"
@@ -202,10 +202,10 @@ class Corpus:
 
     def verify(self) -> None:
         """Re-hash every file. UserError names the first that differs."""
-        for i, shard in enumerate(self.shards):
-            for name, entry in shard.files.items():
-                if sha256_file(self.path(i) / name) != entry["sha256"]:
-                    raise UserError(f"{self.path(i) / name}: does not match its hash in {MANIFEST}.", AGAIN)
+        said = {self.path(i) / name: e["sha256"] for i, s in enumerate(self.shards) for name, e in s.files.items()}
+        for path, found in zip(said, sha256_files(said), strict=True):
+            if found != said[path]:
+                raise UserError(f"{path}: does not match its hash in {MANIFEST}.", AGAIN)
 
 
 def place_name(names: list[str], place: int, row: int) -> str:

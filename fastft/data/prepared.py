@@ -19,7 +19,7 @@ import numpy as np
 
 from fastft.data.sources import files_in, fingerprint, unchanged
 from fastft.errors import DISK, UserError
-from fastft.files import digest, locked, replacing, sha256_file
+from fastft.files import digest, locked, replacing, sha256_file, sha256_files
 
 FORMAT = 2
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # of file managers
@@ -254,8 +254,9 @@ def verify(folder: Path) -> None:
             f"{folder / 'MANIFEST.json'}: does not match its own digest.",
             f"Delete {folder}; it will be prepared again.",
         )
-    for name, entry in manifest["files"].items():
-        if sha256_file(folder / name) != entry["sha256"]:
+    files = manifest["files"]
+    for name, found in zip(files, sha256_files(folder / name for name in files), strict=True):
+        if found != files[name]["sha256"]:
             raise UserError(
                 f"{folder / name}: does not match its hash in MANIFEST.json.",
                 f"Delete {folder}; it will be prepared again.",

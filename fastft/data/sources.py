@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastft.errors import UserError
-from fastft.files import sha256_file
+from fastft.files import in_threads, sha256_file
 
 SETTLED = 1.0  # seconds that a file must have been left alone before its times identify its content
 
@@ -66,15 +66,16 @@ def fingerprint(files: list[Path], known: dict[str, dict]) -> dict[str, dict]:
     dict
         Per file ``sha256``, and ``stat`` (bytes, mtime_ns, ctime_ns, inode, device) where it may be relied on.
     """
-    found = {}
-    for file in files:
+
+    def read(file: Path) -> dict:
         before, entry = _stat(file), known.get(str(file), {})
         if entry.get("stat") != before:
             entry = {"sha256": sha256_file(file)}
             if _stat(file) == before and time.time() - max(before[1:3]) / 1e9 > SETTLED:
                 entry["stat"] = before
-        found[str(file)] = entry
-    return found
+        return entry
+
+    return dict(zip(map(str, files), in_threads(read, files), strict=True))
 
 
 def unchanged(sources: list[str], found: dict[str, dict]) -> dict[str, dict]:
