@@ -38,6 +38,7 @@ SHARED = Path(os.environ.get("FASTFT_SHARED_DATA", ROOT.parent / "shared" / "dat
 
 # Real launchers and hosts, whole builds, and what measures time: one at a time, with nothing beside it.
 ALONE = (
+    "corpus/test_executors.py",
     "launcher",
     "multinode",
     "scripts",

@@ -130,6 +130,50 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+class Ray(Section):
+    """Where the work is done by actors of a Ray cluster."""
+
+    address: str | None = Field(
+        None,
+        description="Of the cluster (head:6379, ray://head:10001, auto); default: RAY_ADDRESS, the one that runs here, "
+        "or else one that is started here.",
+    )
+
+
+class Slurm(Section):
+    """Where the work is done by jobs of Slurm that connect to the process that reads and writes."""
+
+    partition: str | None = Field(None, description="Of the jobs; default: Slurm's.")
+    time: str | None = Field(None, description='Limit of a job, as Slurm writes it, in quotes: "2:00:00".')
+    options: list[str] = Field([], description="More options of sbatch: [--mem=8G, --account=x].")
+    host: str | None = Field(
+        None, min_length=1, description="Name or address of this machine that the nodes know; default: its host name."
+    )
+    wait: int = Field(3600, ge=1, description="Seconds in which a first job has to start.")
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _in_quotes(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError(f'{value} is what YAML makes of digits and colons: put it in quotes ("2:00:00")')
+        return value
+
+
+class Executor(Section):
+    """Who cleans and tokenizes; one process here reads and writes."""
+
+    ray: Ray | None = Field(None, description="Actors of a Ray cluster; true: by the defaults.")
+    slurm: Slurm | None = Field(None, description="Jobs of Slurm; true: by the defaults.")
+
+    named: ClassVar = {"local": {}, "ray": {"ray": {}}, "slurm": {"slurm": {}}}
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.ray is not None and self.slurm is not None:
+            raise ValueError("ray beside slurm: choose one")
+        return self
+
+
 class CorpusConfig(Section):
     """One corpus: raw files in, shards of tokens out."""
 
@@ -167,8 +211,21 @@ class CorpusConfig(Section):
         "sample of this corpus.",
     )
     workers: int | None = Field(
-        None, ge=1, description="Processes that clean and tokenize; default: the cores. The result is the same."
+        None,
+        ge=1,
+        description="Processes that clean and tokenize; default: the cores, of this machine or the Ray cluster; of "
+        "Slurm's jobs the number must be said. The result is the same.",
     )
+    executor: Executor = Field(
+        Executor(),
+        description="Where they run: local, ray or slurm; a mapping has its settings. The result is the same.",
+    )
+
+    @model_validator(mode="after")
+    def _jobs(self) -> Self:
+        if self.executor.slurm is not None and self.workers is None:
+            raise ValueError("workers: executor: slurm wants the number of jobs")
+        return self
 
 
 def load_corpus(path: str | Path, overrides: Sequence[str] = ()) -> CorpusConfig:

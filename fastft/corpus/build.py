@@ -8,7 +8,6 @@ written down; a run that was killed goes on from there, and its result is the sa
 from __future__ import annotations
 
 import logging
-import os
 import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from fastft.corpus.duplicates import Filter
 from fastft.corpus.files import DataFile, files_of, hashes
 from fastft.corpus.manifest import left_out, manifest_of
 from fastft.corpus.minhash import VERSION
-from fastft.corpus.output import NEAR, SCRATCH
+from fastft.corpus.output import JOBS, NEAR, SCRATCH
 from fastft.corpus.pool import in_order
 from fastft.corpus.reading import Block, Position, Reader
 from fastft.corpus.removal import Removal
@@ -49,7 +48,7 @@ from fastft.files import digest, locked, remove
 log = logging.getLogger(__name__)
 
 CODE = 2  # raise it when the same files and settings give another corpus
-NO_PART_OF_THE_KEY = {"output", "workers", "encoder", "tokenizer", "revision", "remove"}
+NO_PART_OF_THE_KEY = {"output", "workers", "executor", "encoder", "tokenizer", "revision", "remove"}
 Report = Callable[["Build"], None]
 
 
@@ -163,9 +162,8 @@ class Build:
             self.why = self.why or why
             log.info("encoder %s: %s", "gigatoken" if self.fast else "tokenizers", self.why)
             self._save()
-        workers = self.config.workers or len(os.sched_getaffinity(0))
         setup = (self.config.model_dump(mode="json"), self.facts, self.fast)
-        for block, done in in_order(self.reader.blocks(self.position), workers, setup):
+        for block, done in in_order(self.reader.blocks(self.position), self.config, setup, self.output / JOBS):
             self._take(block, done)
             report(self)
         self._commit()

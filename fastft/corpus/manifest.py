@@ -6,7 +6,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from fastft.corpus.shards import FORMAT, Shard, as_json
-from fastft.corpus.work import Count
+from fastft.corpus.work import Count, libraries
 
 if TYPE_CHECKING:
     from fastft.corpus.build import Build
@@ -58,8 +58,8 @@ def manifest_of(build: Build) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "key": build.key,
-        "made_by": {"fastft": __version__, "python": platform.python_version(), **_libraries(build.fast)},
-        "settings": build.config.model_dump(mode="json", exclude={"output", "workers"}),
+        "made_by": {"fastft": __version__, "python": platform.python_version(), **libraries(build.fast)},
+        "settings": build.config.model_dump(mode="json", exclude={"output", "workers", "executor"}),
         "totals": summed(build.shards),
         "tokens": {
             "dtype": facts.dtype,
@@ -105,9 +105,3 @@ def numbers(count: Count) -> dict[str, Any]:
     sums = {"in": count.rows, "kept": kept, "changed": count.changed, "dropped": count.dropped}
     found = {"found": dict(sorted(count.found.items()))} if count.found else {}
     return {**sums, "reasons": dict(sorted(count.reasons.items())), **found}
-
-
-def _libraries(fast: bool) -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("numpy", "tokenizers", *(["gigatoken"] if fast else []))}

@@ -19,7 +19,7 @@ from fastft.files import digest, remove, replacing
 
 log = logging.getLogger(__name__)
 
-SCRATCH, NEAR = ".shard", ".near"  # of the shard that is written; of near-duplicates
+SCRATCH, NEAR, JOBS = ".shard", ".near", ".jobs"  # of the shard that is written; of near-duplicates; of Slurm
 
 
 def write(path: Path, value: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ def check(config: CorpusConfig, output: Path, files: list[list[DataFile]]) -> No
             raise UserError(f"{output}: is or holds a file that is read ({file}).", "Choose another output.")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file.", "Choose another output.")
-    known = {MANIFEST, PROGRESS, SCRATCH, NEAR, REMOVING, "shards", *LITTER}
+    known = {MANIFEST, PROGRESS, SCRATCH, NEAR, JOBS, REMOVING, "shards", *LITTER}
     there = {path.name for path in output.iterdir()} if output.is_dir() else set()
     ours = is_corpus(output) or recorded(output) or begun(output) or not there
     strangers = sorted(n for n in there - (known if ours else set(LITTER)) if ".fastft-" not in n)
@@ -71,5 +71,5 @@ def clear(output: Path, overwrite: bool) -> None:
 
 def finished(output: Path) -> None:
     """Take away what a corpus that has its manifest needs no more."""
-    for name in (SCRATCH, NEAR, PROGRESS):
+    for name in (SCRATCH, NEAR, JOBS, PROGRESS):
         remove(output / name)

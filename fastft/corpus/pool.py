@@ -1,4 +1,6 @@
-"""Processes that work on blocks; results come in the order of the blocks. A process whose parent dies ends, too."""
+"""Who works on blocks: this process, others of this machine, a Ray cluster, jobs of Slurm. Results come in the order of
+the blocks, whoever is done first. A process whose parent dies ends, too.
+"""
 
 from __future__ import annotations
 
@@ -9,88 +11,143 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
 
+from fastft.config.corpus import CorpusConfig
 from fastft.errors import UserError
 
-HELD = 2  # blocks that a process has: one in work, one behind it
+HELD = 2  # blocks that a member has: one in work, one behind it
+AGAIN = "Run again: what is done stays."
+Work = Callable[[Any], Any]
 
 
-def in_order(blocks: Iterable[Any], workers: int, setup: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
-    """(block, result) for each block. With one worker the work is done here.
+class Member(Protocol):
+    """One that works on blocks, in the order in which they are sent."""
+
+    def send(self, work: Any) -> None: ...
+
+    def result(self) -> Any:
+        """Of the first block that has been sent and not given back; raises what a rule raised."""
+
+
+class Pool(Protocol):
+    def members(self) -> Sequence[Member]:
+        """Those that work by now: one at least, waited for; more can come."""
+
+    def close(self) -> None:
+        """End them all."""
+
+
+def in_order(
+    blocks: Iterable[Any], config: CorpusConfig, setup: tuple[Any, ...], folder: Path
+) -> Iterator[tuple[Any, Any]]:
+    """(block, result) for each block. With one worker of this machine the work is done here.
 
     Parameters
     ----------
     setup : tuple
         Arguments of ``work.Worker``.
+    folder : Path
+        Where an executor keeps its files: logs of jobs.
 
     Raises
     ------
     UserError
-        A process was killed; or what a rule raised in it.
+        A process was killed, a job ended, a cluster cannot be reached; or what a rule raised.
     """
-    if workers == 1:
+    local = config.executor.ray is None and config.executor.slurm is None
+    workers = config.workers or len(os.sched_getaffinity(0))
+    if local and workers == 1:
         from fastft.corpus.work import Worker
 
         worker = Worker(*setup)
         for block in blocks:
             yield block, worker.run(block.rows)
         return
-    pool = [_Process(setup) for _ in range(workers)]
-    try:
-        waiting: deque[tuple[Any, _Process]] = deque()
-        for number, block in enumerate(blocks):
-            process = pool[number % workers]
-            if len(waiting) == HELD * workers:
+    with closing(_Local(workers, setup) if local else _remote(config, setup, folder)) as pool:
+        waiting: deque[tuple[Any, Member]] = deque()
+        held: Counter[Member] = Counter()
+        for block in blocks:
+            while held[member := min(pool.members(), key=held.__getitem__)] == HELD:
                 first, by = waiting.popleft()
+                held[by] -= 1
                 yield first, by.result()
-            process.send(block.rows)
-            waiting.append((block, process))
+            member.send(block.rows)
+            held[member] += 1
+            waiting.append((block, member))
         while waiting:
             first, by = waiting.popleft()
             yield first, by.result()
-    finally:
-        for process in pool:
-            process.end()
 
 
-class _Process:
-    def __init__(self, setup: tuple[Any, ...]):
-        import socket
+def _remote(config: CorpusConfig, setup: tuple[Any, ...], folder: Path) -> Pool:
+    """Members on other machines: they compare their software with ours."""
+    from fastft.corpus.work import software
 
-        ours, theirs = socket.socketpair()
-        code = "import sys; from fastft.corpus.pool import serve; serve(int(sys.argv[1]))"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-c", code, str(theirs.fileno())]
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
-        theirs.close()
-        self.pipe = Connection(ours.detach())
-        self.send(setup)
+    if config.executor.ray is not None:
+        from fastft.corpus.on_ray import Actors
+
+        return Actors(config.executor.ray, config.workers, (*setup, software(*setup)))
+    from fastft.corpus.on_slurm import Jobs
+
+    assert config.executor.slurm is not None and config.workers is not None
+    return Jobs(config.executor.slurm, config.workers, (*setup, software(*setup)), folder)
+
+
+class Piped:
+    """A member behind a connection.
+
+    Attributes
+    ----------
+    pipe : Connection
+    """
+
+    pipe: Connection
 
     def send(self, work: Any) -> None:
         try:
             self.pipe.send_bytes(pickle.dumps(work, protocol=5))
         except OSError:
-            self._died()
+            self.died()
 
     def result(self) -> Any:
         try:
-            found = pickle.loads(self.pipe.recv_bytes())
+            found = self.pipe.recv_bytes()
         except (EOFError, OSError):
-            self._died()
-        if isinstance(found, BaseException):
-            raise found
-        return found
+            self.died()
+        return opened(found)
 
-    def _died(self) -> None:
+    def died(self) -> NoReturn:
+        raise NotImplementedError
+
+
+class _Process(Piped):
+    """One of this machine."""
+
+    def __init__(self, setup: tuple[Any, ...]):
+        import socket
+
+        ours, theirs = socket.socketpair()
+        code = "import sys; from fastft.corpus.pool import serve; serve(int(sys.argv[1]))"
+        command = [sys.executable, "-c", code, str(theirs.fileno())]
+        self.process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": python_path()}
+        )
+        theirs.close()
+        self.pipe = Connection(ours.detach())
+        self.send(setup)
+
+    def died(self) -> NoReturn:
         code = self.process.wait(10)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         raise UserError(
             f"A process that cleans and tokenizes {how}.",
-            "Where memory is short, lower workers or max_document_bytes. Run again: what is done stays.",
+            f"Where memory is short, lower workers or max_document_bytes. {AGAIN}",
         )
 
     def end(self) -> None:
@@ -102,21 +159,36 @@ class _Process:
             self.process.wait()
 
 
+class _Local:
+    """Processes of this machine."""
+
+    def __init__(self, workers: int, setup: tuple[Any, ...]):
+        self.processes = [_Process(setup) for _ in range(workers)]
+
+    def members(self) -> Sequence[Member]:
+        return self.processes
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.end()
+
+
+def python_path() -> str:
+    """PYTHONPATH of a process that finds what this one does."""
+    return os.pathsep.join(path for path in sys.path if path)
+
+
 def serve(fd: int) -> None:
-    """A process of the pool: reads blocks until its parent is gone."""
+    """A process of a pool: works on the blocks that come from a connection until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's end is ours
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     pipe = Connection(fd)
     blocks: queue.Queue[Any] = queue.Queue()  # so that sending never waits for us: at most HELD are under way
     threading.Thread(target=_receive, args=(pipe, blocks), daemon=True).start()
-    run = _ready(blocks)
-    while (block := blocks.get()) is not None:
+    setup = blocks.get()
+    work = ready(setup) if setup is not None else None
+    while work is not None and (block := blocks.get()) is not None:
         try:
-            result = run(block)
-        except Exception as e:
-            result = _portable(e)
-        try:
-            pipe.send_bytes(pickle.dumps(result, protocol=5))
+            pipe.send_bytes(answer(work, block))
         except OSError:
             break
     os._exit(0)  # past the thread, which may be waiting
@@ -131,17 +203,46 @@ def _receive(pipe: Connection, blocks: queue.Queue[Any]) -> None:
             return
 
 
-def _ready(blocks: queue.Queue[Any]) -> Callable[[Any], Any]:
-    setup = blocks.get()
-    if setup is None:
-        os._exit(0)
+def ready(setup: tuple[Any, ...]) -> Work:
+    """What works on blocks; where it cannot be made, what raises the reason at each. ``setup``: arguments of
+    ``work.Worker``, and ``work.software`` where it must be the same.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        from fastft.corpus.work import Worker
+        from fastft.corpus.work import Worker, software
 
-        return Worker(*setup).run
+        *arguments, wanted = setup if len(setup) == 4 else (*setup, None)
+        if wanted is not None and (here := software(*arguments)) != wanted:
+            other = ", ".join(f"{n} {here.get(n)} instead of {v}" for n, v in wanted.items() if here.get(n) != v)
+            raise UserError(
+                f"executor: {os.uname().nodename} has other software: {other}.",
+                "Install the same on every node: a corpus must not depend on who made which part of it.",
+            )
+        return Worker(*arguments).run
     except Exception as e:
-        problem = _portable(e)
-        return lambda block: problem
+        problem = e
+
+        def raises(block: Any) -> NoReturn:
+            raise problem
+
+        return raises
+
+
+def answer(work: Work, block: Any) -> bytes:
+    """The pickled result, or exception."""
+    try:
+        result = work(block)
+    except Exception as e:
+        result = _portable(e)
+    return pickle.dumps(result, protocol=5)
+
+
+def opened(answer: bytes) -> Any:
+    """The result of an answer; raises the exception that it is."""
+    found = pickle.loads(answer)
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 def _portable(error: Exception) -> Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,6 +179,23 @@ class Worker:
             count.changed += document.text is not before
         document.forget()
         return True
+
+
+def libraries(fast: bool) -> dict[str, str]:
+    """Versions of what makes the tokens."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("numpy", "tokenizers", *(["gigatoken"] if fast else []))}
+
+
+def software(config: dict[str, Any], facts: TokenizerFacts, fast: bool) -> dict[str, str]:
+    """Versions that must be the same wherever a part of a corpus is made. The arguments are a worker's."""
+    from fastft import __version__
+
+    found = {"fastft": __version__, "Unicode": unicodedata.unidata_version, **libraries(fast)}
+    for _, kind, _ in chosen(corpus_config(config, "prepare")):
+        found |= kind.versions()
+    return found
 
 
 def identity(text: str) -> bytes:
