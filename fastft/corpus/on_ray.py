@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from fastft.errors import UserError
 log = logging.getLogger(__name__)
 
 SAID = 60.0  # seconds without a result after which the log says so
+CONNECT = 10.0  # seconds
 LOST = 3  # actors that are replaced before the same block's result has come
 
 
@@ -38,6 +40,13 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+def _reach(address: str) -> None:
+    """OSError where nothing listens: Ray itself takes minutes to say so."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
+
+
 class Actors:
     """Actors of a cluster, each with one core. A cluster that is started here ends with them."""
 
@@ -51,12 +60,14 @@ class Actors:
         self.ray = ray
         self.ours = not ray.is_initialized()
         if self.ours:
+            where = settings.address or os.environ.get("RAY_ADDRESS", "")
             try:
+                _reach(where)
                 ray.init(settings.address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
             except (OSError, RuntimeError, ValueError) as e:
-                where = settings.address or os.environ.get("RAY_ADDRESS") or "a cluster on this machine"
                 raise UserError(
-                    f"executor: ray: {where} cannot be used: {e}", "Look whether it runs: ray status --address ADDRESS."
+                    f"executor: ray: {where or 'a cluster on this machine'} cannot be used: {e}",
+                    "Look whether it runs: ray status --address ADDRESS.",
                 ) from None
         try:
             cores = int(ray.cluster_resources().get("CPU", 0))
