@@ -9,7 +9,7 @@ PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml fastft/__init__.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
-.PHONY: setup setup-test quickstart reference lint peers test test-long bench clean
+.PHONY: setup setup-test quickstart reference lint peers test test-long test-clusters bench clean
 
 setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
@@ -43,6 +43,11 @@ test: setup-test
 
 test-long: setup-test
 	$(BIN)/python -m pytest -q -m long $(ARGS)
+
+# `fastft prepare` on a real Ray and a real Slurm, all of it; make test has what takes seconds, and no Ray.
+test-clusters: setup-test
+	$(BIN)/python -m pip install -q -e ".[ray]"
+	$(BIN)/python -m pytest -q -m "long or not long" tests/corpus/test_executors.py $(ARGS)
 
 # What the docs say of the configuration's keys, and the schemas that configs name, after a key was added or changed.
 reference: setup

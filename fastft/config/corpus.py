@@ -240,5 +240,6 @@ def corpus_config(raw: dict[str, Any], where: str) -> CorpusConfig:
     """A plain mapping, checked. UserError names ``where`` and the key."""
     if not isinstance(raw.get("rules", {}), dict | list | str | None):
         raise UserError(f"{where}: rules: is neither a mapping nor a list of rules.")
-    raw = {key: value for key, value in raw.items() if value is not None or key not in ("rules", "duplicates")}
+    sections = ("rules", "duplicates", "executor")  # null: the default
+    raw = {key: value for key, value in raw.items() if value is not None or key not in sections}
     return section(specialized(CorpusConfig, raw), raw, where)  # type: ignore[return-value]

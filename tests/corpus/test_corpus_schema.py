@@ -28,6 +28,10 @@ GOOD = [
     *({"duplicates": name} for name in ("exact", "near", "keep")),
     {"duplicates": {"near": True}},
     {"duplicates": {"near": {"threshold": 0.9, "bands": None, "rows": 4}, "exact": "yes"}},
+    *({"executor": name} for name in ("local", "ray", None)),
+    {"executor": {"ray": {"address": "auto"}}},
+    {"executor": {"slurm": True}, "workers": 4},
+    {"executor": {"slurm": {"partition": "p", "time": "2:00:00", "options": ["--mem=8G"]}}, "workers": 4},
     {"workers": 4, "encoder": "tokenizers", "shard_tokens": "1_000"},
     *({"rules": [name]} for name in rooms.RULES.names() if name not in ("language", "decontaminate")),
 ]
@@ -43,6 +47,8 @@ BAD = [
     {"duplicates": {"near": {"threshold": 2}}},
     {"duplicates": {"nearly": True}},
     {"workers": 0},
+    {"executor": "spark"},
+    {"executor": {"slurm": {"partitions": "p"}}, "workers": 4},
     {"tokeniser": "x"},
 ]
 

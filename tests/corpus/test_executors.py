@@ -105,6 +105,7 @@ assert killed and ray.is_initialized()
 
 
 @needs_ray
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_line_of_the_config_starts_ray_and_ends_it(config, local, tmp_path):
     done = run(config, tmp_path, {}, workers=2, executor="ray")
@@ -154,6 +155,7 @@ def test_a_cancelled_job_is_named_and_another_run_goes_on(slurm, in_slurm, confi
     assert corpora.content(tmp_path / "out") == local
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_that_is_killed_leaves_no_process_and_its_jobs_are_cancelled(slurm, in_slurm, config, local, tmp_path):
     """Two tasks of three work, one waits in the queue; the first process is killed. The next run cancels what waits."""
@@ -186,6 +188,7 @@ prepare(corpus_config(json.loads({json.dumps(raw)!r}), "test"), report=killed)
     assert corpora.content(tmp_path / "out") == local
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_slurm_does_not_start(slurm, in_slurm, config, tmp_path, monkeypatch):
     monkeypatch.setattr(on_slurm, "POLL", 0.5)
