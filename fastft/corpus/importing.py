@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 CODE = 1  # raise it when the same files give another corpus
 SHARD_TOKENS = 1 << 26
 PIECE = 1 << 20  # tokens that are looked at together, and at least one document
-SAMPLE = 200  # documents that are tokenized again
+SAMPLE = 200  # documents of a file that are tokenized again
 
 
 @dataclass
@@ -70,7 +70,7 @@ def import_tokens(
     name, licence : str
         Of the source.
     checked : bool
-        Refuse tokens whose text the tokenizer does not give back on at least half of up to 200 documents.
+        Refuse tokens whose text the tokenizer does not give back on at least half of up to 200 documents of a file.
 
     Raises
     ------
@@ -111,20 +111,25 @@ class _Import:
         self.count, self.checked = Count(), Checked()
         self.shards: list[Shard] = []
         self.writer: ShardWriter | None = None
+        self.sampled = 0  # documents of the files before that were tokenized again
 
     def run(self, tokenizer: str) -> None:
         for number, file in enumerate(self.files):
             if file.tokenizer and Path(file.tokenizer).name != Path(tokenizer).name:
                 log.warning("%s: says that its tokenizer is %s, not %s", file.path, file.tokenizer, tokenizer)
+            again, self.sampled = self.checked.again, self.checked.sample
             for first, values, lengths in file.pieces(PIECE):
                 self._take(number, file, first, values, lengths)
             self._close()
+            self._fits(file, tokenizer, self.checked.again - again, self.checked.sample - self.sampled)
         if not self.shards:
             raise UserError(f"{self.files[0].path}: holds no token.")
-        fits, sample = self.checked.again, self.checked.sample
+
+    def _fits(self, file: TokenFile, tokenizer: str, fits: int, sample: int) -> None:
+        """UserError where less than half of a file's sample gives the same tokens again."""
         if self.must_fit and 2 * fits < sample:
             raise UserError(
-                f"{self.files[0].path}: is not of the tokenizer {tokenizer}: of {sample} documents, the text of {fits} "
+                f"{file.path}: is not of the tokenizer {tokenizer}: of {sample} documents, the text of {fits} "
                 "gives the same tokens again.",
                 "Give the tokenizer that made the files; or, where documents are parts of texts, --unchecked.",
             )
@@ -172,7 +177,7 @@ class _Import:
             begun, ended = row[: len(before)].tolist() == before, row[len(row) - len(after) :].tolist() == after
             checked.begun += begun
             checked.ended += ended
-            if checked.sample < SAMPLE and len(row) <= tokens.LONGEST:
+            if checked.sample - self.sampled < SAMPLE and len(row) <= tokens.LONGEST:
                 bare = row[len(before) if begun else 0 : len(row) - (len(after) if ended else 0)].tolist()
                 text = self.tokenizer.decode(bare, skip_special_tokens=False)
                 checked.sample += 1
