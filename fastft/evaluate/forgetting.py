@@ -90,7 +90,7 @@ def curves(runs: list[Path], domain: str | None, general: str | None) -> dict[st
         found[name] = _curve(name, folder, *sets)
     points = [point for curve in found.values() for point in curve]
     return {
-        name: [Point(**{**asdict(p), "pareto": not any(_dominates(q, p) for q in points)}) for p in curve]
+        name: [Point(**{**asdict(p), "pareto": _measured(p) and not any(_dominates(q, p) for q in points)}) for p in curve]
         for name, curve in found.items()
     }
 
@@ -134,6 +134,10 @@ def _curve(name: str, folder: Path, domain: str, general: str) -> list[Point]:
         Point(name, step, d, g, before[domain] - d, g - before[general])
         for step, d, g in ((step, both[domain], both[general]) for step, both in whole.items())
     ]
+
+
+def _measured(point: Point) -> bool:
+    return math.isfinite(point.domain_gain) and math.isfinite(point.general_rise)
 
 
 def _dominates(one: Point, other: Point) -> bool:
