@@ -145,7 +145,8 @@ def take_out(corpus: Corpus, build: Build) -> None:
     if not shards:
         remove(scratch)
         raise UserError(f"{corpus.folder}: no document would be left.", "Name fewer in remove.")
-    said = corpus.manifest
+    told = ("before_removal", "removed", "not_found")  # said anew, or nothing where remove has become empty
+    said = {name: value for name, value in corpus.manifest.items() if name not in told}
     manifest = said | {"key": build.key, "totals": summed(shards), **build.without_removal(), **removal.told()}
     manifest["settings"] = said["settings"] | {"remove": build.config.remove}
     manifest["sources"] = [
@@ -155,7 +156,7 @@ def take_out(corpus: Corpus, build: Build) -> None:
     manifest["shards"] = as_json(shards)
     folder_of.write(scratch / MANIFEST, {**manifest, "digest": digest(manifest)})
     finish(corpus.folder)
-    taken = len(removal.entries) - len(said.get("removed", []))
+    taken = len(removal.entries) - len(corpus.manifest.get("removed", []))
     log.info("removed %d documents; %d of %d shards were written anew", taken, written, len(corpus.shards))
 
 
