@@ -165,6 +165,11 @@ class Corpus:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        if (folder / REMOVING / MANIFEST).is_file():
+            raise UserError(
+                f"{folder}: a removal of documents was interrupted.",
+                "Run the same fastft prepare again: it is finished.",
+            )
         manifest = _read(folder)
         if manifest.get("format") != FORMAT or manifest.pop("digest", None) != digest(manifest):
             raise UserError(f"{folder / MANIFEST}: does not match its own digest, or is another version's.", AGAIN)

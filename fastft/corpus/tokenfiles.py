@@ -61,20 +61,22 @@ def opened(paths: list[str]) -> list[TokenFile]:
     """The token files of paths and of folders, in a fixed order, each once. UserError where there is none, and for one
     that is not whole.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # by what it is, whatever way it was named
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix in (".ds", ".bin"))
             if not inside:
                 raise UserError(f"{path}: holds no .ds or .bin file.")
-            found |= dict.fromkeys(inside)
+            for file in inside:
+                found.setdefault(file.resolve(), file)
         elif not path.is_file():
             raise UserError(f"{path}: is not there.")
         elif path.suffix in (".ds", ".bin", ".idx"):
-            found[path.with_suffix(".bin") if path.suffix == ".idx" else path] = None
+            file = path.with_suffix(".bin") if path.suffix == ".idx" else path
+            found.setdefault(file.resolve(), file)
         else:
             raise UserError(f"{path}: is no file of tokens.", "Known are .ds (datatrove), .bin and .idx (Megatron-LM).")
-    return [datatrove(path) if path.suffix == ".ds" else megatron(path) for path in found]
+    return [datatrove(path) if path.suffix == ".ds" else megatron(path) for path in found.values()]
 
 
 def datatrove(path: Path) -> TokenFile:

@@ -90,7 +90,9 @@ def curves(runs: list[Path], domain: str | None, general: str | None) -> dict[st
         found[name] = _curve(name, folder, *sets)
     points = [point for curve in found.values() for point in curve]
     return {
-        name: [Point(**{**asdict(p), "pareto": _measured(p) and not any(_dominates(q, p) for q in points)}) for p in curve]
+        name: [
+            Point(**{**asdict(p), "pareto": _measured(p) and not any(_dominates(q, p) for q in points)}) for p in curve
+        ]
         for name, curve in found.items()
     }
 
@@ -159,7 +161,8 @@ def suggest(runs: list[Path], found: dict[str, list[Point]], source: str, budget
     Raises
     ------
     UserError
-        No two weights, no common step, or a budget that none of the runs kept, or all of them did.
+        No two weights, two runs of one weight, a loss that is no number, no common step, or a budget that none of the
+        runs kept, or all of them did.
     """
     common = set.intersection(*({point.step for point in curve} for curve in found.values())) - {0}
     if not common:
@@ -168,7 +171,15 @@ def suggest(runs: list[Path], found: dict[str, list[Point]], source: str, budget
     rises = dict[float, float]()
     for folder, curve in zip(runs, found.values(), strict=True):
         weight = _weight(folder, source)
-        rises[weight] = next(point.general_rise for point in curve if point.step == step)
+        rise = next(point.general_rise for point in curve if point.step == step)
+        if weight in rises:
+            raise UserError(
+                f"--budget: {folder} has the weight {weight:g} of {source!r}, as another run has.",
+                "Give one run of each weight.",
+            )
+        if not math.isfinite(rise):
+            raise UserError(f"--budget: {folder}: the general loss at step {step} is no number.", "Leave the run out.")
+        rises[weight] = rise
     measured = sorted(rises.items())
     if len(measured) < 2:
         raise UserError(

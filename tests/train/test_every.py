@@ -15,7 +15,7 @@ from fastft.train.schedule import Due, Schedule
 
 
 def schedule(rows: int, size: int, total: int = 10**6, segments=()) -> Schedule:
-    order = SimpleNamespace(split=range(rows), samples=Samples)
+    order = SimpleNamespace(split=range(rows), samples=Samples, rows_per_epoch=rows)
     return Schedule(order, size, total, total * size, segments)
 
 

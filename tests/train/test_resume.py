@@ -436,7 +436,7 @@ def test_nan_is_not_the_best():
     metric = Metric("loss", lower_is_better=True)
     task = SimpleNamespace(metric=lambda name, key: metric)
     config = SimpleNamespace(checkpoint=SimpleNamespace(best_by="eval.loss"))
-    best = Best(None, SimpleNamespace(job=SimpleNamespace(config=config, task=task)))
+    best = Best(None, SimpleNamespace(job=SimpleNamespace(config=config, task=task), observers={}))
     best.load_state({"best": {"step": 2, "metric": "eval.loss", "value": 1.0}})
     for value, better in ((float("nan"), False), (float("inf"), False), (2.0, False), (0.5, True)):
         best.after_evaluation(4, {"eval": {"loss": value}})
