@@ -65,7 +65,19 @@ def _run(verb: str, arguments: list[str]) -> None:
         check(verb, module.run, arguments)
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         app.command(context_settings=getattr(module, "CONTEXT", None))(module.run)
-    app(arguments, prog_name=f"fastft {verb}")
+    try:
+        app(arguments, prog_name=f"fastft {verb}")
+    except SystemExit as e:
+        if _by_ctrl_c(e):
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _by_ctrl_c(error: BaseException | None) -> bool:
+    """Typer ends a verb at Ctrl-C without a word: what it raises was raised while it handled the interrupt."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _overview() -> None:
