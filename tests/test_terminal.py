@@ -139,7 +139,7 @@ def test_ctrl_c_while_importing(run, tmp_path, seconds):
         time.sleep(wait)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0]
-        if process.returncode == 130 or "KeyboardInterrupt" not in said and said:  # else Python itself was not up yet
+        if process.returncode == 130 or ("KeyboardInterrupt" not in said and said):  # else Python itself was not up yet
             break
     assert said == "interrupted\n" and process.returncode == 130
     assert not (tmp_path / "run").exists()
