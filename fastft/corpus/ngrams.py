@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator
 from functools import cache
-from zlib import crc32
 
 import numpy as np
 
@@ -16,12 +15,6 @@ _ODD = 0xD1342543DE82EF95
 # Scripts that have no spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, Kana, Bopomofo, ideographs.
 _UNSPACED = [(0x0E00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x312F), (0x31F0, 0x31FF)]
 _UNSPACED += [(0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0xFF66, 0xFF9D)]
-
-
-def word_hashes(words: list[str]) -> np.ndarray:
-    """(n,) uint64 of n words."""
-    joined = "\0".join(words).encode(errors="surrogatepass").split(b"\0") if words else []
-    return np.fromiter(map(crc32, joined), np.uint64, len(joined))
 
 
 def longer(hashes: np.ndarray, words: np.ndarray) -> np.ndarray:

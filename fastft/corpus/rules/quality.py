@@ -66,7 +66,8 @@ class Quality(Rule):
         if sum(line.endswith(ELLIPSES) for line in lines) > limits.max_ellipses * len(lines):
             return "lines that end with an ellipsis"
         least = limits.min_letters * count
-        if sum(map(str.isalpha, words)) < least and sum(any(map(str.isalpha, word)) for word in words) < least:
+        begin = sum(map(str.isalpha, [word[0] for word in words]))  # nearly all that have one
+        if begin < least and sum(any(map(str.isalpha, word)) for word in words) < least:
             return "words without letters"
         if limits.min_stop_words and len(self.stop.intersection(words)) < limits.min_stop_words:
             return "stop words"
