@@ -26,7 +26,7 @@ from fastft.corpus.manifest import left_out, manifest_of
 from fastft.corpus.minhash import VERSION
 from fastft.corpus.output import JOBS, NEAR, SCRATCH
 from fastft.corpus.pool import in_order
-from fastft.corpus.reading import Block, Position, Reader
+from fastft.corpus.reading import Block, Position, Reader, fault
 from fastft.corpus.removal import Removal
 from fastft.corpus.rules.base import chosen
 from fastft.corpus.shards import (
@@ -38,16 +38,15 @@ from fastft.corpus.shards import (
     as_json,
     check_shard,
     is_corpus,
-    place_name,
 )
-from fastft.corpus.work import Count, Done
+from fastft.corpus.work import Count, Done, place_name
 from fastft.data.prepared import disk_told
 from fastft.errors import UserError
 from fastft.files import digest, locked, remove
 
 log = logging.getLogger(__name__)
 
-CODE = 2  # raise it when the same files and settings give another corpus
+CODE = 3  # raise it when the same files and settings give another corpus
 NO_PART_OF_THE_KEY = {"output", "workers", "executor", "encoder", "tokenizer", "revision", "remove"}
 Report = Callable[["Build"], None]
 
@@ -144,6 +143,7 @@ class Build:
         self.broken: list[dict[str, str]] = [{} for _ in files]
         self.empty: list[str] = []
         self.position, self.fast = Position(), False
+        self.left: tuple[int, int] | None = None  # the file of a source that cannot be read on
         self.reader = Reader(config, files, self.names)
         self.duplicates = Filter(config.duplicates, output / NEAR)
         self.writer: ShardWriter | None = None
@@ -188,16 +188,23 @@ class Build:
         for number in range(len(self.files)):
             reader = Reader(self.config, self.files, [[] for _ in self.files])
             for block in islice(reader.blocks(Position(number)), 1):
-                found += [text[: tokens.LONGEST] for text in block.rows.texts[:each]]
+                found += [text[: tokens.LONGEST] for text in block.rows.rows()[0].texts[:each]]
         return found
 
     def _take(self, block: Block, done: Done) -> None:
+        if (block.source, block.file) == self.left:
+            return
+        if done.broken is not None:
+            file = self.files[block.source][block.file]
+            block.broken[file.where] = fault(done.broken, self.config)
+            block.end, self.left = Position(block.source, block.file + 1), (block.source, block.file)
         writer = self.writer
         full = writer is not None and writer.room + len(done.tokens) > self.config.shard_tokens
         if writer is not None and (full or writer.source != block.source):
             self._commit()
         counts = self.counts[block.source]
-        counts.setdefault("reading", Count()).add(block.read)
+        for read in (block.read, done.read):
+            counts.setdefault("reading", Count()).add(read)
         for name, count in done.counts.items():
             counts.setdefault(name, Count()).add(count)
         self.broken[block.source] |= block.broken

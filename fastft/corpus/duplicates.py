@@ -32,13 +32,13 @@ class Filter:
             return done
         kept = self.seen.new(done.ids)
         for i in np.flatnonzero(~kept).tolist():
-            count.drop(done.where[i], SAME, done.ids[i].hex())
+            count.drop(done.where(i), SAME, done.ids[i].hex())
         if self.near is not None and done.sketches is not None:
             for i, pair in enumerate(self.near.find(done.sketches, kept)):
                 if pair is not None:
                     kept[i] = False
-                    of = "" if not count.shows(ALIKE) else done.where[pair.row] if pair.row >= 0 else where(pair.number)
-                    count.drop(done.where[i], ALIKE, done.ids[i].hex(), of=of, jaccard=f"{pair.jaccard:.3f}")
+                    of = "" if not count.shows(ALIKE) else done.where(pair.row) if pair.row >= 0 else where(pair.number)
+                    count.drop(done.where(i), ALIKE, done.ids[i].hex(), of=of, jaccard=f"{pair.jaccard:.3f}")
         done = done if kept.all() else done.only(kept)
         self.seen.add(np.frombuffer(b"".join(done.ids), np.uint8).reshape(-1, 16))
         if self.near is not None and done.sketches is not None:

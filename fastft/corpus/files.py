@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import io
@@ -78,8 +79,20 @@ class DataFile:
             self.raw = open(self.where, "rb")  # noqa: SIM115  # closed by the reader
         return self.raw
 
+    @property
+    def utf8(self) -> bool:
+        """Whether it is told to be."""
+        return codecs.lookup(self.source.encoding).name == "utf-8"
+
     def open_text(self, newline: str | None = None) -> TextIO:
         """Text in the source's encoding. UserError for a binary file."""
+        encoding = "utf-8-sig" if self.utf8 else self.source.encoding
+        text = io.TextIOWrapper(self.open_bytes(), encoding=encoding, newline=newline)
+        text._CHUNK_SIZE = 1 << 18  # type: ignore[attr-defined]  # 8 KiB is its own
+        return text
+
+    def open_bytes(self) -> Any:
+        """The bytes of a text, without lines that are too long. UserError for a binary file."""
         content = decompressed(self.open_raw(), self.where)
         buffered = io.BufferedReader(cast(io.RawIOBase, content), CHUNK)
         start = buffered.peek(1 << 13)[: 1 << 13]
@@ -95,11 +108,7 @@ class DataFile:
             buffered = io.BufferedReader(_Lines(buffered, self.most_line, self.too_long), CHUNK)
         elif self.format in ("csv", "tsv") and not wide:  # a line may be a part of a row
             buffered = io.BufferedReader(_Lines(buffered, self.most_line, _Refused(self.where)), CHUNK)
-        text = io.TextIOWrapper(
-            buffered, encoding="utf-8-sig" if encoding in ("utf-8", "utf8") else encoding, newline=newline
-        )
-        text._CHUNK_SIZE = 1 << 18  # type: ignore[attr-defined]  # 8 KiB is its own
-        return text
+        return buffered
 
     def size(self) -> int:
         """Bytes as it lies there."""

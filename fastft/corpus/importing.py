@@ -159,7 +159,7 @@ class _Import:
         places = np.stack([np.full(len(lengths), number), first + 1 + np.arange(len(lengths))], axis=1)
         done = Done(
             places.astype(np.int64),
-            [""] * len(lengths),
+            {number: ""},
             [identity(text) for text in texts],
             values.astype(facts.dtype),
             lengths,

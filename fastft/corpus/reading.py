@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import codecs
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from fastft.config.corpus import CorpusConfig, CorpusSource
+from fastft.config.corpus import CorpusConfig
 from fastft.corpus.files import DataFile
-from fastft.corpus.work import Count, Place, Rows
+from fastft.corpus.lines import Lines, checked, cut, lines_in
+from fastft.corpus.work import Count, Rows
 from fastft.data import formats
-from fastft.data.formats.base import MISSING, Unreadable, value_of
+from fastft.data.formats.base import MISSING, value_of
 from fastft.data.prepared import split_where
 from fastft.errors import UserError, did_you_mean
 
 BLOCK_ROWS = 1000
 BLOCK_CHARACTERS = 1 << 20
+T = TypeVar("T")
 LOOKED = 100  # first rows of a file of which one must have the column
 
 
@@ -35,7 +38,8 @@ class Block:
 
     Attributes
     ----------
-    source : int
+    source, file : int
+        The file is that of the first row.
     end : Position
         Where the next block begins.
     read : Count
@@ -46,8 +50,9 @@ class Block:
         Files without a row.
     """
 
-    rows: Rows
+    rows: Rows | Lines
     source: int
+    file: int
     end: Position
     read: Count = field(default_factory=Count)
     broken: dict[str, str] = field(default_factory=dict)
@@ -75,65 +80,112 @@ class Reader:
             yield from self._of_source(source, at)
 
     def _of_source(self, number: int, at: Position) -> Iterator[Block]:
-        source, names = self.config.sources[number], self.names[number]
-        known = {name: i for i, name in enumerate(names)}
-        block, characters = Block(Rows(), number, at), 0
+        names = _Names(self.names[number])
+        rows = _Rows(self, number, at, names)
         for file_number in range(at.file, len(self.files[number])):
             file = self.current = self.files[number][file_number]
             passed = at.records if file_number == at.file else 0
-            records, broken, before = 0, dict[str, str](), block.read.rows
-            name, place = "", 0
-            column = _Column(source.text)
-            for where, record in _records(file, source, self.config, broken):
-                records += 1
-                column.look(where, record, records)
-                if records <= passed:
-                    continue
-                rest = where[len(name) :]
-                if name and where.startswith(name) and rest.isdecimal():  # as of the row before
-                    row = int(rest)
-                else:
-                    name, row = split_where(where)
-                    place = known.setdefault(name, len(known))
-                    if place == len(names):
-                        names.append(name)
-                text = self._text(where, record, source, block.read)
-                if text is not None:
-                    _add(block.rows, (place, row), where, text)
-                    characters += len(text)
-                if len(block.rows.texts) >= BLOCK_ROWS or characters >= BLOCK_CHARACTERS:
-                    block.end = Position(number, file_number, records)
-                    yield block
-                    block, characters = Block(Rows(), number, block.end), 0
-            column.end()
-            _passed_over(file, block)
-            block.broken |= broken
-            if not records and not broken and block.read.rows == before:
-                block.empty.append(file.where)
-            block.end = Position(number, file_number + 1, 0)
-        block.end = Position(number + 1)
-        yield block
+            if file.format == "jsonl" and file.utf8:
+                yield from rows.rest(file_number)
+                yield from self._lines(number, file_number, passed, names)
+                rows = _Rows(self, number, Position(number, file_number + 1), names)
+            else:
+                yield from rows.of_file(file_number, passed)
+        yield from rows.rest(len(self.files[number]))
 
-    def _text(self, where: str, record: Any, source: CorpusSource, count: Count) -> str | None:
-        """The text of a row; None where it has none, which is counted."""
-        count.rows += 1
-        value = value_of(record, source.text)
-        if value is MISSING:
-            count.drop(where, "no such column", "")
-        elif value is None or (isinstance(value, str) and (not value or value.isspace())):
-            count.drop(where, "empty", "")
-        elif isinstance(value, Unreadable) or not isinstance(value, str):
-            count.drop(where, "not text", str(value)[:100])
-        else:
-            try:
-                size = len(value) if value.isascii() else len(value.encode())
-            except UnicodeEncodeError:
-                count.drop(where, "half a character", value.encode(errors="replace").decode()[:100])
-                return None
-            if size <= self.config.max_document_bytes:
-                return value
-            count.drop(where, "longer than max_document_bytes", value[:100])
-        return None
+    def _lines(self, number: int, file_number: int, passed: int, names: _Names) -> Iterator[Block]:
+        """A file of JSON lines, as bytes: who works on them takes them apart. ``passed``: lines that are done."""
+        file, column = self.files[number][file_number], self.config.sources[number].text
+        name, first, place = f"{file}:", 1, None
+        look, broken = _Column(column), dict[str, str]()
+        for content in _to_the_fault(_chunks(file), file, self.config, broken):
+            if first == 1:
+                content = content.removeprefix(codecs.BOM_UTF8)
+            behind = first + lines_in(content)
+            if content.strip():
+                place = names.place(name)
+                lines = Lines(content, first, name, place, column, self.config.max_document_bytes)
+                look.look_at(lines, self.config.unreadable == "error")
+                if first > passed:
+                    yield Block(lines, number, file_number, Position(number, file_number, behind - 1))
+            first = behind
+        look.end()
+        last = Block(Rows(), number, file_number, Position(number, file_number + 1), broken=broken)
+        _passed_over(file, last)
+        if place is None and not broken and not last.read.rows:
+            last.empty.append(file.where)
+        yield last
+
+
+class _Names:
+    """What the files of a source are called in places, in the order in which they came up."""
+
+    def __init__(self, names: list[str]):
+        self.names, self.known = names, {name: i for i, name in enumerate(names)}
+
+    def place(self, name: str) -> int:
+        place = self.known.setdefault(name, len(self.names))
+        if place == len(self.names):
+            self.names.append(name)
+        return place
+
+
+class _Rows:
+    """Blocks of rows of files that are taken apart here; one block may hold several files."""
+
+    def __init__(self, reader: Reader, source: int, at: Position, names: _Names):
+        self.config, self.files, self.names = reader.config, reader.files[source], names
+        self.number, self.source = source, reader.config.sources[source]
+        self._begin(at)
+
+    def _begin(self, at: Position) -> None:
+        self.rows, self.characters = Rows(), 0
+        self.block = Block(self.rows, self.number, at.file, at)
+
+    def of_file(self, number: int, passed: int) -> Iterator[Block]:
+        """``passed``: records that are done."""
+        file, source, rows = self.files[number], self.source, self.rows
+        records, broken, before = 0, dict[str, str](), self.block.read.rows
+        name, place = "", 0
+        column = _Column(source.text)
+        for where, record in _to_the_fault(formats.read_file(file, source), file, self.config, broken):
+            records += 1
+            column.look(where, record)
+            if records <= passed:
+                continue
+            rest = where[len(name) :]
+            if name and where.startswith(name) and rest.isdecimal():  # as of the row before
+                row = int(rest)
+            else:
+                name, row = split_where(where)
+                place = self.names.place(name)
+            self.block.read.rows += 1
+            text, reason, shown = checked(value_of(record, source.text), self.config.max_document_bytes)
+            if text is None:
+                self.block.read.drop(where, reason, shown)
+            else:
+                rows.places.append((place, row))
+                rows.texts.append(text)
+                rows.names[place] = name
+                self.characters += len(text)
+            if len(rows.texts) >= BLOCK_ROWS or self.characters >= BLOCK_CHARACTERS:
+                self.block.end = Position(self.number, number, records)
+                yield self.block
+                self._begin(self.block.end)
+                rows = self.rows
+        column.end()
+        _passed_over(file, self.block)
+        self.block.broken |= broken
+        if not records and not broken and self.block.read.rows == before:
+            self.block.empty.append(file.where)
+        self.block.end = Position(self.number, number + 1, 0)
+
+    def rest(self, file: int) -> Iterator[Block]:
+        """What is begun, before this file; the source's number is over behind its last file."""
+        over = file == len(self.files)
+        self.block.end = Position(self.number + 1) if over else Position(self.number, file)
+        if over or self.block.read.rows or self.block.broken or self.block.empty:
+            yield self.block
 
 
 class _Column:
@@ -142,19 +194,36 @@ class _Column:
     def __init__(self, name: str):
         self.name = name
         self.first: tuple[str, Any] | None = None
-        self.there = False
+        self.looked = 0
+        self.known = False
 
-    def look(self, where: str, record: Any, number: int) -> None:
-        if self.there or number > LOOKED:
+    def look(self, where: str, record: Any) -> None:
+        if self.known:
             return
-        self.there = value_of(record, self.name) is not MISSING
+        self.known = value_of(record, self.name) is not MISSING
         self.first = self.first or (where, record)
-        if number == LOOKED:
+        self.looked += 1
+        if self.looked == LOOKED:
             self.end()
+
+    def look_at(self, lines: Lines, strict: bool) -> None:
+        """``strict``: a line that is none is an error, which whoever works on the lines finds again."""
+        records = lines.records()
+        while not self.known:
+            try:
+                number, record = next(records)
+            except StopIteration:
+                return
+            except UserError:
+                if not strict:
+                    self.end()
+                self.known = True
+                return
+            self.look(f"{lines.name}{number}", record)
 
     def end(self) -> None:
         """UserError where none has."""
-        if self.first is None or self.there:
+        if self.first is None or self.known:
             return
         where, record = self.first
         raise UserError(
@@ -163,18 +232,27 @@ class _Column:
         )
 
 
-def _records(
-    file: DataFile, source: CorpusSource, config: CorpusConfig, broken: dict[str, str]
-) -> Iterator[tuple[str, Any]]:
-    """A file's records; where it cannot be read on, it ends, if that was asked for, and is among the ``broken``."""
+def _chunks(file: DataFile) -> Iterator[bytes]:
+    """A file's whole lines, some together."""
+    with formats.readable(file, "jsonl"), file.open_bytes() as f:
+        yield from cut(f.read1)
+
+
+def _to_the_fault(parts: Iterator[T], file: DataFile, config: CorpusConfig, broken: dict[str, str]) -> Iterator[T]:
+    """What is read of a file; where it cannot be read on, it ends, if that was asked for, and is ``broken``."""
     try:
-        with closing(formats.read_file(file, source)) as records:  # type: ignore[type-var]
-            yield from records
+        with closing(cast(Generator[T], parts)):
+            yield from parts
     except UserError as e:
-        if config.unreadable == "error":
-            hint = "Or leave out what is behind the fault: unreadable: skip."
-            raise UserError(e.message, f"{e.hint} {hint}".strip()) from None
-        broken[file.where] = e.message
+        broken[file.where] = fault(e, config)
+
+
+def fault(error: UserError, config: CorpusConfig) -> str:
+    """What is said of a file that cannot be read on, where that was asked for; else raises."""
+    if config.unreadable == "error":
+        hint = "Or leave out what is behind the fault: unreadable: skip."
+        raise UserError(error.message, f"{error.hint} {hint}".strip()) from None
+    return error.message
 
 
 def _passed_over(file: DataFile, block: Block) -> None:
@@ -183,9 +261,3 @@ def _passed_over(file: DataFile, block: Block) -> None:
         block.read.rows += 1
         block.read.drop(f"{file}:{line}", "longer than max_document_bytes", "")
     file.too_long.clear()
-
-
-def _add(rows: Rows, place: Place, where: str, text: str) -> None:
-    rows.places.append(place)
-    rows.where.append(where)
-    rows.texts.append(text)

@@ -20,7 +20,7 @@ from fastft.corpus.lookup import is_id
 from fastft.corpus.manifest import summed
 from fastft.corpus.output import REMOVING
 from fastft.corpus.seen import KIND
-from fastft.corpus.shards import AGAIN, MANIFEST, Corpus, Shard, ShardWriter, as_json, place_name
+from fastft.corpus.shards import AGAIN, MANIFEST, Corpus, Shard, ShardWriter, as_json
 from fastft.corpus.work import Done
 from fastft.errors import UserError
 from fastft.files import digest, fsync, remove
@@ -81,7 +81,7 @@ class Removal:
     def add(self, done: Done, kept: np.ndarray, source: str, shard: str, first: int) -> None:
         """``first``: row of the first of these documents."""
         for i in np.flatnonzero(~kept).tolist():
-            entry = {"id": done.ids[i].hex(), "source": source, "where": done.where[i], "shard": shard}
+            entry = {"id": done.ids[i].hex(), "source": source, "where": done.where(i), "shard": shard}
             numbers = {"row": first + i, "tokens": int(done.lengths[i]), "characters": int(done.characters[i])}
             self.entries.append(entry | numbers)
 
@@ -173,7 +173,7 @@ def _written(corpus: Corpus, number: int, kept: np.ndarray, removal: Removal, sc
         begins = np.asarray(tokens.offsets[part.start : part.stop + 1])
         done = Done(
             np.asarray(places[part]),
-            [place_name(source["places"], *place) for place in places[part].tolist()],
+            dict(enumerate(source["places"])),
             [row.tobytes() for row in ids[part]],
             np.asarray(tokens.values[begins[0] : begins[-1]]),
             np.diff(begins),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastft.config import Source
-from fastft.corpus.work import Done
+from fastft.corpus.work import Done, place_name
 from fastft.data.prepared import Ragged, RaggedWriter, map_ragged
 from fastft.errors import UserError
 from fastft.files import digest, fsync, remove, sha256_file, sha256_files
@@ -211,11 +211,6 @@ class Corpus:
         for path, found in zip(said, sha256_files(said), strict=True):
             if found != said[path]:
                 raise UserError(f"{path}: does not match its hash in {MANIFEST}.", AGAIN)
-
-
-def place_name(names: list[str], place: int, row: int) -> str:
-    """A place in words."""
-    return f"{names[place]}{row}" if row >= 0 else names[place]
 
 
 def check_shard(folder: Path, shard: Shard) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from fastft.config.corpus import corpus_config
 from fastft.corpus.minhash import MinHash, Sketches
 from fastft.corpus.rules.base import Document, Rule, chosen
 from fastft.corpus.tokens import Encoder, TokenizerFacts
+from fastft.errors import UserError
 
 SAMPLES = 3  # documents left out for a reason that the manifest shows
 SHOWN = 200  # characters of each
@@ -70,11 +72,30 @@ class Count:
 
 @dataclass
 class Rows:
-    """Rows of a source as they were read: where each is, by its place and in words, and its text."""
+    """Rows of a source as they were read: where each is, its text, and what the files in ``places`` are called."""
 
     places: list[Place] = field(default_factory=list)
-    where: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
+
+    def where(self, i: int) -> str:
+        """In words."""
+        return place_name(self.names, *self.places[i])
+
+    def rows(self) -> tuple[Rows, Count, UserError | None]:
+        """Themselves, what reading them counted, and what stopped it: of rows that were read already nothing."""
+        return self, Count(), None
+
+
+class Unread(Protocol):
+    """What becomes rows where it is worked on: see ``lines.Lines``."""
+
+    def rows(self) -> tuple[Rows, Count, UserError | None]: ...
+
+
+def place_name(names: Mapping[int, str] | Sequence[str], place: int, row: int) -> str:
+    """A place in words."""
+    return f"{names[place]}{row}" if row >= 0 else names[place]
 
 
 @dataclass
@@ -85,8 +106,8 @@ class Done:
     ----------
     places : (n, 2) int64
         File and row of the documents that stay.
-    where : list of str
-        The same in words.
+    names : dict of str
+        What the files are called.
     ids : list of bytes
         A hash of each text, 16 bytes.
     tokens, lengths : (tokens,) and (n,)
@@ -95,30 +116,39 @@ class Done:
         By rule.
     sketches : Sketches or None
         Where near-duplicates are looked for.
+    read : Count
+        Rows, and those that have no text.
+    broken : UserError or None
+        Why the file's rows end here, before its end.
     """
 
     places: np.ndarray
-    where: list[str]
+    names: dict[int, str]
     ids: list[bytes]
     tokens: np.ndarray
     lengths: np.ndarray
     characters: np.ndarray
     counts: dict[str, Count]
     sketches: Sketches | None = None
+    read: Count = field(default_factory=Count)
+    broken: UserError | None = None
+
+    def where(self, i: int) -> str:
+        """Of a document, in words."""
+        return place_name(self.names, *self.places[i].tolist())
 
     def only(self, kept: np.ndarray) -> Done:
         """Those documents alone. ``kept``: (n,) bool."""
         at = np.flatnonzero(kept).tolist()
         tokens = self.tokens[np.repeat(kept, self.lengths)]
-        return Done(
-            self.places[kept],
-            [self.where[i] for i in at],
-            [self.ids[i] for i in at],
-            tokens,
-            self.lengths[kept],
-            self.characters[kept],
-            self.counts,
-            self.sketches.only(kept) if self.sketches is not None else None,
+        return replace(
+            self,
+            places=self.places[kept],
+            ids=[self.ids[i] for i in at],
+            tokens=tokens,
+            lengths=self.lengths[kept],
+            characters=self.characters[kept],
+            sketches=self.sketches.only(kept) if self.sketches is not None else None,
         )
 
 
@@ -139,42 +169,47 @@ class Worker:
         self.encoder = Encoder(facts, fast)
         self.dtype = facts.dtype
 
-    def run(self, rows: Rows) -> Done:
+    def run(self, unread: Unread) -> Done:
+        rows, read, broken = unread.rows()
         counts = {name: Count() for name, _ in self.rules}
-        left = [(i, Document(text)) for i, text in enumerate(rows.texts)]
+        left = [(i, Document(text)) for i, text in enumerate(rows.texts)] if self.passes else []
         for rules in self.passes:
             rules[0][1].look([document for _, document in left])
-            left = [(i, document) for i, document in left if self._stays(rules, document, rows.where[i], counts)]
+            left = [(i, document) for i, document in left if self._stays(rules, document, rows, i, counts)]
         for name, rule in self.rules:
             counts[name].found = dict(rule.found)
             rule.found.clear()
-        kept, texts = [i for i, _ in left], [document.text for _, document in left]
+        kept, texts = list(range(len(rows.texts))), rows.texts
+        if self.passes:
+            kept, texts = [i for i, _ in left], [document.text for _, document in left]
         tokens, lengths = self.encoder.encode(texts)
         counts["tokens"] = empty = Count(rows=len(texts))
         if self.encoder.written:
             empty.found, self.encoder.written = {"special tokens in the text": self.encoder.written}, 0
         for at in np.flatnonzero(lengths == 0).tolist():
-            empty.drop(rows.where[kept[at]], "no token", texts[at])
+            empty.drop(rows.where(kept[at]), "no token", texts[at])
         full = np.flatnonzero(lengths).tolist()
         return Done(
             np.array([rows.places[kept[at]] for at in full], np.int64).reshape(-1, 2),
-            [rows.where[kept[at]] for at in full],
+            rows.names,
             [identity(texts[at]) for at in full],
             tokens.astype(self.dtype),
             lengths[full],
             np.array([len(texts[at]) for at in full], np.int64),
             counts,
             self.minhash.of([texts[at] for at in full]) if self.minhash is not None else None,
+            read,
+            broken,
         )
 
     @staticmethod
-    def _stays(rules: list[tuple[str, Rule]], document: Document, where: str, counts: dict[str, Count]) -> bool:
+    def _stays(rules: list[tuple[str, Rule]], document: Document, rows: Rows, i: int, counts: dict[str, Count]) -> bool:
         for name, rule in rules:
             count, before = counts[name], document.text
             count.rows += 1
             reason = rule.apply(document)
             if reason is not None:
-                count.drop(where, reason, before, **rule.details())
+                count.drop(rows.where(i), reason, before, **rule.details())
                 return False
             count.changed += document.text is not before
         document.forget()

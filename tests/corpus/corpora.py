@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from fastft.config.corpus import CorpusConfig, corpus_config
+from fastft.corpus import lines, reading
 from fastft.corpus.build import prepare
 from fastft.corpus.shards import Corpus
 
@@ -43,3 +44,9 @@ def texts_of(corpus: Corpus, tokenizer) -> list[str]:
     """All documents, decoded."""
     rows = (corpus.tokens(i)[d] for i in range(len(corpus.shards)) for d in range(corpus.shards[i].documents))
     return [tokenizer.decode(row.astype("int64"), skip_special_tokens=True) for row in rows]
+
+
+def small_blocks(monkeypatch, rows: int) -> None:
+    """So few rows are worked on together; of JSON lines, those in 100 bytes for each."""
+    monkeypatch.setattr(reading, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(lines, "SIZE", 100 * rows)

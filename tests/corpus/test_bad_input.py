@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import launch
-from fastft.corpus import reading, shards, told
+from fastft.corpus import shards, told
 from fastft.corpus.build import prepare
 from fastft.errors import UserError
 
@@ -122,7 +122,7 @@ def test_a_loop_of_links_and_a_link_to_nothing(attempt, tmp_path):
 
 @pytest.mark.parametrize("what", ["gone", "changed"])
 def test_a_file_that_goes_or_changes_while_it_is_read(tmp_path, tiny_llama, monkeypatch, what):
-    monkeypatch.setattr(reading, "BLOCK_ROWS", 2)
+    corpora.small_blocks(monkeypatch, 2)
     (tmp_path / "raw").mkdir()
     for name in ("a", "b"):
         corpora.jsonl(tmp_path / "raw" / f"{name}.jsonl", [text + name for text in GOOD])
@@ -175,7 +175,7 @@ def _with_small_disk(config, results):
 
 
 def test_a_full_disk_is_told_and_the_corpus_is_made_when_there_is_room(tmp_path, tiny_llama, monkeypatch):
-    monkeypatch.setattr(reading, "BLOCK_ROWS", 50)
+    corpora.small_blocks(monkeypatch, 50)
     raw = corpora.jsonl(tmp_path / "a.jsonl", [corpora.prose(n, 200) for n in range(400)])
     whole = corpora.made(tmp_path / "whole", tiny_llama, str(raw))
     (tmp_path / "full").mkdir()

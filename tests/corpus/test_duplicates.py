@@ -14,7 +14,7 @@ import pytest
 
 import launch
 from fastft.config.corpus import NearDuplicates
-from fastft.corpus import minhash, near, ngrams, reading
+from fastft.corpus import minhash, near, ngrams
 from fastft.corpus.seen import Sorted
 from fastft.errors import UserError
 
@@ -62,7 +62,7 @@ def test_the_first_stays_and_what_is_like_one_that_went_may_stay(tmp_path, tiny_
         corpora.jsonl(tmp_path / "t.jsonl", [a, b, c, b, *chinese, "Ah! Yes", "ah,   yes...", "ah, no", "!", "?"])
     )
     for rows in (1000, 2):  # in one block, and in several
-        monkeypatch.setattr(reading, "BLOCK_ROWS", rows)
+        corpora.small_blocks(monkeypatch, rows)
         corpus = corpora.made(tmp_path / str(rows), tiny_llama, source, duplicates="near")
         rows_left = np.load(corpus.path(0) / "places.npy")[:, 1].tolist()
         assert rows_left == [1, 3, 5, 7, 8, 10, 11, 12]

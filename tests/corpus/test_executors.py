@@ -239,7 +239,7 @@ def test_other_software_is_refused(config, monkeypatch, tmp_path):
 
     setup = (settings, tokens.facts_of(settings["tokenizer"], None), False)
     wanted = work.software(*setup)
-    block = work.Rows([(0, 1)], ["a:1"], ["word1 " * 30])
+    block = work.Rows([(0, 1)], ["word1 " * 30], {0: "a:"})
     assert len(pool.opened(pool.answer(pool.ready((*setup, wanted)), block)).lengths) == 1
     with pytest.raises(UserError, match=r"tokenizers .* instead of 0\.1"):
         pool.opened(pool.answer(pool.ready((*setup, wanted | {"tokenizers": "0.1"})), block))

@@ -14,7 +14,7 @@ import yaml
 
 import launch
 from fastft.cli.main import main
-from fastft.corpus import inspect, lookup, reading
+from fastft.corpus import inspect, lookup
 from fastft.errors import UserError
 from fastft.evaluate.batch import batch
 from fastft.evaluate.trace import steps_of, trace
@@ -24,7 +24,7 @@ from fastft.tasks.base import IGNORE
 @pytest.fixture
 def made(tmp_path, tiny_llama, monkeypatch):
     """Two sources in several shards, of documents of many lengths; one is there twice."""
-    monkeypatch.setattr(reading, "BLOCK_ROWS", 7)
+    corpora.small_blocks(monkeypatch, 7)
     one = [corpora.prose(n, 5 + 3 * n) for n in range(0, 28, 2)]
     sources = [
         {"path": str(corpora.jsonl(tmp_path / "one.jsonl", one)), "name": "one", "licence": "CC0"},

@@ -17,7 +17,7 @@ import transformers
 
 from fastft.config import Source
 from fastft.config.corpus import load_corpus
-from fastft.corpus import build, reading, shards
+from fastft.corpus import build, shards
 from fastft.corpus.build import prepare
 from fastft.corpus.shards import MANIFEST, corpora_of
 from fastft.errors import UserError
@@ -133,7 +133,7 @@ def test_rules_count_what_they_do_and_show_some_of_it(tmp_path, tiny_llama):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(reading, "BLOCK_ROWS", 7)
+    corpora.small_blocks(monkeypatch, 7)
 
 
 SMALL = {"rules": RULES, "shard_tokens": 1500}

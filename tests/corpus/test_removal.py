@@ -8,7 +8,6 @@ import corpora
 import jobs
 import pytest
 
-from fastft.corpus import reading
 from fastft.corpus.build import prepare
 from fastft.corpus.inspect import lengths
 from fastft.corpus.lookup import find
@@ -19,7 +18,7 @@ from fastft.errors import UserError
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """Two sources in several shards, with documents that are there twice, and nearly so."""
-    monkeypatch.setattr(reading, "BLOCK_ROWS", 4)
+    corpora.small_blocks(monkeypatch, 4)
     one = [corpora.prose(n) for n in range(40)]
     two = [*one[4:6], *(text + " Again." for text in one[8:12]), *(corpora.prose(n) for n in range(50, 70))]
     sources = [

@@ -15,7 +15,7 @@ import yaml
 
 import launch
 from fastft import track
-from fastft.corpus import reading, shards
+from fastft.corpus import shards
 from fastft.corpus.shards import Shard
 from fastft.errors import UserError
 from fastft.evaluate.trace import trace
@@ -84,7 +84,7 @@ def test_masked_lm_takes_the_special_tokens_off(tmp_path, corpus, files):
 
 @pytest.fixture
 def many_shards(tmp_path, files, tiny_llama, monkeypatch):
-    monkeypatch.setattr(reading, "BLOCK_ROWS", 7)
+    corpora.small_blocks(monkeypatch, 7)
     rows = [json.loads(line)["text"] for line in Path(files).read_text().splitlines()]
     sources = []
     for name, part in (("first", rows[:30]), ("second", rows[30:])):

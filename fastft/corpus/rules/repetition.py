@@ -73,7 +73,7 @@ class Repetition(Rule):
         borders, ends = _sums(counts), _sums(sizes)
         text = np.repeat(np.arange(len(texts)), counts)  # of every word
         characters = np.diff(ends[borders])  # of every text
-        said = np.full(len(texts), None, object)
+        said = np.full(len(texts), "", object)
         at, runs = np.arange(len(words)), hashes + _TEXT * text.astype(np.uint64)  # runs that come several times
         for n in range(2, self.longest + 1):
             whole = at + n <= borders[text[at] + 1]
@@ -101,7 +101,7 @@ class Repetition(Rule):
             at, runs = at[several], runs[several]
             order = np.argsort(at)
             at, runs = at[order], runs[order]
-        return said.tolist()
+        return [reason or None for reason in said]
 
 
 def _sums(values: np.ndarray) -> np.ndarray:
@@ -110,7 +110,7 @@ def _sums(values: np.ndarray) -> np.ndarray:
 
 def _first(said: np.ndarray, texts: np.ndarray) -> np.ndarray:
     """Those of which nothing has been said."""
-    return texts[np.equal(said[texts], None)]
+    return texts[said[texts] == ""]
 
 
 def _perhaps_often(runs: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import pkgutil
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,14 @@ def read_file(path: Any, source: Source) -> Iterator[tuple[str, Record]]:
         raise UserError(
             f"{path}: cannot tell the format from the name.", f"Set format to one of: {', '.join(FORMATS.names())}."
         )
-    try:
+    with readable(path, name):
         yield from FORMATS.get(name)(path, source)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:  # truncated gzip, not UTF-8, no permission
+
+
+@contextmanager
+def readable(path: Any, name: str) -> Iterator[None]:
+    """What reading a file raises, as a UserError: truncated gzip, not UTF-8, no permission."""
+    try:
+        yield
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read as {name}: {e}", "Files must be UTF-8 text, or gzip of it.") from None

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from typing import Any
 
 from fastft.data.formats.base import open_text, reader
 from fastft.errors import UserError
@@ -30,22 +31,27 @@ _decode = json.JSONDecoder(object_pairs_hook=no_key_twice).decode
 def read(path, source):
     with open_text(path) as f:
         for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                record = _decode(line)
-            except RecursionError:
-                raise UserError(f"{path}:{number}: nested too deeply.", "Fix or remove this line.") from None
-            except ValueError as e:
-                if not isinstance(e, json.JSONDecodeError):  # Python refuses to read an integer of thousands of digits
-                    raise UserError(f"{path}:{number}: {e}.", "Fix or remove this line.") from None
-                near = line[max(0, e.pos - 30) : e.pos + 30].strip()
-                raise UserError(
-                    f"{path}:{number}: broken JSON: {e.msg} at column {e.colno}: {near!r}",
-                    "Each line must be one JSON object; fix or remove this line.",
-                ) from None
-            check_object(f"{path}:{number}", record)
-            yield f"{path}:{number}", record
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, parse(where, line)
+
+
+def parse(where: str, line: str) -> Any:
+    """The object of a line. UserError, beginning with ``where``, for a line that is none."""
+    try:
+        record = _decode(line)
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply.", "Fix or remove this line.") from None
+    except ValueError as e:
+        if not isinstance(e, json.JSONDecodeError):  # Python refuses to read an integer of thousands of digits
+            raise UserError(f"{where}: {e}.", "Fix or remove this line.") from None
+        near = line[max(0, e.pos - 30) : e.pos + 30].strip()
+        raise UserError(
+            f"{where}: broken JSON: {e.msg} at column {e.colno}: {near!r}",
+            "Each line must be one JSON object; fix or remove this line.",
+        ) from None
+    check_object(where, record)
+    return record
 
 
 def check_object(where: str, record: object) -> None:
