@@ -158,16 +158,24 @@ class Build:
             self._restore(before)
         else:
             self.output.mkdir(exist_ok=True)
-            self.fast, why = tokens.choose(self.facts, self.config.encoder, self._sample())
-            self.why = self.why or why
-            log.info("encoder %s: %s", "gigatoken" if self.fast else "tokenizers", self.why)
-            self._save()
-        setup = (self.config.model_dump(mode="json"), self.facts, self.fast)
+
+        def setup() -> tuple[Any, ...]:
+            if not before:
+                self._choose()
+            return self.config.model_dump(mode="json"), self.facts, self.fast
+
         for block, done in in_order(self.reader.blocks(self.position), self.config, setup, self.output / JOBS):
             self._take(block, done)
             report(self)
         self._commit()
         self._finish()
+
+    def _choose(self) -> None:
+        """The encoder."""
+        self.fast, why = tokens.choose(self.facts, self.config.encoder, self._sample())
+        self.why = self.why or why
+        log.info("encoder %s: %s", "gigatoken" if self.fast else "tokenizers", self.why)
+        self._save()
 
     def without_removal(self) -> dict[str, str]:
         """For the manifest: the key of the same corpus with the documents that were taken out, if there are such."""

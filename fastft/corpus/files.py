@@ -47,6 +47,7 @@ class DataFile:
         self.most_text, self.most, self.most_line = longest, longest * WHOLE, longest * LINE
         self.too_long: list[int] = []
         self.raw: BinaryIO | None = None
+        self.content: BinaryIO | None = None  # decompressed
 
     def __str__(self) -> str:
         return self.where
@@ -80,6 +81,11 @@ class DataFile:
         return self.raw
 
     @property
+    def as_it_lies(self) -> bool:
+        """Whether what has been read of it is what lies there, on this machine."""
+        return "://" not in self.where and not self.too_long and self.content is self.raw
+
+    @property
     def utf8(self) -> bool:
         """Whether it is told to be."""
         return codecs.lookup(self.source.encoding).name == "utf-8"
@@ -93,7 +99,7 @@ class DataFile:
 
     def open_bytes(self) -> Any:
         """The bytes of a text, without lines that are too long. UserError for a binary file."""
-        content = decompressed(self.open_raw(), self.where)
+        content = self.content = decompressed(self.open_raw(), self.where)
         buffered = io.BufferedReader(cast(io.RawIOBase, content), CHUNK)
         start = buffered.peek(1 << 13)[: 1 << 13]
         encoding = self.source.encoding.lower().replace("_", "-")

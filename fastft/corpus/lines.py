@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastft.corpus.work import Count, Rows
+from fastft.data.formats import readable
 from fastft.data.formats.base import MISSING, Record, Unreadable, value_of
 from fastft.data.formats.jsonl import parse
 from fastft.errors import UserError
@@ -54,6 +56,9 @@ class Lines:
         Of the text.
     most : int
         Bytes of the longest text.
+    path, at : str and int
+        Where the lines are read again by a process of this machine; no path where they do not lie in a file as they
+        are.
     """
 
     content: bytes
@@ -62,6 +67,12 @@ class Lines:
     place: int
     column: str
     most: int
+    path: str = ""
+    at: int = 0
+
+    def here(self) -> Lines | Placed:
+        """What stands for them in another process of this machine."""
+        return Placed(replace(self, content=b""), len(self.content)) if self.path else self
 
     def records(self) -> Iterator[tuple[int, Record]]:
         """Number and object of each line that is not blank. UserError for a line that is none."""
@@ -101,6 +112,23 @@ class Lines:
         finally:
             count.rows += len(texts)
         return rows, count, None
+
+
+@dataclass
+class Placed:
+    """Lines by where they lie. ``size``: in bytes."""
+
+    lines: Lines
+    size: int
+
+    def rows(self) -> tuple[Rows, Count, UserError | None]:
+        """As ``Lines`` has them. UserError for a file that is not there any more, or is shorter."""
+        lines = self.lines
+        with readable(lines.path, "jsonl"), open(lines.path, "rb") as f:
+            content = os.pread(f.fileno(), self.size, lines.at)
+            if len(content) < self.size:
+                raise EOFError("it has become shorter")
+        return replace(lines, content=content).rows()
 
 
 def _split(content: bytes) -> list[bytes]:
@@ -165,5 +193,5 @@ def _quotes(record: dict[str, Any]) -> int:
         elif type(value) is dict:
             found += _quotes(value)
         elif type(value) is list:
-            found += _quotes(dict(enumerate(value))) - 2 * len(value)
+            found += _quotes({str(i): inner for i, inner in enumerate(value)}) - 2 * len(value)
     return found

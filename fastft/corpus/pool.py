@@ -4,6 +4,7 @@ the blocks, whoever is done first. A process whose parent dies ends, too.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import queue
@@ -14,11 +15,13 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from fastft.config.corpus import CorpusConfig
+from fastft.corpus.lines import Lines
 from fastft.errors import UserError
 
 HELD = 2  # blocks that a member has: one in work, one behind it
@@ -44,14 +47,14 @@ class Pool(Protocol):
 
 
 def in_order(
-    blocks: Iterable[Any], config: CorpusConfig, setup: tuple[Any, ...], folder: Path
+    blocks: Iterable[Any], config: CorpusConfig, setup: Callable[[], tuple[Any, ...]], folder: Path
 ) -> Iterator[tuple[Any, Any]]:
     """(block, result) for each block. With one worker of this machine the work is done here.
 
     Parameters
     ----------
-    setup : tuple
-        Arguments of ``work.Worker``.
+    setup : callable
+        Gives the arguments of ``work.Worker``; processes of this machine start meanwhile.
     folder : Path
         Where an executor keeps its files: logs of jobs.
 
@@ -65,11 +68,11 @@ def in_order(
     if local and workers == 1:
         from fastft.corpus.work import Worker
 
-        worker = Worker(*setup)
+        worker = Worker(*setup())
         for block in blocks:
             yield block, worker.run(block.rows)
         return
-    with closing(_Local(workers, setup) if local else _remote(config, setup, folder)) as pool:
+    with closing(_Local(workers, setup) if local else _remote(config, setup(), folder)) as pool:
         waiting: deque[tuple[Any, Member]] = deque()
         held: Counter[Member] = Counter()
         for block in blocks:
@@ -129,7 +132,7 @@ class Piped:
 class _Process(Piped):
     """One of this machine."""
 
-    def __init__(self, setup: tuple[Any, ...]):
+    def __init__(self) -> None:
         import socket
 
         ours, theirs = socket.socketpair()
@@ -140,7 +143,9 @@ class _Process(Piped):
         )
         theirs.close()
         self.pipe = Connection(ours.detach())
-        self.send(setup)
+
+    def send(self, work: Any) -> None:
+        super().send(work.here() if isinstance(work, Lines) else work)
 
     def died(self) -> NoReturn:
         code = self.process.wait(10)
@@ -162,8 +167,15 @@ class _Process(Piped):
 class _Local:
     """Processes of this machine."""
 
-    def __init__(self, workers: int, setup: tuple[Any, ...]):
-        self.processes = [_Process(setup) for _ in range(workers)]
+    def __init__(self, workers: int, setup: Callable[[], tuple[Any, ...]]):
+        self.processes = [_Process() for _ in range(workers)]
+        try:
+            ready = setup()
+            for process in self.processes:
+                process.send(ready)
+        except BaseException:
+            self.close()
+            raise
 
     def members(self) -> Sequence[Member]:
         return self.processes
@@ -184,8 +196,11 @@ def serve(fd: int) -> None:
     pipe = Connection(fd)
     blocks: queue.Queue[Any] = queue.Queue()  # so that sending never waits for us: at most HELD are under way
     threading.Thread(target=_receive, args=(pipe, blocks), daemon=True).start()
+    import_module("fastft.corpus.work")  # while whoever started this one gets ready
     setup = blocks.get()
     work = ready(setup) if setup is not None else None
+    gc.freeze()  # what is made for a block is in no cycle, and there is much of it
+    gc.set_threshold(100_000, 20, 20)
     while work is not None and (block := blocks.get()) is not None:
         try:
             pipe.send_bytes(answer(work, block))

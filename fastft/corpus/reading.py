@@ -96,19 +96,20 @@ class Reader:
     def _lines(self, number: int, file_number: int, passed: int, names: _Names) -> Iterator[Block]:
         """A file of JSON lines, as bytes: who works on them takes them apart. ``passed``: lines that are done."""
         file, column = self.files[number][file_number], self.config.sources[number].text
-        name, first, place = f"{file}:", 1, None
+        name, first, at, place = f"{file}:", 1, 0, None
         look, broken = _Column(column), dict[str, str]()
         for content in _to_the_fault(_chunks(file), file, self.config, broken):
-            if first == 1:
-                content = content.removeprefix(codecs.BOM_UTF8)
+            if first == 1 and content.startswith(codecs.BOM_UTF8):
+                content, at = content[3:], 3
             behind = first + lines_in(content)
             if content.strip():
                 place = names.place(name)
-                lines = Lines(content, first, name, place, column, self.config.max_document_bytes)
+                path = file.where if file.as_it_lies else ""
+                lines = Lines(content, first, name, place, column, self.config.max_document_bytes, path, at)
                 look.look_at(lines, self.config.unreadable == "error")
                 if first > passed:
                     yield Block(lines, number, file_number, Position(number, file_number, behind - 1))
-            first = behind
+            first, at = behind, at + len(content)
         look.end()
         last = Block(Rows(), number, file_number, Position(number, file_number + 1), broken=broken)
         _passed_over(file, last)

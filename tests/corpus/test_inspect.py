@@ -24,7 +24,7 @@ from fastft.tasks.base import IGNORE
 @pytest.fixture
 def made(tmp_path, tiny_llama, monkeypatch):
     """Two sources in several shards, of documents of many lengths; one is there twice."""
-    corpora.small_blocks(monkeypatch, 7)
+    corpora.small_blocks(monkeypatch, 5)
     one = [corpora.prose(n, 5 + 3 * n) for n in range(0, 28, 2)]
     sources = [
         {"path": str(corpora.jsonl(tmp_path / "one.jsonl", one)), "name": "one", "licence": "CC0"},

@@ -89,7 +89,7 @@ def many_shards(tmp_path, files, tiny_llama, monkeypatch):
     sources = []
     for name, part in (("first", rows[:30]), ("second", rows[30:])):
         sources.append({"path": str(corpora.jsonl(tmp_path / f"{name}.jsonl", part)), "name": name})
-    return corpora.made(tmp_path, tiny_llama, sources, shard_tokens=8000)
+    return corpora.made(tmp_path, tiny_llama, sources, shard_tokens=6000)
 
 
 def test_no_sequence_crosses_a_shard_and_each_is_named_by_its_source(lm_config, many_shards):

@@ -1,0 +1,133 @@
+"""JSON lines as bytes: the same rows as from Python's own decoder, wherever they are cut and taken apart."""
+
+import gzip
+import io
+import json
+import random
+from dataclasses import replace
+
+import corpora
+import pytest
+
+from fastft.corpus import lines
+from fastft.corpus.build import prepare
+from fastft.corpus.files import files_of
+from fastft.corpus.reading import Position, Reader
+from fastft.errors import UserError
+
+ODD = [
+    '{"text": "plain"}',
+    '{"text": "a \\"quoted\\" word", "id": 7}',
+    '{"text": "ends in a backslash \\\\"}',
+    '{"text": "once", "text": "twice"}',
+    '{"text": "\\\\", "b": "\\\\", "c": "\\\\", "n": 1, "n": 2}',
+    '{"te\\u0078t": "an escaped key", "text": "and the same"}',
+    '{"text": "half \\ud800 a character"}',
+    '{"text": "\\ud83d\\ude00 whole"}',
+    '{"text": 123456789012345678901234567890}',
+    '{"text": NaN}',
+    '{"text": null}',
+    '{"text": "  \\n "}',
+    '{"text": "numbers beside", "n": [1, NaN, 2e999]}',
+    '{"text": "nested", "meta": {"a": ["x", {"b": "\\"", "c": []}], "d": "text"}}',
+    '{"text": "nested twice", "meta": {"a": "x", "a": "y"}}',
+    '{"text": "control \\u0000 sign"}',
+    '{"text": "raw\ttab"}',
+    '{"other": "no column"}',
+    '["text"]',
+    '"text"',
+    "{'text': 'single'}",
+    "\u00a0",
+    '{"text": "' + "x" * 300 + '"}',
+    '{"text": "äöü \u2028 line separator"}',
+]
+
+
+def of(content: bytes) -> lines.Lines:
+    return lines.Lines(content, 5, "f.jsonl:", 0, "text", 300)
+
+
+@pytest.mark.parametrize("line", ODD)
+def test_a_line_is_what_pythons_decoder_says(line, monkeypatch):
+    whole = f'{{"text": "first"}}\n{line}\n{{"text": "last"}}\n'.encode()
+    fast = of(whole).rows()
+    assert lines.loads is not None, "orjson is a part of the extra data"
+    monkeypatch.setattr(lines, "loads", None)
+    plain = of(whole).rows()
+    assert fast[:2] == plain[:2] and str(fast[2]) == str(plain[2])
+    assert fast[0].places[0] == (0, 5) and (fast[2] is not None or fast[0].places[-1] == (0, 7))
+
+
+def test_the_ends_of_lines():
+    content = b'{"text": "a"}\r\n\r\n{"text": "b"}\r{"text": "c"}\n\n{"text": "d"}'
+    assert of(content).rows()[0].places == [(0, 5), (0, 7), (0, 8), (0, 10)] and lines.lines_in(content) == 6
+    found = of(b'{"text": "a"}\n{"text": "\xff"}\n').rows()
+    assert found[0].texts == ["a"] and "f.jsonl:6: is not UTF-8" in str(found[2])
+
+
+def test_cuts_do_not_depend_on_how_much_is_read_at_a_time(monkeypatch):
+    rng = random.Random(0)
+    content = b"".join(b"x" * rng.choice([0, 3, 40, 900]) + b"\n" for _ in range(200)) + b"the end"
+    monkeypatch.setattr(lines, "SIZE", 256)
+    found = []
+    for most in (1, 100, 256, 5000):
+        f = io.BytesIO(content)
+        found.append(list(lines.cut(lambda size, f=f, most=most: f.read(min(size, most)))))
+    assert found.count(found[0]) == 4 and b"".join(found[0]) == content and len(found[0]) > 20
+    assert all(part.endswith(b"\n") for part in found[0][:-1])
+
+
+@pytest.mark.parametrize("kind", ["plain", "gz", "bom", "too long"])
+def test_blocks_from_anywhere(tmp_path, tiny_llama, monkeypatch, kind):
+    """What a process that reads the file again has is what was read here; from any block on, the rest is the same."""
+    monkeypatch.setattr(lines, "SIZE", 300)
+    rows = [json.dumps({"text": f"row {i} " + "ä" * (i % 50)}, ensure_ascii=False) for i in range(120)]
+    if kind == "too long":
+        rows[60] = json.dumps({"text": "y" * 9000})
+    content = "\n".join(rows).encode()
+    path = tmp_path / ("r.jsonl.gz" if kind == "gz" else "r.jsonl")
+    path.write_bytes(gzip.compress(content) if kind == "gz" else b"\xef\xbb\xbf" * (kind == "bom") + content)
+    config = corpora.config_of(tmp_path, tiny_llama, str(path)).changed(max_document_bytes=1000)
+    files = [files_of(source, config.max_document_bytes) for source in config.sources]
+
+    def blocks(start: Position) -> list:
+        found = []
+        for block in Reader(config, files, [[]]).blocks(start):
+            here, again = block.rows.rows(), getattr(block.rows, "here", lambda block=block: block.rows)().rows()
+            assert here == again
+            again_by_place = isinstance(getattr(block.rows, "here", lambda: None)(), lines.Placed)
+            found.append((here, block.end, block.read, again_by_place))
+        return found
+
+    whole = blocks(Position())
+    assert sum(len(block[0][0].texts) for block in whole) == 120 - (kind == "too long") and len(whole) > 20
+    assert sum(block[3] for block in whole) == {"gz": 0, "too long": 0}.get(kind, len(whole) - 2)
+    for at in (3, 11, len(whole) - 2):
+        rest = blocks(whole[at][1])
+        assert [block[:3] for block in rest] == [block[:3] for block in whole[at + 1 :]]
+    path.write_bytes(b"{}")
+    with pytest.raises(UserError, match=r"cannot be read as jsonl: it has become shorter"):
+        lines.Placed(replace(of(b""), path=str(path)), 100).rows()
+
+
+def test_behind_a_broken_line_a_file_is_left(tmp_path, tiny_llama, monkeypatch):
+    """With any number of workers, though they are ahead of it by then; and where a run goes on behind it."""
+    monkeypatch.setattr(lines, "SIZE", 500)
+    (tmp_path / "raw").mkdir()
+    for name in "abc":
+        path = corpora.jsonl(tmp_path / "raw" / f"{name}.jsonl", [corpora.prose(i) + name for i in range(60)])
+        if name == "b":
+            content = path.read_text().splitlines()
+            path.write_text("\n".join([*content[:20], '{"text": broken}', *content[20:], "{"]))
+    found = []
+    for workers in (1, 2, 3):
+        settings = {"workers": workers, "unreadable": "skip", "shard_tokens": 4000}
+        corpus = corpora.made(tmp_path / str(workers), tiny_llama, str(tmp_path / "raw"), **settings)
+        found.append(corpora.content(corpus.folder))
+    assert found[0] == found[1] == found[2] and len(corpus.shards) > 2
+    assert corpus.manifest["totals"]["documents"] == 140 and corpus.manifest["rules"]["reading"]["in"] == 140
+    said = json.dumps(corpus.manifest["sources"])
+    assert said.count("broken JSON") == 1 and "b.jsonl:21: broken JSON" in said
+    config = corpora.config_of(tmp_path, tiny_llama, str(tmp_path / "raw")).changed(workers=2)
+    with pytest.raises(UserError, match=r"b\.jsonl:21: broken JSON.*\n.*unreadable: skip"):
+        prepare(config)
