@@ -27,7 +27,7 @@ import common
 import torch
 
 from fastft.cli import leave
-from fastft.config import validate
+from fastft.config import Parallel, validate
 from fastft.optim import FusedAdamW
 from fastft.ranks import environment
 from fastft.zero import engine
@@ -94,7 +94,7 @@ class Contender:
         engine.start_process_group()
         settings = deepspeed_config(config, ranks)
         if ours:
-            self.engine = engine.build_engine(net, optimizer, settings, fuse=name == "fused")
+            self.engine = engine.build_engine(net, optimizer, settings, Parallel(fused_step=name == "fused"))
             assert name == "unfused" or self.engine.fastft_step == "fused", self.engine.fastft_step
         else:
             import deepspeed

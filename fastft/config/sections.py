@@ -241,6 +241,11 @@ class Parallel(Section):
         description="Keep state in the host's memory. optimizer (zero 1-3): its state and the master weights, and the "
         "update is made there; parameters (zero 3): the shards of the weights, too. The same numbers as without.",
     )
+    offload_dir: InputPath | None = Field(
+        None,
+        description="Folder on a disk of every host where what is offloaded lies, in files that are mapped into memory "
+        "and go with the run. The same numbers; checkpoints are written before the training goes on.",
+    )
     sequence: int = Field(
         1,
         ge=1,
@@ -273,6 +278,8 @@ class Parallel(Section):
                 f"parallel.offload: {self.offload} needs parallel.zero: {least}{'' if least == 3 else ' or more'} "
                 f"(here {self.zero})"
             )
+        if self.offload_dir is not None and self.offload is None:
+            raise ValueError("parallel.offload_dir needs parallel.offload: optimizer or parameters")
         return self
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastft import mapped
 from fastft.ops import quantized_state
 from fastft.ops.adamw import state_dtype as default_dtype
 
@@ -28,7 +29,7 @@ def fill(state: State, param: Tensor, *, amsgrad: bool, remainder: bool) -> None
     """The state before the first step, moments still in the default dtype (see `convert`)."""
 
     def zeros(dtype: torch.dtype) -> Tensor:
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        return mapped.zeros_like(param, dtype)
 
     wide = default_dtype(param.dtype)
     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -51,6 +52,7 @@ def convert(state: State, param: Tensor, wanted: torch.dtype, *, remainder: bool
             state[name], state[f"{name}_scale"] = quantized_state.quantize(wide, signed=name == "exp_avg")
         else:
             state[name] = wide.to(wanted)
+        state[name] = mapped.beside(param, state[name])
     state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
     if remainder and "remainder" not in state:
         log.warning(

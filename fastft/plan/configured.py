@@ -209,6 +209,7 @@ def _setting(job: Job, device: str, ranks: int, batch: Batching, tensors: Tensor
         fused_loss=getattr(config.loss, "implementation", "auto") != "cross_entropy",
         adapter_only=job.adapter_only,
         offload=config.parallel.offload,
+        on_disk=config.parallel.offload_dir is not None,
         bucket=int(zero.get("reduce_bucket_size") or reduced),
         reuse=int(gathered["stage3_max_reuse_distance"]),
         prefetch=int(gathered["stage3_prefetch_bucket_size"]),

@@ -115,7 +115,7 @@ class Setting:
     fused_loss : bool
         linear_cross_entropy: never all logits.
     offload : str or None
-        "optimizer" or "parameters": what is in the host's memory.
+        "optimizer" or "parameters": what is in the host's memory, or in files on its disk (``on_disk``).
     loads_whole : bool
         Every rank makes the whole model before ZeRO 3 divides it: weights that are random, or converted beside an edit.
     """
@@ -136,6 +136,7 @@ class Setting:
     adapter_only: bool = False
     loads_whole: bool = False
     offload: str | None = None
+    on_disk: bool = False
 
     @property
     def element(self) -> int:
@@ -260,6 +261,7 @@ def _step(t: Tensors, kept: Kept, s: Setting) -> dict[str, dict[str, int]]:
     if s.offload and s.device == "cuda":
         weights, states = 0 if s.offload == "parameters" else weights, 0
     elif s.offload:  # the same memory, and gradients in float32 beside the masters
+        weights, states = _in_memory(s, weights, states)
         states += 4 * t.trained // ranks
     loss = head(t, kept.tokens, s)
     bucket = _buckets(t, s)
@@ -294,6 +296,11 @@ def _step(t: Tensors, kept: Kept, s: Setting) -> dict[str, dict[str, int]]:
     if s.bf16 and zero == 0 and s.master == "fp32":  # DeepSpeed makes float32 copies of all gradients
         found["update"] = _parts(weights, whole + 4 * t.trained, states, 0, 0, 0)
     return found
+
+
+def _in_memory(s: Setting, weights: int, states: int) -> tuple[int, int]:
+    """What is not in files, of both."""
+    return (0 if s.on_disk and s.offload == "parameters" else weights), (0 if s.on_disk else states)
 
 
 def _parts(weights: int, gradients: int, optimizer: int, activations: int, logits: int, buckets: int) -> dict[str, int]:
@@ -371,13 +378,13 @@ def _around(t: Tensors, s: Setting) -> dict[str, dict[str, int]]:
         found = {"loading": {"weights": there, "copies": made}}
         found["loading on the host"] = {"copies": loaded}
         if s.offload:  # with gradients in float32
-            found["offloaded to the host"] = {
-                "weights": weights - there,
-                "optimizer": states + 4 * t.trained // s.ranks,
-            }
+            offloaded, kept = _in_memory(s, weights - there, states)
+            found["offloaded to the host"] = {"weights": offloaded, "optimizer": kept + 4 * t.trained // s.ranks}
     saved = checkpoint(s, t)
     module = (t.trained_bytes if s.adapter_only else t.whole) if s.zero < 3 else 0  # rank 0 alone writes it
     snapshot = module + (saved - module) // (s.ranks if s.zero else 1)
+    if s.on_disk:  # what is in files is written from there
+        (weights, states), snapshot = _in_memory(s, weights, states), module
     held = {"weights": weights, "optimizer": states} if s.device == "cpu" else {}
     if held and s.zero == 3:  # a place for this rank's gradients, and the bucket
         held |= {"gradients": t.trained_bytes // s.ranks, "buckets": min(t.trained_bytes, s.bucket * s.element)}

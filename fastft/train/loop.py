@@ -124,7 +124,7 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
     layout = zero.layout(job.model, job.optimizer)
     found = resuming.find(job, layout) if resume else None
     schedule = found.schedule if found else Schedule.of(config, job.order, job.task.max_length)
-    engine = zero.build_engine(job.model, job.optimizer, settings, config.parallel.fused_step)
+    engine = zero.build_engine(job.model, job.optimizer, settings, config.parallel)
     with fitting.explained(config):
         assemble.add_objective(job, engine)
     keep_heap(ranks.device, config.parallel.zero == 3)  # not before: what is loaded and let go of is to be given back

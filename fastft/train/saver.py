@@ -65,7 +65,7 @@ class Saver:
         path = checkpoint.save(
             self.engine, self.writer, self.folder, step, state, config.checkpoint.keep, best is not None
         )
-        if wait:
+        if wait or config.parallel.offload_dir is not None:  # what lies in files is not copied
             self.settle(step)
         return path
 

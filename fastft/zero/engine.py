@@ -6,11 +6,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastft.config import Config
+from fastft.config import Config, Parallel
 from fastft.errors import UserError
 from fastft.files import digest
 from fastft.ops import sum_squares
@@ -19,6 +20,7 @@ from fastft.optim.optimizers.base import ClientOptimizer
 from fastft.ranks import Ranks
 from fastft.zero import fused_step, rings
 from fastft.zero.bucket import with_bucket
+from fastft.zero.on_disk import onto_disk, state_onto_disk
 from fastft.zero.parameters import whole_shape
 from fastft.zero.unused import Unused
 
@@ -125,13 +127,19 @@ def layout(model: torch.nn.Module, optimizer: ClientOptimizer) -> str:
     return digest([[[names[p], list(whole_shape(p))] for p in group["params"]] for group in optimizer.param_groups])
 
 
-def build_engine(model: torch.nn.Module, optimizer: ClientOptimizer, settings: dict, fuse: bool = True):
+def build_engine(
+    model: torch.nn.Module,
+    optimizer: ClientOptimizer,
+    settings: dict,
+    parallel: Parallel | None = None,
+):
     """A DeepSpeed engine over the model with our optimizer as its client optimizer.
 
     Its attribute ``fastft_step`` says how the ZeRO step runs: "fused", or "unfused: " and the reason.
     """
     import deepspeed
 
+    parallel = parallel or Parallel()
     settings = with_bucket(model, settings)
     # Stage 0 in bf16 calls step() once on zero gradients while it sets itself up: weights would decay before training.
     # The sharded stages need that call for nothing either: ClientOptimizer makes its state at the first real step.
@@ -145,9 +153,11 @@ def build_engine(model: torch.nn.Module, optimizer: ClientOptimizer, settings: d
         _clear_padding(engine.optimizer)
     if engine.zero_optimization_stage():
         _held_once(engine.optimizer)
+    if parallel.offload_dir is not None:
+        onto_disk(engine.optimizer, Path(parallel.offload_dir), parallel.offload == "parameters")
     _set_offsets(engine)
     reason = "parallel.fused_step: false"
-    if fuse:
+    if parallel.fused_step:
         reason = (
             fused_step.install(engine, optimizer) if engine.zero_optimization_stage() else "stage 0 has no ZeRO step"
         )
@@ -268,6 +278,7 @@ class Stepper:
         if not self.fused_clip:
             with torch.no_grad(), self.unused.kept(unused):
                 self.engine.step()
+            state_onto_disk(self.optimizer)
             self.grad_norm = self.engine.get_global_grad_norm()
             return
         for param in unused:  # of several ranks DeepSpeed gave it zeros

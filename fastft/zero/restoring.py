@@ -9,6 +9,7 @@ import torch
 from fastft.errors import UserError
 from fastft.optim.optimizers.base import OptimizerSpec
 from fastft.ranks import Ranks
+from fastft.zero.on_disk import on_disk, state_onto_disk
 from fastft.zero.stored import MASTER, Stored
 
 
@@ -58,10 +59,15 @@ def restore(engine: Any, stored: Stored, partial: bool) -> None:
         zero.load_state_dict(_owned(module["optimizer"]), **more)
         return
     states: list[Any] = [None] * world  # DeepSpeed takes this rank's
-    states[rank] = _owned(stored.optimizer(rank)) if same else _cut(engine, stored, rank)
+    if same:
+        state = stored.optimizer(rank)
+        states[rank] = state if on_disk(zero) else _owned(state)
+    else:
+        states[rank] = _cut(engine, stored, rank)
     zero.load_state_dict(
         state_dict_list=states, load_optimizer_states=True, load_from_fp32_weights=engine.zero_load_from_fp32_weights()
     )
+    state_onto_disk(zero.optimizer)
     if stage == 3:
         zero.checkpoint_event_epilogue()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from fastft.mapped import is_mapped
 from fastft.zero import state_files
 
 
@@ -43,8 +44,12 @@ class Snapshots(CheckpointEngine):
 
 
 def _copied(value):
-    """A copy with every tensor in host memory of its own."""
+    """A copy with every tensor in host memory of its own; one that lies in a file stays there, and is written before
+    the training goes on.
+    """
     if torch.is_tensor(value):
+        if is_mapped(value):
+            return value.detach()
         return value.detach().to("cpu", copy=True).contiguous()
     if type(value) in (dict, OrderedDict):
         copied = type(value)((k, _copied(v)) for k, v in value.items())

@@ -1,0 +1,78 @@
+"""Tensors in files that are mapped into memory: Linux writes them back where memory is short, and reads them again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from fastft.errors import UserError
+from fastft.lazy import torch
+
+PREFIX = ".fastft-state-"  # of a file's name
+SMALL = 1 << 10  # elements: what has fewer stays in memory
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in such a file."""
+    if tensor.device.type != "cpu":
+        return False
+    name = tensor.untyped_storage().filename
+    return name is not None and Path(name).name.startswith(PREFIX)
+
+
+def empty(folder: Path, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of zeros in a file of its own, which has no name any more: it goes with the process, however that ends.
+
+    Raises
+    ------
+    UserError
+        The folder cannot be written, or the disk has no room: taken now, for later the kernel would end the process.
+    """
+    numel = int(torch.Size(shape).numel())
+    try:
+        handle, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)
+    except OSError as e:
+        raise UserError(f"{folder}: {e.strerror}.", "Choose another folder in parallel.offload_dir.") from None
+    try:
+        os.posix_fallocate(handle, 0, max(1, numel * dtype.itemsize))
+        return torch.from_file(name, shared=True, size=numel, dtype=dtype).view(shape)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        size = numel * dtype.itemsize / 1e9
+        raise UserError(
+            f"{folder}: {e.strerror}: no room for {size:.1f} GB of the run's state.",
+            "Make room, or choose another folder in parallel.offload_dir.",
+        ) from None
+    finally:
+        os.close(handle)
+        os.unlink(name)
+
+
+def moved(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
+    """A copy in a file."""
+    found = empty(folder, tensor.shape, tensor.dtype)
+    found.copy_(tensor)
+    return found
+
+
+def beside(other: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, moved into a file where ``other`` lies in one."""
+    if not is_mapped(other) or is_mapped(tensor) or tensor.numel() < SMALL:
+        return tensor
+    return moved(tensor, _folder(other))
+
+
+def zeros_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros; in a file where the tensor lies in one."""
+    if is_mapped(tensor) and tensor.numel() >= SMALL:
+        return empty(_folder(tensor), tensor.shape, dtype)
+    return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def _folder(tensor: torch.Tensor) -> Path:
+    name = tensor.untyped_storage().filename
+    assert name is not None
+    return Path(name).parent
