@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, TypeVar, cast
 
 from fastft.config.corpus import CorpusConfig
+from fastft.corpus import lines
 from fastft.corpus.files import DataFile
 from fastft.corpus.lines import Lines, checked, cut, lines_in
 from fastft.corpus.work import Count, Rows
@@ -85,30 +87,44 @@ class Reader:
         for file_number in range(at.file, len(self.files[number])):
             file = self.current = self.files[number][file_number]
             passed = at.records if file_number == at.file else 0
-            if file.format == "jsonl" and file.utf8:
-                yield from rows.rest(file_number)
-                yield from self._lines(number, file_number, passed, names)
-                rows = _Rows(self, number, Position(number, file_number + 1), names)
-            else:
+            if file.format != "jsonl" or not file.utf8:
                 yield from rows.of_file(file_number, passed)
+                continue
+            broken = dict[str, str]()
+            chunks = _to_the_fault(_chunks(file), file, self.config, broken)
+            start = list(islice(chunks, 2))
+            if len(start) < 2 and sum(map(len, start)) < lines.SIZE // 4 and not broken:  # not worth a block of its own
+                yield from rows.of_small(file_number, b"".join(start))
+                continue
+            yield from rows.rest(file_number)
+            yield from self._lines(number, file_number, passed, names, chain(start, chunks), broken)
+            rows = _Rows(self, number, Position(number, file_number + 1), names)
         yield from rows.rest(len(self.files[number]))
 
-    def _lines(self, number: int, file_number: int, passed: int, names: _Names) -> Iterator[Block]:
+    def _lines(
+        self,
+        number: int,
+        file_number: int,
+        passed: int,
+        names: _Names,
+        chunks: Iterable[bytes],
+        broken: dict[str, str],
+    ) -> Iterator[Block]:
         """A file of JSON lines, as bytes: who works on them takes them apart. ``passed``: lines that are done."""
         file, column = self.files[number][file_number], self.config.sources[number].text
         name, first, at, place = f"{file}:", 1, 0, None
-        look, broken = _Column(column), dict[str, str]()
-        for content in _to_the_fault(_chunks(file), file, self.config, broken):
+        look = _Column(column)
+        for content in chunks:
             if first == 1 and content.startswith(codecs.BOM_UTF8):
                 content, at = content[3:], 3
             behind = first + lines_in(content)
             if content.strip():
                 place = names.place(name)
                 path = file.where if file.as_it_lies else ""
-                lines = Lines(content, first, name, place, column, self.config.max_document_bytes, path, at)
-                look.look_at(lines, self.config.unreadable == "error")
+                part = Lines(content, first, name, place, column, self.config.max_document_bytes, path, at)
+                look.look_at(part, self.config.unreadable == "error")
                 if first > passed:
-                    yield Block(lines, number, file_number, Position(number, file_number, behind - 1))
+                    yield Block(part, number, file_number, Position(number, file_number, behind - 1))
             first, at = behind, at + len(content)
         look.end()
         last = Block(Rows(), number, file_number, Position(number, file_number + 1), broken=broken)
@@ -146,7 +162,7 @@ class _Rows:
     def of_file(self, number: int, passed: int) -> Iterator[Block]:
         """``passed``: records that are done."""
         file, source, rows = self.files[number], self.source, self.rows
-        records, broken, before = 0, dict[str, str](), self.block.read.rows
+        records, broken = 0, dict[str, str]()
         name, place = "", 0
         column = _Column(source.text)
         for where, record in _to_the_fault(formats.read_file(file, source), file, self.config, broken):
@@ -169,16 +185,47 @@ class _Rows:
                 rows.texts.append(text)
                 rows.names[place] = name
                 self.characters += len(text)
-            if len(rows.texts) >= BLOCK_ROWS or self.characters >= BLOCK_CHARACTERS:
+            if self._full():
                 self.block.end = Position(self.number, number, records)
                 yield self.block
                 self._begin(self.block.end)
                 rows = self.rows
         column.end()
-        _passed_over(file, self.block)
         self.block.broken |= broken
-        if not records and not broken and self.block.read.rows == before:
+        self._end(number, bool(records or broken))
+
+    def of_small(self, number: int, content: bytes) -> Iterator[Block]:
+        """``content``: all lines of a file of JSON lines."""
+        file, column, block = self.files[number], self.source.text, self.block
+        content = content.removeprefix(codecs.BOM_UTF8)
+        if content.strip():
+            name = f"{file}:"
+            part = Lines(content, 1, name, self.names.place(name), column, self.config.max_document_bytes)
+            look = _Column(column)
+            look.look_at(part, self.config.unreadable == "error")
+            look.end()
+            found, read, error = part.rows()
+            self.rows.places += found.places
+            self.rows.texts += found.texts
+            self.rows.names |= found.names
+            self.characters += sum(map(len, found.texts))
+            block.read.add(read)
+            if error is not None:
+                block.broken[file.where] = fault(error, self.config)
+        self._end(number, bool(content.strip() or file.too_long))
+        if self._full():
+            yield block
+            self._begin(block.end)
+
+    def _full(self) -> bool:
+        return len(self.rows.texts) >= BLOCK_ROWS or self.characters >= BLOCK_CHARACTERS
+
+    def _end(self, number: int, held: bool) -> None:
+        """Of a file. ``held``: it is not empty."""
+        file = self.files[number]
+        if not held and not file.too_long:
             self.block.empty.append(file.where)
+        _passed_over(file, self.block)
         self.block.end = Position(self.number, number + 1, 0)
 
     def rest(self, file: int) -> Iterator[Block]:
@@ -207,9 +254,9 @@ class _Column:
         if self.looked == LOOKED:
             self.end()
 
-    def look_at(self, lines: Lines, strict: bool) -> None:
+    def look_at(self, part: Lines, strict: bool) -> None:
         """``strict``: a line that is none is an error, which whoever works on the lines finds again."""
-        records = lines.records()
+        records = part.records()
         while not self.known:
             try:
                 number, record = next(records)
@@ -220,7 +267,7 @@ class _Column:
                     self.end()
                 self.known = True
                 return
-            self.look(f"{lines.name}{number}", record)
+            self.look(f"{part.name}{number}", record)
 
     def end(self) -> None:
         """UserError where none has."""

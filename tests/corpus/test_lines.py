@@ -110,9 +110,10 @@ def test_blocks_from_anywhere(tmp_path, tiny_llama, monkeypatch, kind):
         lines.Placed(replace(of(b""), path=str(path)), 100).rows()
 
 
-def test_behind_a_broken_line_a_file_is_left(tmp_path, tiny_llama, monkeypatch):
-    """With any number of workers, though they are ahead of it by then; and where a run goes on behind it."""
-    monkeypatch.setattr(lines, "SIZE", 500)
+@pytest.mark.parametrize("size", [500, 1 << 20])
+def test_behind_a_broken_line_a_file_is_left(tmp_path, tiny_llama, monkeypatch, size):
+    """With any number of workers, though they are ahead of it by then; also in files that are worked on together."""
+    monkeypatch.setattr(lines, "SIZE", size)
     (tmp_path / "raw").mkdir()
     for name in "abc":
         path = corpora.jsonl(tmp_path / "raw" / f"{name}.jsonl", [corpora.prose(i) + name for i in range(60)])
@@ -120,14 +121,35 @@ def test_behind_a_broken_line_a_file_is_left(tmp_path, tiny_llama, monkeypatch):
             content = path.read_text().splitlines()
             path.write_text("\n".join([*content[:20], '{"text": broken}', *content[20:], "{"]))
     found = []
-    for workers in (1, 2, 3):
+    for workers in (1, 2, 3) if size == 500 else (1, 2):
         settings = {"workers": workers, "unreadable": "skip", "shard_tokens": 4000}
         corpus = corpora.made(tmp_path / str(workers), tiny_llama, str(tmp_path / "raw"), **settings)
         found.append(corpora.content(corpus.folder))
-    assert found[0] == found[1] == found[2] and len(corpus.shards) > 2
+    assert found.count(found[0]) == len(found) and len(corpus.shards) > (2 if size == 500 else 0)
     assert corpus.manifest["totals"]["documents"] == 140 and corpus.manifest["rules"]["reading"]["in"] == 140
     said = json.dumps(corpus.manifest["sources"])
     assert said.count("broken JSON") == 1 and "b.jsonl:21: broken JSON" in said
     config = corpora.config_of(tmp_path, tiny_llama, str(tmp_path / "raw")).changed(workers=2)
     with pytest.raises(UserError, match=r"b\.jsonl:21: broken JSON.*\n.*unreadable: skip"):
         prepare(config)
+
+
+def test_small_files_are_worked_on_together(tmp_path, tiny_llama):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for i in range(30):
+        corpora.jsonl(raw / f"{i:02d}.jsonl", [f"text {i} {row}" for row in range(3)])
+    (raw / "30.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "behind a mark"}')
+    (raw / "31.jsonl").write_bytes(b"\n \n")
+    (raw / "32.jsonl").write_bytes(b"")
+    config = corpora.config_of(tmp_path, tiny_llama, str(raw))
+    files = [files_of(source, config.max_document_bytes) for source in config.sources]
+    names = [[]]
+    (block,) = Reader(config, files, names).blocks(Position())
+    rows = block.rows.rows()[0]
+    assert rows.texts == [f"text {i} {row}" for i in range(30) for row in range(3)] + ["behind a mark"]
+    assert rows.where(4) == f"{raw}/01.jsonl:2" and len(names[0]) == 31 and block.read.rows == 91
+    assert [name.rpartition("/")[2] for name in block.empty] == ["31.jsonl", "32.jsonl"]
+    (raw / "15.jsonl").write_text('{"txt": "no such column"}')
+    with pytest.raises(UserError, match=r"15\.jsonl:1: no column 'text'.*\n.*txt"):
+        list(Reader(config, files, [[]]).blocks(Position()))
