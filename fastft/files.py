@@ -4,6 +4,7 @@ one writer at a time; digests.
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -66,17 +67,18 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, keep: bool = True) -> Iterator[bool]:
+def locked(path: Path, keep: bool = True, on_wait: Callable[[], object] = lambda: None) -> Iterator[bool]:
     """Wait for a file's lock and hold it; yields False, holding nothing, where the path may not be written.
 
-    ``keep``: leave the file where it is then, rather than remove it.
+    ``keep``: leave the file where it is then, rather than remove it. ``on_wait``: called once where another holds it.
 
     Where the file system has no locks a hidden file beside the path serves as one: made by whoever holds it and touched
     all the time, so that the one of a killed process is seen to be nobody's.
     """
     with ExitStack() as held:
+        waits = functools.cache(on_wait)
         try:
-            while not _take_lock(path, held):
+            while not _take_lock(path, held, waits):
                 held.close()
         except OSError as e:
             if e.errno not in READ_ONLY:
@@ -90,22 +92,26 @@ def locked(path: Path, keep: bool = True) -> Iterator[bool]:
                 path.unlink(missing_ok=True)
 
 
-def _take_lock(path: Path, held: ExitStack) -> bool:
+def _take_lock(path: Path, held: ExitStack, waits: Callable[[], object]) -> bool:
     """Wait for the lock; whether it is still that of the file at the path, which whoever held it may have removed."""
     file = held.enter_context(open(path, "w"))  # noqa: SIM115  # closed with held
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits()
+            fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as e:
         if e.errno not in NO_LOCKS:
             raise
-        held.enter_context(_locked_by_file(path.with_name(f".{path.name}.fastft-held")))
+        held.enter_context(_locked_by_file(path.with_name(f".{path.name}.fastft-held"), waits))
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
 
 
 @contextmanager
-def _locked_by_file(path: Path) -> Iterator[None]:
+def _locked_by_file(path: Path, waits: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Two holders at once are possible where one was stopped for long, or three processes met in a moment:
     what is made under it must not depend on who makes it.
     """
@@ -122,6 +128,7 @@ def _locked_by_file(path: Path) -> Iterator[None]:
             elif time.monotonic() - since > ABANDONED:
                 _take_away(path, found[0])
                 continue
+        waits()
         time.sleep(0.1)
     done = threading.Event()
 

@@ -42,7 +42,7 @@ from fastft.corpus.shards import (
 from fastft.corpus.work import Count, Done, place_name
 from fastft.data.prepared import disk_told
 from fastft.errors import UserError
-from fastft.files import digest, locked, remove
+from fastft.files import digest, remove
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +70,7 @@ def prepare(config: CorpusConfig, overwrite: bool = False, report: Report = lamb
     files = [files_of(source, config.max_document_bytes) for source in config.sources]
     folder_of.check(config, output, files)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with locked(output.with_name(output.name + ".lock"), keep=False) as writable:
-        if not writable:
-            raise UserError(f"{output}: cannot be written.", "Choose another output.")
+    with folder_of.alone(output):
         before = folder_of.recorded(output)
         removal.finish(output)
         build = Build(config, output, files, before.get("files", {}))

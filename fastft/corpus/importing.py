@@ -22,7 +22,7 @@ from fastft.corpus.work import Count, Done, identity
 from fastft.data.prepared import disk_told
 from fastft.data.sources import fingerprint
 from fastft.errors import UserError
-from fastft.files import digest, locked, replacing
+from fastft.files import digest, replacing
 
 log = logging.getLogger(__name__)
 CODE = 1  # raise it when the same files give another corpus
@@ -84,9 +84,7 @@ def import_tokens(
     hashed = [[str(path), found[str(path)]["sha256"]] for file in files for path in file.paths]
     key = digest(["import", CODE, facts.key, hashed, name, licence])
     output.parent.mkdir(parents=True, exist_ok=True)
-    with locked(output.with_name(output.name + ".lock"), keep=False) as writable:
-        if not writable:
-            raise UserError(f"{output}: cannot be written.", "Choose another output.")
+    with folder_of.alone(output):
         if is_corpus(output) and (corpus := Corpus(output)).manifest["key"] == key:
             corpus.verify()
             return corpus

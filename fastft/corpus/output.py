@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fastft.corpus.shards import MANIFEST, PROGRESS, REMOVING, begun, is_corpus
 from fastft.data.prepared import LITTER
 from fastft.data.sources import holds
 from fastft.errors import UserError
-from fastft.files import digest, remove, replacing
+from fastft.files import digest, locked, remove, replacing
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,20 @@ def write(path: Path, value: dict[str, Any]) -> None:
         json.dump(value, f, indent=1)  # escaped: names of files need not be Unicode
         f.flush()
         os.fsync(f.fileno())
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that one process makes the corpus at a time. UserError where it cannot be written."""
+    path = output.with_name(output.name + ".lock")
+
+    def told() -> None:
+        log.warning("%s: another process makes this corpus (it holds %s): waiting until it is done", output, path.name)
+
+    with locked(path, keep=False, on_wait=told) as writable:
+        if not writable:
+            raise UserError(f"{output}: cannot be written.", "Choose another output.")
+        yield
 
 
 def recorded(output: Path) -> dict[str, Any]:

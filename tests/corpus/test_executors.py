@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import corpora
+import killing
 import pytest
 import slurm as real
 
@@ -18,6 +19,7 @@ import launch
 from fastft.config.corpus import corpus_config
 from fastft.corpus import on_slurm
 from fastft.corpus.build import prepare
+from fastft.corpus.shards import Corpus
 from fastft.errors import UserError
 
 WORDS = [f"word{n}" for n in range(400)]
@@ -111,6 +113,30 @@ def test_a_line_of_the_config_starts_ray_and_ends_it(config, local, tmp_path):
     done = run(config, tmp_path, {}, workers=2, executor="ray")
     assert done.returncode == 0, done.stderr[-3000:]
     assert corpora.content(tmp_path / "out") == local
+
+
+@needs_ray
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_killed_anywhere_on_ray(tmp_path, tiny_llama):
+    """The first process is killed; the actors that it leaves on a cluster that stays are no harm to the next one."""
+    import ray
+
+    raw = killing.raw_corpus(tmp_path, tiny_llama)
+    address = ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False).address_info["gcs_address"]
+    try:
+        settings = {"executor": {"ray": {"address": address}}, "workers": 2}
+
+        def prepared(folder):
+            config = {**raw, **settings, "output": str(folder / "out")}
+            return ["prepare", launch.write_config(folder / "corpus.yaml", config)]
+
+        assert killing.killed(tmp_path, 20, prepared)
+    finally:
+        ray.shutdown()
+    prepare(corpus_config({**raw, "output": str(tmp_path / "one")}, "test"))
+    assert Corpus(tmp_path / "one").manifest["totals"] == Corpus(tmp_path / "whole" / "out").manifest["totals"]
 
 
 @needs_ray
