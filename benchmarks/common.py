@@ -87,9 +87,9 @@ def speedup(times: dict[str, list[float]], baseline: str, name: str) -> float:
     return statistics.median(b / t for b, t in zip(times[baseline], times[name], strict=True))
 
 
-def status(key: str) -> int:
-    """Bytes of this process, by Linux's account: VmRSS: resident now, VmHWM: at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def status(key: str, pid: int | str = "self") -> int:
+    """Bytes of a process, by Linux's account: VmRSS: resident now, VmHWM: at most; RssAnon: of no file."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 

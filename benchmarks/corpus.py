@@ -12,6 +12,7 @@ is loaded, and start two processes then; ours hashes the files and compares the 
 import argparse
 import gzip
 import json
+import math
 import os
 import platform
 import random
@@ -27,18 +28,20 @@ RULES = ("encoding", "unicode", "whitespace", "length", "repetition", "quality")
 LENGTH = 1024
 
 
-def write_documents(path: Path, texts: list[str], copies: int) -> int:
-    """JSON lines; returns how many."""
+def write_documents(path: Path, texts: list[str], copies: int, most: float = math.inf) -> int:
+    """JSON lines, of so many copies or until there are ``most`` bytes; returns how many lines."""
     rng, count = random.Random(0), 0
     lines = [line for name in texts for line in gzip.decompress(Path(name).read_bytes()).decode().split("\n") if line]
-    with open(path, "w", encoding="utf-8") as f:
+    with open(path, "wb") as f:
         for _ in range(copies):
             rng.shuffle(lines)
             at = 0
-            while at < len(lines):
+            while at < len(lines) and f.tell() < most:
                 size = rng.randint(1, 12)
-                f.write(json.dumps({"text": "\n".join(lines[at : at + size])}, ensure_ascii=False) + "\n")
+                f.write(json.dumps({"text": "\n".join(lines[at : at + size])}, ensure_ascii=False).encode() + b"\n")
                 at, count = at + size, count + 1
+            if f.tell() >= most:
+                break
     return count
 
 

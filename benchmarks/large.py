@@ -16,7 +16,6 @@ Rows go to results/large.jsonl, the table to results/large.md.
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -51,8 +50,7 @@ class Sampler(threading.Thread):
             time.sleep(0.005)
 
     def read(self) -> None:
-        text = Path("/proc/self/status").read_text()
-        now = int(re.search(r"RssAnon:\s+(\d+)", text)[1]) * 1024
+        now = common.status("RssAnon:")
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), now)
 
     def enter(self, phase: str) -> None:

@@ -21,7 +21,7 @@ from fastft.config.corpus import CorpusConfig
 from fastft.corpus import output as folder_of
 from fastft.corpus import removal, tokens
 from fastft.corpus.duplicates import Filter
-from fastft.corpus.files import DataFile, files_of, hashes
+from fastft.corpus.files import DataFile, changed, files_of, hashes
 from fastft.corpus.manifest import left_out, manifest_of
 from fastft.corpus.minhash import VERSION
 from fastft.corpus.output import JOBS, NEAR, SCRATCH
@@ -301,10 +301,8 @@ class Build:
 
     def _finish(self) -> None:
         """Compare the files once more, and write the manifest."""
-        again = hashes([file for file in self._files() if "://" not in file.where], self.found)
-        for name, entry in again.items():
-            if entry["sha256"] != self.found[name]["sha256"]:
-                raise UserError(f"{name}: changed while it was read.", "Run again when nothing writes to it any more.")
+        if (name := changed(self._files(), self.found)) is not None:
+            raise UserError(f"{name}: changed while it was read.", "Run again when nothing writes to it any more.")
         if not self.shards:
             raise UserError(f"{self.output}: no document is left. {left_out(self)}", "Loosen the rules.")
         (self.output / "shards").mkdir(exist_ok=True)

@@ -6,6 +6,9 @@ import codecs
 import glob
 import hashlib
 import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, TextIO, cast
 
@@ -19,6 +22,7 @@ LINE = 8  # how many times the longest document a line may be
 WHOLE = 64  # how many times the longest document a file may be that is read at once
 CHUNK = 1 << 20
 BINARY = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, which is full of zeros, too
+STATE = ("size", "ETag", "etag", "md5Hash", "created", "mtime")  # what file systems call what changes with a file
 MODULES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
@@ -72,10 +76,11 @@ class DataFile:
         return False
 
     def open_raw(self) -> BinaryIO:
-        """As it lies there, compressed or not."""
+        """As it lies there, compressed or not. UserError where it is behind a URL and cannot be had."""
         if "://" in self.where:
-            fs, path = filesystem(self.where)
-            self.raw = cast(BinaryIO, fs.open(path, "rb"))
+            with reached(self.where, "opened"):
+                fs, path = filesystem(self.where)
+                self.raw = cast(BinaryIO, io.BufferedReader(_Remote(fs.open(path, "rb"), self.where), CHUNK))
         else:
             self.raw = open(self.where, "rb")  # noqa: SIM115  # closed by the reader
         return self.raw
@@ -119,9 +124,18 @@ class DataFile:
     def size(self) -> int:
         """Bytes as it lies there."""
         if "://" in self.where:
-            fs, path = filesystem(self.where)
-            return int(fs.size(path))
+            with reached(self.where, "looked at"):
+                fs, path = filesystem(self.where)
+                return int(fs.size(path))
         return Path(self.where).stat().st_size
+
+    def state(self) -> str:
+        """What of a file behind a URL is other once it was written anew, where its file system says such things."""
+        with reached(self.where, "looked at"):
+            fs, path = filesystem(self.where)
+            fs.invalidate_cache()
+            found = fs.info(path)
+            return repr([str(found.get(name)) for name in STATE])
 
     def position(self) -> int:
         """Bytes of it that were read."""
@@ -129,6 +143,35 @@ class DataFile:
             return self.raw.tell() if self.raw is not None else 0
         except ValueError:  # closed: it was read to its end
             return self.size()
+
+
+class _Remote(io.RawIOBase):
+    """A file behind a URL, whose faults are UserErrors."""
+
+    def __init__(self, content: Any, where: str):
+        self.content, self.where = content, where
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with reached(self.where, "read"):
+            part = self.content.read(len(buffer))
+        buffer[: len(part)] = part
+        return len(part)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self.content.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self.content.tell())
+
+    def close(self) -> None:
+        self.content.close()
+        super().close()
 
 
 class _Refused(list[int]):
@@ -205,6 +248,19 @@ class _Lines(io.RawIOBase):
         super().close()
 
 
+@contextmanager
+def reached(url: str, what: str) -> Iterator[None]:
+    """UserError for whatever a file system's library raises: they have errors of their own (botocore's, Azure's)."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except FileNotFoundError as e:
+        raise UserError(f"{url}: is not there: {e}.", "Check the bucket, the folder and the name.") from None
+    except Exception as e:
+        raise UserError(f"{url}: cannot be {what}: {e}.", "Check the URL, its credentials and the network.") from None
+
+
 def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it. UserError where it cannot be had."""
     import fsspec
@@ -261,15 +317,19 @@ def _of_corpus(path: Path) -> bool:
 def _remote(url: str) -> list[str]:
     scheme = url.partition("://")[0]
     fs, path = filesystem(url)
-    try:
-        if any(sign in path for sign in "*?["):
+    pattern = any(sign in path for sign in "*?[")
+    with reached(url, "listed"):
+        if pattern:
             found = [name for name in fs.glob(path) if fs.isfile(name)]
         elif fs.isfile(path):
             found = [path]
         else:
             found = [name for name in fs.find(path) if format_of(PurePosixPath(name)) is not None]
-    except OSError as e:
-        raise UserError(f"{url}: cannot be listed: {e}.", "Check the URL and its credentials.") from None
+        if not found:
+            fs.invalidate_cache()
+            fs.ls(
+                re.split(r"[*?[]", path)[0].rpartition("/")[0] if pattern else path
+            )  # where there is none, it says so
     if not found:
         raise UserError(f"{url}: no file of a known format.", f"Known: {', '.join(FORMATS.names())} (also .gz, .zst).")
     return [f"{scheme}://{name.removeprefix(f'{scheme}://')}" for name in sorted(found)]
@@ -281,9 +341,17 @@ def hashes(files: list[DataFile], known: dict[str, dict]) -> dict[str, dict]:
     found = fingerprint(local, known)
     for file in files:
         if "://" in file.where:
-            sha = hashlib.sha256()
+            sha, state = hashlib.sha256(), file.state()
             with file.open_raw() as f:
                 while chunk := f.read(CHUNK):
                     sha.update(chunk)
-            found[file.where] = {"sha256": sha.hexdigest()}
+            found[file.where] = {"sha256": sha.hexdigest(), "state": state}
     return found
+
+
+def changed(files: list[DataFile], known: dict[str, dict]) -> str | None:
+    """The first file that is another than it was when it was hashed; those behind a URL are not read again for it."""
+    found = hashes([file for file in files if "://" not in file.where], known)
+    names = [name for name, entry in found.items() if entry["sha256"] != known[name]["sha256"]]
+    names += [f.where for f in files if "://" in f.where and f.state() != known[f.where]["state"]]
+    return names[0] if names else None

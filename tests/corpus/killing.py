@@ -1,14 +1,17 @@
 """Commands that are killed at random moments of their undisturbed length, and run again."""
 
+import os
 import random
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import corpora
+import slurm as real
 
 import launch
 from fastft.corpus.shards import begun
@@ -52,6 +55,14 @@ def fastft(folder: Path, *arguments, pipe: bool = False):
     return launch.start_python([script, *arguments], {}, pipe)
 
 
+def alive(group: int) -> bool:
+    """Whether a process of the group is there: those that worked for one that was killed end once they have begun."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, 0)
+        return True
+    return False
+
+
 def done(process, timeout: float = 120) -> str:
     said = launch.finish(process, timeout)
     assert process.returncode == 0, said[-3000:]
@@ -82,7 +93,9 @@ def killed(folder: Path, kills: int, prepared: Callable[[Path], list], seed: int
                 process.wait(rng.random() * within)
             except subprocess.TimeoutExpired:
                 process.kill()
-            said = launch.finish(process, 60)  # and no process of it is left
+            process.wait(60)
+            real.wait(lambda process=process: not alive(process.pid), 60, "end of the processes that it had started")
+            said = launch.finish(process, 60)
             assert process.returncode in (0, -signal.SIGKILL), said[-3000:]
             if process.returncode:
                 left -= 1

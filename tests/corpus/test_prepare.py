@@ -101,7 +101,7 @@ def test_urls(tmp_path, tiny_llama, tokenizer):
         assert corpus.where(0, 2) == "raw: memory://bucket/part/2.jsonl:1" or "memory:///bucket" in corpus.where(0, 2)
         some = corpora.made(tmp_path / "2", tiny_llama, "memory://bucket/part/[01].jsonl")
         assert some.manifest["totals"]["documents"] == 2
-        with pytest.raises(UserError, match="no file of a known format"):
+        with pytest.raises(UserError, match="memory://bucket/none: is not there"):
             corpora.made(tmp_path / "3", tiny_llama, "memory://bucket/none")
     finally:
         fs.rm("/bucket", recursive=True)
