@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,44 @@ def test_overrides(tmp_path):
 def test_bad_overrides(tmp_path, override, part):
     with pytest.raises(UserError, match=part):
         load(tmp_path, MINIMAL, [override])
+
+
+def test_entries_of_a_list_are_overridden_by_their_numbers(tmp_path):
+    raw = {**MINIMAL, "data": {"train": ["a.txt", {"path": "b.txt", "weight": 1}]}}
+    found = load(tmp_path, raw, ["data.train.0.weight=0.5", "data.train.1.weight=2", "data.train.1.name=b"]).data.train
+    assert [(s.path, s.weight, s.name) for s in found] == [("a.txt", 0.5, None), ("b.txt", 2, "b")]
+    assert load(tmp_path, raw, ["data.train.1=c.txt"]).data.train[1].path == "c.txt"
+    for key in ("2.weight", "b.weight", "2"):
+        with pytest.raises(
+            UserError, match=r"'data.train' is a list of 2 in the file.*\n.*data\.train\.0 is the first"
+        ):
+            load(tmp_path, raw, [f"data.train.{key}=1"])
+
+
+@pytest.mark.parametrize(
+    "raw, said",
+    [
+        ({"train": {"eval_every": -1}}, "train.eval_every: Input should be greater than or equal to 1 (got -1)"),
+        (
+            {"batch": {"micro": "x"}},
+            "batch.micro: Input should be a valid integer, unable to parse string as an integer, or",
+        ),
+        (
+            {"data": {"train": "a", "curriculum": [{"until": "x", "weights": {}}]}},
+            "data.curriculum.0.until: Input should be",
+        ),
+        (
+            {"train": {"forgetting": True, "forgeting": True}},
+            "Did you mean 'forgetting'? Known: early_stopping, epochs",
+        ),
+        ({"data": {"train": [{"path": "a", "wieght": 1}]}}, "data.train.0.wieght: unknown key. Did you mean 'weight'?"),
+    ],
+)
+def test_mistakes_speak_of_keys_and_not_of_pydantics_types(tmp_path, raw, said):
+    with pytest.raises(UserError) as e:
+        load(tmp_path, {**MINIMAL, **raw})
+    assert said in str(e.value) and "1 mistake:" in str(e.value)
+    assert not re.search(r"constrained|literal|\.(int|float|str|bool)\b|forgetting, forgetting", str(e.value))
 
 
 def test_missing_file_offers_neighbours(tmp_path):

@@ -127,6 +127,12 @@ class Duplicates(Section):
 
 
 def _listed(value: Any) -> Any:
+    """ids and files as a list. ValueError for what YAML took for a number: an id of digits alone, or like 1e5."""
+    values = value if isinstance(value, list) else [value]
+    if numbers := [one for one in values if isinstance(one, int | float) and not isinstance(one, bool)]:
+        raise ValueError(
+            f"{numbers[0]!r} is what YAML makes of digits, and zeros in front are lost: write the id in quotes"
+        )
     return [value] if isinstance(value, str) else value
 
 

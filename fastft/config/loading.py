@@ -6,17 +6,16 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from fastft import rooms
 from fastft.config.base import PathKind, Section, extended, specialized
 from fastft.config.evaluation import Evaluation
-from fastft.config.keys import NAMES
+from fastft.config.explaining import explained
 from fastft.config.reading import read
-from fastft.config.reference import instead
 from fastft.config.sections import Config, Data, Loss, Optim, Run
 from fastft.config.sources import Source, TrainSource, called
 from fastft.errors import UserError, did_you_mean
@@ -151,7 +150,7 @@ def _validated(cls: type[S], raw: dict, where: str, problems: list[str]) -> S:
     try:
         found = cls.model_validate(raw)
     except ValidationError as e:
-        problems += [_explain(error, cls) for error in e.errors()]
+        problems += explained(e, cls)
     if problems:
         lines = "\n".join(f"  {line}" for line in problems)
         raise UserError(
@@ -274,34 +273,3 @@ def _without_stored_defaults(raw: dict) -> dict:
         if isinstance(raw.get(name), dict):
             raw[name] = {k: v for k, v in raw[name].items() if k not in keys or k in kind.model_fields}
     return raw
-
-
-def _explain(error: Any, cls: type[Section]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key. {instead(key, _keys_at(error['loc'][:-1], cls))}"
-    if error["type"] == "missing":
-        known = f" Known: {', '.join(NAMES[key].names())}." if key in NAMES else ""
-        return f"{key}: required, but not there.{known}"
-    message = error["msg"].removeprefix("Value error, ")
-    shown = repr(error.get("input"))
-    if error["type"] == "value_error" or len(shown) > 80:
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message} (got {shown})"
-
-
-def _keys_at(loc: tuple, cls: type[Section]) -> list[str]:
-    """Field names of the section that a validation error's location leads to, with those that its members would add."""
-    model: Any = cls
-    for part in loc:
-        if isinstance(part, str) and _is_section(model) and part in model.model_fields:
-            model = model.model_fields[part].annotation
-        while get_origin(model) is not None:  # list[Source], dict[str, list[Source]], Settings | None
-            model = next((a for a in get_args(model) if _is_section(a)), get_args(model)[-1])
-    if not _is_section(model):
-        return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-    return [*model.model_fields, *(model.members.names() if model.members else [])]
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)

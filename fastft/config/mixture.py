@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,11 +58,18 @@ def shares_of(sources: Sequence[TrainSource], curriculum: Sequence[Stage]) -> Sh
     if weighted and len(weighted) < len(sources):
         without = ", ".join(source.label for source in sources if source.weight is None)
         raise ValueError(f"data.train: some sources have a weight, these have none: {without}")
-    if weighted and not sum(part.weight for part in parts):
-        raise ValueError("data.train: all weights are 0")
+    if weighted:
+        _check_sum("data.train", [part.weight for part in parts])
     if curriculum and not weighted:
         raise ValueError("data.curriculum: takes the place of weights: give each source of data.train one, not epochs")
     return Shares(parts, not weighted, _stages(curriculum, [part.name for part in parts]))
+
+
+def _check_sum(where: str, weights: list[float]) -> None:
+    if not (total := sum(weights)):
+        raise ValueError(f"{where}: all weights are 0")
+    if not math.isfinite(total):
+        raise ValueError(f"{where}: the weights are too large to be added: shares count, so 0.8 and 0.2 will do")
 
 
 def _parts(sources: Sequence[TrainSource]) -> list[Share]:
@@ -92,6 +100,5 @@ def _stages(curriculum: Sequence[Stage], names: list[str]) -> list[tuple[int | f
             raise ValueError(
                 f"data.curriculum: no source is called {min(unknown)!r}; data.train has {', '.join(names)}"
             )
-        if not sum(stage.weights.values()):
-            raise ValueError(f"data.curriculum: until {stage.until}: all weights are 0")
+        _check_sum(f"data.curriculum: until {stage.until}", list(stage.weights.values()))
     return [(stage.until, [stage.weights.get(name, 0.0) for name in names]) for stage in curriculum]

@@ -100,13 +100,28 @@ def _apply_override(raw: dict, override: str) -> None:
     set_value(raw, key, value, f"Override {override!r}")
 
 
+def _entry(entries: list, name: str, key: str, where: str) -> Any:
+    """An entry of a list (``data.train``), by its number from 0; a path alone becomes a mapping. UserError for none."""
+    if not name.isdecimal() or int(name) >= len(entries):
+        raise UserError(
+            f"{where}: {key!r} is a list of {len(entries)} in the file, which has no {name!r}.",
+            f"Its entries have numbers: {key}.0 is the first; {key}='[...]' replaces the list.",
+        )
+    if isinstance(entry := entries[int(name)], str):
+        entry = entries[int(name)] = {"path": entry}
+    return entry
+
+
 def set_value(raw: dict, key: str, value: Any, where: str) -> None:
-    """Set a dotted key of a plain mapping, its sections made as needed. UserError, which begins with ``where``, when
-    one of them is no section.
+    """Set a dotted key of a plain mapping, its sections made as needed; entries of lists by their numbers
+    (``data.train.0.weight``). UserError, which begins with ``where``, when one of them is no section.
     """
     *parents, last = key.split(".")
     node = raw
-    for name in parents:
+    for depth, name in enumerate(parents):
+        if isinstance(node, list):
+            node = _entry(node, name, ".".join(parents[:depth]), where)
+            continue
         child = node.setdefault(name, {})
         if name == "trackers" and isinstance(child, (str, list)):
             child = node[name] = short_list(Trackers, child)
@@ -114,13 +129,17 @@ def set_value(raw: dict, key: str, value: Any, where: str) -> None:
             child = node[name] = {Model.scalar: child}
         if child is None or child is True:
             child = node[name] = {}
-        if not isinstance(child, dict):
+        if not isinstance(child, (dict, list)):
             shown = child if isinstance(child, (str, int, float)) else f"a {type(child).__name__}"
             raise UserError(
                 f"{where}: {name!r} is {shown} in the file, not a section.",
                 f"Write it there as a mapping: {name}: {{{last}: ...}}",
             )
         node = child
+    if isinstance(node, list):
+        _entry(node, last, ".".join(parents), where)
+        node[int(last)] = value
+        return
     if parents == ["data"]:  # an override by an older name beside the file's newer one, or the other way round
         for names in Data.aliases.items():
             if last in names:

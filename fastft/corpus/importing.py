@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 CODE = 1  # raise it when the same files give another corpus
 SHARD_TOKENS = 1 << 26
 PIECE = 1 << 20  # tokens that are looked at together, and at least one document
-SAMPLE = 200  # documents of a file that are tokenized again
+SAMPLE = 200  # documents of a file, at even distances, that are tokenized again
 
 
 @dataclass
@@ -39,12 +39,15 @@ class Checked:
     ----------
     again, sample : int
         Documents whose text gives the same tokens again, and how many were looked at.
+    other : int or None
+        The first document of the file whose text gives other ones.
     ended, begun : int
         Documents that have the tokenizer's special tokens at their end, and at their beginning.
     """
 
     again: int = 0
     sample: int = 0
+    other: int | None = None
     ended: int = 0
     begun: int = 0
 
@@ -70,7 +73,7 @@ def import_tokens(
     name, licence : str
         Of the source.
     checked : bool
-        Refuse tokens whose text the tokenizer does not give back on at least half of up to 200 documents of a file.
+        Refuse tokens whose text the tokenizer does not give back on more than half of up to 200 documents of a file.
 
     Raises
     ------
@@ -78,6 +81,8 @@ def import_tokens(
         A file that is cut short or garbled, an id outside the vocabulary, tokens of another tokenizer, an output
         that is there.
     """
+    if not paths:
+        raise UserError("import-tokens: no file of tokens is given.", "Give .ds or .bin files, or folders of them.")
     files = opened(paths)
     facts = tokens.facts_of(tokenizer, None)
     found = fingerprint([path for file in files for path in file.paths], {})
@@ -109,26 +114,28 @@ class _Import:
         self.count, self.checked = Count(), Checked()
         self.shards: list[Shard] = []
         self.writer: ShardWriter | None = None
-        self.sampled = 0  # documents of the files before that were tokenized again
+        self.looked = np.zeros(0, np.int64)  # documents of the file that are tokenized again
 
     def run(self, tokenizer: str) -> None:
         for number, file in enumerate(self.files):
             if file.tokenizer and Path(file.tokenizer).name != Path(tokenizer).name:
                 log.warning("%s: says that its tokenizer is %s, not %s", file.path, file.tokenizer, tokenizer)
-            again, self.sampled = self.checked.again, self.checked.sample
+            again, sample, self.checked.other = self.checked.again, self.checked.sample, None
+            self.looked = np.unique(np.linspace(0, len(file.ends) - 1, SAMPLE).astype(np.int64))
             for first, values, lengths in file.pieces(PIECE):
                 self._take(number, file, first, values, lengths)
             self._close()
-            self._fits(file, tokenizer, self.checked.again - again, self.checked.sample - self.sampled)
+            self._fits(file, tokenizer, self.checked.again - again, self.checked.sample - sample)
         if not self.shards:
             raise UserError(f"{self.files[0].path}: holds no token.")
 
     def _fits(self, file: TokenFile, tokenizer: str, fits: int, sample: int) -> None:
         """UserError where less than half of a file's sample gives the same tokens again."""
-        if self.must_fit and 2 * fits < sample:
+        if self.must_fit and 2 * fits <= sample and fits < sample:
+            assert self.checked.other is not None
             raise UserError(
                 f"{file.path}: is not of the tokenizer {tokenizer}: of {sample} documents, the text of {fits} "
-                "gives the same tokens again.",
+                f"gives the same tokens again; the first that does not is {file.path}:{self.checked.other + 1}.",
                 "Give the tokenizer that made the files; or, where documents are parts of texts, --unchecked.",
             )
 
@@ -144,7 +151,7 @@ class _Import:
             )
         rows = np.split(values, ends[:-1])
         texts = self.tokenizer.decode_batch([row.tolist() for row in rows], skip_special_tokens=True)
-        self._check(rows)
+        self._check(rows, first)
         self.count.rows += len(lengths)
         full = lengths > 0
         for row in np.flatnonzero(~full).tolist():
@@ -166,20 +173,26 @@ class _Import:
         )
         self.writer.append(done, full)
 
-    def _check(self, rows: list[np.ndarray]) -> None:
-        """Count documents that begin and end with the tokenizer's special tokens, and tokenize some again."""
+    def _check(self, rows: list[np.ndarray], first: int) -> None:
+        """Count documents that begin and end with the tokenizer's special tokens, and tokenize some again.
+
+        ``first``: number of the first one.
+        """
         before, after, checked = self.facts.before, self.facts.after, self.checked
-        for row in rows:
+        looked = set(self.looked[np.searchsorted(self.looked, first) :][: len(rows)].tolist())
+        for number, row in enumerate(rows, first):
             if not len(row):
                 continue
             begun, ended = row[: len(before)].tolist() == before, row[len(row) - len(after) :].tolist() == after
             checked.begun += begun
             checked.ended += ended
-            if checked.sample - self.sampled < SAMPLE and len(row) <= tokens.LONGEST:
+            if number in looked and len(row) <= tokens.LONGEST:
                 bare = row[len(before) if begun else 0 : len(row) - (len(after) if ended else 0)].tolist()
                 text = self.tokenizer.decode(bare, skip_special_tokens=False)
                 checked.sample += 1
-                checked.again += self.tokenizer.encode(text, add_special_tokens=False).ids == bare
+                same = self.tokenizer.encode(text, add_special_tokens=False).ids == bare
+                checked.again += same
+                checked.other = number if not same and checked.other is None else checked.other
 
     def _close(self) -> None:
         if self.writer is not None and self.writer.documents:

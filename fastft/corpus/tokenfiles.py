@@ -130,8 +130,9 @@ def _ends(path: Path, content: bytes) -> np.ndarray:
     if len(content) % 8:
         raise UserError(f"{path}: is cut short: {len(content):,} bytes are no whole number of documents.", COPY)
     ends = np.frombuffer(content, "<u8").astype(np.int64)
-    if len(ends) and (ends[0] < 0 or (np.diff(ends) < 0).any()):
-        raise UserError(f"{path}: is garbled: a document ends before the one in front of it.", COPY)
+    wrong = np.flatnonzero(np.diff(ends, prepend=0) < 0)
+    if len(wrong):
+        raise UserError(f"{path}: is garbled: document {wrong[0] + 1} ends before the one in front of it.", COPY)
     return ends
 
 
@@ -165,9 +166,11 @@ def megatron(path: Path) -> TokenFile:
     marks = np.frombuffer(content, "<i8", documents, HEADER + 12 * count)
     dtype = np.dtype(CODES[code])
     sums = np.concatenate([[0], np.cumsum(sizes)])
-    garbled = (sizes < 0).any() or (pointers != sums[:-1] * dtype.itemsize).any()
-    if garbled or not documents or marks[0] != 0 or marks[-1] != count or (np.diff(marks) < 0).any():
-        raise UserError(f"{index}: is garbled: its sequences or documents do not follow each other.", COPY)
+    wrong = np.flatnonzero((sizes < 0) | (pointers != sums[:-1] * dtype.itemsize))
+    if len(wrong):
+        raise UserError(f"{index}: is garbled: sequence {wrong[0] + 1} does not follow the one in front of it.", COPY)
+    if not documents or marks[0] != 0 or marks[-1] != count or (np.diff(marks) < 0).any():
+        raise UserError(f"{index}: is garbled: its documents do not follow each other.", COPY)
     if any(content[whole:]):
         raise UserError(f"{index}: holds sequences that are no text (multimodal).", "Import text alone.")
     size = path.stat().st_size

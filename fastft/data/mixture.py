@@ -173,6 +173,11 @@ class Mixture(Order):
                 for part, stream in zip(shares.parts, self.streams, strict=True)
             ]
         self.caps = caps
+        self.missed = [
+            until
+            for (until, _), (end, _), (before, _) in zip(shares.stages, stages, [(0, None), *stages], strict=False)
+            if end == before
+        ]  # stages that have no step
         self.phases: list[Phase] = []
         self._add_phases(stages)
 
@@ -346,6 +351,10 @@ class Mixture(Order):
                 if part.passes <= 1
                 else f"mixture: {part.name}: {part.planned:.2%} of the targets, its {stream.n:,} sequences read "
                 f"{part.passes:.2f} times"
+            )
+        for until in self.missed:
+            found.append(
+                f"warning: data.curriculum: the stage until {until:g} has no step: it is too short for this run"
             )
         phases = [phase for phase in self.phases if phase.start < positions]
         if len(phases) > 1:

@@ -39,7 +39,7 @@ def batch(path: Path, overrides: list[str], step: int) -> list[dict[str, Any]]:
         As ``trace`` does; for a task that does not learn from packed documents.
     """
     config, is_run = configuration.load_either(path, overrides)
-    job, samples = samples_of(config, step, path if is_run else None)
+    job, samples = samples_of(config, step, path if is_run else None, "--batch")
     assert job.train is not None
     if "packs" not in job.train.data.columns:
         raise UserError(

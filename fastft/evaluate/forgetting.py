@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -14,6 +15,8 @@ from fastft import config as configuration
 from fastft import track
 from fastft.config import Config
 from fastft.errors import UserError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 FILES = ("forgetting.json", "forgetting.csv")
 PICTURES = ("forgetting.png", "pareto.png")
@@ -81,13 +84,15 @@ def curves(runs: list[Path], domain: str | None, general: str | None) -> dict[st
     Raises
     ------
     UserError
-        Not a run, a set that it does not have, a run that was not evaluated before its first step.
+        Not a run, a set that it does not have, a run that was not evaluated before its first step; runs whose losses
+        are of other texts, or of other tokens of them.
     """
     names = _names(runs)
-    found = {}
-    for name, folder in names.items():
-        sets = _sets(configuration.load_run(folder), folder, domain, general)
-        found[name] = _curve(name, folder, *sets)
+    configs = {folder: configuration.load_run(folder) for folder in runs}
+    sets = {folder: _sets(config, folder, domain, general) for folder, config in configs.items()}
+    for folder in runs[1:]:
+        _check_alike([runs[0], folder], configs, sets)
+    found = {name: _curve(name, folder, *sets[folder]) for name, folder in names.items()}
     points = [point for curve in found.values() for point in curve]
     return {
         name: [
@@ -120,11 +125,44 @@ def _sets(config: Config, folder: Path, domain: str | None, general: str | None)
     return chosen[0], chosen[1]
 
 
+def _check_alike(runs: list[Path], configs: dict[Path, Config], sets: dict[Path, tuple[str, str]]) -> None:
+    """UserError where the same set of two runs is of other files, another tokenizer or other settings."""
+    for at, kind in enumerate(("domain", "general")):
+        keys = [_eval_keys(run).get(sets[run][at]) for run in runs]
+        if None in keys:
+            silent = runs[keys.index(None)]
+            log.warning("%s: does not say what its %s set was, which may be another than the others'", silent, kind)
+        elif keys[0] != keys[1]:
+            one, other = (_said(configs[run], sets[run][at]) for run in runs)
+            differ = [f"{key} {one[key]} and {other[key]}" for key in one if one[key] != other[key]]
+            raise UserError(
+                f"{runs[0]} and {runs[1]}: their {kind} sets are not the same: "
+                f"{'; '.join(differ) or 'the files have changed between them, or settings of data'}.",
+                "Losses of other texts or other tokens say nothing of each other: draw the runs one by one.",
+            )
+
+
+def _eval_keys(run: Path) -> dict[str, str]:
+    """What each evaluation set was: a digest of its files, the tokenizer and the settings."""
+    return next((r.get("eval_keys", {}) for r in reversed(track.read(run)) if r["kind"] == "run"), {})
+
+
+def _said(config: Config, name: str) -> dict[str, Any]:
+    """What a configuration says of it."""
+    return {
+        "task": config.task,
+        f"data.eval.{name}": ", ".join(source.path or str(source.dataset) for source in config.data.eval[name]),
+        "model.tokenizer": config.model.tokenizer or config.model.path,
+        "data.max_length": config.data.max_length,
+    }
+
+
 def _curve(name: str, folder: Path, domain: str, general: str) -> list[Point]:
     losses: dict[int, dict[str, float]] = {}
     for record in track.read(folder):
         if record["kind"] == "eval" and "loss" in record and record["set"] in (domain, general):
-            losses.setdefault(record["step"], {})[record["set"]] = record["loss"]
+            loss = math.nan if record["loss"] is None else record["loss"]  # JSON has no NaN: it is written as null
+            losses.setdefault(record["step"], {})[record["set"]] = loss
     whole = {step: both for step, both in sorted(losses.items()) if len(both) == 2}
     if 0 not in whole:
         raise UserError(
@@ -218,7 +256,7 @@ def write(found: dict[str, list[Point]], folder: Path, suggestion: Suggestion | 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [point.row() for curve in found.values() for point in curve]
     more = {"suggestion": asdict(suggestion)} if suggestion else {}
-    (folder / "forgetting.json").write_text(json.dumps({"points": rows, **more}, indent=1))
+    (folder / "forgetting.json").write_text(json.dumps(track.finite({"points": rows, **more}), indent=1))
     with open(folder / "forgetting.csv", "w", newline="") as f:
         table = csv.DictWriter(f, list(rows[0]))
         table.writeheader()

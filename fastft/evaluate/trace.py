@@ -56,7 +56,8 @@ def steps_of(path: Path, overrides: list[str], document: str) -> dict[str, Any]:
     path : Path
         A run folder, whose steps until its last record are looked at, or a configuration file, whose steps all are.
     document : str
-        Of a prepared corpus: its id, or source:file:row; of other data: file:row, as ``trace`` gives them.
+        Of a prepared corpus: its id, or source:file:row; of other data: file:row, as ``trace`` gives them. The name
+        of the mixture's source may be in front: general:file:row.
 
     Returns
     -------
@@ -75,8 +76,11 @@ def steps_of(path: Path, overrides: list[str], document: str) -> dict[str, Any]:
     job, schedule, records = _opened(config, path if is_run else None)
     split = job.train
     assert split is not None
-    wanted = _documents_called(split.data, document)
+    part, wanted = _in_part(job, document)
     samples = _samples_with(split.data, wanted)
+    if part is not None:
+        assert isinstance(job.order, Mixture)
+        samples = np.array([sample for sample in samples.tolist() if job.order.source_of(sample) == part], np.int64)
     named = {split.data.origin(d) for d in wanted}
     skipped = {record["step"] for record in records if record["kind"] == "skipped"}
     last = min(max(_steps_taken(records), default=0), schedule.total) if is_run else schedule.total
@@ -98,6 +102,20 @@ def _steps_taken(records: list[dict]) -> list[int]:
 def _whole(where: str) -> str:
     """A place without the tokens or words that are used of it."""
     return re.sub(r" (tokens|words) [0-9]+ to [0-9]+$", "", where)
+
+
+def _in_part(job: Job, said: str) -> tuple[str | None, list[int]]:
+    """Documents that are called so, and the part of the mixture whose name is in front of it (``general:a.txt:3``), as
+    ``trace`` shows it; None where none is. UserError for no document.
+    """
+    assert job.train is not None
+    try:
+        return None, _documents_called(job.train.data, said)
+    except UserError:
+        names = job.order.names if isinstance(job.order, Mixture) else []
+        if (part := next((name for name in names if said.startswith(f"{name}:")), None)) is None:
+            raise
+    return part, _documents_called(job.train.data, said[len(part) + 1 :].lstrip())
 
 
 def _documents_called(data: Prepared, said: str) -> list[int]:
@@ -127,15 +145,15 @@ def _samples_with(data: Prepared, documents: list[int]) -> np.ndarray:
     return np.unique(np.searchsorted(packs.offsets, at, side="right") - 1)
 
 
-def samples_of(config: Config, step: int, run_dir: Path | None) -> tuple[Job, Samples]:
+def samples_of(config: Config, step: int, run_dir: Path | None, option: str = "--step") -> tuple[Job, Samples]:
     """The job with its training data, and the samples of a step: of the run in ``run_dir`` as its last start recorded
-    it, or of one that would begin.
+    it, or of one that would begin. ``option``: what a message calls the step.
 
     Raises UserError as ``trace`` does.
     """
     job, schedule, _ = _opened(config, run_dir)
     if not 1 <= step <= schedule.total:
-        raise UserError(f"--step {step}: the run has steps 1 to {schedule.total}.")
+        raise UserError(f"{option} {step}: the run has steps 1 to {schedule.total}.")
     return job, schedule.samples(step - 1)
 
 

@@ -46,34 +46,13 @@ def go_offline() -> None:
         datasets.config.HF_HUB_OFFLINE = True
 
 
-def check_path(path: str, what: str) -> None:
-    """A local path must exist and hold a config; anything else must look like a hub id."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file() and what == "model":
-            raise UserError(
-                f"{what} path {path}: the folder holds no config.json.", "Give a folder written by save_pretrained."
-            )
-        return
-    if folder.exists():
-        raise UserError(f"{what} path {path}: is a file; expected a folder written by save_pretrained.")
-    # "runs/x" has the form of a hub id, but where there is a folder runs/, it is meant.
-    if path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and folder.parent.is_dir()):
-        near = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        hint = (
-            f"In {folder.parent} there are: {', '.join(sorted(near)[:20])}."
-            if near
-            else "Give a local folder or a hub id (owner/name)."
-        )
-        raise UserError(f"{what} path {path}: no such folder.", hint)
-
-
 def _from_pretrained(loader, path: str, what: str, **kwargs):
     from safetensors import SafetensorError
 
-    from fastft.models import weight_files
+    from fastft.models import paths, weight_files
 
-    check_path(path, what)
+    paths.check(path, what)
+    paths.check_hub(path, what)
     try:
         return loader.from_pretrained(
             str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path, **kwargs

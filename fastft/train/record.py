@@ -26,6 +26,7 @@ def run_record(job: Job, schedule: Schedule, start: int) -> dict:
         "sequences_per_step": schedule.size,
         "segments": schedule.segments,
         "data_key": job.train.data.key,
+        "eval_keys": {name: split.data.key for name, split in job.evals.items()},
         **({"corpus": found} if (found := job.train.data.meta.get("corpus")) else {}),
         **({"mixture": shares} if (shares := schedule.order.shares(schedule.positions)) else {}),
         "world_size": job.ranks.world,

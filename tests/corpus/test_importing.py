@@ -157,6 +157,32 @@ def test_what_is_broken_is_refused_by_name(tmp_path, tiny_llama, rows, fault):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*fastft*"))
 
 
+@pytest.fixture(scope="module")
+def many(tiny_llama):
+    """Tokens of 600 documents."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    return [[*tokenizer(corpora.prose(n, 20), add_special_tokens=False)["input_ids"], 0] for n in range(600)]
+
+
+@pytest.mark.parametrize("kind", ["ds", "bin"])
+def test_what_goes_wrong_far_behind_is_named_by_its_document(tmp_path, tiny_llama, many, kind):
+    write, index, suffix = (ds, "a.ds.index", "ds") if kind == "ds" else (megatron, "a.idx", "bin")
+    path = write(tmp_path / f"a.{suffix}", many)
+    place = 2 * sum(len(row) for row in many[:450])
+    put(path, place, b"\xff\xff")
+    with pytest.raises(UserError, match=rf"a\.{suffix}:451: token 65535 is outside the tokenizer's vocabulary"):
+        imported(tmp_path, tiny_llama, path)
+    write(path, many)
+    put(tmp_path / index, 8 * 450 if kind == "ds" else 34 + 4 * 450, b"\xff\xff\xff\x00")
+    with pytest.raises(UserError, match=rf"{index}: is garbled: (document|sequence) 452 "):
+        imported(tmp_path, tiny_llama, path)
+    moved = [[(token + 7) % 200 + 3 for token in row] for row in many[250:]]
+    with pytest.raises(UserError, match=r"of 200 documents, the text of \d+ gives .* is .*:25\d\."):
+        imported(tmp_path, tiny_llama, write(path, [*many[:250], *moved]))
+    with pytest.raises(UserError, match="no file of tokens is given"):
+        imported(tmp_path, tiny_llama)
+
+
 def test_another_tokenizer_is_found_out(tmp_path, tiny_llama, rows):
     moved = [[(token + 7) % 200 + 3 for token in row] for row in rows]
     with pytest.raises(UserError, match=r"is not of the tokenizer .* of 40 documents, the text of \d+ gives"):

@@ -1,6 +1,7 @@
 """`fastft inspect`: a corpus, a shard, a document, lengths, a packed batch; `fastft trace --document`."""
 
 import json
+import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -14,10 +15,12 @@ import yaml
 
 import launch
 from fastft.cli.main import main
+from fastft.config import Model
 from fastft.corpus import inspect, lookup
 from fastft.errors import UserError
 from fastft.evaluate.batch import batch
 from fastft.evaluate.trace import steps_of, trace
+from fastft.models import load
 from fastft.tasks.base import IGNORE
 
 
@@ -45,6 +48,36 @@ def said(capfd):
         return found.out or " ".join(found.err.split())
 
     return run
+
+
+def test_what_is_beside_it_is_offered(made, tiny_llama, lm_config, tmp_path, said):
+    """A mistyped folder of a corpus, of a model; a step that the run does not have, by the option's own name."""
+    whole = made.folder.rename(tmp_path / "medical")
+    assert "medcal: is not there. Did you mean 'medical'?" in said(tmp_path / "medcal")
+    lm_config["data"] |= {"train": str(tmp_path / "medcal"), "eval": {}}
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    assert f"Did you mean {whole}? In {tmp_path} there are" in said(path, "--batch", 1)
+    lm_config["data"]["train"] = str(whole)
+    launch.write_config(tmp_path / "c.yaml", lm_config)
+    assert "--batch 99: the run has steps 1 to 4" in said(path, "--batch", 99)
+
+
+def test_a_model_that_is_not_there_is_told_at_once(tmp_path, monkeypatch):
+    """Where the hub has no address; its own library would try again for a minute."""
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    for said, near in (("modles/tiny", "Did you mean 'models/tiny'?"), ("model", "Did you mean 'models'?")):
+        start = time.monotonic()
+        with pytest.raises(UserError, match=f"tokenizer path {said}: no such folder, .*hub.invalid cannot be") as e:
+            load.tokenizer(Model(path=said))
+        assert near in str(e.value) and time.monotonic() - start < 5
 
 
 def test_every_document_is_found_by_its_id_and_its_place(made, tiny_llama):

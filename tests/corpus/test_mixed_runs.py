@@ -13,7 +13,7 @@ import launch
 from fastft import config as configuration
 from fastft import track
 from fastft.errors import UserError
-from fastft.evaluate.trace import trace
+from fastft.evaluate.trace import steps_of, trace
 from fastft.train import loop
 
 
@@ -66,6 +66,43 @@ def test_a_run_on_files_is_recorded_traced_and_resumed(two, tmp_path):
         changed = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
         changed["data"]["train"][0]["weight"], changed["train"]["steps"] = 0.5, 6
         loop.resumed(configuration.validate(changed))
+
+
+def test_two_ranks_take_the_batches_of_one(two, no_dropout, tmp_path):
+    """Their losses are of all targets of a step: those of one rank, but for the order of sums."""
+    weigh(two, 0.75, 0.25)["train"] |= {"steps": 3}
+    found = []
+    for world in (1, 2):
+        two["run"]["dir"] = str(tmp_path / f"run{world}")
+        two["batch"] = {"size": 6, "micro": 3}
+        launch.ranks(world, ["-m", "fastft", "train", launch.write_config(tmp_path / f"{world}.yaml", two)])
+        records = track.read(tmp_path / f"run{world}")
+        assert records[0]["world_size"] == world
+        found.append([[r for r in records if r["kind"] == kind] for kind in ("train", "mixture")])
+    (losses, mixed), (others, mixed_too) = found
+    assert [r["sources"] for r in mixed] == [r["sources"] for r in mixed_too] and len(losses) == 3
+    assert [r["loss"] for r in losses] == pytest.approx([r["loss"] for r in others], rel=1e-5)
+
+
+def test_the_name_of_a_part_is_known_to_trace(two, tmp_path):
+    """As --step shows it; a document that is in two parts is told apart by it."""
+    two["data"]["train"].append({"path": two["data"]["train"][1]["path"], "name": "again"})
+    two["train"]["steps"] = 60
+    path = launch.write_config(tmp_path / "c.yaml", weigh(two, 0.5, 0.3, 0.2))
+    place = f"{two['data']['train'][1]['path']}:3"
+    bare, general, again = (
+        steps_of(path, [], said)["steps"] for said in (place, f"general:{place}", f"again: {place}")
+    )
+    assert general and again and len(bare) == len(general) + len(again)
+    assert {e["sample"] for e in bare} == {e["sample"] for e in general} | {e["sample"] for e in again}
+    with pytest.raises(UserError, match="has no document 'other:"):
+        steps_of(path, [], f"other:{place}")
+
+
+def test_a_stage_without_a_step_is_told(two):
+    job = jobs.job_of(weigh(two, 1, 1, curriculum=[{"until": u, "weights": {"domain": 1}} for u in (0.01, 0.5)]))
+    told = [line for line in job.order.describe(24) if "has no step" in line]
+    assert len(told) == 1 and "data.curriculum: the stage until 0.01 has no step" in told[0]
 
 
 def test_a_changed_weight_needs_no_new_preparation_and_no_pack_crosses_a_source(two, tmp_path):
@@ -149,6 +186,8 @@ def test_rows_of_other_tasks_are_mixed_too(classification_config, tmp_path):
     [
         ({"train": [{"path": "a", "weight": 1}, "b"]}, "some sources have a weight, these have none: b"),
         ({"train": [{"path": "a", "weight": 0}, {"path": "b", "weight": 0}]}, "all weights are 0"),
+        ({"train": [{"path": n, "weight": 1e308} for n in "ab"]}, "data.train: the weights are too large to be added"),
+        ({"curriculum": [{"until": 5, "weights": {"a": 1e308, "b": 1e308}}]}, "until 5: the weights are too large"),
         ({"train": [{"path": "x/a.txt", "weight": 1}, {"path": "y/a.txt", "weight": 2}]}, "two sources are called 'a'"),
         ({"train": [{"path": "a", "weight": -1}]}, "weight: Input should be greater than or equal to 0"),
         ({"train": ["a"], "curriculum": [{"until": 5, "weights": {"a": 1}}]}, "no source of data.train has a weight"),

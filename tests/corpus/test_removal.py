@@ -157,6 +157,9 @@ def test_a_preparation_that_is_interrupted_goes_on_without_them(make):
 
 
 def test_what_is_no_id_is_told(make, tmp_path):
+    for ids in ([int("1" * 32)], 12, ["0" * 32, 1e308]):  # as YAML reads digits, with and without an e
+        with pytest.raises(UserError, match=r"remove: [0-9.e+]+ is what YAML makes of digits, .*the id in quotes"):
+            make("a", remove=ids)
     with pytest.raises(UserError, match="'nothing' is no id of a document, and no file of ids"):
         make("a", remove="nothing")
     (tmp_path / "ids.txt").write_text("0" * 32 + "\nabc\n")

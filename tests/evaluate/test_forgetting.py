@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -156,6 +157,43 @@ def test_the_curves_and_the_weight_that_they_suggest(runs, tmp_path):
     front = [p for p in every if p["pareto"]]
     better = [(p, q) for p in front for q in every if q["domain_gain"] > p["domain_gain"]]
     assert front and all(q["general_rise"] > p["general_rise"] for p, q in better)
+
+
+def test_runs_of_other_texts_or_tokens_are_not_compared(runs, tmp_path, caplog):
+    """By what they recorded; and a loss that is no number is JSON."""
+    for name in ("none", "other", "old"):
+        shutil.copytree(runs / "none", tmp_path / name)
+    for name, keep in (("other", True), ("old", False)):
+        path = tmp_path / name / "metrics.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            if record["kind"] == "run":
+                keys = record.pop("eval_keys")
+                record |= {"eval_keys": {**keys, "general": "0" * 32}} if keep else {}
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = tmp_path / "other" / "config.yaml"
+    config.write_text(config.read_text().replace("held_out.jsonl", "held_in.jsonl"))
+    said = r"none and .*other: their general sets are not the same: data\.eval\.general .*held_out\.jsonl and .*held_in"
+    with pytest.raises(UserError, match=said):
+        curves([tmp_path / "none", tmp_path / "other"], None, None)
+    found = curves([tmp_path / "none", tmp_path / "old"], None, None)
+    assert "old: does not say what its domain set was" in caplog.text
+    path = tmp_path / "old" / "metrics.jsonl"
+    text = path.read_text().splitlines()
+    lines = [
+        line.replace('"loss": ', '"loss": null, "was": ') if '"eval"' in line and '"step": 12' in line else line
+        for line in text
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    found = curves([tmp_path / "old"], None, None)
+    assert math.isnan(found["old"][-1].general_loss) and not found["old"][-1].pareto
+    write(found, tmp_path / "out", None, False)
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    points = json.loads((tmp_path / "out" / "forgetting.json").read_text(), parse_constant=no_constant)["points"]
+    assert points[-1]["general_perplexity"] is None and points[-2]["general_loss"] > 0
 
 
 def test_what_cannot_be_drawn_or_suggested(runs, tmp_path, monkeypatch):

@@ -39,9 +39,11 @@ def run(
     suggestion = None if budget is None else suggest(runs, found, replay, budget)
     files = write(found, out, suggestion, not data_only)
     if as_json:
+        from fastft import track
+
         more = {"suggestion": asdict(suggestion)} if suggestion else {}
         points = {name: [point.row() for point in curve] for name, curve in found.items()}
-        print(json.dumps({"runs": points, "files": list(map(str, files)), **more}))
+        print(json.dumps(track.finite({"runs": points, "files": list(map(str, files)), **more})))
         return
     from rich.markup import escape
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fastft.cli.options import JsonOpt, OverridesArg
-from fastft.errors import UserError
+from fastft.errors import UserError, did_you_mean
 from fastft.streams import results_only
 
 TEXT, PIECES, BAR = 2000, 200, 40  # characters and tokens of a document, and columns of a bar, on the terminal
@@ -71,6 +71,9 @@ def _of_corpus(
     if not (target / MANIFEST).is_file():
         if target.is_file() or (target / "config.yaml").is_file():
             raise UserError(f"{target}: is a run or its configuration.", "Say which step is shown: --batch 1.")
+        if not target.exists() and target.parent.is_dir():
+            near = [path.parent.name for path in target.parent.glob(f"*/{MANIFEST}")]
+            raise UserError(f"{target}: is not there.", did_you_mean(target.name, near) or "Make it: fastft prepare.")
         raise UserError(f"{target}: is no corpus that is complete (no {MANIFEST}).", "Make it: fastft prepare.")
     if overrides:
         raise UserError(f"fastft inspect: {overrides[0]}: a corpus has no settings any more.")

@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ def files_of(source: Source) -> list[Path]:
     path = Path(source.path)
     if not path.exists():
         siblings = sorted(p.name for p in path.parent.iterdir())[:20] if path.parent.is_dir() else []
+        near = [f"Did you mean {path.parent / name}? " for name in get_close_matches(path.name, siblings, n=1)]
         hint = (
-            f"In {path.parent} there are: {', '.join(siblings)}."
+            f"{''.join(near)}In {path.parent} there are: {', '.join(siblings)}."
             if siblings
             else f"The folder {path.parent} does not exist either."
         )
