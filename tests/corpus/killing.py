@@ -20,8 +20,8 @@ from fastft.corpus.shards import begun
 SCRIPT = """
 import sys
 from fastft.cli.main import command
-from fastft.corpus import importing, reading
-reading.BLOCK_ROWS, importing.PIECE, importing.SHARD_TOKENS = 20, 2000, 40_000
+from fastft.corpus import importing, lines, reading
+reading.BLOCK_ROWS, lines.SIZE, importing.PIECE, importing.SHARD_TOKENS = 20, 5000, 2000, 40_000
 sys.argv[0] = "fastft"
 command()
 """

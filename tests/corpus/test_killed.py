@@ -62,7 +62,7 @@ def test_removal(tmp_path, raw, whole, kills):
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=LONG)])
 def test_import(tmp_path, tiny_llama, whole, kills):
-    rows = [whole.tokens(shard)[i].tolist() for shard in range(len(whole.shards)) for i in range(40)]
+    rows = [whole.tokens(0)[i].tolist() for i in range(whole.shards[0].documents)] * 8
     (tmp_path / "in").mkdir()
     ds(tmp_path / "in" / "a.ds", rows)
     megatron(tmp_path / "in" / "b.bin", rows)
