@@ -117,7 +117,7 @@ def set_value(raw: dict, key: str, value: Any, where: str) -> None:
     (``data.train.0.weight``). UserError, which begins with ``where``, when one of them is no section.
     """
     *parents, last = key.split(".")
-    node = raw
+    node: Any = raw
     for depth, name in enumerate(parents):
         if isinstance(node, list):
             node = _entry(node, name, ".".join(parents[:depth]), where)

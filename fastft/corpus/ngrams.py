@@ -77,14 +77,34 @@ def _pieces(text: str) -> list[str]:
     return pieces
 
 
+def word_places(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where each word of ``plain_words`` begins and ends in a text, in characters, (words,) int64 each."""
+    begin, end, at = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    for piece in _pieces(text) if len(text) > _PIECE else [text]:
+        _, first, last = _borders("\n" + piece + "\n")
+        begin.append(first - 1 + at)
+        end.append(last + at)
+        at += len(piece)
+    return np.concatenate(begin), np.concatenate(end)
+
+
 def _words_of(texts: list[str], counts: np.ndarray) -> np.ndarray:
     """Hashes of their words; writes how many each text has into ``counts``.
 
     A word's hash is the sum of its characters' values, each times a power of an odd number by its place: differences of
     one running sum, divided by the power of the word's beginning.
     """
-    values, alone, powers, inverse = _tables()
-    joined = "\n" + "\n".join(texts) + "\n"
+    _, _, powers, inverse = _tables()
+    signs, first, last = _borders("\n" + "\n".join(texts) + "\n")
+    sums = np.cumsum(signs * powers[: len(signs)], dtype=np.uint64)
+    borders = np.cumsum([0, *(len(text) + 1 for text in texts)])
+    counts[: len(texts)] = np.diff(np.searchsorted(first, borders, side="right"))
+    return mixed((sums[last] - sums[first - 1]) * inverse[first])
+
+
+def _borders(joined: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of texts between line ends each character's value, and where words begin and end (with their last character)."""
+    values, alone, _, _ = _tables()
     if joined.isascii():
         codes = np.frombuffer(joined.encode("ascii"), np.uint8)
         signs, single = values[codes], None
@@ -102,11 +122,7 @@ def _words_of(texts: list[str], counts: np.ndarray) -> np.ndarray:
         cut = letters[1:] & letters[:-1] & (single[1:] | single[:-1])
         starts |= cut
         ends |= cut
-    first, last = np.flatnonzero(starts) + 1, np.flatnonzero(ends)
-    sums = np.cumsum(signs * powers[: len(signs)], dtype=np.uint64)
-    borders = np.cumsum([0, *(len(text) + 1 for text in texts)])
-    counts[: len(texts)] = np.diff(np.searchsorted(first, borders, side="right"))
-    return mixed((sums[last] - sums[first - 1]) * inverse[first])
+    return signs, np.flatnonzero(starts) + 1, np.flatnonzero(ends)
 
 
 @cache

@@ -56,6 +56,11 @@ class Count:
         self.dropped += 1
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
+    def show(self, where: str, reason: str, text: str, **more: str) -> None:
+        """A sample of what was changed in documents that stay."""
+        if sum(sample["reason"] == reason for sample in self.samples) < SAMPLES:
+            self.samples.append({"where": where, "reason": reason, "text": text[:SHOWN], **more})
+
     def add(self, other: Count) -> None:
         self.rows += other.rows
         self.changed += other.changed
@@ -211,7 +216,10 @@ class Worker:
             if reason is not None:
                 count.drop(rows.where(i), reason, before, **rule.details())
                 return False
-            count.changed += document.text is not before
+            if document.text is not before:
+                count.changed += 1
+                if (said := rule.changes()) is not None:
+                    count.show(rows.where(i), *said, **rule.details())
         document.forget()
         return True
 

@@ -10,11 +10,13 @@ import sys
 
 import corpora
 import pytest
+import transformers
 from test_duplicates import made_up
 
 import launch
 from fastft import rooms
 from fastft.corpus.build import prepare
+from fastft.corpus.ngrams import plain_words, word_places
 from fastft.corpus.rules.base import Document
 from fastft.errors import UserError
 
@@ -83,6 +85,67 @@ def test_what_is_held(tmp_path, settings, text, out):
     path = corpora.jsonl(tmp_path / "e.jsonl", texts)
     one = rule(sets=[{"path": str(path), "name": "e", "texts": "text"}], **settings)
     assert applied(one, "nothing of it at all", text) == [None, "text of e" if out else None]
+
+
+def cut(tmp_path, text: str, **settings) -> tuple[str | None, str]:
+    path = corpora.jsonl(tmp_path / "e.jsonl", [TEXT, "他们在学习中文语法和汉字的写法"])
+    one = rule(sets=[{"path": str(path), "name": "e"}], cut=settings)
+    document = Document(text)
+    one.look([document])
+    return one.apply(document), document.text
+
+
+def test_what_both_have_is_cut_out(tmp_path):
+    """With a window to the next space; parts that are too short go, too, and what is put side by side is looked at."""
+    before, after = "alpha beta gamma delta.", "Epsilon zeta, eta theta!"
+    whole = f"{before} {TEXT[:-1]} {after}"
+    assert cut(tmp_path, whole, window=0, shortest=5) == (None, f"{before}\n\n{after}")
+    assert cut(tmp_path, whole, window=8, shortest=5) == (None, "alpha beta gamma\n\nzeta, eta theta!")
+    assert cut(tmp_path, whole, window=0, shortest=24) == (None, after)
+    assert cut(tmp_path, whole, window=0, shortest=30) == ("text of e", whole)
+    assert cut(tmp_path, TEXT, window=0, shortest=1) == ("text of e", TEXT)
+    assert cut(tmp_path, before, window=0, shortest=1) == (None, before)
+    twice = f"{before} {TEXT} {after} {TEXT} {before}"
+    assert cut(tmp_path, twice, window=0, shortest=5) == (None, f"{before}\n\n{after}\n\n{before}")
+    half, rest = TEXT.split("eight ")  # neither is found; together they are what was looked for
+    nested = f"{half}{TEXT[:-1]} eight {rest}"
+    assert cut(tmp_path, nested, window=0, shortest=1)[0] == "text of e"
+    chinese = "".join(chr(0x4E00 + n) for n in range(40))
+    assert cut(tmp_path, f"{chinese}他们在学习中文语法和汉字的写法{chinese}", window=0, shortest=40) == (
+        None,
+        f"{chinese}\n\n{chinese}",
+    )
+
+
+def test_what_was_cut_out_is_counted_and_shown(tmp_path, tiny_llama):
+    texts = [corpora.prose(n, 200) for n in range(12)]
+    leaks = [f"{text} {TEXT} {text}" for text in texts[:5]]
+    source = str(corpora.jsonl(tmp_path / "t.jsonl", [*leaks, *texts[5:]]))
+    path = corpora.jsonl(tmp_path / "e.jsonl", [TEXT])
+    rules = {"decontaminate": {"sets": [str(path)], "cut": True}}
+    found = []
+    for workers in (1, 2):
+        corpus = corpora.made(tmp_path / str(workers), tiny_llama, source, rules=rules, workers=workers)
+        found.append(corpora.content(corpus.folder))
+    assert found[0] == found[1]
+    told = corpus.manifest["rules"]["decontaminate"]
+    assert (told["changed"], told["dropped"], told["found"]) == (5, 0, {"cut out: text of e": 5})
+    assert [one["where"][-2:] for one in told["samples"]] == [":1", ":2", ":3"]
+    assert all(TEXT[:60] in one["text"] and one["of"] == f"{path}:1" for one in told["samples"])
+    left = corpora.texts_of(corpus, transformers.AutoTokenizer.from_pretrained(tiny_llama))
+    assert len(left) == 12 and not any("eleven twelve" in text for text in left)
+    assert sum("\n\n" in text for text in left) == 5
+
+
+def test_places_are_those_of_the_words():
+    rng = random.Random(0)
+    for size in (*(rng.randint(0, 80) for _ in range(100)), 150_000):
+        text = "".join(rng.choices("abc AB1\n\t.,中文かaé\u0301 \U00020000\u0e01x ", k=size))
+        hashes, _ = plain_words([text])
+        begin, end = word_places(text)
+        assert len(begin) == len(end) == len(hashes)
+        for i in rng.sample(range(len(begin)), min(5, len(begin))):
+            assert plain_words([text[begin[i] : end[i]]])[0].tolist() == [hashes[i]]
 
 
 def test_a_changed_set_is_another_corpus(tmp_path, tiny_llama):

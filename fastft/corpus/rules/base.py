@@ -91,8 +91,14 @@ class Rule(ABC):
     def apply(self, document: Document) -> str | None:
         """Why the document is left out, in a few words without numbers of its own; None: it stays."""
 
+    def changes(self) -> tuple[str, str] | None:
+        """Of the document that was changed last, for a sample in the manifest: what was done, and to which text; None:
+        none is shown.
+        """
+        return None
+
     def details(self) -> dict[str, str]:
-        """More for the manifest's sample of the document that was left out last."""
+        """More for the manifest's sample of the document that was left out, or shown, last."""
         return {}
 
     def told(self) -> dict[str, Any]:

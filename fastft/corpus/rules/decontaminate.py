@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
@@ -12,7 +13,7 @@ from fastft import rooms
 from fastft.config.base import Section
 from fastft.config.corpus import Files, listed
 from fastft.corpus.files import DataFile, files_of
-from fastft.corpus.ngrams import growing, plain_words
+from fastft.corpus.ngrams import growing, plain_words, word_places
 from fastft.corpus.rules.base import Document, Rule
 from fastft.data import formats
 from fastft.data.formats.base import MISSING, value_of
@@ -27,6 +28,15 @@ class EvaluationSet(Files):
     texts: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] | None = (
         Field(None, description="Columns that are looked for, each by itself; default: all text of a row.")
     )
+
+
+class Cut(Section):
+    """What goes is the text that both have, not the document. Lengths are in characters."""
+
+    window: int = Field(
+        200, ge=0, description="Characters on either side that go, too, and to a word's end (200 as for GPT-3)."
+    )
+    shortest: int = Field(200, ge=1, description="Shorter parts that are left go, too; without any the document does.")
 
 
 Given = str | EvaluationSet | list[str | EvaluationSet]
@@ -51,6 +61,10 @@ class DecontaminateSettings(Section):
         0, ge=0, le=1, description="Share of a text's n-grams that the document must hold; 0: one is enough."
     )
 
+    cut: Cut | None = Field(
+        None, description="Cut out what both have, and keep the rest of the document; true: by the defaults."
+    )
+
     scalar = "sets"
 
     @model_validator(mode="after")
@@ -62,19 +76,20 @@ class DecontaminateSettings(Section):
 
 @rooms.RULES.register("decontaminate")
 class Decontaminate(Rule):
-    """Leaves out documents that hold text of evaluation sets, by runs of words."""
+    """Leaves out documents that hold text of evaluation sets, by runs of words, or cuts it out of them."""
 
     Settings = DecontaminateSettings
     order = 80
 
     def __init__(self, settings: DecontaminateSettings):
         super().__init__(settings)
-        self.share = settings.share
+        self.share, self.cut = settings.share, settings.cut
         self.names: list[str] = []
         self.where: list[str] = []  # of each text, with its set
         self.set_of: list[int] = []
         self.counts: list[dict[str, int]] = []
         self.last = ""
+        self.taken = "", ""  # of the document that was cut last: what was done, and the first text that went
         self.suspects: set[int] = set()  # by their id
         words = [np.zeros(0, np.uint64)]
         sizes = [np.zeros(0, np.int64)]
@@ -145,23 +160,55 @@ class Decontaminate(Rule):
         """After ``look``."""
         if id(document) not in self.suspects:
             return None
-        words, _ = plain_words([document.text])
-        held = list[np.ndarray]()
+        left, reason, gone = document.text, None, Counter[str]()
+        while (found := self._found(left)) is not None:
+            said, text, inside = found
+            if reason is None:
+                reason, self.last = said, self.where[text]
+            if self.cut is None:
+                return reason
+            spans = _spans(left, inside, self.cut.window)
+            if not gone:
+                self.taken = f"cut out: {reason}", left[slice(*_spans(left, inside, 0)[0])]
+            gone[f"cut out: {said}"] += len(spans)
+            left = _without(left, spans, self.cut.shortest)  # looked at again: what is now side by side may be a run
+        if not gone:
+            return None
+        if not left:
+            return reason
+        document.text = left
+        self.found.update(gone)
+        return None
+
+    def _found(self, text: str) -> tuple[str, int, np.ndarray] | None:
+        """What a text holds enough of: the reason, the first evaluation text of it, and whether each word is in what
+        both have, (words,) bool. None: not enough of any.
+        """
+        words, _ = plain_words([text])
+        held, places = list[np.ndarray](), list[tuple[int, np.ndarray, np.ndarray]]()
         for size, runs in enumerate(growing(words, min(self.longest, len(words))), start=1):
             if size in self.runs:
-                known, texts = self.runs[size]
-                own = np.unique(runs[self._held(size, runs)])
-                low, high = np.searchsorted(known, own), np.searchsorted(known, own, side="right")
-                held += [texts[a:b] for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+                at = self._held(size, runs)
+                held += self._texts_with(size, np.unique(runs[at]))
+                places.append((size, at, runs[at]))
         if not held:
             return None
         found, counts = np.unique(np.concatenate(held), return_counts=True)
-        enough = counts >= np.maximum(1, self.share * self.total[found])
-        if not enough.any():
+        found = found[counts >= np.maximum(1, self.share * self.total[found])]
+        if not len(found):
             return None
-        text = int(found[enough][0])
-        self.last = self.where[text]
-        return f"text of {self.names[self.set_of[text]]}"
+        inside = np.zeros(len(words), bool)
+        for size, at, runs in places:
+            for start, texts in zip(at.tolist(), self._texts_with(size, runs), strict=True):
+                inside[start : start + size] |= bool(np.isin(texts, found).any())
+        first = int(found[0])
+        return f"text of {self.names[self.set_of[first]]}", first, inside
+
+    def _texts_with(self, size: int, runs: np.ndarray) -> list[np.ndarray]:
+        """Of each run of words the evaluation texts that have it."""
+        known, texts = self.runs[size]
+        low, high = np.searchsorted(known, runs), np.searchsorted(known, runs, side="right")
+        return [texts[a:b] for a, b in zip(low.tolist(), high.tolist(), strict=True)]
 
     def _held(self, size: int, runs: np.ndarray) -> np.ndarray:
         """Where runs of words are that a text has."""
@@ -169,6 +216,9 @@ class Decontaminate(Rule):
         known = self.runs[size][0]
         at = np.minimum(np.searchsorted(known, runs[maybe]), len(known) - 1)
         return maybe[known[at] == runs[maybe]]
+
+    def changes(self) -> tuple[str, str]:
+        return self.taken
 
     def details(self) -> dict[str, str]:
         return {"of": self.last}
@@ -184,6 +234,37 @@ class Decontaminate(Rule):
     @classmethod
     def files(cls, settings: DecontaminateSettings) -> list[DataFile]:
         return [file for source in settings.sets for file in cls.files_of(source)]
+
+
+def _spans(text: str, inside: np.ndarray, window: int) -> list[tuple[int, int]]:
+    """Where what goes begins and ends, with the window around it; whole words, ascending and apart from each other."""
+    begin, end = word_places(text)
+    edges = np.diff(np.concatenate([[False], inside, [False]]).astype(np.int8))
+    spans = list[tuple[int, int]]()
+    for first, last in zip(np.flatnonzero(edges > 0).tolist(), np.flatnonzero(edges < 0).tolist(), strict=True):
+        start, stop = max(0, int(begin[first]) - window), min(len(text), int(end[last - 1]) + window)
+        start = min(start, int(begin[np.searchsorted(end, start, side="right")]))
+        stop = max(stop, int(end[np.searchsorted(begin, stop) - 1]))
+        while start and _sign(text[start - 1]):
+            start -= 1
+        while stop < len(text) and _sign(text[stop]):
+            stop += 1
+        if spans and start <= spans[-1][1]:
+            start = spans.pop()[0]
+        spans.append((start, stop))
+    return spans
+
+
+def _sign(char: str) -> bool:
+    """Whether it belongs to what is beside it: neither of a word nor between words."""
+    return not char.isalnum() and not char.isspace()
+
+
+def _without(text: str, spans: list[tuple[int, int]], shortest: int) -> str:
+    """What is left, as paragraphs; without parts that are shorter."""
+    starts, stops = [0, *(stop for _, stop in spans)], [*(start for start, _ in spans), len(text)]
+    parts = (text[start:stop].strip() for start, stop in zip(starts, stops, strict=True))
+    return "\n\n".join(part for part in parts if len(part) >= shortest)
 
 
 def _texts(where: str, record: Any, source: EvaluationSet) -> Iterator[str]:
