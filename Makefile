@@ -9,7 +9,7 @@ PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml fastft/__init__.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
-.PHONY: setup setup-test quickstart reference lint peers test test-long test-clusters bench clean
+.PHONY: setup setup-test quickstart reference lint peers test test-long test-clusters bench corpus clean
 
 setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
@@ -79,6 +79,25 @@ bench: setup-test
 	$(BIN)/python benchmarks/linear_cross_entropy.py
 	$(BIN)/python -m pip install -q matplotlib
 	$(BIN)/python benchmarks/train_step.py
+
+# Two models adapted to four domains, an encoder to one, and new tokens: an hour and a half on two cores, and what is done is not done again.
+# FASTFT_SHARED_DATA: the folder of the data sets, as for the tests; beside it is what makes the pretrained models.
+FASTFT_SHARED_DATA ?= ../shared/data
+MODELS ?= build/models
+corpus: setup-test
+	@if [ ! -d "$(FASTFT_SHARED_DATA)/corpus" ]; then \
+		echo "make corpus: skipped: the corpora are not in $(FASTFT_SHARED_DATA); set FASTFT_SHARED_DATA"; exit 0; fi; \
+	for model in smollm2 minilm; do [ -d $(MODELS)/$$model ] || \
+		$(BIN)/python "$(FASTFT_SHARED_DATA)/../models/make.py" $(MODELS) $$model || echo "no $$model: its part is skipped"; done; \
+	set -e; \
+	if [ -d $(MODELS)/smollm2 ]; then smollm2="--smollm2 $(MODELS)/smollm2"; fi; \
+	$(BIN)/python benchmarks/domains.py --data "$(FASTFT_SHARED_DATA)" $$smollm2; \
+	if [ -d $(MODELS)/minilm ]; then \
+		$(BIN)/python benchmarks/domain_encoder.py --data "$(FASTFT_SHARED_DATA)" --model $(MODELS)/minilm; fi; \
+	for domain in medical legal finance education; do for variant in plain extended; do \
+		$(BIN)/python benchmarks/vocabulary.py --model build/domains/small/pretraining/model --name small --variant $$variant \
+			--corpus "$(FASTFT_SHARED_DATA)/corpus/$$domain/train.txt.gz" --train 300000 --held-out 20000 --batch 8 --lr 5e-4; \
+	done; done
 
 clean:
 	rm -rf build dist *.egg-info fastft/*.so $(VENV) $(PEERS)

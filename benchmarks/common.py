@@ -126,7 +126,6 @@ def record(
     """
     from fastft import _C
 
-    versions = {p: metadata.version(p) for p in ("torch", "deepspeed") if _installed(p)}
     run = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": args.machine,
@@ -136,9 +135,9 @@ def record(
         "cpu_path": _C.cpu_path(),
         "compiler": _C.build_info()["compiler"],
         "python": platform.python_version(),
-        **versions,
+        **versions(("torch", "deepspeed")),
     }
-    table = _markdown(shown or rows, columns)
+    table = markdown(shown or rows, columns)
     print(table)
     if args.quick:
         return
@@ -150,6 +149,11 @@ def record(
     _rewrite(RESULTS / f"{name}.md", name, f"## {args.threads} threads, heap {run['heap']}{forced}", run, table)
 
 
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Of those that are installed."""
+    return {package: metadata.version(package) for package in packages if _installed(package)}
+
+
 def _installed(package: str) -> bool:
     try:
         metadata.version(package)
@@ -158,7 +162,8 @@ def _installed(package: str) -> bool:
     return True
 
 
-def _markdown(rows: list[dict], columns: dict[str, str]) -> str:
+def markdown(rows: list[dict], columns: dict[str, str]) -> str:
+    """A table: columns are keys of the rows with the format of their values; - where a row has none."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [

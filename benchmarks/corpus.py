@@ -88,7 +88,7 @@ def mapped(folder: Path, tokenizer: str, rules: tuple[str, ...]) -> dict:
     end = loaded.eos_token_id
 
     def work(batch: dict) -> dict:
-        texts = _cleaned(batch["text"], rules) if rules else batch["text"]
+        texts = cleaned(batch["text"], rules) if rules else batch["text"]
         ids = [token for row in loaded(texts)["input_ids"] for token in (*row, end)] if texts else []
         return {"input_ids": [ids[at : at + LENGTH] for at in range(0, len(ids), LENGTH)]}
 
@@ -98,7 +98,7 @@ def mapped(folder: Path, tokenizer: str, rules: tuple[str, ...]) -> dict:
     return {"seconds": seconds, "documents": len(data), "tokens": sum(map(len, found["input_ids"]))}
 
 
-def _cleaned(texts: list[str], rules: tuple[str, ...]) -> list[str]:
+def cleaned(texts: list[str], rules: tuple[str, ...]) -> list[str]:
     from fastft import rooms
     from fastft.corpus.rules.base import Document
 

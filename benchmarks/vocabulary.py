@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
 from common import RESULTS, default_machine
 
 from fastft import config as configuration
@@ -23,14 +24,29 @@ from fastft.config import Model
 from fastft.models import load, vocabulary
 from fastft.train import loop
 
-COLUMNS = ("model", "corpus", "variant", "new_tokens", "tokens_per_character", "before", "after", "seconds")
+COLUMNS = {
+    "model": "s",
+    "corpus": "s",
+    "variant": "s",
+    "new_tokens": ",",
+    "tokens_per_document": ",.0f",
+    "tokens_per_character": ".4f",
+    "before": ".4f",
+    "after": ".4f",
+    "train_characters": ",",
+    "lr": "g",
+    "seconds": ".0f",
+    "machine": "s",
+}
 
 
-def split(path: Path, train: int, held_out: int) -> tuple[list[str], list[str], list[str]]:
-    """Documents to choose tokens from, to learn (about ``train`` characters of them), and to measure on."""
+def split(path: Path, train: int, held_out: int) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Documents to choose tokens from, to learn (about ``train`` characters of them), to measure on (about
+    ``held_out``), and those that are held out, whole.
+    """
     documents = [d for d in gzip.decompress(path.read_bytes()).decode().split("\n\n") if d.strip()]
     cut = len(documents) * 9 // 10
-    return documents[:cut], _about(documents[:cut], train), _about(documents[cut:], held_out)
+    return documents[:cut], _about(documents[:cut], train), _about(documents[cut:], held_out), documents[cut:]
 
 
 def _about(documents: list[str], characters: int) -> list[str]:
@@ -43,7 +59,7 @@ def _about(documents: list[str], characters: int) -> list[str]:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
-    rest, learned, held_out = split(args.corpus, args.train, args.held_out)
+    rest, learned, held_out, whole = split(args.corpus, args.train, args.held_out)
     model, new = args.model, 0
     if args.variant == "extended":
         tokenizer = load.tokenizer(Model(path=model))
@@ -57,22 +73,24 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         "task": "causal_lm",
         "model": {"path": model, "dtype": "fp32"},
         "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl")},
-        "batch": {"size": 2},
+        "batch": {"size": args.batch},
         "optim": {"lr": args.lr, "warmup": 0.1, "schedule": "cosine"},
         "train": {"epochs": 1, "eval_at_start": True, "log_every": 1},
         "run": {"dir": str(folder / "run"), "offline": True, "device": "cpu"},
     }
     config["data"] |= {"max_length": 256, "truncation": "split"}
+    lengths = [len(ids) for ids in load.tokenizer(Model(path=model))(whole)["input_ids"]]
     start = time.perf_counter()
     loop.train(configuration.validate(config))
     records = [r for r in track.read(folder / "run") if r["kind"] == "eval"]
     characters = sum(map(len, held_out))
     per_character = [record["loss"] * record["tokens"] / characters for record in (records[0], records[-1])]
     return {
-        "model": Path(args.model).name,
+        "model": args.name or Path(args.model).name,
         "corpus": args.corpus.parent.name,
         "variant": args.variant,
         "new_tokens": new,
+        "tokens_per_document": sum(lengths) / len(lengths),
         "tokens_per_character": records[0]["tokens"] / characters,
         "before": per_character[0],
         "after": per_character[1],
@@ -87,22 +105,25 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
 def page(rows: list[dict]) -> str:
     title, _, about = str(__doc__).split("\n\n")
     lines = ["# vocabulary", "", title, "", about.strip(), ""]
-    lines += ["| " + " | ".join((*COLUMNS, "characters learned", "machine")) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for row in rows:
-        cells = [f"{row[name]:.4f}" if isinstance(row[name], float) else f"{row[name]}" for name in COLUMNS]
-        lines.append("| " + " | ".join([*cells, f"{row['train_characters']:,}", row["machine"]]) + " |")
-    lines += ["", "before, after: nats a character of the held-out text. seconds: training and both evaluations."]
+    lines += common.markdown(rows, COLUMNS).splitlines()
+    lines += [
+        "",
+        "before, after: nats a character of the held-out text. tokens_per_document: of the held-out documents, whole. "
+        "seconds: training and both evaluations.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--name", help="how the record names the model; default: its folder's name")
     parser.add_argument("--corpus", required=True, type=Path)
     parser.add_argument("--variant", required=True, choices=["plain", "extended"])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--train", type=int, default=20_000, help="characters to learn")
     parser.add_argument("--held-out", type=int, default=8_000)
+    parser.add_argument("--batch", type=int, default=2, help="sequences of 256 tokens in a step")
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--machine", default=default_machine())
     parser.add_argument("--results", type=Path, default=RESULTS)

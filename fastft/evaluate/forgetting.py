@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,14 @@ def curves(runs: list[Path], domain: str | None, general: str | None) -> dict[st
     for folder in runs[1:]:
         _check_alike([runs[0], folder], configs, sets)
     found = {name: _curve(name, folder, *sets[folder]) for name, folder in names.items()}
+    return marked(found)
+
+
+def marked(found: dict[str, list[Point]]) -> dict[str, list[Point]]:
+    """The same with ``pareto`` of every point."""
     points = [point for curve in found.values() for point in curve]
     return {
-        name: [
-            Point(**{**asdict(p), "pareto": _measured(p) and not any(_dominates(q, p) for q in points)}) for p in curve
-        ]
+        name: [replace(p, pareto=_measured(p) and not any(_dominates(q, p) for q in points)) for p in curve]
         for name, curve in found.items()
     }
 
