@@ -4,8 +4,8 @@
 
 The encoder learns masked tokens of the medical corpus of benchmarks/domains.py, from which what the tasks are tested on
 is left out, too; then the two tasks begin from it (adapted) and from what it was before (plain), with the same rows,
-settings and seed of the new head: ``qtype``, the kind of a medical question by its answer (instruct/medquad_qa), and
-``entities``, chemicals and diseases (ner/bc5cdr).
+settings and seed of the new head: ``qtype``, the kind of a medical question by its answer (instruct/medquad_qa; kinds
+that are in the training rows), and ``entities``, chemicals and diseases (ner/bc5cdr).
 
 The adapted encoder is one, the seeds are the tasks'. Every row is added to results/domain_encoder.jsonl when it is
 there, and is not made again with the same settings; results/domain_encoder.md is made from the rows.
@@ -61,9 +61,13 @@ class Bench:
     def write_tasks(self) -> None:
         """Rows of the tasks, and the texts that they are tested on."""
         count, held = self.args.rows, self.args.held
-        for split, file, most in (("train", "train.jsonl.gz", count), ("test", "dev.jsonl", held)):
-            lines = _read(self.args.data / "instruct" / "medquad_qa" / file).splitlines()
-            (self.work / f"qtype.{split}.jsonl").write_text("\n".join(lines[:most]) + "\n")
+        folder = self.args.data / "instruct" / "medquad_qa"
+        train = [json.loads(line) for line in _read(folder / "train.jsonl.gz").splitlines()[:count]]
+        known = {row["qtype"] for row in train}
+        test = [json.loads(line) for line in _read(folder / "dev.jsonl").splitlines()]
+        test = [row for row in test if row["qtype"] in known][:held]
+        for split, chosen in (("train", train), ("test", test)):
+            (self.work / f"qtype.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
         for split, file, most in (("train", "train.conll.gz", count), ("test", "dev.conll.gz", held)):
             sentences = _read(self.args.data / "ner" / "bc5cdr" / file).split("\n\n")[:most]
             (self.work / f"entities.{split}.conll").write_text("\n\n".join(sentences) + "\n")
@@ -174,7 +178,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40, help="of masked language modeling")
     parser.add_argument("--adapt-lr", type=float, default=2e-4)
-    parser.add_argument("--rows", type=int, default=320, help="of each task's training")
+    parser.add_argument("--rows", type=int, default=240, help="of each task's training")
     parser.add_argument("--held", type=int, default=300, help="rows of each task's test, at most")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--lr", type=float, default=2e-4)

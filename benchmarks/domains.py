@@ -79,7 +79,7 @@ class Budget:
 
 BUDGETS = {
     "smollm2": Budget(8, 2, 256, 4, 500, 10, {"full": 1e-4, "lora": 1e-3}),
-    "small": Budget(40, 8, 256, 10, 1500, 10, {"full": 5e-4, "lora": 5e-3}, pretraining=200),
+    "small": Budget(24, 8, 256, 6, 1500, 10, {"full": 5e-4, "lora": 5e-3}, pretraining=200),
 }
 QUICK = Budget(2, 2, 64, 1, 300, 3, {"full": 1e-4, "lora": 1e-3}, pretraining=2)
 
