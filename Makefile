@@ -96,7 +96,7 @@ corpus: setup-test
 		$(BIN)/python benchmarks/domain_encoder.py --data "$(FASTFT_SHARED_DATA)" --model $(MODELS)/minilm; fi; \
 	for domain in medical legal finance education; do for variant in plain extended; do \
 		$(BIN)/python benchmarks/vocabulary.py --model build/domains/small/pretraining/model --name small --variant $$variant \
-			--corpus "$(FASTFT_SHARED_DATA)/corpus/$$domain/train.txt.gz" --train 300000 --held-out 20000 --batch 8 --lr 5e-4; \
+			--corpus "$(FASTFT_SHARED_DATA)/corpus/$$domain/train.txt.gz" --train 150000 --held-out 10000 --batch 8 --lr 5e-4; \
 	done; done
 
 clean:
