@@ -249,12 +249,12 @@ def markdown(args: argparse.Namespace, kept: list[dict], begun: list[dict]) -> s
     head = __doc__.partition("\n\n    python")[0] + "\n\n" + __doc__.partition("memory]\n")[2].strip()
     out = ["# corpus_memory", "", head, "", f"{args.machine}; {time.strftime('%Y-%m-%d')}; {versions}", ""]
     columns = "MB of input | documents | duplicates | processes | sum above imports, MB | allowed | highest of one "
-    columns += "process | of a worker | imports of all | highest VmHWM | MB/s"
-    out += [f"| {columns} |", "|" + "---|" * 11]
+    columns += "process | of a worker | imports of all | highest VmHWM"
+    out += [f"| {columns} |", "|" + "---|" * 10]
     for row in kept:
         mb = {key: f"{row[key] / 1e6:,.0f}" for key in ("above", "allowed", "first", "worker", "imports", "resident")}
         cells = [f"{row['MB']:,.0f}", f"{row['documents']:,}", row["duplicates"], row["processes"], *mb.values()]
-        out.append("| " + " | ".join(map(str, [*cells, f"{row['MB'] / row['seconds']:.1f}"])) + " |")
+        out.append("| " + " | ".join(map(str, cells)) + " |")
     out += [
         "",
         "| tokens | seconds to the first step, median | lowest to highest | more than 10^6 | of computing | more |",

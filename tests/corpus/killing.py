@@ -48,11 +48,11 @@ def raw_corpus(folder: Path, tokenizer: Path) -> dict:
     }
 
 
-def fastft(folder: Path, *arguments, pipe: bool = False):
-    """Start it with small blocks."""
+def fastft(folder: Path, *arguments, pipe: bool = False, env: dict[str, str] | None = None):
+    """Start it with small blocks. ``env``: variables that no import reads."""
     script = folder / "command.py"
     script.write_text(SCRIPT)
-    return launch.start_python([script, *arguments], {}, pipe)
+    return launch.start_python([script, *arguments], env or {}, pipe)
 
 
 def alive(group: int) -> bool:
@@ -69,7 +69,7 @@ def done(process, timeout: float = 120) -> str:
     return said
 
 
-def killed(folder: Path, kills: int, prepared: Callable[[Path], list], seed: int = 0) -> int:
+def killed(folder: Path, kills: int, prepared: Callable[[Path], list], seed: int = 0, **start) -> int:
     """Kill a command so many times, in folders of its own; each is then run to its end, and has the bytes of a run that
     nothing disturbed. Returns how many of the kills left a corpus that is in part there.
 
@@ -77,9 +77,11 @@ def killed(folder: Path, kills: int, prepared: Callable[[Path], list], seed: int
     ----------
     prepared : callable
         Makes what the command needs in a folder, which writes to ``out`` there; returns its arguments.
+    start
+        For ``fastft``.
     """
     (folder / "whole").mkdir()
-    process, start = fastft(folder / "whole", *prepared(folder / "whole")), time.monotonic()
+    process, start = fastft(folder / "whole", *prepared(folder / "whole"), **start), time.monotonic()
     done(process)
     within, wanted = time.monotonic() - start, corpora.content(folder / "whole" / "out")
     rng, left, number, parts = random.Random(seed), kills, 0, 0
@@ -88,7 +90,7 @@ def killed(folder: Path, kills: int, prepared: Callable[[Path], list], seed: int
         one.mkdir()
         arguments = prepared(one)
         for _ in range(min(left, IN_A_ROW)):
-            process = fastft(one, *arguments)
+            process = fastft(one, *arguments, **start)
             try:
                 process.wait(rng.random() * within)
             except subprocess.TimeoutExpired:
@@ -100,7 +102,7 @@ def killed(folder: Path, kills: int, prepared: Callable[[Path], list], seed: int
             if process.returncode:
                 left -= 1
                 parts += begun(one / "out")
-        done(fastft(one, *arguments))
+        done(fastft(one, *arguments, **start))
         assert corpora.content(one / "out") == wanted
         assert not list(one.glob("*.lock")) and not list(one.glob(".*"))
         shutil.rmtree(one)
