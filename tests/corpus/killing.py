@@ -69,7 +69,7 @@ def done(process, timeout: float = 120) -> str:
     return said
 
 
-def killed(folder: Path, kills: int, prepared: Callable[[Path], list], seed: int = 0, **start) -> int:
+def killed(folder: Path, kills: int, prepared: Callable[[Path], list], seed: int = 0, **how) -> int:
     """Kill a command so many times, in folders of its own; each is then run to its end, and has the bytes of a run that
     nothing disturbed. Returns how many of the kills left a corpus that is in part there.
 
@@ -77,11 +77,11 @@ def killed(folder: Path, kills: int, prepared: Callable[[Path], list], seed: int
     ----------
     prepared : callable
         Makes what the command needs in a folder, which writes to ``out`` there; returns its arguments.
-    start
+    how
         For ``fastft``.
     """
     (folder / "whole").mkdir()
-    process, start = fastft(folder / "whole", *prepared(folder / "whole"), **start), time.monotonic()
+    process, start = fastft(folder / "whole", *prepared(folder / "whole"), **how), time.monotonic()
     done(process)
     within, wanted = time.monotonic() - start, corpora.content(folder / "whole" / "out")
     rng, left, number, parts = random.Random(seed), kills, 0, 0
@@ -90,7 +90,7 @@ def killed(folder: Path, kills: int, prepared: Callable[[Path], list], seed: int
         one.mkdir()
         arguments = prepared(one)
         for _ in range(min(left, IN_A_ROW)):
-            process = fastft(one, *arguments, **start)
+            process = fastft(one, *arguments, **how)
             try:
                 process.wait(rng.random() * within)
             except subprocess.TimeoutExpired:
@@ -102,7 +102,7 @@ def killed(folder: Path, kills: int, prepared: Callable[[Path], list], seed: int
             if process.returncode:
                 left -= 1
                 parts += begun(one / "out")
-        done(fastft(one, *arguments, **start))
+        done(fastft(one, *arguments, **how))
         assert corpora.content(one / "out") == wanted
         assert not list(one.glob("*.lock")) and not list(one.glob(".*"))
         shutil.rmtree(one)
