@@ -15,11 +15,16 @@ from fastft.errors import UserError
 
 SIZE = 1 << 20  # bytes of lines that are worked on together, at least
 
-loads: Callable[[bytes], Any] | None
-try:
-    from orjson import loads
-except ImportError:
-    loads = None
+
+def _orjson() -> Callable[[bytes], Any] | None:
+    try:
+        from orjson import loads
+    except ImportError:
+        return None
+    return loads
+
+
+loads = _orjson()
 
 
 def checked(value: Any, most: int) -> tuple[str | None, str, str]:

@@ -190,32 +190,30 @@ def python_path() -> str:
     return os.pathsep.join(path for path in sys.path if path)
 
 
-def serve(fd: int) -> None:
+def serve(fd: int) -> NoReturn:
     """A process of a pool: works on the blocks that come from a connection until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's end is ours
     pipe = Connection(fd)
-    blocks: queue.Queue[Any] = queue.Queue()  # so that sending never waits for us: at most HELD are under way
+    blocks: queue.Queue[bytes] = queue.Queue()  # so that sending never waits for us: at most HELD are under way
     threading.Thread(target=_receive, args=(pipe, blocks), daemon=True).start()
     import_module("fastft.corpus.work")  # while whoever started this one gets ready
-    setup = blocks.get()
-    work = ready(setup) if setup is not None else None
+    work = ready(pickle.loads(blocks.get()))
     gc.freeze()  # what is made for a block is in no cycle, and there is much of it
     gc.set_threshold(100_000, 20, 20)
-    while work is not None and (block := blocks.get()) is not None:
-        try:
-            pipe.send_bytes(answer(work, block))
-        except OSError:
-            break
-    os._exit(0)  # past the thread, which may be waiting
-
-
-def _receive(pipe: Connection, blocks: queue.Queue[Any]) -> None:
     while True:
         try:
-            blocks.put(pickle.loads(pipe.recv_bytes()))
+            pipe.send_bytes(answer(work, pickle.loads(blocks.get())))
+        except OSError:
+            os._exit(0)
+
+
+def _receive(pipe: Connection, blocks: queue.Queue[bytes]) -> None:
+    """Until the other end is gone, and then this process is over: nobody waits for what it has in work."""
+    while True:
+        try:
+            blocks.put(pipe.recv_bytes())
         except (EOFError, OSError):
-            blocks.put(None)
-            return
+            os._exit(0)
 
 
 def ready(setup: tuple[Any, ...]) -> Work:
