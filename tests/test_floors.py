@@ -14,6 +14,7 @@ FLOORS = {
     "versions": -1,
     "registry": -1,
     "launch": 0,
+    "mapped": 0,
     "rooms": 0,
     "config": 1,
     "ops": 2,

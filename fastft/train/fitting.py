@@ -80,13 +80,20 @@ def settle(loop: Loop) -> None:
     if job.ranks.device.type == "cuda":
         torch.cuda.empty_cache()
     tokens = found * width // job.ranks.sequence_world
-    if found == most and share > 0:  # not the memory ended it: evaluations may take more at once
-        tokens = max(tokens, min(FORWARD_TOKENS, int(tokens / share)))
+    if found == most:  # not the memory ended it: evaluations may take more at once
+        tokens = max(tokens, in_room(tokens, share))
     batch = job.config.batch.changed(micro_tokens=tokens)
     job.config = job.task.config = job.config.changed(batch=batch)
     if job.ranks.main:
         whole = " (a rank's whole share of a step)" if found == most else ""
         log.warning("batch.micro_tokens: auto: %d rows of %d tokens%s", found, width, whole)
+
+
+def in_room(tokens: int, share: float) -> int:
+    """Tokens that fit where so many take a share of the room, but not more than the default. A share of 0 or less: the
+    process had the memory that they take.
+    """
+    return FORWARD_TOKENS if share <= 0 else min(FORWARD_TOKENS, int(tokens / share))
 
 
 def largest(used: Callable[[int], float], most: int) -> tuple[int, float]:

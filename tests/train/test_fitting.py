@@ -11,7 +11,7 @@ from train.test_resume import RUNS, curve
 import launch
 from fastft import config as configuration
 from fastft.errors import UserError
-from fastft.train.fitting import explained, free_memory, largest
+from fastft.train.fitting import explained, free_memory, in_room, largest
 
 
 @given(fixed=st.floats(0, 1.5), row=st.floats(1e-6, 1.5), most=st.integers(1, 5000), hidden=st.floats(0, 1))
@@ -143,3 +143,7 @@ def test_auto_needs_a_cut_that_goes_by_it():
     batch = {"micro": 4, "micro_tokens": "auto"}
     with pytest.raises(UserError, match=r"needs batch\.micro: auto"):
         configuration.validate({"task": "causal_lm", "model": {"path": "x"}, "batch": batch})
+
+
+def test_what_evaluations_may_take():
+    assert [in_room(512, share) for share in (0.5, 0.01, 0.0, -0.1)] == [1024, 16384, 16384, 16384]
