@@ -41,9 +41,9 @@ def empty(folder: Path, shape: torch.Size | tuple[int, ...], dtype: torch.dtype)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        size = numel * dtype.itemsize / 1e9
+        size = numel * dtype.itemsize / 1e6
         raise UserError(
-            f"{folder}: {e.strerror}: no room for {size:.1f} GB of the run's state.",
+            f"{folder}: {e.strerror}: no room for {size:,.1f} MB of the run's state.",
             "Make room, or choose another folder in parallel.offload_dir.",
         ) from None
     finally:

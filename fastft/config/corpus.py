@@ -1,6 +1,5 @@
 """What `fastft prepare` reads: the sources of a corpus, the rules that clean them, and where the tokens go."""
 
-import codecs
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -45,7 +44,7 @@ class Files(Source):
     @classmethod
     def _known(cls, value: str) -> str:
         try:
-            codecs.lookup(value)
+            "".encode(value)  # a codec that is of text
         except LookupError:
             raise ValueError(f"{value!r} is no text encoding that Python knows") from None
         return value

@@ -100,15 +100,25 @@ def _apply_override(raw: dict, override: str) -> None:
     set_value(raw, key, value, f"Override {override!r}")
 
 
-def _entry(entries: list, name: str, key: str, where: str) -> Any:
-    """An entry of a list (``data.train``), by its number from 0; a path alone becomes a mapping. UserError for none."""
+OF_PATHS = ("data.train", "sources")  # lists in which a path stands for files
+
+
+def _entry(entries: list, name: str, key: str, where: str, inside: bool = True) -> Any:
+    """An entry of a list (``data.train``), by its number from 0; a path alone becomes a mapping. UserError for none,
+    and where something ``inside`` an entry is meant that has no keys.
+    """
     if not name.isdecimal() or int(name) >= len(entries):
         raise UserError(
             f"{where}: {key!r} is a list of {len(entries)} in the file, which has no {name!r}.",
             f"Its entries have numbers: {key}.0 is the first; {key}='[...]' replaces the list.",
         )
-    if isinstance(entry := entries[int(name)], str):
+    entry = entries[int(name)]
+    if isinstance(entry, str) and key in OF_PATHS:
         entry = entries[int(name)] = {"path": entry}
+    if inside and not isinstance(entry, dict | list):
+        raise UserError(
+            f"{where}: {key}.{name} is {entry!r} in the file, not a section.", f"Give the whole: {key}='[...]'."
+        )
     return entry
 
 
@@ -137,7 +147,7 @@ def set_value(raw: dict, key: str, value: Any, where: str) -> None:
             )
         node = child
     if isinstance(node, list):
-        _entry(node, last, ".".join(parents), where)
+        _entry(node, last, ".".join(parents), where, inside=False)
         node[int(last)] = value
         return
     if parents == ["data"]:  # an override by an older name beside the file's newer one, or the other way round

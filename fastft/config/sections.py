@@ -279,7 +279,7 @@ class Parallel(Section):
                 f"(here {self.zero})"
             )
         if self.offload_dir is not None and self.offload is None:
-            raise ValueError("parallel.offload_dir needs parallel.offload: optimizer or parameters")
+            raise ValueError("offload_dir needs offload: optimizer or parameters; or set offload_dir: null")
         return self
 
 

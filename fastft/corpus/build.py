@@ -26,7 +26,7 @@ from fastft.corpus.manifest import left_out, manifest_of
 from fastft.corpus.minhash import VERSION
 from fastft.corpus.output import JOBS, NEAR, SCRATCH
 from fastft.corpus.pool import in_order
-from fastft.corpus.reading import Block, Position, Reader, fault
+from fastft.corpus.reading import BLOCK_CHARACTERS, Block, Position, Reader, fault
 from fastft.corpus.removal import Removal
 from fastft.corpus.rules.base import chosen
 from fastft.corpus.shards import (
@@ -46,6 +46,7 @@ from fastft.files import digest, remove
 
 log = logging.getLogger(__name__)
 
+LOOKED = 64  # blocks of a source in which texts are looked for that tell about the tokenizer
 CODE = 3  # raise it when the same files and settings give another corpus
 NO_PART_OF_THE_KEY = {"output", "workers", "executor", "encoder", "tokenizer", "revision", "remove"}
 Report = Callable[["Build"], None]
@@ -192,9 +193,12 @@ class Build:
         each = max(1, tokens.SAMPLE // len(self.files))
         found = []
         for number in range(len(self.files)):
-            reader = Reader(self.config, self.files, [[] for _ in self.files])
-            for block in islice(reader.blocks(Position(number)), 1):
-                found += [text[: tokens.LONGEST] for text in block.rows.rows()[0].texts[:each]]
+            reader, own = Reader(self.config, self.files, [[] for _ in self.files]), list[str]()
+            for block in islice(reader.blocks(Position(number)), LOOKED):
+                own += block.rows.rows()[0].texts if block.source == number else []
+                if len(own) >= each or sum(map(len, own)) >= BLOCK_CHARACTERS or block.source > number:
+                    break
+            found += [text[: tokens.LONGEST] for text in own[:each]]
         return found
 
     def _take(self, block: Block, done: Done) -> None:

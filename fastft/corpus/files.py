@@ -87,8 +87,8 @@ class DataFile:
 
     @property
     def as_it_lies(self) -> bool:
-        """Whether what has been read of it is what lies there, on this machine."""
-        return "://" not in self.where and not self.too_long and self.content is self.raw
+        """Whether its bytes are what lies there, on this machine, as long as no line was passed over."""
+        return "://" not in self.where and self.content is self.raw
 
     @property
     def utf8(self) -> bool:

@@ -10,9 +10,10 @@ from typing import Any
 from fastft.corpus.work import Count, Rows
 from fastft.data.formats import readable
 from fastft.data.formats.base import MISSING, Record, Unreadable, value_of
-from fastft.data.formats.jsonl import parse
+from fastft.data.formats.jsonl import DEEPEST, parse
 from fastft.errors import UserError
 
+TOO_LONG = "longer than max_document_bytes"
 SIZE = 1 << 20  # bytes of lines that are worked on together, at least
 
 
@@ -42,7 +43,7 @@ def checked(value: Any, most: int) -> tuple[str | None, str, str]:
         size = len(value) if value.isascii() else len(value.encode())
     except UnicodeEncodeError:
         return None, "half a character", value.encode(errors="replace").decode()[:100]
-    return (value, "", "") if size <= most else (None, "longer than max_document_bytes", value[:100])
+    return (value, "", "") if size <= most else (None, TOO_LONG, value[:100])
 
 
 @dataclass
@@ -64,6 +65,8 @@ class Lines:
     path, at : str and int
         Where the lines are read again by a process of this machine; no path where they do not lie in a file as they
         are.
+    too_long : tuple of int
+        Numbers of lines that were passed over, and are empty here.
     """
 
     content: bytes
@@ -74,6 +77,7 @@ class Lines:
     most: int
     path: str = ""
     at: int = 0
+    too_long: tuple[int, ...] = ()
 
     def here(self) -> Lines | Placed:
         """What stands for them in another process of this machine."""
@@ -104,6 +108,9 @@ class Lines:
                 if text is None or len(text) > most:
                     record = self._record(number, line)
                     if record is None:
+                        if number in self.too_long:
+                            count.rows += 1
+                            count.drop(f"{self.name}{number}", TOO_LONG, "")
                         continue
                     text, reason, shown = checked(value_of(record, column), self.most)
                     if text is None:
@@ -174,7 +181,7 @@ def _quickly(line: bytes, column: str) -> str | None:
     """A line's text by orjson, where Python's own decoder says the same of it; None where it may not (a key twice, of
     which orjson takes the last), where it is no text, and where orjson is not there.
     """
-    if loads is None:
+    if loads is None or line.count(b"[") + line.count(b"{") > DEEPEST:
         return None
     try:
         record = loads(line)

@@ -138,9 +138,14 @@ class _Process(Piped):
         ours, theirs = socket.socketpair()
         code = "import sys; from fastft.corpus.pool import serve; serve(int(sys.argv[1]))"
         command = [sys.executable, "-c", code, str(theirs.fileno())]
-        self.process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": python_path()}
-        )
+        # Ctrl-C is the parent's; a process keeps the signals that are blocked when it is made.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": python_path()}
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.pipe = Connection(ours.detach())
 
@@ -192,7 +197,6 @@ def python_path() -> str:
 
 def serve(fd: int) -> NoReturn:
     """A process of a pool: works on the blocks that come from a connection until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's end is ours
     pipe = Connection(fd)
     blocks: queue.Queue[bytes] = queue.Queue()  # so that sending never waits for us: at most HELD are under way
     threading.Thread(target=_receive, args=(pipe, blocks), daemon=True).start()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from fastft.config.corpus import CorpusConfig
 from fastft.corpus import lines
 from fastft.corpus.files import DataFile
-from fastft.corpus.lines import Lines, checked, cut, lines_in
+from fastft.corpus.lines import TOO_LONG, Lines, checked, cut, lines_in
 from fastft.corpus.work import Count, Rows
 from fastft.data import formats
 from fastft.data.formats.base import MISSING, value_of
@@ -86,6 +86,7 @@ class Reader:
         rows = _Rows(self, number, at, names)
         for file_number in range(at.file, len(self.files[number])):
             file = self.current = self.files[number][file_number]
+            file.too_long.clear()
             passed = at.records if file_number == at.file else 0
             if file.format != "jsonl" or not file.utf8:
                 yield from rows.of_file(file_number, passed)
@@ -113,15 +114,17 @@ class Reader:
         """A file of JSON lines, as bytes: who works on them takes them apart. ``passed``: lines that are done."""
         file, column = self.files[number][file_number], self.config.sources[number].text
         name, first, at, place = f"{file}:", 1, 0, None
-        look = _Column(column)
+        look, as_it_lies = _Column(column), True
         for content in chunks:
             if first == 1 and content.startswith(codecs.BOM_UTF8):
                 content, at = content[3:], 3
             behind = first + lines_in(content)
-            if content.strip():
+            as_it_lies = as_it_lies and file.as_it_lies and not file.too_long
+            path = file.where if as_it_lies else ""
+            long = _taken(file.too_long, behind)
+            if content.strip() or long:
                 place = names.place(name)
-                path = file.where if file.as_it_lies else ""
-                part = Lines(content, first, name, place, column, self.config.max_document_bytes, path, at)
+                part = Lines(content, first, name, place, column, self.config.max_document_bytes, path, at, long)
                 look.look_at(part, self.config.unreadable == "error")
                 if first > passed:
                     yield Block(part, number, file_number, Position(number, file_number, behind - 1))
@@ -197,10 +200,12 @@ class _Rows:
     def of_small(self, number: int, content: bytes) -> Iterator[Block]:
         """``content``: all lines of a file of JSON lines."""
         file, column, block = self.files[number], self.source.text, self.block
-        content = content.removeprefix(codecs.BOM_UTF8)
-        if content.strip():
+        content, error = content.removeprefix(codecs.BOM_UTF8), None
+        long = _taken(file.too_long, 1 + lines_in(content) if content else 1)
+        if content.strip() or long:
             name = f"{file}:"
-            part = Lines(content, 1, name, self.names.place(name), column, self.config.max_document_bytes)
+            most = self.config.max_document_bytes
+            part = Lines(content, 1, name, self.names.place(name), column, most, too_long=long)
             look = _Column(column)
             look.look_at(part, self.config.unreadable == "error")
             look.end()
@@ -212,7 +217,8 @@ class _Rows:
             block.read.add(read)
             if error is not None:
                 block.broken[file.where] = fault(error, self.config)
-        self._end(number, bool(content.strip() or file.too_long))
+                file.too_long.clear()  # behind the fault
+        self._end(number, bool(content.strip() or long))
         if self._full():
             yield block
             self._begin(block.end)
@@ -303,9 +309,16 @@ def fault(error: UserError, config: CorpusConfig) -> str:
     return error.message
 
 
+def _taken(numbers: list[int], before: int) -> tuple[int, ...]:
+    """Those before a number, which are then no more in the list."""
+    found = tuple(number for number in numbers if number < before)
+    numbers[:] = [number for number in numbers if number >= before]
+    return found
+
+
 def _passed_over(file: DataFile, block: Block) -> None:
     """Count the lines that were too long to be held; at the end, for a file is read ahead of its rows."""
     for line in file.too_long:
         block.read.rows += 1
-        block.read.drop(f"{file}:{line}", "longer than max_document_bytes", "")
+        block.read.drop(f"{file}:{line}", TOO_LONG, "")
     file.too_long.clear()

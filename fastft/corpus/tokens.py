@@ -206,6 +206,8 @@ def choose(facts: TokenizerFacts, wanted: str, sample: list[str]) -> tuple[bool,
     try:
         if facts.split:
             raise ValueError("split_special_tokens")
+        if not sample:
+            raise ValueError("there is no document to compare them on")
         fast = _Gigatoken(facts)
     except ImportError:
         why = "gigatoken is not installed"

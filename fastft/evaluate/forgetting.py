@@ -125,6 +125,8 @@ def _sets(config: Config, folder: Path, domain: str | None, general: str | None)
                 f"{did_you_mean(name, config.data.eval)} --{key} names it.",
             )
         chosen.append(name)
+    if chosen[0] == chosen[1]:
+        raise UserError(f"{folder}: {chosen[0]!r} is both the domain and the general set.", "--general names another.")
     return chosen[0], chosen[1]
 
 

@@ -153,3 +153,42 @@ def test_small_files_are_worked_on_together(tmp_path, tiny_llama):
     (raw / "15.jsonl").write_text('{"txt": "no such column"}')
     with pytest.raises(UserError, match=r"15\.jsonl:1: no column 'text'.*\n.*txt"):
         list(Reader(config, files, [[]]).blocks(Position()))
+
+
+@pytest.mark.parametrize("size", [2000, 1 << 20])
+def test_long_lines_are_counted_once_and_where_they_are(tmp_path, tiny_llama, monkeypatch, size):
+    """Before a fault, behind it, last and without an end; whoever reads the sample has read them before."""
+    monkeypatch.setattr(lines, "SIZE", size)
+    rows = [json.dumps({"text": f"row {i} of many"}) for i in range(200)]
+    for i in (3, 100, 150, 199):
+        rows[i] = json.dumps({"text": "y" * 9000})
+    path = tmp_path / "r.jsonl"
+    for broken, counted in ((None, [200, 196, 4]), (120, [120, 118, 2])):
+        if broken is not None:
+            rows[broken] = "{"
+        path.write_text("\n".join(rows))
+        for workers in (1, 2):
+            settings = {"workers": workers, "unreadable": "skip", "max_document_bytes": 1024, "shard_tokens": 300}
+            corpus = corpora.made(tmp_path / f"{broken}{workers}", tiny_llama, str(path), **settings)
+            said = corpus.manifest["rules"]["reading"]
+            assert [said[name] for name in ("in", "kept", "dropped")] == counted, (broken, workers)
+            assert [sample["where"].rpartition(":")[2] for sample in said["samples"]] == ["4", "101", "151"][
+                : counted[2]
+            ]
+
+
+def test_deep_nesting_is_told_wherever_it_is_read(monkeypatch):
+    for depth in (400, 499, 500, 501, 700, 990, 3000):
+        line = b'{"text": "x y", "n": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+        found = of(line).rows()
+        assert len(found[0].texts) == (depth <= 500), depth
+        assert depth <= 500 or "nested" in str(found[2])
+
+
+def test_the_sample_looks_past_what_has_no_text(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setattr(lines, "SIZE", 300)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.jsonl").write_text("\n" * 3000)
+    corpora.jsonl(tmp_path / "raw" / "b.jsonl", [corpora.prose(i) for i in range(50)])
+    corpus = corpora.made(tmp_path, tiny_llama, str(tmp_path / "raw"))
+    assert "on 50 of 50 documents" in corpus.manifest["tokens"]["because"]

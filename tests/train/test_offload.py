@@ -109,7 +109,7 @@ def test_what_lies_in_files(tmp_path):
     [
         ({"zero": 0, "offload": "optimizer"}, "parallel.offload: optimizer needs parallel.zero: 1 or more"),
         ({"zero": 2, "offload": "parameters"}, "parallel.offload: parameters needs parallel.zero: 3"),
-        ({"zero": 2, "offload_dir": "/"}, "parallel.offload_dir needs parallel.offload"),
+        ({"zero": 2, "offload_dir": "/"}, "offload_dir needs offload: optimizer or parameters"),
     ],
 )
 def test_stages_that_have_nothing_to_offload(parallel, said):

@@ -24,6 +24,7 @@ def no_key_twice(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
+DEEPEST = 500  # Python's decoder takes some 1,000, less what is called around it
 _decode = json.JSONDecoder(object_pairs_hook=no_key_twice).decode
 
 
@@ -50,8 +51,19 @@ def parse(where: str, line: str) -> Any:
             f"{where}: broken JSON: {e.msg} at column {e.colno}: {near!r}",
             "Each line must be one JSON object; fix or remove this line.",
         ) from None
+    if line.count("[") + line.count("{") > DEEPEST and _deeper(record):
+        raise UserError(f"{where}: nested more than {DEEPEST} deep.", "Fix or remove this line.")
     check_object(where, record)
     return record
+
+
+def _deeper(value: Any) -> bool:
+    """Whether a value is nested more than ``DEEPEST`` deep, which does not depend on where it is read."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = [value for values in inner for value in values]
+    return any(isinstance(value, dict | list) for value in level)
 
 
 def check_object(where: str, record: object) -> None:
