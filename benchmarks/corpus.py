@@ -1,6 +1,6 @@
 """`fastft prepare` beside `datasets.map(batched=True, num_proc=2)`: the same texts, tokenizer and filters, in one run.
 
-    python benchmarks/corpus.py --tokenizer FOLDER --texts FILE.txt.gz ... [--copies 32] [--share 32] [--machine NAME]
+    python benchmarks/corpus.py --tokenizer FOLDER --texts FILE.txt.gz ... [--copies 128] [--share 128] [--machine NAME]
 
 The texts' lines are put together in ``--copies`` random orders to documents of 1 to 12 lines: none comes twice. The
 map gets every ``--share``-th document, for it would take an hour with all. ``packing``: text to packed tokens.
@@ -114,8 +114,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--texts", nargs="+", required=True)
-    parser.add_argument("--copies", type=int, default=32)
-    parser.add_argument("--share", type=int, default=32)
+    parser.add_argument("--copies", type=int, default=128)
+    parser.add_argument("--share", type=int, default=128)
     parser.add_argument("--machine", default=default_machine())
     parser.add_argument("--quick", action="store_true", help="one copy, nothing recorded: does it run?")
     args = parser.parse_args()

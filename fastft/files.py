@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 # flock's answers on a file system without locks: Lustre as often mounted, some of FUSE
@@ -174,6 +174,34 @@ def in_threads(do: Callable[[Path], T], paths: Iterable[Path]) -> Iterator[T]:
     """``do(path)`` of every path in turn, with a thread for each core."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         yield from pool.map(do, paths)
+
+
+class Later(Generic[T]):
+    """What a thread of its own makes meanwhile. The process does not wait for it at its end."""
+
+    def __init__(self, do: Callable[[], T]):
+        self._do = do
+        self._found: list[T] = []
+        self._problem: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._found.append(self._do())
+        except BaseException as e:
+            self._problem = e
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """Waits for it; raises what it raised."""
+        self._thread.join()
+        if self._problem is not None:
+            raise self._problem
+        return self._found[0]
 
 
 def digest(value: object) -> str:

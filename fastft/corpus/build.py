@@ -11,6 +11,7 @@ import logging
 import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from fastft.corpus.shards import (
 from fastft.corpus.work import Count, Done, place_name
 from fastft.data.prepared import disk_told
 from fastft.errors import UserError
-from fastft.files import digest, remove
+from fastft.files import Later, digest, remove
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def prepare(config: CorpusConfig, overwrite: bool = False, report: Report = lamb
                 f"{output}: holds a corpus that was made from other files or settings.",
                 "Choose another output, or replace it: fastft prepare --overwrite.",
             )
-        if before.get("key") != build.key:
+        if not before or before.get("key") != build.key:
             folder_of.clear(output, overwrite)
             before = {}
         try:
@@ -112,8 +113,10 @@ class Build:
 
     Attributes
     ----------
-    key : str
-        Digest of all that the result depends on.
+    found : dict of str
+        SHA-256 of every file that is read: they are hashed while the processes start, and reading begins.
+    base, key : str
+        Digest of all that the result depends on, without and with the documents that are taken out.
     shards : list of Shard
     counts : list of dict
         Of each source, by rule.
@@ -124,17 +127,10 @@ class Build:
         self.rules = chosen(config)
         self.facts = tokens.facts_of(config.tokenizer, config.revision)
         self.beside = [(name, file) for name, kind, settings in self.rules for file in kind.files(settings)]
-        self.found = hashes(self._files(), known)
+        self.states = [file.state() for file in self._files()]
+        self.hashing = Later(lambda: hashes(self._files(), known))
         self.why = ""
-        rules = {name: {"version": kind.version, **kind.versions()} for name, kind, _ in self.rules}
-        settings = config.model_dump(mode="json", exclude=NO_PART_OF_THE_KEY)
-        names = [[[file.where, self.found[file.where]["sha256"]] for file in group] for group in files]
-        beside = [[name, self.found[file.where]["sha256"]] for name, file in self.beside]
-        if config.duplicates.near is not None:
-            rules["near"] = {"version": VERSION, "unicode": unicodedata.unidata_version}
-        self.base = digest([CODE, settings, rules, self.facts.key, names, beside, self.facts.split])
         self.removal = Removal(removal.ids_of(config), [])
-        self.key = digest([self.base, self.removal.ids]) if self.removal.ids else self.base
         self.rows: list[int] = []  # documents of every shard that is complete, with those that were taken out
         self.shards: list[Shard] = []
         self.names: list[list[str]] = [[] for _ in files]
@@ -147,6 +143,25 @@ class Build:
         self.duplicates = Filter(config.duplicates, output / NEAR)
         self.writer: ShardWriter | None = None
         self.sizes = [[file.size() for file in group] for group in files]
+
+    @property
+    def found(self) -> dict[str, dict]:
+        return self.hashing.result()
+
+    @cached_property
+    def base(self) -> str:
+        config = self.config
+        rules = {name: {"version": kind.version, **kind.versions()} for name, kind, _ in self.rules}
+        settings = config.model_dump(mode="json", exclude=NO_PART_OF_THE_KEY)
+        names = [[[file.where, self.found[file.where]["sha256"]] for file in group] for group in self.files]
+        beside = [[name, self.found[file.where]["sha256"]] for name, file in self.beside]
+        if config.duplicates.near is not None:
+            rules["near"] = {"version": VERSION, "unicode": unicodedata.unidata_version}
+        return digest([CODE, settings, rules, self.facts.key, names, beside, self.facts.split])
+
+    @property
+    def key(self) -> str:
+        return digest([self.base, self.removal.ids]) if self.removal.ids else self.base
 
     def _files(self) -> list[DataFile]:
         """All that is read: of the sources, and by rules beside them."""
@@ -174,7 +189,7 @@ class Build:
         self.fast, why = tokens.choose(self.facts, self.config.encoder, self._sample())
         self.why = self.why or why
         log.info("encoder %s: %s", "gigatoken" if self.fast else "tokenizers", self.why)
-        self._save()
+        self._save(begun=not self.hashing.done)
 
     def without_removal(self) -> dict[str, str]:
         """For the manifest: the key of the same corpus with the documents that were taken out, if there are such."""
@@ -279,8 +294,9 @@ class Build:
             "removed": self.removal.entries,
         }
 
-    def _save(self) -> None:
-        state = self._state()
+    def _save(self, begun: bool = False) -> None:
+        """``begun``: no more than that, which a run behind this one begins anew."""
+        state = {"key": None} if begun else self._state()
         folder_of.write(self.output / PROGRESS, {**state, "digest": digest(state)})
 
     def _restore(self, before: dict[str, Any]) -> None:
@@ -305,7 +321,7 @@ class Build:
 
     def _finish(self) -> None:
         """Compare the files once more, and write the manifest."""
-        if (name := changed(self._files(), self.found)) is not None:
+        if (name := changed(self._files(), self.states, self.found)) is not None:
             raise UserError(f"{name}: changed while it was read.", "Run again when nothing writes to it any more.")
         if not self.shards:
             raise UserError(f"{self.output}: no document is left. {left_out(self)}", "Loosen the rules.")

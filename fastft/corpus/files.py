@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, TextIO, cast
 
+import numpy as np
+
 from fastft.config.corpus import Files
 from fastft.data import formats
 from fastft.data.formats.base import DATA_EXTRA, FORMATS, decompressed, format_of
@@ -77,12 +79,7 @@ class DataFile:
 
     def open_raw(self) -> BinaryIO:
         """As it lies there, compressed or not. UserError where it is behind a URL and cannot be had."""
-        if "://" in self.where:
-            with reached(self.where, "opened"):
-                fs, path = filesystem(self.where)
-                self.raw = cast(BinaryIO, io.BufferedReader(_Remote(fs.open(path, "rb"), self.where), CHUNK))
-        else:
-            self.raw = open(self.where, "rb")  # noqa: SIM115  # closed by the reader
+        self.raw = _opened(self.where)
         return self.raw
 
     @property
@@ -130,7 +127,10 @@ class DataFile:
         return Path(self.where).stat().st_size
 
     def state(self) -> str:
-        """What of a file behind a URL is other once it was written anew, where its file system says such things."""
+        """What is other once it was written anew; of a file behind a URL, where its file system says such things."""
+        if "://" not in self.where:
+            stat = Path(self.where).stat()
+            return repr([stat.st_size, stat.st_mtime_ns, stat.st_ino])
         with reached(self.where, "looked at"):
             fs, path = filesystem(self.where)
             fs.invalidate_cache()
@@ -143,6 +143,14 @@ class DataFile:
             return self.raw.tell() if self.raw is not None else 0
         except ValueError:  # closed: it was read to its end
             return self.size()
+
+
+def _opened(where: str) -> BinaryIO:
+    if "://" not in where:
+        return open(where, "rb")
+    with reached(where, "opened"):
+        fs, path = filesystem(where)
+        return cast(BinaryIO, io.BufferedReader(_Remote(fs.open(path, "rb"), where), CHUNK))
 
 
 class _Remote(io.RawIOBase):
@@ -188,6 +196,11 @@ class _Refused(list[int]):
         )
 
 
+def occurrences(content: bytes, byte: bytes) -> int:
+    """As ``content.count``, several times as fast."""
+    return int(np.count_nonzero(np.frombuffer(content, np.uint8) == byte[0]))
+
+
 class _Lines(io.RawIOBase):
     """A file of lines in which those that are too long are empty."""
 
@@ -201,23 +214,26 @@ class _Lines(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self.ready:
-            chunk = self.content.read1(CHUNK)
-            if not chunk:
-                self.ready, self.held = memoryview(b"".join(self.held)), []
-                if not self.ready:
-                    return 0
-                break
-            self._take(chunk)
+        if not self.ready:
+            self.ready = memoryview(self.read1())
         size = min(len(buffer), len(self.ready))
         buffer[:size], self.ready = self.ready[:size], self.ready[size:]
         return size
 
-    def _take(self, chunk: bytes) -> None:
+    def read1(self, size: int = -1) -> bytes:
+        """What comes next, whole lines but at the end; nothing there. Not mixed with ``readinto``."""
+        while chunk := self.content.read1(CHUNK):
+            if ready := self._take(chunk):
+                return ready
+        rest, self.held = b"".join(self.held), []
+        return rest
+
+    def _take(self, chunk: bytes) -> bytes:
+        """The lines that end in it."""
         end = chunk.rfind(b"\n") + 1
         if not end:
             self._hold(chunk)
-            return
+            return b""
         first = chunk.find(b"\n") + 1
         self._hold(chunk[:first])
         whole = b"\n" if self.passing else b"".join(self.held)
@@ -231,9 +247,9 @@ class _Lines(io.RawIOBase):
                     self.too_long.append(self.number + i)
                     lines[i] = b""
             rest = b"\n".join(lines)
-        self.number += rest.count(b"\n")
-        self.ready = memoryview(whole + rest)
+        self.number += occurrences(rest, b"\n")
         self._hold(chunk[end:])
+        return whole + rest
 
     def _hold(self, part: bytes) -> None:
         if not self.passing and part:
@@ -337,21 +353,22 @@ def _remote(url: str) -> list[str]:
 
 def hashes(files: list[DataFile], known: dict[str, dict]) -> dict[str, dict]:
     """``sha256`` of every file, by its name; those in ``known`` that lie there unchanged are not read again."""
-    local = [Path(file.where) for file in files if "://" not in file.where]
-    found = fingerprint(local, known)
+    found = fingerprint([Path(file.where) for file in files if "://" not in file.where], known)
     for file in files:
         if "://" in file.where:
-            sha, state = hashlib.sha256(), file.state()
-            with file.open_raw() as f:
+            sha = hashlib.sha256()
+            with _opened(file.where) as f:
                 while chunk := f.read(CHUNK):
                     sha.update(chunk)
-            found[file.where] = {"sha256": sha.hexdigest(), "state": state}
+            found[file.where] = {"sha256": sha.hexdigest()}
     return found
 
 
-def changed(files: list[DataFile], known: dict[str, dict]) -> str | None:
-    """The first file that is another than it was when it was hashed; those behind a URL are not read again for it."""
+def changed(files: list[DataFile], states: list[str], known: dict[str, dict]) -> str | None:
+    """The first file that is another than it was before it was read (``states``), or when it was hashed; those behind a
+    URL are not read again for it.
+    """
     found = hashes([file for file in files if "://" not in file.where], known)
     names = [name for name, entry in found.items() if entry["sha256"] != known[name]["sha256"]]
-    names += [f.where for f in files if "://" in f.where and f.state() != known[f.where]["state"]]
+    names += [file.where for file, state in zip(files, states, strict=True) if file.state() != state]
     return names[0] if names else None

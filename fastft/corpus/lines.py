@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import repeat
+from typing import Any, cast
 
+import numpy as np
+
+from fastft.corpus.files import occurrences
 from fastft.corpus.work import Count, Rows
 from fastft.data.formats import readable
 from fastft.data.formats.base import MISSING, Record, Unreadable, value_of
@@ -85,7 +89,7 @@ class Lines:
 
     def records(self) -> Iterator[tuple[int, Record]]:
         """Number and object of each line that is not blank. UserError for a line that is none."""
-        for number, line in enumerate(_split(self.content), self.first):
+        for number, line in enumerate(_ended(self.content).split(b"\n"), self.first):
             record = self._record(number, line)
             if record is not None:
                 yield number, record
@@ -103,9 +107,13 @@ class Lines:
         rows, count = Rows(names={self.place: self.name}), Count()
         places, texts, place, column, most = rows.places, rows.texts, self.place, self.column, self.most // 4
         try:
-            for number, line in enumerate(_split(self.content), self.first):
-                text = _quickly(line, column)
-                if text is None or len(text) > most:
+            lines, found = _quickly(_ended(self.content), column, most)
+            if None not in found:
+                places += zip(repeat(place), range(self.first, self.first + len(found)))
+                texts += cast(list[str], found)
+                return rows, count, None
+            for number, (line, text) in enumerate(zip(lines, found, strict=True), self.first):
+                if text is None:
                     record = self._record(number, line)
                     if record is None:
                         if number in self.too_long:
@@ -143,18 +151,16 @@ class Placed:
         return replace(lines, content=content).rows()
 
 
-def _split(content: bytes) -> list[bytes]:
-    """Lines as Python's text files have them."""
-    if b"\r" in content:
-        content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    return content.split(b"\n")
+def _ended(content: bytes) -> bytes:
+    """With the ends of lines that Python's text files have."""
+    return content.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in content else content
 
 
 def lines_in(content: bytes) -> int:
     """How many lines end in it, and the last one if it does not."""
-    ends = content.count(b"\n")
+    ends = occurrences(content, b"\n")
     if b"\r" in content:
-        ends += content.count(b"\r") - content.count(b"\r\n")
+        ends += occurrences(content, b"\r") - content.count(b"\r\n")
     return ends + (not content.endswith((b"\n", b"\r")))
 
 
@@ -177,33 +183,62 @@ def cut(read: Callable[[int], bytes]) -> Iterator[bytes]:
         yield held
 
 
-def _quickly(line: bytes, column: str) -> str | None:
-    """A line's text by orjson, where Python's own decoder says the same of it; None where it may not (a key twice, of
-    which orjson takes the last), where it is no text, and where orjson is not there.
+def _quickly(content: bytes, column: str, most: int) -> tuple[list[bytes], list[str | None]]:
+    """Lines, without a last one that is empty, and the text of each by orjson, where Python's own decoder says the same
+    of it; None where it may not (a key twice, of which orjson takes the last), where it is no text or a longer one, and
+    where orjson is not there.
     """
-    if loads is None or line.count(b"[") + line.count(b"{") > DEEPEST:
-        return None
+    lines = content.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    if loads is None:
+        return lines, [None] * len(lines)
     try:
-        record = loads(line)
-        text = record[column]
-    except (ValueError, KeyError, TypeError):
+        records = list(map(loads, lines))
+    except ValueError:
+        records = list(map(_loaded, lines))
+    values = np.frombuffer(content, np.uint8)
+    marks, ends = np.flatnonzero(values == ord('"')), np.flatnonzero(values == ord("\n"))
+    counts = np.diff(np.searchsorted(marks, ends), prepend=0, append=len(marks)).tolist()
+    return lines, list(map(_text, lines, records, counts, repeat(column), repeat(most)))
+
+
+def _loaded(line: bytes) -> Any:
+    assert loads is not None
+    try:
+        return loads(line)
+    except ValueError:
         return None
-    if type(text) is not str or not text or text.isspace():
+
+
+def _text(line: bytes, record: Any, marks: int, column: str, most: int) -> str | None:
+    """``marks``: quotation marks in the line."""
+    if type(record) is not dict or column not in record:
         return None
-    marks, wanted = line.count(b'"'), _quotes(record)
+    text = record[column]
+    if type(text) is not str or not text or len(text) > most or text.isspace():
+        return None
+    wanted = 4
+    if len(record) > 1:
+        wanted = 2 * len(record)
+        for value in record.values():
+            if type(value) is str:
+                wanted += 2
+            elif type(value) is dict or type(value) is list:
+                if line.count(b"[") + line.count(b"{") > DEEPEST:
+                    return None
+                wanted += _quotes(value)
     if marks != wanted and (b'\\\\"' in line or marks - line.count(b'\\"') != wanted):
         return None
     return text
 
 
-def _quotes(record: dict[str, Any]) -> int:
-    """Quotation marks in an object's JSON, without those in texts."""
-    found = 2 * len(record)
-    for value in record.values():
-        if type(value) is str:
+def _quotes(value: dict[str, Any] | list[Any]) -> int:
+    """Quotation marks in its JSON, without those in texts."""
+    found, values = (2 * len(value), value.values()) if isinstance(value, dict) else (0, value)
+    for inner in values:
+        if type(inner) is str:
             found += 2
-        elif type(value) is dict:
-            found += _quotes(value)
-        elif type(value) is list:
-            found += _quotes({str(i): inner for i, inner in enumerate(value)}) - 2 * len(value)
+        elif type(inner) is dict or type(inner) is list:
+            found += _quotes(inner)
     return found

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +25,7 @@ from fastft.corpus.lines import Lines
 from fastft.errors import UserError
 
 HELD = 2  # blocks that a member has: one in work, one behind it
+EARLY = ("gigatoken", "awkward", "tokenizers")  # what most workers need, and takes half a second to import
 AGAIN = "Run again: what is done stays."
 Work = Callable[[Any], Any]
 
@@ -198,24 +199,26 @@ def python_path() -> str:
 def serve(fd: int) -> NoReturn:
     """A process of a pool: works on the blocks that come from a connection until the other end is gone."""
     pipe = Connection(fd)
-    blocks: queue.Queue[bytes] = queue.Queue()  # so that sending never waits for us: at most HELD are under way
-    threading.Thread(target=_receive, args=(pipe, blocks), daemon=True).start()
-    import_module("fastft.corpus.work")  # while whoever started this one gets ready
+    # Sending never waits for us, nor we for who reads our answers in their order: at most HELD are under way.
+    blocks: queue.Queue[bytes] = queue.Queue()
+    answers: queue.Queue[bytes] = queue.Queue()
+    for move in (lambda: blocks.put(pipe.recv_bytes()), lambda: pipe.send_bytes(answers.get())):
+        threading.Thread(target=_until_gone, args=(move,), daemon=True).start()
+    for name in ("fastft.corpus.work", *EARLY):  # while whoever started this one gets ready
+        with suppress(ImportError):
+            import_module(name)
     work = ready(pickle.loads(blocks.get()))
     gc.freeze()  # what is made for a block is in no cycle, and there is much of it
     gc.set_threshold(100_000, 20, 20)
     while True:
-        try:
-            pipe.send_bytes(answer(work, pickle.loads(blocks.get())))
-        except OSError:
-            os._exit(0)
+        answers.put(answer(work, pickle.loads(blocks.get())))
 
 
-def _receive(pipe: Connection, blocks: queue.Queue[bytes]) -> None:
+def _until_gone(move: Callable[[], None]) -> None:
     """Until the other end is gone, and then this process is over: nobody waits for what it has in work."""
     while True:
         try:
-            blocks.put(pipe.recv_bytes())
+            move()
         except (EOFError, OSError):
             os._exit(0)
 

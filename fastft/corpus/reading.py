@@ -122,7 +122,7 @@ class Reader:
             as_it_lies = as_it_lies and file.as_it_lies and not file.too_long
             path = file.where if as_it_lies else ""
             long = _taken(file.too_long, behind)
-            if content.strip() or long:
+            if not content.isspace() or long:
                 place = names.place(name)
                 part = Lines(content, first, name, place, column, self.config.max_document_bytes, path, at, long)
                 look.look_at(part, self.config.unreadable == "error")
@@ -289,7 +289,7 @@ class _Column:
 def _chunks(file: DataFile) -> Iterator[bytes]:
     """A file's whole lines, some together."""
     with formats.readable(file, "jsonl"), file.open_bytes() as f:
-        yield from cut(f.read1)
+        yield from cut(f.raw.read1)  # without the copies of what buffers it
 
 
 def _to_the_fault(parts: Iterator[T], file: DataFile, config: CorpusConfig, broken: dict[str, str]) -> Iterator[T]:

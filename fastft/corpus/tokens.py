@@ -16,7 +16,8 @@ import numpy as np
 
 from fastft.errors import UserError
 
-SAMPLE = 200  # documents that are compared before gigatoken is trusted; later one of every block is
+SAMPLE = 200  # documents that are compared before gigatoken is trusted
+LOOKED = 8  # first documents of every block, later, of which the shortest is: tokenizers take a tenth of the time else
 LONGEST = 100_000  # characters of one that is compared then: tokenizers take seconds for megabytes
 
 
@@ -100,6 +101,7 @@ class Encoder:
         self.written = 0  # special tokens that texts had in them
         self.special = np.zeros(max([facts.vocabulary, *facts.special]) + 1, bool)
         self.special[list(facts.special)] = True
+        self.lowest, self.highest = min(facts.special, default=0), max(facts.special, default=0)
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts, one behind the other, with those around each, (tokens,); and how many each has, (texts,): 0
@@ -108,8 +110,9 @@ class Encoder:
         if self.fast is None:
             return self._whole(*self.plain(texts))
         values, lengths = self.fast.encode(texts, self.plain)
-        at = next((i for i, text in enumerate(texts) if len(text) <= LONGEST), None)
-        if at is not None:
+        looked = range(min(len(texts), LOOKED))
+        at = min(looked, key=lambda i: (not texts[i], len(texts[i])), default=None)
+        if at is not None and len(texts[at]) <= LONGEST:
             start = int(lengths[:at].sum())
             if not np.array_equal(self.plain([texts[at]])[0], values[start : start + lengths[at]]):
                 raise Differs(texts[at])
@@ -128,7 +131,8 @@ class Encoder:
         """With the tokens around each text, as causal_lm's encoder has them: a text that says BOS or EOS itself gets no
         second one.
         """
-        self.written += int(self.special[values].sum())
+        near = values[(values >= self.lowest) & (values <= self.highest)]  # of most texts none
+        self.written += int(self.special[near].sum())
         facts, full = self.facts, lengths > 0
         ends = np.cumsum(lengths)[full]
         starts = ends - lengths[full]
@@ -184,11 +188,10 @@ class _Gigatoken:
         self.tokenizer = gigatoken.Tokenizer.from_json(json.dumps(content))
 
     def encode(self, texts: list[str], plain: Any) -> tuple[np.ndarray, np.ndarray]:
-        found = self.tokenizer.encode_batch(texts, parallel=False)
-        layout = getattr(found, "layout", None)
-        if layout is None:  # without awkward
-            values, lengths = flat(list(found))
+        if len(texts) <= SAMPLE:  # without awkward, which takes half a second to import
+            values, lengths = flat([self.tokenizer.encode(text) for text in texts])
         else:
+            layout = self.tokenizer.encode_batch(texts, parallel=False).layout
             values, lengths = np.asarray(layout.content.data), np.diff(np.asarray(layout.offsets.data))
         if not len(values) or values.max() < self.first:
             return values, lengths

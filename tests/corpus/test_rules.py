@@ -184,12 +184,12 @@ def test_fallbacks_say_why(facts, monkeypatch, tmp_path, tiny_llama, caplog):
     with pytest.raises(UserError, match="encoder: gigatoken gives other ids"):
         tokens.choose(facts, "gigatoken", ["a quick one"])
     monkeypatch.setattr(build.Build, "_sample", lambda self: ["abc"])
-    corpora.jsonl(tmp_path / "t.jsonl", ["a quick one", "abc"])
+    corpora.jsonl(tmp_path / "t.jsonl", ["abc abc abc", "a quick"])
     corpus = corpora.made(tmp_path, tiny_llama, str(tmp_path / "t.jsonl"))
     said = corpus.manifest["tokens"]
     assert said["encoder"] == "tokenizers" and said["because"] == "gigatoken gave other ids for a document"
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
-    assert corpora.texts_of(corpus, tokenizer) == ["a quick one", "abc"]
+    assert corpora.texts_of(corpus, tokenizer) == ["abc abc abc", "a quick"]
 
     def missing(facts):
         raise ImportError("gigatoken")
