@@ -69,7 +69,8 @@ peers: $(PEERS)/.ready
 $(PEERS)/.ready:
 	$(PYTHON) -m venv $(PEERS)
 	command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || $(PEERS)/bin/python -m pip install -q "$(TORCH)"
-	$(PEERS)/bin/python -m pip install -q "transformers>=5.17,<6" accelerate datasets peft scikit-learn scipy seqeval safetensors sacrebleu sacremoses sentencepiece trl
+	$(PEERS)/bin/python -m pip install -q "transformers>=5.17,<6" accelerate datasets peft scikit-learn scipy seqeval safetensors sacrebleu sacremoses sentencepiece trl \
+		datatrove orjson nltk ftfy regex fasteners xxhash spacy
 	touch $@
 
 bench: setup-test
