@@ -153,9 +153,10 @@ def page(rows: dict[str, dict]) -> str:
     lines += [f"{adapted['machine']}; {facts}; fp32.", ""]
     lines += [
         f"Masked language modeling: {s['head_steps']} steps of the head alone, rate {s['head_lr']:g}; then "
-        f"{s['steps']} of {s['batch']} × {s['length']} tokens, {adapted['tokens']:,} of the corpus's {adapted['of']:,}, "
-        f"rate {s['adapt_lr']:g}; {adapted['seconds']:.0f} s. Masked loss of held-out medical text {adapted['before']:.3f} "
-        f"with a new head, {adapted['with_head']:.3f} with the trained one, {adapted['after']:.3f} after. "
+        f"{s['steps']} of {s['batch']} × {s['length']} tokens, {adapted['tokens']:,} of the corpus's "
+        f"{adapted['of']:,}, rate {s['adapt_lr']:g}; {adapted['seconds']:.0f} s. Masked loss of held-out medical text "
+        f"{adapted['before']:.3f} with a new head, {adapted['with_head']:.3f} with the trained one, "
+        f"{adapted['after']:.3f} after. "
         f"Tasks: {s['rows']} rows, {s['epochs']:g} epochs, rate {s['lr']:g}, "
         f"tested on at most {s['held']} rows.",
         "",
