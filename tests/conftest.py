@@ -147,6 +147,26 @@ def tiny_bert(tmp_path_factory, corpus) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_masked(tmp_path_factory, corpus) -> Path:
+    """A 2-layer BERT for masked language modeling, with a WordPiece tokenizer of its own."""
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_masked")
+    pieces = BertWordPieceTokenizer()
+    texts = [json.loads(line)["text"] for line in (corpus / "train.jsonl").read_text().splitlines()]
+    pieces.train_from_iterator([*texts, "人工智能技术在医学影像诊断中的应用"], vocab_size=600, show_progress=False)
+    tokenizer = BertTokenizerFast(tokenizer_object=pieces._tokenizer)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=96, **shape)
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
 def _tokenizer(corpus: Path, folder: Path):
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast

@@ -8,6 +8,7 @@ from pathlib import Path
 FLOORS = {
     "errors": -2,
     "files": -2,
+    "processes": -1,
     "streams": -2,
     "lazy": -1,
     "terminal": -1,

@@ -91,6 +91,9 @@ class Data(Section):
         "error", description="What happens to a row that is longer than max_length."
     )
     cache: OutputPath | None = Field(None, description="Where prepared data goes; default: <run.dir>/prepared.")
+    workers: int | None = Field(
+        None, ge=1, description="Processes that prepare data; default: one for each core. The result is the same."
+    )
     order: SerializeAsAny[Order] = Field(Order(), description="The sample order, by name, with its settings.")
     curriculum: list[Stage] = Field(
         [],

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastft.config.corpus import Ray
-from fastft.corpus.pool import AGAIN, Member, answer, opened, ready
+from fastft.corpus.pool import AGAIN, ready
 from fastft.errors import UserError
+from fastft.processes import Member, answer, opened
 
 log = logging.getLogger(__name__)
 

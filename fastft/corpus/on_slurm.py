@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastft.config.corpus import Slurm
-from fastft.corpus.pool import AGAIN, Member, Piped, python_path, serve
+from fastft.corpus.pool import AGAIN, python_path, serve
 from fastft.errors import UserError
 from fastft.files import remove
+from fastft.processes import Member, Piped
 
 log = logging.getLogger(__name__)
 

@@ -1,50 +1,27 @@
-"""Who works on blocks: this process, others of this machine, a Ray cluster, jobs of Slurm. Results come in the order of
-the blocks, whoever is done first. A process whose parent dies ends, too.
-"""
+"""Who works on blocks: this process, others of this machine, a Ray cluster, jobs of Slurm."""
 
 from __future__ import annotations
 
-import gc
 import os
-import pickle
-import queue
 import signal
+import socket
 import subprocess
 import sys
-import threading
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
+from fastft import processes
 from fastft.config.corpus import CorpusConfig
 from fastft.corpus.lines import Lines
 from fastft.errors import UserError
+from fastft.processes import Member, Piped, Pool, Serving, Work, how_it_ended
 
-HELD = 2  # blocks that a member has: one in work, one behind it
 EARLY = ("gigatoken", "awkward", "tokenizers")  # what most workers need, and takes half a second to import
 AGAIN = "Run again: what is done stays."
-Work = Callable[[Any], Any]
-
-
-class Member(Protocol):
-    """One that works on blocks, in the order in which they are sent."""
-
-    def send(self, work: Any) -> None: ...
-
-    def result(self) -> Any:
-        """Of the first block that has been sent and not given back; raises what a rule raised."""
-
-
-class Pool(Protocol):
-    def members(self) -> Sequence[Member]:
-        """Those that work by now: one at least, waited for; more can come."""
-
-    def close(self) -> None:
-        """End them all."""
 
 
 def in_order(
@@ -74,19 +51,7 @@ def in_order(
             yield block, worker.run(block.rows)
         return
     with closing(_Local(workers, setup) if local else _remote(config, setup(), folder)) as pool:
-        waiting: deque[tuple[Any, Member]] = deque()
-        held: Counter[Member] = Counter()
-        for block in blocks:
-            while held[member := min(pool.members(), key=held.__getitem__)] == HELD:
-                first, by = waiting.popleft()
-                held[by] -= 1
-                yield first, by.result()
-            member.send(block.rows)
-            held[member] += 1
-            waiting.append((block, member))
-        while waiting:
-            first, by = waiting.popleft()
-            yield first, by.result()
+        yield from processes.in_order(blocks, pool, lambda block: block.rows)
 
 
 def _remote(config: CorpusConfig, setup: tuple[Any, ...], folder: Path) -> Pool:
@@ -103,39 +68,10 @@ def _remote(config: CorpusConfig, setup: tuple[Any, ...], folder: Path) -> Pool:
     return Jobs(config.executor.slurm, config.workers, (*setup, software(*setup)), folder)
 
 
-class Piped:
-    """A member behind a connection.
-
-    Attributes
-    ----------
-    pipe : Connection
-    """
-
-    pipe: Connection
-
-    def send(self, work: Any) -> None:
-        try:
-            self.pipe.send_bytes(pickle.dumps(work, protocol=5))
-        except OSError:
-            self.died()
-
-    def result(self) -> Any:
-        try:
-            found = self.pipe.recv_bytes()
-        except (EOFError, OSError):
-            self.died()
-        return opened(found)
-
-    def died(self) -> NoReturn:
-        raise NotImplementedError
-
-
 class _Process(Piped):
     """One of this machine."""
 
     def __init__(self) -> None:
-        import socket
-
         ours, theirs = socket.socketpair()
         code = "import sys; from fastft.corpus.pool import serve; serve(int(sys.argv[1]))"
         command = [sys.executable, "-c", code, str(theirs.fileno())]
@@ -154,10 +90,8 @@ class _Process(Piped):
         super().send(work.here() if isinstance(work, Lines) else work)
 
     def died(self) -> NoReturn:
-        code = self.process.wait(10)
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         raise UserError(
-            f"A process that cleans and tokenizes {how}.",
+            f"A process that cleans and tokenizes {how_it_ended(self.process.wait(10))}.",
             f"Where memory is short, lower workers or max_document_bytes. {AGAIN}",
         )
 
@@ -198,29 +132,11 @@ def python_path() -> str:
 
 def serve(fd: int) -> NoReturn:
     """A process of a pool: works on the blocks that come from a connection until the other end is gone."""
-    pipe = Connection(fd)
-    # Sending never waits for us, nor we for who reads our answers in their order: at most HELD are under way.
-    blocks: queue.Queue[bytes] = queue.Queue()
-    answers: queue.Queue[bytes] = queue.Queue()
-    for move in (lambda: blocks.put(pipe.recv_bytes()), lambda: pipe.send_bytes(answers.get())):
-        threading.Thread(target=_until_gone, args=(move,), daemon=True).start()
+    serving = Serving(fd)
     for name in ("fastft.corpus.work", *EARLY):  # while whoever started this one gets ready
         with suppress(ImportError):
             import_module(name)
-    work = ready(pickle.loads(blocks.get()))
-    gc.freeze()  # what is made for a block is in no cycle, and there is much of it
-    gc.set_threshold(100_000, 20, 20)
-    while True:
-        answers.put(answer(work, pickle.loads(blocks.get())))
-
-
-def _until_gone(move: Callable[[], None]) -> None:
-    """Until the other end is gone, and then this process is over: nobody waits for what it has in work."""
-    while True:
-        try:
-            move()
-        except (EOFError, OSError):
-            os._exit(0)
+    serving.work(ready(serving.take()))
 
 
 def ready(setup: tuple[Any, ...]) -> Work:
@@ -246,30 +162,3 @@ def ready(setup: tuple[Any, ...]) -> Work:
             raise problem
 
         return raises
-
-
-def answer(work: Work, block: Any) -> bytes:
-    """The pickled result, or exception."""
-    try:
-        result = work(block)
-    except Exception as e:
-        result = _portable(e)
-    return pickle.dumps(result, protocol=5)
-
-
-def opened(answer: bytes) -> Any:
-    """The result of an answer; raises the exception that it is."""
-    found = pickle.loads(answer)
-    if isinstance(found, BaseException):
-        raise found
-    return found
-
-
-def _portable(error: Exception) -> Exception:
-    """An exception that pickles, with what it says."""
-    try:
-        if type(pickle.loads(pickle.dumps(error))) is type(error):
-            return error
-    except Exception:
-        pass
-    return RuntimeError(f"{type(error).__name__}: {error}")

@@ -75,20 +75,30 @@ def facts_of(path: str, revision: str | None) -> TokenizerFacts:
     found = load.tokenizer(Model(path=path, revision=revision))
     if not found.is_fast:
         raise UserError(f"tokenizer {path}: has no tokenizer.json.", "A corpus needs a fast tokenizer.")
+    facts = facts_from(found, ends=True)
+    if facts is None:
+        raise UserError(f"tokenizer {path}: encodes a text otherwise with special tokens than without.")
+    return facts
+
+
+def facts_from(found: Any, ends: bool) -> TokenizerFacts | None:
+    """Of a fast tokenizer; None for one that encodes a text otherwise with special tokens than without. ``ends``:
+    whether texts end in the end-of-sequence token where the tokenizer puts none.
+    """
     whole, bare = (found("a", add_special_tokens=add)["input_ids"] for add in (True, False))
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
     if at is None:
-        raise UserError(f"tokenizer {path}: encodes a text otherwise with special tokens than without.")
+        return None
     before, after, eos = whole[:at], whole[at + len(bare) :], found.eos_token_id
-    if eos is not None and after[-1:] != [eos]:
+    if ends and eos is not None and after[-1:] != [eos]:
         after = [*after, eos]
     backend = found.backend_tokenizer
     content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     key = tokenizer_key(found)
     special = {id for id, token in found.added_tokens_decoder.items() if token.special} - {found.unk_token_id}
     split = bool(getattr(found, "split_special_tokens", False))
-    ends = found.bos_token_id, eos
-    return TokenizerFacts(json.dumps(content), key, before, after, *ends, len(found), tuple(sorted(special)), split)
+    around = before, after, found.bos_token_id, eos
+    return TokenizerFacts(json.dumps(content), key, *around, len(found), tuple(sorted(special)), split)
 
 
 class Encoder:
@@ -107,8 +117,19 @@ class Encoder:
         """Ids of all texts, one behind the other, with those around each, (tokens,); and how many each has, (texts,): 0
         for a text without any of its own. ``Differs`` where gigatoken gives others than the tokenizer.
         """
+        return self._whole(*self._bare(texts))
+
+    def rows(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, with those that the tokenizer puts around every one. ``Differs`` as ``encode``."""
+        found, lengths = self._bare(texts)
+        values, ends = found.tolist(), np.cumsum(lengths).tolist()
+        before, after = self.facts.before, self.facts.after
+        starts = [0, *ends[:-1]]
+        return [[*before, *values[start:end], *after] for start, end in zip(starts, ends, strict=True)]
+
+    def _bare(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         if self.fast is None:
-            return self._whole(*self.plain(texts))
+            return self.plain(texts)
         values, lengths = self.fast.encode(texts, self.plain)
         looked = range(min(len(texts), LOOKED))
         at = min(looked, key=lambda i: (not texts[i], len(texts[i])), default=None)
@@ -116,7 +137,7 @@ class Encoder:
             start = int(lengths[:at].sum())
             if not np.array_equal(self.plain([texts[at]])[0], values[start : start + lengths[at]]):
                 raise Differs(texts[at])
-        return self._whole(values, lengths)
+        return values, lengths
 
     def plain(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The same without special tokens, by Hugging Face's tokenizers."""

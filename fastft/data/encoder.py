@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from fastft.data.formats.base import Unreadable
 from fastft.data.store import Store
 from fastft.errors import UserError
 
+FIRST = 3  # overlong rows that are named
 Learned = dict[str, Any]  # what a task learned from its training data (the names of its labels), as JSON
 
 
@@ -33,7 +35,7 @@ class Counts:
     def too_long(self, where: str, length: int) -> None:
         self.overlong_total += 1
         self.longest = max(self.longest, length)
-        if len(self.overlong) < 3:
+        if len(self.overlong) < FIRST:
             self.overlong.append(f"{where} ({length} tokens)")
 
     def add(self, name: str, number: int = 1) -> None:
@@ -41,9 +43,22 @@ class Counts:
         if number:
             self.more[name] = self.more.get(name, 0) + int(number)
 
+    def merge(self, other: Counts) -> None:
+        """What became of the rows behind."""
+        for name in ("rows", "empty", "truncated", "dropped", "split", "overlong_total"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.overlong = (self.overlong + other.overlong)[:FIRST]
+        self.longest = max(self.longest, other.longest)
+        for name, number in other.more.items():
+            self.add(name, number)
+
     def as_dict(self) -> dict:
         counts = asdict(self)
         return counts | counts.pop("more")
+
+
+class Again(Exception):
+    """What was encoded may be wrong: all rows are encoded once more, after ``Encoder.again``."""
 
 
 class RowError(UserError):
@@ -76,9 +91,21 @@ class Encoder(ABC):
     ----------------
     columns : dict of str
         Column name -> ``"ragged:<dtype>"`` (a sequence per example) or a NumPy dtype (a number per example).
+    alone : bool
+        Whether ``encode`` may be called for any rows in any process: it then changes nothing of the encoder's own but
+        ``sums``.
+
+    Attributes
+    ----------
+    sums : Counter
+        What ``encode`` adds up over all rows, for ``finish``.
     """
 
     columns: dict[str, str]
+    alone: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.sums = Counter[str]()
 
     @abstractmethod
     def accepts(self, where: str, record: Record) -> bool:
@@ -95,6 +122,9 @@ class Encoder(ABC):
 
         ``learned``: of the training set, for an evaluation set.
         """
+
+    def again(self) -> None:
+        """Called after ``encode`` has raised ``Again``, before the first row comes anew."""
 
     def settle(self, counts: Counts) -> None:
         """Called when everything is read. Raises UserError for what has to be counted first."""

@@ -6,25 +6,21 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fastft.config import Data, Run, Source
 from fastft.data import formats
-from fastft.data.encoder import Counts, Encoder, Example, Learned, RowError
+from fastft.data.encoder import Again, Encoder, Learned
+from fastft.data.encoding import encode
 from fastft.data.prepared import Prepared, prepare
 from fastft.data.sources import holds
-from fastft.data.store import Store
 from fastft.errors import UserError
 from fastft.files import digest
 
 log = logging.getLogger(__name__)
-
-REFUSED = 1000  # rows that cannot be used, until reading on tells nothing more
-ROWS = 1000  # handed to an encoder at a time: enough for a tokenizer's threads, small enough for memory
 
 
 class Split:
@@ -105,7 +101,12 @@ def open_split(
     settings = digest([key, [_source_key(source) for source in sources], read_as, *(["apart"] if apart else [])])
 
     def build(folder: Path) -> dict:
-        meta = encode(folder, encoder, sources, learned, apart)
+        try:
+            meta = encode(folder, encoder, sources, learned, apart, data.workers)
+        except Again as e:
+            log.warning("data set %r: %s: all rows are encoded anew", name, e)
+            encoder.again()
+            meta = encode(folder, encoder, sources, learned, apart, data.workers)
         if came := set(_files(sources)) ^ set(files):
             raise UserError(
                 f"{min(came)}: came or went while the data was read.", "Run again when nothing writes to it any more."
@@ -121,90 +122,6 @@ def open_split(
         read = f"{counts['rows']} rows read from {', '.join(files[:3])}"
         raise UserError(f"data set {name!r} is empty: {read}, nothing left to learn from.", f"Of them were: {said}.")
     return split
-
-
-def encode(
-    folder: Path, encoder: Encoder, sources: Sequence[Source], learned: Learned | None, apart: bool = False
-) -> dict:
-    """Write the columns of a split into a folder; returns its meta. ``apart``: as ``open_split`` has it."""
-    counts, store, refused = Counts(), Store(folder, encoder.columns), _Refused()
-    for part in [[source] for source in sources] if apart else [sources]:
-        store.starts.append(store.examples)
-        for rows in _chunks(_accepted(part, encoder, counts, refused)):
-            for example in _encoded(rows, encoder, counts, refused):
-                store.append(example.where, example.columns, example.extra)
-    refused.check()
-    origins = store.close()
-    encoder.settle(counts)
-    meta = encoder.finish(store, learned)
-    dtypes = {"dtypes": found} if (found := store.dtypes()) else {}
-    begins = {"sources": store.starts} if apart else {}
-    return {"counts": counts.as_dict(), "origins": origins, **dtypes, **begins, **meta}
-
-
-class _Refused:
-    """Rows that cannot be used: the first is told, and how many more there are."""
-
-    def __init__(self) -> None:
-        self.first: RowError | None = None
-        self.count = 0
-
-    def add(self, error: RowError) -> None:
-        """Raises UserError when there are so many that reading on tells nothing."""
-        self.first = self.first or error
-        self.count += 1
-        if self.count == REFUSED:
-            self.check("at least ")
-
-    def check(self, least: str = "") -> None:
-        if self.first is not None:
-            more = f" ({least}{self.count - 1:,} more rows cannot be used)." if self.count > 1 else "."
-            raise UserError(self.first.message.removesuffix(".") + more, self.first.hint) from None
-
-
-def _accepted(
-    sources: Sequence[Source], encoder: Encoder, counts: Counts, refused: _Refused
-) -> Iterator[tuple[str, formats.Record]]:
-    for where, record in _read(sources, refused):
-        counts.rows += 1
-        try:
-            accepted = encoder.accepts(where, record)
-        except RowError as e:
-            refused.add(e)
-            continue
-        if accepted:
-            yield where, record
-        else:
-            counts.empty += 1
-
-
-def _read(sources: Sequence[Source], refused: _Refused) -> Iterator[tuple[str, formats.Record]]:
-    """All rows. Where a file cannot be read on, the rows refused before are told first."""
-    for source in sources:
-        try:
-            yield from formats.read(source)
-        except UserError:
-            refused.check()
-            raise
-
-
-def _encoded(
-    rows: list[tuple[str, formats.Record]], encoder: Encoder, counts: Counts, refused: _Refused
-) -> list[Example]:
-    try:
-        return encoder.encode(rows, counts)
-    except RowError as e:
-        if len(rows) == 1:
-            refused.add(e)
-        else:  # which of them: nothing of this is used any more
-            for row in rows:
-                _encoded([row], encoder, Counts(), refused)
-        return []
-
-
-def _chunks(rows: Iterator) -> Iterator[list]:
-    while chunk := list(islice(rows, ROWS)):
-        yield chunk
 
 
 def _check_folders(name: str, sources: Sequence[Source], run_dir: Path, cache: Path) -> None:
@@ -235,7 +152,7 @@ DATA_KEY_0_1 = {
     "label_separator": ",",
     "labels": None,
 }
-NO_PART_OF_THE_KEY = {"train", "eval", "cache", "seed", "max_length", "order", "curriculum"}
+NO_PART_OF_THE_KEY = {"train", "eval", "cache", "seed", "max_length", "order", "curriculum", "workers"}
 
 
 def data_key(data: Data) -> dict:

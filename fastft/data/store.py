@@ -12,6 +12,8 @@ import numpy as np
 
 from fastft.data.prepared import OriginsWriter, Ragged, RaggedWriter
 
+RAGGED = "ragged:"
+
 
 class Store:
     """Where examples go.
@@ -28,9 +30,9 @@ class Store:
         self.folder, self.extras = folder, list[tuple[str, Any]]()
         self.examples, self.starts = 0, list[int]()
         self._ragged = {
-            name: RaggedWriter(folder, name, kind.removeprefix("ragged:"))
+            name: RaggedWriter(folder, name, kind.removeprefix(RAGGED))
             for name, kind in columns.items()
-            if kind.startswith("ragged:")
+            if kind.startswith(RAGGED)
         }
         self._scalars = {name: (kind, list[Any]()) for name, kind in columns.items() if name not in self._ragged}
         self._origins = OriginsWriter(folder)

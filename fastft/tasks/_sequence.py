@@ -121,9 +121,9 @@ class SequenceEncoder(TextEncoder):
         return examples
 
     def _tokenize(self, records: list[Record], **truncation: Any) -> dict[str, list[list[int]]]:
-        texts = [r[self.text] for r in records]
+        texts = [str(r[self.text]) for r in records]
         if self.pair is None:
-            return self.tokenizer(texts, verbose=False, **truncation)
+            return self.tokenizer(texts, verbose=False, **truncation) if truncation else {"input_ids": self.ids(texts)}
         pairs = [r[self.pair] for r in records]
         return self.tokenizer(texts, pairs, verbose=False, return_token_type_ids=True, **truncation)
 

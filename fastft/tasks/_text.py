@@ -15,6 +15,7 @@ from fastft.data.prepared import Ragged
 from fastft.errors import UserError, did_you_mean
 from fastft.lazy import torch
 from fastft.models import load
+from fastft.tasks._ids import Ids
 from fastft.tasks.base import Task
 
 
@@ -124,7 +125,9 @@ class TextEncoder(Encoder):
     choices: tuple[str, ...] = ("truncate", "drop")
 
     def __init__(self, task: TextTask, texts: list[str], others: list[str] | None = None):
+        super().__init__()
         self.tokenizer, self.max_length = task.tokenizer, task.max_length
+        self.ids = Ids(self.tokenizer)
         self.texts, self.others = texts, others or []
         self.truncation = task.config.data.truncation
         self.model_limit = load.length_limit(task.model_config)
@@ -139,6 +142,9 @@ class TextEncoder(Encoder):
         for column in self.texts:
             check_text(where, column, record[column])
         return bool(str(record[self.texts[0]]).strip())
+
+    def again(self) -> None:
+        self.ids.by_tokenizer()
 
     def settle(self, counts: Counts) -> None:
         """With policy 'error': raise once everything is read, so that the message can count."""

@@ -73,15 +73,11 @@ class DocumentEncoder(TextEncoder):
         super().__init__(task, [self.text])
         eos = self.tokenizer.eos_token_id
         self.end = [eos] if eos is not None else []
-        self.characters = 0
 
     def encode(self, rows: list[tuple[str, Record]], counts: Counts) -> list[Example]:
         texts = [str(record[self.text]) for _, record in rows]
-        encoded = self.tokenizer(texts, add_special_tokens=True, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
         examples = []
-        for (where, _), ids in zip(rows, encoded, strict=True):
+        for (where, _), ids in zip(rows, self.ids(texts), strict=True):
             if not ids:  # nothing but what the tokenizer drops
                 counts.empty += 1
                 continue
@@ -89,12 +85,12 @@ class DocumentEncoder(TextEncoder):
             ids = ids if self.end and ids and ids[-1] == self.end[0] else ids + self.end
             count_long(where, len(ids), self.max_length, self.truncation, counts)
             examples.append(Example(where, {"tokens": ids}))
-        self.characters += sum(map(len, texts))
+        self.sums["characters"] += sum(map(len, texts))
         return examples
 
     def finish(self, store: Store, learned: Learned | None) -> dict:
         tokens = store.ragged("tokens")
-        sums = {"documents": len(tokens), "tokens": len(tokens.values), "characters": self.characters}
+        sums = {"documents": len(tokens), "tokens": len(tokens.values), "characters": self.sums["characters"]}
         return {**self.plan(store, tokens.lengths(), np.asarray(store.starts)), **sums}
 
     def plan(self, store: Store, lengths: np.ndarray, starts: np.ndarray) -> dict:

@@ -262,6 +262,7 @@ def test_what_the_config_says(config, tmp_path):
 
 
 def test_other_software_is_refused(config, monkeypatch, tmp_path):
+    from fastft import processes
     from fastft.corpus import pool
 
     settings = corpus_config({**config, "output": str(tmp_path / "out")}, "test").model_dump(mode="json")
@@ -270,6 +271,6 @@ def test_other_software_is_refused(config, monkeypatch, tmp_path):
     setup = (settings, tokens.facts_of(settings["tokenizer"], None), False)
     wanted = work.software(*setup)
     block = work.Rows([(0, 1)], ["word1 " * 30], {0: "a:"})
-    assert len(pool.opened(pool.answer(pool.ready((*setup, wanted)), block)).lengths) == 1
+    assert len(processes.opened(processes.answer(pool.ready((*setup, wanted)), block)).lengths) == 1
     with pytest.raises(UserError, match=r"tokenizers .* instead of 0\.1"):
-        pool.opened(pool.answer(pool.ready((*setup, wanted | {"tokenizers": "0.1"})), block))
+        processes.opened(processes.answer(pool.ready((*setup, wanted | {"tokenizers": "0.1"})), block))

@@ -15,27 +15,9 @@ from fastft import assemble, track
 from fastft.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory, corpus):
-    """A 2-layer BERT with a WordPiece tokenizer of its own."""
-    from tokenizers import BertWordPieceTokenizer
-
-    folder = tmp_path_factory.mktemp("encoder")
-    pieces = BertWordPieceTokenizer()
-    texts = [json.loads(line)["text"] for line in (corpus / "train.jsonl").read_text().splitlines()]
-    pieces.train_from_iterator([*texts, "人工智能技术在医学影像诊断中的应用"], vocab_size=600, show_progress=False)
-    tokenizer = transformers.BertTokenizerFast(tokenizer_object=pieces._tokenizer)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=96, **shape)
-    transformers.BertForMaskedLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def mlm_config(lm_config, encoder) -> dict:
-    lm_config |= {"task": "masked_lm", "model": {"path": str(encoder)}}
+def mlm_config(lm_config, tiny_masked) -> dict:
+    lm_config |= {"task": "masked_lm", "model": {"path": str(tiny_masked)}}
     return lm_config
 
 
@@ -126,7 +108,7 @@ def test_dummy_batch_has_no_loss(mlm_config):
 
 
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "funnel"])
-def test_families(mlm_config, encoder, tmp_path, family):
+def test_families(mlm_config, tiny_masked, tmp_path, family):
     """Positions are numbered as each family does it, or packing is refused."""
     shape = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     kinds = {
@@ -141,7 +123,7 @@ def test_families(mlm_config, encoder, tmp_path, family):
     config, name = kinds[family]
     torch.manual_seed(0)
     getattr(transformers, f"{name}ForMaskedLM")(config).save_pretrained(tmp_path / "m")
-    transformers.AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "m")
+    transformers.AutoTokenizer.from_pretrained(tiny_masked).save_pretrained(tmp_path / "m")
     mlm_config["model"]["path"] = str(tmp_path / "m")
     if family == "funnel":  # takes no position_ids
         with pytest.raises(UserError, match="packing: none"):

@@ -45,7 +45,6 @@ class PairEncoder(TextEncoder):
         self.columns = {"source": "ragged:<i4", "target": "ragged:<i4"}
         if references:
             self.columns["reference"] = "ragged:|u1"
-        self.characters = {"zh": 0, "char": 0, "13a": 0}  # of the targets, by how BLEU has to cut them
 
     def accepts(self, where: str, record: Record) -> bool:
         for key, column in (("source", self.data.source), ("target", self.data.target)):
@@ -75,9 +74,10 @@ class PairEncoder(TextEncoder):
             if fitted is None:
                 continue
             counts.add("unknown_target_tokens", fitted[1].count(self.tokenizer.unk_token_id))
+            # Characters of the targets, by how BLEU has to cut them.
             for kind, pattern in (("zh", HAN), ("char", UNSPACED)):
-                self.characters[kind] += len(pattern.findall(target))
-            self.characters["13a"] += len(target)
+                self.sums[kind] += len(pattern.findall(target))
+            self.sums["13a"] += len(target)
             columns: dict[str, Any] = {"source": fitted[0], "target": fitted[1]}
             if self.references:
                 columns["reference"] = np.frombuffer(target.encode(), np.uint8)
@@ -87,7 +87,8 @@ class PairEncoder(TextEncoder):
     def source_ids(self, texts: list[str], limit: int | None = None) -> list[list[int]]:
         """Tokens of sources, prefix included; cut to ``limit``."""
         cut = {} if limit is None else {"truncation": True, "max_length": limit}
-        found = self.tokenizer(texts, return_attention_mask=False, verbose=False, **cut)["input_ids"]
+        whole = {"return_attention_mask": False, "verbose": False}
+        found = self.tokenizer(texts, **whole, **cut)["input_ids"] if cut else self.ids(texts)
         return [ids[1:] if load.starts_twice(self.tokenizer, ids) else ids for ids in found]
 
     def target_ids(self, texts: list[str], limit: int | None = None) -> list[list[int]]:
@@ -145,9 +146,7 @@ class PairEncoder(TextEncoder):
     def finish(self, store: Store, learned: Learned | None) -> dict:
         sizes = np.stack([store.ragged(name).lengths() for name in ("source", "target")], axis=1)
         totals = write_sizes(store, sizes, sizes[:, 1])
-        whole = max(self.characters["13a"], 1)
+        whole = max(self.sums["13a"], 1)
         # kana are what tells Japanese, of which a third to a half are, from Chinese
-        kind = (
-            "char" if self.characters["char"] > 0.1 * whole else "zh" if self.characters["zh"] > 0.3 * whole else "13a"
-        )
+        kind = "char" if self.sums["char"] > 0.1 * whole else "zh" if self.sums["zh"] > 0.3 * whole else "13a"
         return {"totals": totals, "learned": {"bleu_tokenize": kind}}

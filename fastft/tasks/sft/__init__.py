@@ -255,7 +255,6 @@ class ConversationEncoder(TextEncoder):
     def __init__(self, task: SFT):
         super().__init__(task, [])
         self.data, self.template = task.config.data, task.template
-        self.learned: list[float] = []  # by example
 
     def accepts(self, where: str, record: Record) -> bool:
         return bool(record)
@@ -287,8 +286,7 @@ class ConversationEncoder(TextEncoder):
         if targets == 0:
             counts.add("without_targets")
             return None
-        self.learned.append(targets)
-        return Example(where, {"tokens": tokens, "weights": weights})
+        return Example(where, {"tokens": tokens, "weights": weights}, targets)
 
     def settle(self, counts: Counts) -> None:
         super().settle(counts)
@@ -302,7 +300,7 @@ class ConversationEncoder(TextEncoder):
     def finish(self, store: Store, learned: Learned | None) -> dict:
         lengths = store.ragged("tokens").lengths()
         parts = pieces(lengths, self.max_length, "truncate", overlap=0)
-        targets = np.array(self.learned, np.float64)
+        targets = np.array([targets for _, targets in store.extras], np.float64)
         if (targets % 1 == 0).all():  # no weights but 0 and 1: counted as tokens are
             targets = targets.astype(np.int64)
         groups, packed = np.searchsorted(parts[0], store.starts), self.data.packing == "isolated"

@@ -29,6 +29,7 @@ class TagEncoder(TextEncoder):
 
     columns = {"tokens": "ragged:<i4", "words": "ragged:<i4", "tags": "ragged:<i4", "sentence": "<i8"}
     choices = ("split", "truncate", "drop")
+    alone = False  # tags are numbered in the order in which they come up
 
     def __init__(self, task: TokenClassification, learned: Learned | None):
         self.data = task.data
