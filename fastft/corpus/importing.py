@@ -29,6 +29,7 @@ CODE = 1  # raise it when the same files give another corpus
 SHARD_TOKENS = 1 << 26
 PIECE = 1 << 20  # tokens that are looked at together, and at least one document
 SAMPLE = 200  # documents of a file, at even distances, that are tokenized again
+COMPARED, TORN = 25_000, 100  # first tokens of one that are, and the last of these, which a cut may change
 
 
 @dataclass
@@ -186,11 +187,13 @@ class _Import:
             begun, ended = row[: len(before)].tolist() == before, row[len(row) - len(after) :].tolist() == after
             checked.begun += begun
             checked.ended += ended
-            if number in looked and len(row) <= tokens.LONGEST:
-                bare = row[len(before) if begun else 0 : len(row) - (len(after) if ended else 0)].tolist()
+            if number in looked:
+                bare = row[len(before) if begun else 0 : len(row) - (len(after) if ended else 0)][:COMPARED].tolist()
                 text = self.tokenizer.decode(bare, skip_special_tokens=False)
                 checked.sample += 1
-                same = self.tokenizer.encode(text, add_special_tokens=False).ids == bare
+                # At a cut a word, or a letter of several bytes, may be torn.
+                sure = COMPARED - TORN if len(bare) == COMPARED else len(bare) + 1
+                same = self.tokenizer.encode(text, add_special_tokens=False).ids[:sure] == bare[:sure]
                 checked.again += same
                 checked.other = number if not same and checked.other is None else checked.other
 

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from fastft.cli.main import main
-from fastft.corpus import tokenfiles
+from fastft.corpus import importing, tokenfiles
 from fastft.corpus.importing import import_tokens
 from fastft.corpus.lookup import find
 from fastft.corpus.tokens import facts_of
@@ -192,3 +192,15 @@ def test_another_tokenizer_is_found_out(tmp_path, tiny_llama, rows):
         imported(tmp_path, tiny_llama, corpora.jsonl(tmp_path / "x.jsonl", TEXTS))
     with pytest.raises(UserError, match="is not there"):
         imported(tmp_path, tiny_llama, tmp_path / "none.ds")
+
+
+def test_long_documents_are_looked_at_by_their_begin(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setattr(importing, "COMPARED", 150)
+    text = " ".join(TEXTS)
+    row = transformers.AutoTokenizer.from_pretrained(tiny_llama)(text, add_special_tokens=False)["input_ids"]
+    assert len(row) > 1000
+    made = imported(tmp_path, tiny_llama, ds(tmp_path / "a.ds", [row] * 3))
+    assert "the text of 3 of 3 documents" in made.manifest["tokens"]["because"]
+    with pytest.raises(UserError, match="of 3 documents, the text of 0 gives"):
+        moved = [[(token + 7) % 200 + 3 for token in row]] * 3
+        import_tokens(tmp_path / "other", [str(ds(tmp_path / "b.ds", moved))], str(tiny_llama), name="them")
