@@ -8,6 +8,7 @@ engine where there is one.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -159,13 +160,23 @@ def add_model(job: Job, weights: Weights = "start", shards: dict | None = None) 
     """
     config, task = job.config, job.task
     spec = task.model(job.learned)
-    if weights == "trained":
-        _open_trained(job, spec, as_stored=shards is not None)
-        if shards is not None:
-            from fastft.zero.sharding import shard
+    from fastft.zero.making import Making
+    from fastft.zero.sharding import shard
 
-            shard(job.model, shards, load.dtype_of(config.model.dtype))
-        return
+    making = None if shards is None else Making(job.ranks.device)
+    if weights == "trained":
+        _open_trained(job, spec, making)
+    else:
+        _start(job, spec, weights, making)
+    if shards is not None:
+        shard(job.model, shards, load.dtype_of(config.model.dtype))
+    if weights != "trained":
+        job.frozen = sum(whole_numel(p) for p in job.model.parameters() if not p.requires_grad)
+
+
+def _start(job: Job, spec: ModelSpec, weights: Weights, making: Any) -> None:
+    """The model that a run begins with, or an "empty" one, edited."""
+    config, task = job.config, job.task
     job.came_in = load.dtype_in(config.model)
     if weights == "start" and any(rooms.EDITS.get(n).wrote(Path(config.model.path)) for n in rooms.EDITS.names()):
         raise UserError(
@@ -175,25 +186,19 @@ def add_model(job: Job, weights: Weights = "start", shards: dict | None = None) 
     settings = config.model.changed(init="random") if weights == "empty" else config.model
     new = spec.new_parameters if weights == "start" else ()
     chosen = config.model.chosen().items()
-    # What an edit or a new row begins with depends on the dtype of the weights beside it.
-    as_stored = shards is not None and not (chosen or config.model.new_head or config.model.resize_embeddings)
-    how = {"device": job.ranks.device, "as_stored": as_stored, **spec.overrides}
+    how = {"device": job.ranks.device, "making": making, **spec.overrides}
     job.model, job.initialized = load.build(settings, spec.auto_class, new, config.run.seed, **how)
-    if config.model.new_head and weights == "start":
-        job.initialized = sorted({*job.initialized, *load.new_head(job.model, new)})
-    if config.model.resize_embeddings:
-        load.resize(job.model, task.processor)
     job.edits = [rooms.EDITS.get(name)(settings, config) for name, settings in chosen]
     job.edits.sort(key=lambda edit: edit.order)
-    load.freeze(job.model, config.model.freeze)  # by the model's own names
-    for edit in job.edits:
-        edit.apply(job.model, spec.new_parameters)
-        job.record |= edit.record()
-    if shards is not None:
-        from fastft.zero.sharding import shard
-
-        shard(job.model, shards, load.dtype_of(config.model.dtype))
-    job.frozen = sum(whole_numel(p) for p in job.model.parameters() if not p.requires_grad)
+    with making or contextlib.nullcontext():
+        if config.model.new_head and weights == "start":
+            job.initialized = sorted({*job.initialized, *load.new_head(job.model, new)})
+        if config.model.resize_embeddings:
+            load.resize(job.model, task.processor)
+        load.freeze(job.model, config.model.freeze)  # by the model's own names
+        for edit in job.edits:
+            edit.apply(job.model, spec.new_parameters)
+            job.record |= edit.record()
 
 
 def add_together(job: Job) -> Any:
@@ -215,19 +220,21 @@ def add_together(job: Job) -> Any:
     return engine.build_forward_engine(job.model, settings)
 
 
-def _open_trained(job: Job, spec: ModelSpec, as_stored: bool = False) -> None:
+def _open_trained(job: Job, spec: ModelSpec, making: Any = None) -> None:
     """An exported model: whole, or an edit's own form beside the base that it names."""
     settings, folder = job.config.model, Path(job.config.model.path)
     kinds = [kind for name in rooms.EDITS.names() if (kind := rooms.EDITS.get(name)).wrote(folder)]
     if not kinds:
-        job.model, _ = load.build(settings, spec.auto_class, (), job.config.run.seed, as_stored=as_stored)
+        job.model, _ = load.build(settings, spec.auto_class, (), job.config.run.seed, making=making)
         return
     path, revision = kinds[0].base(folder)
     # The edit brings the head, whatever the base has in its place.
     base = settings.changed(path=path, revision=revision, tokenizer=str(folder), new_head=True)
-    job.model, _ = load.build(base, spec.auto_class, spec.new_parameters, job.config.run.seed, **spec.overrides)
-    for kind in kinds:
-        kind.open(folder, job.model)
+    how = {"making": making, **spec.overrides}
+    job.model, _ = load.build(base, spec.auto_class, spec.new_parameters, job.config.run.seed, **how)
+    with making or contextlib.nullcontext():
+        for kind in kinds:
+            kind.open(folder, job.model)
     if job.model.can_generate():
         job.model.generation_config = load.generation_config(settings, job.model.generation_config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
@@ -236,7 +237,7 @@ def build(
     new_parameters: tuple[str, ...],
     seed: int,
     device: torch.device | str = "cpu",
-    as_stored: bool = False,
+    making: Any = None,
     **overrides: Any,
 ):
     """The model, ready to train.
@@ -249,9 +250,8 @@ def build(
         Where weights of model.init: random are drawn; others are loaded to the CPU.
     new_parameters : tuple of str
         Name parts of weights that may be newly initialized (a head); any other missing weight is an error.
-    as_stored : bool
-        Leave the weights in the dtype of their files, which are then mapped and not read, where nothing else depends on
-        it: who asks for this converts them.
+    making : Making, optional
+        Each rank keeps its part of every parameter (fastft.zero.making): files are mapped, and not read yet.
     **overrides
         Config attributes (``num_labels``, or a task's own), which an export keeps.
 
@@ -271,17 +271,21 @@ def build(
     if settings.attention not in ("auto", "varlen"):  # which is put into the model (fastft.models.documents)
         common["attn_implementation"] = settings.attention
     if settings.init == "random":
-        with torch.device(device):
+        with making.constructing() if making else contextlib.nullcontext(), torch.device(device):
             return _ready(loader.from_config(model_config, **common), common["dtype"]), []
     options = {**common, "config": model_config, "revision": settings.revision, "output_loading_info": True}
     # Other sizes are reported, not raised: what the weights' own error says to do would be wrong here.
     how: dict[str, Any] = {"ignore_mismatched_sizes": True, **options}
-    model, info = _from_pretrained(loader, settings.path, "model", **how | ({"dtype": "auto"} if as_stored else {}))
-    if as_stored and (info["missing_keys"] or info["mismatched_keys"] or not _buffers_are_of(model, common["dtype"])):
+    model, info = _from_pretrained(loader, settings.path, "model", **how | ({"dtype": "auto"} if making else {}))
+    if making and not _buffers_are_of(model, common["dtype"]):
         del model
-        as_stored = False
+        making = None
         torch.manual_seed(seed)  # a head has drawn from it
         model, info = _from_pretrained(loader, settings.path, "model", **how)
+    if making:
+        new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        _draw_again(model, new, common["dtype"], seed)
+        making.hold(model, common["dtype"])
     missing = sorted(info["missing_keys"])
     if other := sorted(info["mismatched_keys"]):
         _check_sizes(settings, other, new_parameters)
@@ -293,7 +297,20 @@ def build(
             f"{type(model).__name__}: {', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}.",
             "The folder holds another kind of model; choose the task that fits it, or model.init: random.",
         )
-    return _ready(model, None if as_stored else common["dtype"]), missing
+    return _ready(model, None if making else common["dtype"]), missing
+
+
+def _draw_again(model: Any, names: set[str], dtype: torch.dtype, seed: int) -> None:
+    """Initialize weights that the files did not have as if the model had been loaded in this dtype."""
+    if not names:
+        return
+    for module in model.modules():
+        module._is_hf_initialized = False  # weights that were loaded say so themselves
+    for name, parameter in model.named_parameters():
+        if name in names and not getattr(parameter, "_is_hf_initialized", False):
+            parameter.data = torch.empty_like(parameter, dtype=dtype)
+    torch.manual_seed(seed)
+    model.initialize_weights()
 
 
 def _buffers_are_of(model: Any, dtype: torch.dtype) -> bool:

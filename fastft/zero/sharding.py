@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from fastft.zero.making import Held, held
+
 
 def shard(model: torch.nn.Module, settings: dict, dtype: torch.dtype) -> None:
     """Keep this rank's part of every parameter and let go of the rest, one parameter at a time.
@@ -17,7 +19,8 @@ def shard(model: torch.nn.Module, settings: dict, dtype: torch.dtype) -> None:
     Parameters
     ----------
     model : Module
-        As it was loaded: weights that are mapped from a file are read only where this rank's part is.
+        As it was loaded or made: of weights that are mapped from a file only this rank's part is read, and parameters
+        may be cut already (``Making``).
     settings : dict
         DeepSpeed's, of the engine that is to come.
     dtype : torch.dtype
@@ -29,17 +32,21 @@ def shard(model: torch.nn.Module, settings: dict, dtype: torch.dtype) -> None:
     made: Any = Init(module=torch.nn.Module(), config_dict_or_path=settings)
     for parameter in model.parameters():
         wanted = dtype if parameter.is_floating_point() else parameter.dtype
-        if wanted != parameter.dtype and made.param_swapper is None:
-            _converted(made, parameter, wanted)
+        source = held(parameter)
+        if (source or wanted != parameter.dtype) and made.param_swapper is None and made.zero_param_process_group is None:
+            _part_of(made, parameter, source or Held(parameter.data), wanted)
             continue
+        if source:  # to be divided once more, among the ranks of a node
+            parameter.data = source.whole(parameter, made.local_device)
+            del parameter.fastft_held  # type: ignore[attr-defined]
         parameter.data = parameter.data.to(made.local_device, wanted)
         made._convert_to_deepspeed_param(parameter)
         parameter.partition()  # type: ignore[attr-defined]
     made._keep_in_fp32(model)
 
 
-def _converted(made: Any, parameter: Any, dtype: torch.dtype) -> None:
-    """This rank's part alone in another dtype: DeepSpeed copies into a shard that is there, whatever its dtype."""
+def _part_of(made: Any, parameter: Any, source: Held, dtype: torch.dtype) -> None:
+    """Give a parameter its shard, of this dtype, without the rest of it: DeepSpeed takes a shard that is there."""
     from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 
     made._convert_to_deepspeed_param(parameter)
@@ -48,7 +55,10 @@ def _converted(made: Any, parameter: Any, dtype: torch.dtype) -> None:
     device = made.local_device if parameter.ds_persist else made.remote_device
     part = torch.empty(size, dtype=dtype, device=device)
     part = part.pin_memory() if made.pin_memory else part
+    source.into(part)
     part.ds_numel, part.status, part.final_location = size, PartitionedParamStatus.AVAILABLE, None  # type: ignore
     parameter.ds_tensor, parameter.ds_numel_aligned = part, whole
-    parameter.partition(has_been_updated=True)
+    parameter.partition()
     parameter.data = torch.empty(0, dtype=dtype, device=made.local_device)
+    if hasattr(parameter, "fastft_held"):
+        del parameter.fastft_held
