@@ -158,18 +158,17 @@ def add_model(job: Job, weights: Weights = "start", shards: dict | None = None) 
     shards : dict, optional
         DeepSpeed's settings of the ZeRO-3 engine that is to come: each rank keeps its part of every parameter.
     """
-    config, task = job.config, job.task
-    spec = task.model(job.learned)
     from fastft.zero.making import Making
     from fastft.zero.sharding import shard
 
+    spec = job.task.model(job.learned)
     making = None if shards is None else Making(job.ranks.device)
     if weights == "trained":
         _open_trained(job, spec, making)
     else:
         _start(job, spec, weights, making)
     if shards is not None:
-        shard(job.model, shards, load.dtype_of(config.model.dtype))
+        shard(job.model, shards, load.dtype_of(job.config.model.dtype))
     if weights != "trained":
         job.frozen = sum(whole_numel(p) for p in job.model.parameters() if not p.requires_grad)
 

@@ -213,7 +213,6 @@ def _setting(job: Job, device: str, ranks: int, batch: Batching, tensors: Tensor
         bucket=int(zero.get("reduce_bucket_size") or reduced),
         reuse=int(gathered["stage3_max_reuse_distance"]),
         prefetch=int(gathered["stage3_prefetch_bucket_size"]),
-        loads_whole=config.model.init == "random" or (job.came_in != own and bool(config.model.chosen())),
     )
 
 

@@ -116,8 +116,6 @@ class Setting:
         linear_cross_entropy: never all logits.
     offload : str or None
         "optimizer" or "parameters": what is in the host's memory, or in files on its disk (``on_disk``).
-    loads_whole : bool
-        Every rank makes the whole model before ZeRO 3 divides it: weights that are random, or converted beside an edit.
     """
 
     bucket: int
@@ -134,7 +132,6 @@ class Setting:
     widens: bool = False
     fused_loss: bool = True
     adapter_only: bool = False
-    loads_whole: bool = False
     offload: str | None = None
     on_disk: bool = False
 
@@ -366,7 +363,7 @@ def _gathered(t: Tensors, s: Setting) -> int:
 def _around(t: Tensors, s: Setting) -> dict[str, dict[str, int]]:
     weights, _, states = (int(x) for x in sharded(s.zero, s.ranks, t.whole, 0, optimizer(s, t.trained)))
     own = int(masters(s, t.trained) / (s.ranks if s.zero else 1))
-    loaded = t.whole if s.loads_whole or s.zero < 3 else weights
+    loaded = t.whole if s.zero < 3 else weights
     found: dict[str, dict[str, int]]
     if s.device == "cpu":
         # DeepSpeed copies the weights of a group into one flat tensor, and then its part into the masters.

@@ -30,13 +30,15 @@ def shard(model: torch.nn.Module, settings: dict, dtype: torch.dtype) -> None:
     from deepspeed.runtime.zero.partition_parameters import Init
 
     made: Any = Init(module=torch.nn.Module(), config_dict_or_path=settings)
+    by_part = made.param_swapper is None and made.zero_param_process_group is None
     for parameter in model.parameters():
         wanted = dtype if parameter.is_floating_point() else parameter.dtype
         source = held(parameter)
-        if (source or wanted != parameter.dtype) and made.param_swapper is None and made.zero_param_process_group is None:
+        assert source or parameter.numel() < 2 or any(parameter.stride()), "a parameter whose part is lost"
+        if by_part and (source or wanted != parameter.dtype):
             _part_of(made, parameter, source or Held(parameter.data), wanted)
             continue
-        if source:  # to be divided once more, among the ranks of a node
+        if source:  # which DeepSpeed divides in ways of its own
             parameter.data = source.whole(parameter, made.local_device)
             del parameter.fastft_held  # type: ignore[attr-defined]
         parameter.data = parameter.data.to(made.local_device, wanted)

@@ -30,7 +30,7 @@ def saved(config: dict, folder, dtype: str = "float32", **changes) -> dict:
 
 
 def test_shards_are_those_of_a_model_that_was_loaded_whole(lm_config, classification_config, tmp_path):
-    """Bit for bit, whatever the dtype of the files; with a new head, adapters, frozen weights, random ones."""
+    """Bit for bit, of files in any dtype; with a new head, adapters, new rows, frozen weights, random ones."""
     lm_config["optim"] = {"lr": 1e-3}
     lm_config["parallel"] = classification_config["parallel"] = {"zero": 3}
     lm_config["data"].pop("eval")
@@ -46,7 +46,18 @@ def test_shards_are_those_of_a_model_that_was_loaded_whole(lm_config, classifica
         "adapters": {**stored["bfloat16"], "model": {**stored["bfloat16"]["model"], "lora": {"r": 4}}},
         "frozen": {**stored["bfloat16"], "model": {**stored["bfloat16"]["model"], "freeze": ["*embed_tokens*"]}},
         "head": saved(classification_config, tmp_path / "bert", "bfloat16"),
+        "bf16_head": saved(classification_config, tmp_path / "bert32"),
+        "random_head": {**classification_config, "model": {**classification_config["model"], "init": "random"}},
     }
+    cases["bf16_head"]["model"] |= {"dtype": "bf16", "new_head": True}
+    merged = {"init": "random", "dtype": "bf16", "lora": {"r": 16, "export": "merged"}}
+    cases["bf16_random_adapters"] = {**lm_config, "model": {**lm_config["model"], **merged}}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(lm_config["model"]["path"])
+    tokenizer.add_tokens([f"<{i}>" for i in range(5)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = {"resize_embeddings": True, "tokenizer": str(tmp_path / "tokenizer")}
+    for name in ("bfloat16", "float32"):
+        cases[f"rows_{name}"] = {**stored[name], "model": {**stored[name]["model"], **rows}}
     paths = []
     for name, made in cases.items():
         made = copy.deepcopy(made)
