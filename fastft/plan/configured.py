@@ -53,6 +53,35 @@ class Batching:
 
 
 @dataclass(frozen=True)
+class Disk:
+    """Bytes on disks, of all ranks together.
+
+    Attributes
+    ----------
+    checkpoint : int
+        One checkpoint.
+    files : int
+        In parallel.offload_dir.
+    total : int
+        As many checkpoints as are there at a time (those kept, the best, and the one being written), the exported
+        model, and the files.
+    """
+
+    checkpoint: int
+    files: int
+    total: int
+
+    @property
+    def sentence(self) -> str:
+        files = f", of which {gigabytes(self.files)} in parallel.offload_dir" if self.files else ""
+        return f"disk, about: {gigabytes(self.checkpoint)} a checkpoint, {gigabytes(self.total)} in all{files}."
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+@dataclass(frozen=True)
 class Planned:
     """A configuration's plan, with what it was made from."""
 
@@ -66,6 +95,12 @@ class Planned:
     @property
     def setting(self) -> Setting:
         return self.plan.setting
+
+    @property
+    def disk(self) -> Disk:
+        saved, files = memory.checkpoint(self.setting, self.tensors), memory.files(self.setting, self.tensors)
+        at_once = self.config.checkpoint.keep + 1 + (self.config.checkpoint.best_by is not None)
+        return Disk(saved, files, at_once * saved + self.tensors.whole + files)
 
 
 def planned(

@@ -194,7 +194,7 @@ def masters(setting: Setting, trained: int) -> int:
     whatever the masters' dtype.
     """
     if not setting.bf16:
-        return 4 * trained if setting.offload and setting.zero in (1, 2) else 0
+        return 4 * trained if setting.offload else 0
     if setting.master == "fp32":
         return 4 * trained
     remainder = 2 if setting.master == "remainder" else 0
@@ -223,8 +223,16 @@ def checkpoint(setting: Setting, tensors: Tensors) -> int:
         weights = tensors.trained_bytes if not setting.bf16 or setting.master != "fp32" else 0
         weights += 0 if setting.adapter_only else tensors.frozen_bytes
     state = tensors.trained * setting.states * SAVED_BYTES[setting.state_dtype]
-    own = 4 * tensors.trained if not setting.bf16 and setting.zero in (1, 2) else masters(setting, tensors.trained)
+    own = masters(setting, tensors.trained) if setting.bf16 else 4 * tensors.trained * (setting.zero in (1, 2))
     return weights + state + own
+
+
+def files(setting: Setting, tensors: Tensors) -> int:
+    """Those of parallel.offload_dir, of all ranks together."""
+    if not setting.on_disk:
+        return 0
+    weights = tensors.trained_bytes if setting.offload == "parameters" else 0
+    return optimizer(setting, tensors.trained) + weights
 
 
 def plan(tensors: Tensors, kept: Kept, setting: Setting) -> Plan:
@@ -258,7 +266,7 @@ def _step(t: Tensors, kept: Kept, s: Setting) -> dict[str, dict[str, int]]:
     if s.offload and s.device == "cuda":
         weights, states = 0 if s.offload == "parameters" else weights, 0
     elif s.offload:  # the same memory, and gradients in float32 beside the masters
-        weights, states = _in_memory(s, weights, states)
+        weights, states = _in_memory(s, t, weights, states)
         states += 4 * t.trained // ranks
     loss = head(t, kept.tokens, s)
     bucket = _buckets(t, s)
@@ -295,9 +303,10 @@ def _step(t: Tensors, kept: Kept, s: Setting) -> dict[str, dict[str, int]]:
     return found
 
 
-def _in_memory(s: Setting, weights: int, states: int) -> tuple[int, int]:
+def _in_memory(s: Setting, t: Tensors, weights: int, states: int) -> tuple[int, int]:
     """What is not in files, of both."""
-    return (0 if s.on_disk and s.offload == "parameters" else weights), (0 if s.on_disk else states)
+    moved = t.trained_bytes // s.ranks if s.on_disk and s.offload == "parameters" else 0
+    return weights - moved, (0 if s.on_disk else states)
 
 
 def _parts(weights: int, gradients: int, optimizer: int, activations: int, logits: int, buckets: int) -> dict[str, int]:
@@ -375,13 +384,13 @@ def _around(t: Tensors, s: Setting) -> dict[str, dict[str, int]]:
         found = {"loading": {"weights": there, "copies": made}}
         found["loading on the host"] = {"copies": loaded}
         if s.offload:  # with gradients in float32
-            offloaded, kept = _in_memory(s, weights - there, states)
+            offloaded, kept = _in_memory(s, t, weights - there, states)
             found["offloaded to the host"] = {"weights": offloaded, "optimizer": kept + 4 * t.trained // s.ranks}
     saved = checkpoint(s, t)
     module = (t.trained_bytes if s.adapter_only else t.whole) if s.zero < 3 else 0  # rank 0 alone writes it
     snapshot = module + (saved - module) // (s.ranks if s.zero else 1)
     if s.on_disk:  # what is in files is written from there
-        (weights, states), snapshot = _in_memory(s, weights, states), module
+        (weights, states), snapshot = _in_memory(s, t, weights, states), module
     held = {"weights": weights, "optimizer": states} if s.device == "cpu" else {}
     if held and s.zero == 3:  # a place for this rank's gradients, and the bucket
         held |= {"gradients": t.trained_bytes // s.ranks, "buckets": min(t.trained_bytes, s.bucket * s.element)}

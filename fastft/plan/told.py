@@ -15,7 +15,7 @@ from fastft import config as configuration
 from fastft.errors import UserError
 from fastft.plan import changes, report
 from fastft.plan.changes import Offer
-from fastft.plan.configured import Planned, measured, planned
+from fastft.plan.configured import Disk, Planned, measured, planned
 from fastft.plan.fit import calibrated
 from fastft.plan.model import HARDWARE, Hardware, Setup, step
 
@@ -110,6 +110,7 @@ def tell(target: str, overrides: Sequence[str], options: Options) -> dict[str, A
             "fits": need(found) <= limit,
             "traced": plan.kept.traced,
         },
+        "disk": dataclasses.asdict(found.disk),
         "time": _time(found, hardware, options) if hardware else None,
         "changes": [_offer(o, need(o.planned)) for o in offered],
         "measured": _beside(taken, found) if taken else None,
@@ -216,6 +217,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"once, {batch['accumulation']} time{'s' * (batch['accumulation'] > 1)} a step.",
         "moments of a step: " + ", ".join(f"{name} {gb(n)}" for name, n in memory["moments"].items()) + ".",
         "before and after: " + ", ".join(f"{name} {gb(n)}" for name, n in memory["around"].items()) + _where(result),
+        Disk(**result["disk"]).sentence,
         f"{'fits' if memory['fits'] else 'does not fit'}: {gb(memory['need'])} of {gb(memory['limit'])} a {rank}.",
     ]
     if not memory["traced"]:

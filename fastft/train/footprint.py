@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from fastft.plan import memory
-from fastft.plan.configured import planned
+from fastft.plan.configured import Disk, gigabytes, planned
 
 if TYPE_CHECKING:
     from fastft.assemble import Job
@@ -29,8 +29,11 @@ class Footprint:
     tokens : int
     checkpoint : int
         One checkpoint, of all ranks.
+    files : int
+        In parallel.offload_dir, of all ranks.
     disk : int
-        As many as are there at a time: those kept, the best, and the one being written; and the exported model.
+        As many checkpoints as are there at a time: those kept, the best, and the one being written; the exported model;
+        and the files.
     peak : int
         The most until the last step, without what the process itself takes; of a GPU, or of a CPU's memory.
     fullest : str
@@ -44,6 +47,7 @@ class Footprint:
     activations: int
     tokens: int
     checkpoint: int
+    files: int
     disk: int
     peak: int
     fullest: str
@@ -58,12 +62,8 @@ class Footprint:
             f"memory of {whose}, about: {states} for weights, gradients and optimizer, "
             f"{gigabytes(self.activations)} for activations of {self.tokens:,} tokens at once; "
             f"at most {gigabytes(self.peak)} ({self.fullest}), beside the process itself.",
-            f"disk, about: {gigabytes(self.checkpoint)} a checkpoint, {gigabytes(self.disk)} in all.",
+            Disk(self.checkpoint, self.files, self.disk).sentence,
         ]
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
 
 
 def footprint(job: Job, schedule: Schedule) -> Footprint:
@@ -90,8 +90,6 @@ def footprint(job: Job, schedule: Schedule) -> Footprint:
         tensors.trained_bytes,
         memory.optimizer(setting, tensors.trained),
     )
-    saved = memory.checkpoint(setting, tensors)
-    at_once = config.checkpoint.keep + 1 + (config.checkpoint.best_by is not None)
     loading = sum(plan.around["loading"].values()) == plan.training
     return Footprint(
         ranks=setting.ranks,
@@ -100,8 +98,9 @@ def footprint(job: Job, schedule: Schedule) -> Footprint:
         optimizer=int(optimizer),
         activations=plan.kept.layers,
         tokens=plan.kept.tokens,
-        checkpoint=saved,
-        disk=at_once * saved + tensors.whole,
+        checkpoint=found.disk.checkpoint,
+        files=found.disk.files,
+        disk=found.disk.total,
         peak=plan.training,
         fullest="loading" if loading else plan.moment,
     )

@@ -56,15 +56,27 @@ def test_masters_and_state_by_hand(options, trained, expected):
 
 
 def test_offload_by_hand():
-    """Of a GPU: the optimizer's half of 8,000, and of the weights, is not there; the host has gradients in float32
-    beside it. A CPU has all of it.
+    """Of a GPU: the optimizer's half of 8,000, and of the weights, is not there; the host has masters of their own and
+    gradients in float32 beside it. A CPU has all of it.
     """
     plain, state, all_ = (of(zero=3, ranks=2, offload=o) for o in (None, "optimizer", "parameters"))
     assert plain.parts["optimizer"] == 4000 and state.parts["optimizer"] == all_.parts["optimizer"] == 0
     assert plain.parts["weights"] == state.parts["weights"] == 2000 and all_.parts["weights"] == 0
-    assert state.around["offloaded to the host"] == {"weights": 0, "optimizer": 4000 + 2000}
+    assert state.around["offloaded to the host"] == {"weights": 0, "optimizer": 4000 + 2000 + 2000}
     assert all_.around["offloaded to the host"]["weights"] == 2000
     assert of(zero=1, offload="optimizer", device="cpu").parts["optimizer"] == 12000 + 4000
+
+
+def test_files_by_hand():
+    """Masters, two moments and weights of 1,000; frozen weights are in none."""
+    offloaded = {"zero": 3, "bucket": 500, "on_disk": True}
+    assert memory.files(Setting(**offloaded, offload="optimizer"), SMALL) == 12000
+    assert memory.files(Setting(**offloaded, offload="parameters", ranks=2), SMALL) == 16000
+    assert memory.files(Setting(zero=3, bucket=500, offload="parameters"), SMALL) == 0
+    frozen = dataclasses.replace(SMALL, frozen=1000, frozen_bytes=4000)
+    assert memory.files(Setting(**offloaded, offload="parameters"), frozen) == 16000
+    kept = memory.plan(frozen, KEPT, Setting(**offloaded, device="cpu", ranks=2, offload="parameters"))
+    assert kept.parts["weights"] == 2000
 
 
 def test_buckets_by_hand():

@@ -7,6 +7,8 @@ shards OUT C...      names of the weights whose shards are not those of a model 
 again OUT C...       the newest checkpoint of the run, resumed and written to OUT as it is
 isolated OUT C...    largest change of logits in a document, and smallest beside it, when what is beside it is changed,
                      and the difference from the document alone, to OUT/<name of C>.json (rank 0)
+files OUT C...       bytes that the ranks have mapped in files of parallel.offload_dir after a step, to
+                     OUT/<name of C>.json (rank 0)
 generated OUT C...   what an evaluation generates, tokens by sample, and its metrics, to OUT/<name of C>.json (rank 0)
 """
 
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fastft import assemble
+from fastft import assemble, mapped
 from fastft import config as configuration
 from fastft.cli.main import leave
 from fastft.tasks.base import Draw
@@ -96,6 +98,27 @@ def again(out: Path, path: Path) -> None:
         run.job.ranks.barrier()
 
 
+def mappings() -> dict[str, int]:
+    """Bytes of every file of parallel.offload_dir that this process has mapped, by its inode."""
+    found: dict[str, int] = {}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if mapped.PREFIX in line:
+            (begin, _, end), inode = line.split()[0].partition("-"), line.split()[4]
+            found[inode] = found.get(inode, 0) + int(end, 16) - int(begin, 16)
+    return found
+
+
+def files(out: Path, path: Path) -> None:
+    before = mappings()  # of the run before, which may not be gone yet
+    with ExitStack() as cleanup:
+        run = loop.build(configuration.load(path), cleanup, steps_only=True)
+        run.open(Telemetry(out, main=False))
+        next(run.steps())
+        every = run.job.ranks.gather(sum(size for inode, size in mappings().items() if inode not in before))
+        if run.job.ranks.main:
+            (out / f"{path.stem}.json").write_text(json.dumps(sum(every)))
+
+
 def shards(out: Path, path: Path) -> None:
     """Against the same job without shards: what DeepSpeed's engine would have divided."""
     config = configuration.load(path)
@@ -164,6 +187,7 @@ if __name__ == "__main__":
         for path in arguments[1:]:
             verbs = {
                 "again": again,
+                "files": files,
                 "gradients": gradients,
                 "generated": generated,
                 "shards": shards,

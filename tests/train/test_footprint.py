@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 import launch
+from fastft.config import load
+from fastft.plan.told import Options, lines, tell
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,33 @@ def test_what_is_sharded_is_divided(lm_config, tmp_path):
     adapter = footprints(1, "model.lora={r: 2}", "checkpoint.best_by=eval.loss")
     assert adapter["gradients"] < adapter["weights"] / 10 and adapter["checkpoint"] == 3 * adapter["gradients"]
     assert adapter["disk"] == 4 * adapter["checkpoint"] + adapter["weights"]
+
+
+OFFLOADED = [
+    ["parallel.zero=3", "parallel.offload=optimizer"],
+    ["parallel.zero=3", "parallel.offload=parameters", "model.dtype=bf16"],
+    ["parallel.zero=3", "parallel.offload=parameters", "model.lora={r: 16}"],
+    ["parallel.zero=1", "parallel.offload=optimizer", "model.dtype=bf16", "optim.state_dtype=bf16"],
+]
+
+
+def test_disk_has_the_files_of_what_is_offloaded(lm_config, tmp_path):
+    """As many bytes as a run has mapped after a step, within a twentieth: files are of whole pages."""
+    (tmp_path / "files").mkdir()
+    lm_config["parallel"] = {"zero": 3, "offload": "optimizer", "offload_dir": str(tmp_path / "files")}
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    runs = launch.ROOT / "tests" / "train" / "runs.py"
+    paths = []
+    for i, changes in enumerate(OFFLOADED):
+        paths.append(launch.write_config(tmp_path / f"{i}.yaml", load(path, changes).model_dump(mode="json")))
+    launch.ranks(2, [runs, "files", tmp_path, *paths])
+    for changed, changes in zip(paths, OFFLOADED, strict=True):
+        found = tell(str(path), changes, Options(ranks=2))
+        taken = json.loads(changed.with_suffix(".json").read_text())
+        assert found["disk"]["files"] == pytest.approx(taken, rel=0.05), changes
+        assert found["disk"]["total"] > 3 * found["disk"]["checkpoint"] + found["disk"]["files"]
+        assert "in parallel.offload_dir" in " ".join(lines(found))
+    _, output = launch.fastft("validate", path, "--json")
+    footprint = json.loads(output.strip().splitlines()[-1])["footprint"]
+    assert footprint["files"] == tell(str(path), [], Options())["disk"]["files"] > 0
+    assert footprint["disk"] == 3 * footprint["checkpoint"] + footprint["weights"] + footprint["files"]
