@@ -196,6 +196,7 @@ def _start(job: Job, spec: ModelSpec, weights: Weights, making: Any) -> None:
             load.resize(job.model, task.processor)
         load.freeze(job.model, config.model.freeze)  # by the model's own names
         for edit in job.edits:
+            edit.see(job)
             edit.apply(job.model, spec.new_parameters)
             job.record |= edit.record()
 
@@ -223,10 +224,11 @@ def _open_trained(job: Job, spec: ModelSpec, making: Any = None) -> None:
     """An exported model: whole, or an edit's own form beside the base that it names."""
     settings, folder = job.config.model, Path(job.config.model.path)
     kinds = [kind for name in rooms.EDITS.names() if (kind := rooms.EDITS.get(name)).wrote(folder)]
+    kinds.sort(key=lambda kind: kind.order)
     if not kinds:
         job.model, _ = load.build(settings, spec.auto_class, (), job.config.run.seed, making=making)
         return
-    path, revision = kinds[0].base(folder)
+    path, revision = kinds[-1].base(folder)
     # The edit brings the head, whatever the base has in its place.
     base = settings.changed(path=path, revision=revision, tokenizer=str(folder), new_head=True)
     how = {"making": making, **spec.overrides}

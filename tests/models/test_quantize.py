@@ -1,6 +1,7 @@
 """A base in 4 or 8 bits: what it computes with, that its adapter learns at ZeRO 0 to 2, and what is exported."""
 
 import json
+import shutil
 
 import jobs
 import peft
@@ -11,6 +12,7 @@ from models.test_lora import losses, run
 from safetensors.torch import load_file
 
 import launch
+from fastft import assemble
 from fastft import config as configuration
 from fastft.errors import UserError
 from fastft.models.edits.quantize import Quantize, dequantized, is_quantized, quantized
@@ -109,9 +111,63 @@ def test_the_merged_model_computes_what_was_trained(config, tmp_path, format):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_rounded_by_rows_is_the_same_everywhere(config, tmp_path):
+    """On any number of ranks, at any stage, after a resume and in every export: what the run's file holds."""
+    config["model"]["quantize"] = {"format": "nf4", "calibrate": 8}
+    config["checkpoint"] = {"every": 3, "keep": 9}
+    job = jobs.job_of(config | {"run": {**config["run"], "dir": str(tmp_path / "here")}})
+    layers = {name: m for name, m in job.model.named_modules() if is_quantized(m)}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.bfloat16)
+    for name, layer in layers.items():
+        whole = plain.get_submodule(name.removesuffix(".base_layer"))
+        error = (dequantized(layer) - whole.weight.float()).norm() / whole.weight.float().norm()
+        assert 0 < error < 0.2 and not torch.equal(dequantized(layer), dequantized(quantized(whole, "nf4")))
+    assert len(layers) == 14 and job.record["quantize"] == {"format": "nf4", "layers": 14, "calibrate": 8}
+
+    runs = [run(config, tmp_path, f"zero{z}", ranks, parallel__zero=z) for z, ranks in ((0, 1), (1, 2), (2, 2))]
+    files = {(folder / "quantized.safetensors").read_bytes() for folder in (tmp_path / "here", *runs)}
+    assert len(files) == 1
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=5e-3) == losses(runs[2])
+
+    # a resume takes the file, whatever rows would give there
+    folder, wanted = runs[1], losses(runs[1])
+    shutil.rmtree(folder / "model")
+    (folder / "checkpoints" / "step-6").rename(tmp_path / "step-6")
+    launch.ranks(2, ["-m", "fastft", "resume", str(folder)])
+    from train.test_resume import same_checkpoints
+
+    same_checkpoints(tmp_path / "step-6", folder / "checkpoints" / "step-6")
+    assert losses(folder)[-3:] == wanted[-3:]
+
+    # an adapter is opened on the numbers that it was trained beside; the merged model computes the same
+    launch.fastft("export", folder, tmp_path / "merged", "--merge", "--dtype", "fp32")
+    assert not (tmp_path / "merged" / "quantized.safetensors").exists()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    opened = assemble.trained(str(folder / "model")).model.float()
+    ids = torch.randint(3, 200, (2, 24))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, opened(ids).logits, rtol=1e-2, atol=1e-2)
+    for name, layer in layers.items():
+        assert torch.equal(opened.get_submodule(name).weight, dequantized(layer))
+
+    # without the file, or with other numbers in it
+    file = folder / "quantized.safetensors"
+    file.rename(tmp_path / "aside")
+    code, output = launch.fastft("export", folder, tmp_path / "again", check=False)
+    assert code == 1 and "Put the file back" in " ".join(output.split()), output[-1500:]
+    shutil.copyfile(tmp_path / "aside", file)
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    code, output = launch.fastft("resume", folder, "train.steps=8", check=False)
+    assert code == 1 and "holds other weights than the adapter was trained on" in " ".join(output.split())
+
+
 @pytest.mark.parametrize(
     "model, zero, said",
     [
+        ({"quantize": {"format": "int8", "calibrate": 8}}, 0, "only nf4 is rounded by rows"),
+        ({"quantize": {"format": "nf4", "calibrate": 8}, "attention": "flash_attention_2"}, 0, "attention at auto"),
         ({"lora": None}, 0, "cannot be trained itself: add model.lora"),
         ({}, 3, "set parallel.zero to 0, 1 or 2"),
         ({"lora": {"dora": True}}, 0, "DoRA's norms"),

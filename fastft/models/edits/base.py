@@ -6,10 +6,13 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastft.config import Config, Section
 from fastft.lazy import torch
+
+if TYPE_CHECKING:
+    from fastft.assemble import Job
 
 State = Mapping[str, "torch.Tensor"]
 
@@ -51,6 +54,9 @@ class Edit(ABC):
 
     def __init__(self, settings: Any, config: Config):
         self.settings, self.config = settings, config
+
+    def see(self, job: Job) -> None:
+        """The run so far, before ``apply``: its ranks, and its training data where that is open."""
 
     @abstractmethod
     def apply(self, model: torch.nn.Module, heads: tuple[str, ...]) -> None:

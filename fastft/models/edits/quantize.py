@@ -5,17 +5,24 @@ from __future__ import annotations
 import fnmatch
 import functools
 import logging
+import shutil
 import warnings
 from collections import Counter
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from fastft import rooms
 from fastft.config import Config, Section
 from fastft.errors import UserError
+from fastft.files import sha256_file
 from fastft.lazy import torch
+from fastft.models.edits import _rounding as rounding
 from fastft.models.edits.base import Edit, Lazy, State, inner_linears
+
+if TYPE_CHECKING:
+    from fastft.assemble import Job
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +39,12 @@ class QuantizeSettings(Section):
         description="nf4: 4-bit normal floats in blocks of 64, whose scales are quantized, too: 0.52 bytes a weight. "
         "int8: a scale for each row. Needs model.lora, and parallel.zero 0 to 2.",
     )
+    calibrate: int = Field(
+        0,
+        ge=0,
+        description="Training rows by which nf4 is rounded: what the rounding of a layer's weights does to its outputs "
+        "on them is least (GPTQ), instead of what it does to the weights. 0: none; 32 are many.",
+    )
 
     def check(self, config: Config) -> None:
         lora: Any = config.model.chosen().get("lora")
@@ -46,6 +59,13 @@ class QuantizeSettings(Section):
                 "model.quantize: int8 computes with inputs in 16 bits, which a model in fp32 may exceed: set "
                 "model.dtype: bf16"
             )
+        if self.calibrate and self.format != "nf4":
+            raise ValueError("model.quantize.calibrate: only nf4 is rounded by rows: set it to 0, or format: nf4")
+        if self.calibrate and config.model.attention == "flash_attention_2":
+            raise ValueError(
+                "model.quantize.calibrate: rounding takes place on the CPU, where model.attention: flash_attention_2 "
+                "does not run: leave model.attention at auto"
+            )
         if config.parallel.zero == 3:
             raise ValueError(
                 "model.quantize: parallel.zero: 3 would cut the blocks that share a scale: set parallel.zero to 0, 1 "
@@ -59,6 +79,14 @@ class Quantize(Edit):
 
     Settings = QuantizeSettings
     order = 0
+
+    def __init__(self, settings: QuantizeSettings, config: Config):
+        super().__init__(settings, config)
+        self.job: Job | None = None
+        self.file: Path | None = None  # of the rounded weights, where rows decided
+
+    def see(self, job: Job) -> None:
+        self.job = job
 
     def apply(self, model: torch.nn.Module, heads: tuple[str, ...]) -> None:
         if next(model.parameters()).device.type != "meta":
@@ -79,14 +107,28 @@ class Quantize(Edit):
         self.layers = [name for name, _ in found]
         if not self.layers:
             raise UserError(f"model.quantize: {type(model).__name__} has no linear layer that could be quantized.")
-        for name, layer in found:
-            owner, _, last = name.rpartition(".")
-            if layer.weight.is_meta:  # of a plan, which asks for sizes alone
+        if found[0][1].weight.is_meta:  # of a plan, which asks for sizes alone
+            for _, layer in found:
                 layer.weight.requires_grad_(False)
                 layer.weight.stored_bytes = int(BYTES[self.settings.format] * layer.weight.numel())
-            else:
-                setattr(model.get_submodule(owner), last, quantized(layer, self.settings.format))
+        elif self.settings.calibrate:
+            self._by_rows(model, dict(found))
+        else:
+            for name, layer in found:
+                put(model, name, quantized(layer, self.settings.format))
         self._say_what_stays_whole(model)
+
+    def _by_rows(self, model: Any, layers: dict[str, torch.nn.Linear]) -> None:
+        """What rank 0 rounded, or what the run has from its start: sums of another machine, or of another number of
+        threads, would round otherwise.
+        """
+        assert self.job is not None
+        ranks, self.file = self.job.ranks, Path(self.config.run.dir) / rounding.FILE
+        if ranks.main and not rounding.fits(self.file, said := rounding.described(self.job)):
+            rounding.write(self.file, said, rounding.by_rows(self.job, model, layers, self.settings.calibrate))
+        ranks.barrier()
+        for name, parts in rounding.read(self.file):
+            put(model, name, quantized(layers[name], "nf4", parts))
 
     def _say_what_stays_whole(self, model: Any) -> None:
         """Warn of weights that are neither in few bits nor of an embedding or head, where they are many: experts that
@@ -108,12 +150,36 @@ class Quantize(Edit):
             )
 
     def state(self) -> dict[str, Any]:
-        return self.record()["quantize"]
+        state = self.record()["quantize"]
+        if self.file is not None:
+            state["sha256"] = sha256_file(self.file)
+        return state
 
     def check_state(self, state: dict[str, Any]) -> str:
         now = self.state()
+        if self.file is not None and {**state, "sha256": 0} == {**now, "sha256": 0} and state != now:
+            return f"{self.file} holds other weights than the adapter was trained on."
         then, here = (f"{said.get('format')} of {said.get('layers')} layers" for said in (state, now))
         return "" if state == now else f"model.quantize was {then}, and is {here}."
+
+    def write(self, state: State, model: torch.nn.Module, folder: Path, dtype: torch.dtype) -> bool:
+        """The base's numbers beside the adapter, where a plain rounding does not give them again."""
+        lora: Any = self.config.model.chosen()["lora"]
+        if self.file is not None and lora.export == "adapter":
+            shutil.copyfile(self.file, folder / rounding.FILE)
+        return False
+
+    @classmethod
+    def wrote(cls, folder: Path) -> bool:
+        return (folder / rounding.FILE).is_file() and rooms.EDITS.get("lora").wrote(folder)
+
+    @classmethod
+    def open(cls, folder: Path, model: torch.nn.Module) -> None:
+        """Give the base the numbers that the adapter was trained beside, in the model's dtype."""
+        bitsandbytes()
+        with torch.no_grad():
+            for name, parts in rounding.read(folder / rounding.FILE):
+                model.get_submodule(name).weight.copy_(rounding.numbers(parts))
 
     def plain(self, state: State, model: torch.nn.Module) -> State:
         makers = Lazy.taken(state, {name: name for name in state})
@@ -125,7 +191,8 @@ class Quantize(Edit):
         return Lazy(makers)
 
     def record(self) -> dict[str, Any]:
-        return {"quantize": {"format": self.settings.format, "layers": len(self.layers)}}
+        asked = self.settings.model_dump(exclude={"format"}, exclude_defaults=True)
+        return {"quantize": {"format": self.settings.format, "layers": len(self.layers), **asked}}
 
 
 def bitsandbytes() -> Any:
@@ -139,9 +206,16 @@ def bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def quantized(layer: torch.nn.Linear, format: str) -> torch.nn.Module:
+def put(model: torch.nn.Module, name: str, layer: torch.nn.Module) -> None:
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, layer)
+
+
+def quantized(layer: torch.nn.Linear, format: str, parts: rounding.Parts | None = None) -> torch.nn.Module:
     """A linear layer's stand-in that holds its weight in few bits, and its bias as it is; on the CPU: the same bits
     whatever device is to train.
+
+    ``parts``: the rounded weight, as bitsandbytes saves it; None: it is rounded here.
     """
     nn, weight = bitsandbytes().nn, layer.weight.detach().to("cpu").contiguous()
     sizes = {"input_features": layer.in_features, "output_features": layer.out_features}
@@ -149,7 +223,11 @@ def quantized(layer: torch.nn.Linear, format: str) -> torch.nn.Module:
     if format == "nf4":
         how: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
         made = nn.Linear4bit(**sizes, bias=False, compute_dtype=weight.dtype, device="meta", **how)
-        made.weight = nn.Params4bit(weight, requires_grad=False, module=made, **how).to("cpu")
+        if parts is None:
+            made.weight = nn.Params4bit(weight, requires_grad=False, module=made, **how).to("cpu")
+        else:
+            about = {name: tensor for name, tensor in parts.items() if name != "weight"}
+            made.weight = nn.Params4bit.from_prequantized(parts["weight"], about, device="cpu", module=made)
         made.weight.module = made
         made.quant_state = made.weight.quant_state
         made.support_avx512bf16_for_cpu = False  # an evaluation would lay the weight out anew, for good

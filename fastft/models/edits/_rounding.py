@@ -1,0 +1,143 @@
+"""Weights rounded to NF4 by training rows, and the file of a run that holds them.
+
+Every rank, a resume and an export read what rank 0 rounded at the start: to round again would give other bits on
+another machine, or with another number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastft.errors import UserError
+from fastft.files import replacing
+from fastft.lazy import torch
+from fastft.models.edits.lora import base_hashes
+
+if TYPE_CHECKING:
+    from fastft.assemble import Job
+
+log = logging.getLogger(__name__)
+
+FILE = "quantized.safetensors"
+BLOCK = 64  # weights that share a scale
+Parts = dict[str, "torch.Tensor"]  # of a layer, by the names that bitsandbytes saves: weight, weight.absmax, ...
+
+
+def by_rows(job: Job, model: Any, layers: Mapping[str, torch.nn.Linear], rows: int) -> dict[str, torch.Tensor]:
+    """What the file holds, by ``NAME.PART``. The layers' weights are afterwards what they were rounded to."""
+    from fastft.models.calibration import walk
+
+    found: dict[str, torch.Tensor] = {}
+
+    def visit(name: str, moment: torch.Tensor) -> None:
+        layer = layers[name]
+        parts, numbers = nf4(layer.weight.detach(), moment)
+        layer.weight.data = numbers
+        found.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
+
+    log.info("model.quantize: rounding %d layers by %d training rows", len(layers), rows)
+    left = walk(model, _inputs(job, rows), layers, visit)
+    if left:
+        log.warning("model.quantize.calibrate: %d layers saw none of the rows: %s", len(left), ", ".join(left[:3]))
+    for name in left:  # as if all inputs were alike
+        visit(name, torch.eye(layers[name].in_features))
+    return found
+
+
+def _inputs(job: Job, rows: int) -> dict[str, Any]:
+    """Rows at even distances, as the task gives them to the model."""
+    from fastft.tasks.base import Draw
+
+    split = job.train
+    if split is None:
+        raise UserError(
+            f"{job.config.run.dir}: holds no {FILE} of this base and these settings of model.quantize.",
+            "Put the file back: the adapter was trained beside the weights in it.",
+        )
+    ids = np.unique(np.arange(rows) * len(split) // rows)
+    return dict(job.task.collate(split, ids, Draw.fixed(job.config.run.seed, len(ids))).inputs)
+
+
+def nf4(weight: torch.Tensor, moment: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+    """A weight, (out, in), rounded for inputs of this second moment, and the numbers that this stands for."""
+    from bitsandbytes import functional
+
+    from fastft.models import gptq
+
+    values = functional.get_4bit_type("nf4", device="cpu").float()
+    wide, moment = weight.float(), moment.cpu()
+    scales = torch.zeros(-(-weight.numel() // BLOCK), BLOCK)
+    scales[:, 0] = gptq.scales(wide, moment, values, BLOCK)
+    alone = scales.view(-1)[: weight.numel()].view_as(weight)  # the scales and nothing else: they are quantized, too
+    _, state = functional.quantize_4bit(alone, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    state.dtype = weight.dtype
+    stored = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    codes = gptq.rounded(wide, moment, stored.repeat_interleave(BLOCK)[: weight.numel()].view_as(wide), values)
+    pairs = torch.nn.functional.pad(codes.view(-1), (0, codes.numel() % 2)).view(-1, 2).to(torch.uint8)
+    packed = (pairs[:, :1] << 4) | pairs[:, 1:]
+    about = {f"weight.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
+    return {"weight": packed, **about}, functional.dequantize_4bit(packed, state)
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def described(job: Job) -> dict[str, Any]:
+    """What the rounded weights depend on, as JSON; ``rows`` is None where the training data was not opened."""
+    model = job.config.model
+    lora: Any = model.chosen()["lora"]
+    return {
+        "base": base_hashes(model.path) or [model.path, model.revision],
+        "seed": job.config.run.seed if model.init == "random" else None,
+        "dtype": model.dtype,
+        "settings": model.chosen()["quantize"].model_dump(),
+        "whole": lora.train,
+        "rows": job.train.data.key if job.train is not None else None,
+    }
+
+
+def fits(file: Path, said: dict[str, Any]) -> bool:
+    """Whether a file is there, of what is described."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as stored:
+            then = json.loads((stored.metadata() or {}).get("fastft", "{}"))
+    except (OSError, SafetensorError):
+        return False
+    return then == (said if said["rows"] is not None else {**said, "rows": then.get("rows")})
+
+
+def write(file: Path, said: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}  # the table of values is shared
+    with replacing(file) as scratch:
+        save_file(tensors, scratch, metadata={"format": "pt", "fastft": json.dumps(said)})
+
+
+def read(file: Path) -> Iterator[tuple[str, Parts]]:
+    """Layers and their parts, one layer after the other."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stored:
+        names = sorted(stored.keys())
+        for layer in [name.removesuffix(".weight") for name in names if name.endswith(".weight")]:
+            own = [name for name in names if name.startswith(f"{layer}.")]
+            yield layer, {name.removeprefix(f"{layer}."): stored.get_tensor(name) for name in own}
+
+
+def numbers(parts: Parts) -> torch.Tensor:
+    """(out, in): what a layer's parts stand for."""
+    from bitsandbytes import functional
+
+    about = {name: tensor for name, tensor in parts.items() if name != "weight"}
+    state = functional.QuantState.from_dict(about, torch.device("cpu"))
+    return functional.dequantize_4bit(parts["weight"], state)

@@ -1,0 +1,75 @@
+"""Rounding a linear layer's weight to few values so that its outputs change least, and not its weights.
+
+What is known of the layer's inputs is their second moment H = E[x xᵀ], (in, in): for an error E of the weight,
+(out, in), the mean square error of the outputs is the trace of E H Eᵀ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs that the rows do not have keep some weight
+COLUMNS = 128  # whose errors are fed into the columns behind them at once
+# Of a block's largest weight: a smaller scale rounds many small weights less and cuts a few large ones off.
+SHRINKS = tuple(1 - 0.02 * i for i in range(16))
+
+
+def nearest(x: Tensor, values: Tensor) -> Tensor:
+    """Index of the nearest of the sorted ``values``."""
+    return torch.bucketize(x, (values[1:] + values[:-1]) / 2)
+
+
+def in_blocks(weight: Tensor, block: int) -> Tensor:
+    """(blocks, block): neighbors in memory, row by row, which share a scale; zeros behind the last."""
+    flat = weight.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+
+
+def scales(weight: Tensor, moment: Tensor, values: Tensor, block: int) -> Tensor:
+    """(blocks,) of SHRINKS of each block's largest weight the one with the least error by the diagonal of H."""
+    blocks = in_blocks(weight, block)
+    cost = in_blocks(moment.diagonal().expand_as(weight), block)
+    largest = blocks.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
+    best, least = largest.clone(), torch.full_like(largest, torch.inf)
+    for shrink in SHRINKS:
+        scale = shrink * largest[:, None]
+        error = ((values[nearest(blocks / scale, values)] * scale - blocks).square_() * cost).sum(1)
+        best = torch.where(error < least, scale[:, 0], best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def rounded(weight: Tensor, moment: Tensor, scale: Tensor, values: Tensor) -> Tensor:
+    """Indices into ``values``, (out, in) int64, so that ``values[indices] * scale`` stands for the weight.
+
+    GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after the other, those with the largest inputs
+    first, and the error of each goes into those that are not rounded yet.
+
+    Parameters
+    ----------
+    weight, scale : (out, in) float32
+    moment : (in, in)
+        Second moment of the inputs.
+    values : (n,) sorted
+    """
+    n = weight.shape[1]
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    h = moment.double()[order][:, order]
+    mean = h.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    h.diagonal().add_(DAMPING * mean)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    factor = torch.linalg.cholesky(inverse, upper=True).to(weight)  # row i: what an error of column i asks of others
+    rest = weight.T[order].contiguous()  # (in, out): a column is a row in memory
+    scale = scale.T[order].contiguous()
+    scale = torch.where(scale == 0, torch.finfo(scale.dtype).tiny, scale)
+    found = torch.empty(rest.shape, dtype=torch.int64, device=rest.device)
+    for first in range(0, n, COLUMNS):
+        last = min(first + COLUMNS, n)
+        errors = torch.empty_like(rest[first:last])
+        for i in range(first, last):
+            found[i] = nearest(rest[i] / scale[i], values)
+            errors[i - first] = (rest[i] - values[found[i]] * scale[i]) / factor[i, i]
+            rest[i + 1 : last].addr_(factor[i, i + 1 : last], errors[i - first], alpha=-1)
+        rest[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+    return found[order.argsort()].T.contiguous()
