@@ -1,6 +1,7 @@
 """LoRA on a base in 4 bits beside the same on one in bf16 or fp32: the loss after some steps, and the peak of memory.
 
     python benchmarks/quantized.py --data SETS --smollm2 FOLDER [--steps 100] [--length 512] [--dtype fp32]
+        [--bases nf4]
 
 The same rows, order, adapters and learning rate; two sequences a step. `loss`: of held-out documents,
 `train`: the mean over the last ten steps. Each run is a process of its own; `peak` is its resident memory's. Nothing is
@@ -21,7 +22,12 @@ import common
 import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
-BASES = {"whole": [], "nf4": ["model.quantize=nf4"]}
+ROWS = 64
+BASES = {
+    "whole": [],
+    "nf4": ["model.quantize=nf4"],
+    f"nf4 by {ROWS} rows": [f"model.quantize={{format: nf4, calibrate: {ROWS}}}"],
+}
 
 
 def run(name: str, args: argparse.Namespace, folder: Path) -> dict:
@@ -37,16 +43,17 @@ def run(name: str, args: argparse.Namespace, folder: Path) -> dict:
         "batch": {"size": 2},
         "optim": {"lr": 2e-4, "schedule": "linear", "warmup": 0.1},
         "train": {"steps": args.steps, "log_every": 1},
-        "run": {"dir": str(folder / name), "device": "cpu", "offline": True, "seed": 17},
+        "run": {"dir": str(folder / name.replace(" ", "_")), "device": "cpu", "offline": True, "seed": 17},
     }
-    path = folder / f"{name}.yaml"
+    path = folder / "config.yaml"
     path.write_text(json.dumps(config))
     command = [sys.executable, "-m", "fastft", "train", str(path), *BASES[name]]
     subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    records = track.read(folder / name)
+    records = track.read(Path(config["run"]["dir"]))
     trained = [r for r in records if r["kind"] == "train"]
     last = trained[-10:]
     return {
+        "name": name,
         "base": args.dtype if name == "whole" else f"{name}, computed in {args.dtype}",
         "loss": next(r["loss"] for r in reversed(records) if r["kind"] == "eval"),
         "train": sum(r["loss"] for r in last) / len(last),
@@ -61,11 +68,14 @@ def main() -> None:
     parser.add_argument("--smollm2", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument(
+        "--bases", default=",".join(BASES), help="some of these; the others' last rows stay in the table"
+    )
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--machine", default=common.default_machine())
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [run(name, args, Path(folder)) for name in BASES]
+    if strange := set(args.bases.split(",")) - set(BASES):
+        parser.error(f"--bases: {min(strange)} is none of {', '.join(BASES)}")
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     facts = {
         "date": time.strftime("%Y-%m-%d"),
@@ -75,21 +85,35 @@ def main() -> None:
         "length": args.length,
     }
     facts["versions"] = {name: metadata.version(name) for name in packages}
-    with open(common.RESULTS / "quantized.jsonl", "a") as file:
-        file.writelines(json.dumps({**facts, **row}) + "\n" for row in rows)
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    for name in args.bases.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            row = {**facts, **run(name, args, Path(folder))}
+        with open(common.RESULTS / "quantized.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        write_table(args)
+
+
+def write_table(args: argparse.Namespace) -> None:
+    """The last row of each base with these settings."""
+    rows = [json.loads(line) for line in (common.RESULTS / "quantized.jsonl").read_text().splitlines()]
+    same = [r for r in rows if (r["steps"], r["length"]) == (args.steps, args.length) and args.dtype in r["base"]]
+    last = {r["base"]: r for r in same}
+    newest = rows[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
     lines = [
         "# quantized",
         "",
-        "Written by `python benchmarks/quantized.py`, which says how. SmolLM2-135M-Instruct on medical documents.",
+        "Written by `python benchmarks/quantized.py`, which says how. SmolLM2-135M-Instruct on medical documents,",
+        f"two sequences of {args.length} tokens a step.",
         "",
-        f"{args.machine} ({facts['cpu']}), {facts['date']}. {versions}.",
+        f"{newest['machine']} ({newest['cpu']}). {versions}.",
         "",
-        f"| base | loss after {args.steps} steps | of the last ten | of the first | peak GB |",
-        "|---|---|---|---|---|",
+        f"| base | loss after {args.steps} steps | of the last ten | of the first | peak GB | measured |",
+        "|---|---|---|---|---|---|",
         *(
-            f"| {r['base']} | {r['loss']:.4f} | {r['train']:.4f} | {r['first']:.4f} | {r['peak_gb']:.2f} |"
-            for r in rows
+            f"| {r['base']} | {r['loss']:.4f} | {r['train']:.4f} | {r['first']:.4f} | {r['peak_gb']:.2f} "
+            f"| {r['date']} |"
+            for r in last.values()
         ),
     ]
     (common.RESULTS / "quantized.md").write_text("\n".join(lines) + "\n")
