@@ -9,6 +9,8 @@ import torch
 
 from fastft.models.trial import trial
 
+TOKENS = 4096  # of a layer's inputs that are held in float32 at once
+
 
 class _Enough(Exception):
     """Nothing of the rest of the forward is needed."""
@@ -71,5 +73,9 @@ def walk(
 def _moment(x: torch.Tensor, mask: Any) -> torch.Tensor:
     if isinstance(mask, torch.Tensor) and mask.shape == x.shape[:-1]:
         x = x[mask.bool()]
-    x = x.reshape(-1, x.shape[-1]).float()
-    return (x.T @ x).div_(max(1, len(x)))
+    x = x.reshape(-1, x.shape[-1])
+    total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    for part in x.split(TOKENS):
+        part = part.float()
+        total.addmm_(part.T, part)
+    return total.div_(max(1, len(x)))

@@ -42,8 +42,8 @@ class QuantizeSettings(Section):
     calibrate: int = Field(
         0,
         ge=0,
-        description="Training rows by which nf4 is rounded: what the rounding of a layer's weights does to its outputs "
-        "on them is least (GPTQ), instead of what it does to the weights. 0: none; 32 are many.",
+        description="Training rows by which nf4 is rounded (GPTQ): so that a layer's outputs change least on them, and "
+        "not its weights. Some 10,000 tokens are enough. 0: by the weights alone.",
     )
 
     def check(self, config: Config) -> None:
