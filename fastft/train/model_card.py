@@ -35,6 +35,7 @@ def write(folder: Path, job: Job, results: dict) -> None:
     ]
     if step := results.get("exported_step", results.get("step")):
         lines += [f"Weights after step {step:,}.", ""]
+    lines += [line for edit in job.edits if (said := edit.remark(folder)) for line in (said, "")]
     lines += _data(job) + _metrics(results.get("eval", {}))
     shown = {
         name: section.model_dump(mode="json", exclude_defaults=True)

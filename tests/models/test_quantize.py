@@ -139,6 +139,8 @@ def test_rounded_by_rows_is_the_same_everywhere(config, tmp_path):
     same_checkpoints(tmp_path / "step-6", folder / "checkpoints" / "step-6")
     assert losses(folder)[-3:] == wanted[-3:]
 
+    assert "trained beside the base's linear layers as they are in" in (folder / "model" / "README.md").read_text()
+
     # an adapter is opened on the numbers that it was trained beside; the merged model computes the same
     launch.fastft("export", folder, tmp_path / "merged", "--merge", "--dtype", "fp32")
     assert not (tmp_path / "merged" / "quantized.safetensors").exists()

@@ -85,6 +85,10 @@ class Edit(ABC):
         """
         return False
 
+    def remark(self, folder: Path) -> str:
+        """What whoever opens the export in a folder has to know, for its model card."""
+        return ""
+
     def plain(self, state: State, model: torch.nn.Module) -> State:
         """The state with weights that are numbers, where this edit keeps them otherwise; before anything is merged."""
         return state

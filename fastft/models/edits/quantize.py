@@ -169,6 +169,15 @@ class Quantize(Edit):
             shutil.copyfile(self.file, folder / rounding.FILE)
         return False
 
+    def remark(self, folder: Path) -> str:
+        if not self.wrote(folder):
+            return ""
+        return (
+            f"The adapter was trained beside the base's linear layers as they are in `{rounding.FILE}`, in 4 bits, "
+            "which fastft opens with it. Other tools know the base alone: merge it for them "
+            "(`fastft export RUN FOLDER --merge`)."
+        )
+
     @classmethod
     def wrote(cls, folder: Path) -> bool:
         return (folder / rounding.FILE).is_file() and rooms.EDITS.get("lora").wrote(folder)
@@ -179,7 +188,7 @@ class Quantize(Edit):
         bitsandbytes()
         with torch.no_grad():
             for name, parts in rounding.read(folder / rounding.FILE):
-                model.get_submodule(name).weight.copy_(rounding.numbers(parts))
+                model.get_parameter(f"{name}.weight").copy_(rounding.numbers(parts))
 
     def plain(self, state: State, model: torch.nn.Module) -> State:
         makers = Lazy.taken(state, {name: name for name in state})
