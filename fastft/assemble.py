@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from fastft import rooms
 from fastft.config import Config
 from fastft.data import batches
@@ -29,7 +31,7 @@ from fastft.objectives.base import Objective
 from fastft.optim.groups import ParameterGroups
 from fastft.optim.optimizers.base import ClientOptimizer, OptimizerSpec
 from fastft.ranks import Ranks, environment, keep_heap
-from fastft.tasks.base import ModelSpec, Task
+from fastft.tasks.base import Draw, ModelSpec, Task
 from fastft.zero.parameters import whole_numel
 
 Weights = Literal["start", "trained", "empty"]
@@ -87,6 +89,13 @@ class Job:
         own = [list(m.parameters(recurse=False)) for m in self.model.modules() if not isinstance(m, torch.nn.Embedding)]
         weights = {id(p): whole_numel(p) for parameters in own for p in parameters}
         return batches.overhead(sum(map(bool, own)), sum(weights.values()), self.ranks.device.type)
+
+    def sample(self, count: int) -> dict[str, Any] | None:
+        """Training rows at even distances, as the model is given them; None where the training data is not open."""
+        if self.train is None:
+            return None
+        rows = np.unique(np.arange(count) * len(self.train) // count)
+        return dict(self.task.collate(self.train, rows, Draw.fixed(self.config.run.seed, len(rows))).inputs)
 
 
 def start(config: Config, learned: Learned | None = None) -> Job:

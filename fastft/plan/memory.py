@@ -229,10 +229,8 @@ def checkpoint(setting: Setting, tensors: Tensors) -> int:
 
 def files(setting: Setting, tensors: Tensors) -> int:
     """Those of parallel.offload_dir, of all ranks together."""
-    if not setting.on_disk:
-        return 0
     weights = tensors.trained_bytes if setting.offload == "parameters" else 0
-    return optimizer(setting, tensors.trained) + weights
+    return optimizer(setting, tensors.trained) + weights if setting.on_disk else 0
 
 
 def plan(tensors: Tensors, kept: Kept, setting: Setting) -> Plan:

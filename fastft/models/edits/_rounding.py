@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastft.errors import UserError
 from fastft.files import replacing
 from fastft.lazy import torch
@@ -41,27 +39,19 @@ def by_rows(job: Job, model: Any, layers: Mapping[str, torch.nn.Linear], rows: i
         layer.weight.data = numbers
         found.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
 
+    inputs = job.sample(rows)
+    if inputs is None:
+        raise UserError(
+            f"{job.config.run.dir}: holds no {FILE} of this base and these settings of model.quantize.",
+            "Put the file back: the adapter was trained beside the weights in it.",
+        )
     log.info("model.quantize: rounding %d layers by %d training rows", len(layers), rows)
-    left = walk(model, _inputs(job, rows), layers, visit)
+    left = walk(model, inputs, layers, visit)
     if left:
         log.warning("model.quantize.calibrate: %d layers saw none of the rows: %s", len(left), ", ".join(left[:3]))
     for name in left:  # as if all inputs were alike
         visit(name, torch.eye(layers[name].in_features))
     return found
-
-
-def _inputs(job: Job, rows: int) -> dict[str, Any]:
-    """Rows at even distances, as the task gives them to the model."""
-    from fastft.tasks.base import Draw
-
-    split = job.train
-    if split is None:
-        raise UserError(
-            f"{job.config.run.dir}: holds no {FILE} of this base and these settings of model.quantize.",
-            "Put the file back: the adapter was trained beside the weights in it.",
-        )
-    ids = np.unique(np.arange(rows) * len(split) // rows)
-    return dict(job.task.collate(split, ids, Draw.fixed(job.config.run.seed, len(ids))).inputs)
 
 
 def nf4(weight: torch.Tensor, moment: torch.Tensor) -> tuple[Parts, torch.Tensor]:
