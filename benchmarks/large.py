@@ -20,7 +20,6 @@ Rows go to results/large.jsonl, the table to results/large.md; with --beside to 
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -212,8 +211,7 @@ def parts_of(config: dict, sizes: dict, parameters: int, world: int) -> dict[str
     return parts | {"activations": activations, "largest": largest, "weights": weights}
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
-    rows = []
+def measure(args: argparse.Namespace) -> None:
     codes = {"now": ROOT} | ({_commit(args.beside): Path(args.beside).resolve()} if args.beside else {})
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
         folder = Path(name)
@@ -236,6 +234,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
                     config = settings(folder, folder / start, tag.format(start), old)
                     peaks = peaks_of(folder, config, world, args.until, where)
                     parts = parts_of(settings(folder, folder / start, start, False), sizes, parameters, world)
+                    rows = []
                     for phase in PHASES if args.until == "export" else PHASES[:1]:
                         row = {"code": code, "ranks": world, "start": start, "phase": phase}
                         row |= {"peak": peaks.get(phase), "base": base.get(phase), "parts": parts[phase]}
@@ -243,7 +242,6 @@ def measure(args: argparse.Namespace) -> list[dict]:
                     record(args, rows)
                     shown = {p: round((peaks[p] - base[p]) / 1e6) for p in PHASES} if peaks and base else "no memory"
                     print(code, world, start, shown, file=sys.stderr)
-    return rows
 
 
 def _commit(checkout: str) -> str:
@@ -252,49 +250,57 @@ def _commit(checkout: str) -> str:
     ).stdout.strip()
 
 
-def markdown(rows: list[dict], run: dict) -> str:
-    one, beside = rows[0], any(row["code"] != "now" for row in rows)
+def markdown(rows: list[dict], name: str) -> str:
+    one = rows[-1]
     out = [
-        f"# {'large_beside' if beside else 'large'}",
+        f"# {name}",
         "",
         "Written by `python benchmarks/large.py`, which says how. Peak anonymous memory (RssAnon) of the worst rank,",
         "in MB, less that of the same phase with a tiny model (base); training in fp32 at ZeRO 3.",
         "",
         f"Weights {one['weights'] / 1e6:,.0f} MB in fp32, largest module {one['largest'] / 1e6:,.0f} MB, activations",
-        f"{one['activations'] / 1e6:,.0f} MB by `fastft plan`. {run['machine']}, {run['date']}, {run['versions']}.",
+        f"{one['activations'] / 1e6:,.0f} MB by `fastft plan`. {one['machine']}, {one['versions']}.",
         "",
         "Parts: of loading, weights over the ranks and twice the largest module; of a step, gradients and two moments",
         "over the ranks besides, the bucket for reductions twice, and the activations. The checkpoint (a copy of",
         "weights and moments) and the export (two of the largest module) find what training holds in memory.",
         "",
-        "| code | ranks | weights | phase | peak | parts | | base |",
-        "|---|---|---|---|---|---|---|---|",
+        "| code | ranks | weights | phase | peak | parts | | base | measured |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         name = [row["code"], str(row["ranks"]), row["start"], row["phase"]]
         if row["peak"] is None or row["base"] is None:
-            shown = ["not measured: no memory for the ranks here", "-", "-", "-"]
+            shown = ["no memory for the ranks here", "-", "-", "-"]
         else:
             own, parts = row["peak"] - row["base"], row["parts"]
             said = "-" if not parts else "reached" if own <= parts else "missed"
             shown = [f"{own / 1e6:,.0f}", f"{parts / 1e6:,.0f}" if parts else "-", said, f"{row['base'] / 1e6:,.0f}"]
-        out.append(f"| {' | '.join([*name, *shown])} |")
+        out.append(f"| {' | '.join([*name, *shown, row['date']])} |")
     return "\n".join(out) + "\n"
 
 
 def record(args: argparse.Namespace, rows: list[dict]) -> None:
-    """Rows as they come: a machine may be gone before the last one."""
+    """Rows as they come: a machine may be gone before the last one. The table has the newest of each."""
     if args.quick:
         return
     versions = ", ".join(f"{n} {metadata.version(n)}" for n in ("torch", "transformers", "deepspeed"))
     run = {"date": time.strftime("%Y-%m-%d"), "machine": args.machine, "versions": versions}
     name = "large_beside" if args.beside else "large"
-    with contextlib.suppress(FileNotFoundError):  # the rows of this run so far
-        kept = (common.RESULTS / f"{name}.jsonl").read_text().splitlines(keepends=True)
-        args.before = getattr(args, "before", kept)
-    before = getattr(args, "before", [])
-    (common.RESULTS / f"{name}.jsonl").write_text("".join([*before, *(json.dumps({**run, **r}) + "\n" for r in rows)]))
-    (common.RESULTS / f"{name}.md").write_text(markdown(rows, run))
+    with open(common.RESULTS / f"{name}.jsonl", "a") as file:
+        file.writelines(json.dumps({**run, **row}) + "\n" for row in rows)
+    keys = ("ranks", "start", "code", "phase")
+    newest: dict[tuple, dict] = {}
+    for line in (common.RESULTS / f"{name}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "file" in row:  # before there were random starts; the activations were not among the parts
+            activations = rows[0]["activations"]
+            row |= {"code": "now", "start": row["file"], "activations": activations}
+            row["parts"] += activations * (row["phase"] not in ("load", "engine"))
+        if row["weights"] == rows[0]["weights"]:
+            newest[tuple(row[key] for key in keys)] = row
+    order = lambda key: (key[0], key[1], key[2] != "now", PHASES.index(key[3]))
+    (common.RESULTS / f"{name}.md").write_text(markdown([newest[key] for key in sorted(newest, key=order)], name))
 
 
 def main() -> None:

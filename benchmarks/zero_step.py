@@ -12,7 +12,14 @@ run DeepSpeed's defaults, which spare them the overflow check.
 
 With --offload, parallel.offload for ours and the same settings for the others: results/offload.md.
 
+With --offload-dir, the fused step with state in files of that folder (parallel.offload_dir) beside the same with state
+in memory: results/offload_dir.md. The weights after 3 steps are equal bit for bit; then both are timed in turns in one
+process, and each is built and stepped in a process of its own, whose anonymous memory (RssAnon, which what is mapped
+from files is not in) is read every 5 ms: its peak while the engine is made and while it steps, less what the process
+took before there was a model. There is room for the files in memory here: a disk that has to be waited for is slower.
+
     python benchmarks/zero_step.py [--machine NAME] [--parameters MILLIONS ...] [--offload optimizer]
+    python benchmarks/zero_step.py --offload-dir FOLDER [--parameters MILLIONS ...]
 """
 
 import os
@@ -22,9 +29,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import common
 import torch
+from large import Sampler
 
 from fastft.cli import leave
 from fastft.config import Parallel, validate
@@ -74,7 +83,7 @@ class Net(torch.nn.Module):
 class Contender:
     """One engine; ``backward`` fills its gradients, ``step`` is what is timed."""
 
-    def __init__(self, name: str, stage: int, millions: int, offload: str | None):
+    def __init__(self, name: str, stage: int, millions: int, offload: str | None, folder: str | None = None):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         torch.manual_seed(0)
@@ -94,7 +103,8 @@ class Contender:
         engine.start_process_group()
         settings = deepspeed_config(config, ranks)
         if ours:
-            self.engine = engine.build_engine(net, optimizer, settings, Parallel(fused_step=name == "fused"))
+            parallel = Parallel(zero=stage, fused_step=name == "fused", offload=offload, offload_dir=folder)
+            self.engine = engine.build_engine(net, optimizer, settings, parallel)
             assert name == "unfused" or self.engine.fastft_step == "fused", self.engine.fastft_step
         else:
             import deepspeed
@@ -155,7 +165,69 @@ def measure(stage: int, millions: int, rounds: int, offload: str | None) -> dict
     return row
 
 
+def in_files(stage: int, millions: int, rounds: int, offload: str, folder: str) -> dict:
+    """The step with state in files, beside that with state in memory."""
+    contenders = {
+        "files": Contender("fused", stage, millions, offload, folder),
+        "memory": Contender("fused", stage, millions, offload),
+    }
+    for _ in range(3):
+        for c in contenders.values():
+            c.backward()
+            c.step()
+    if not torch.equal(*(c.weights() for c in contenders.values())):
+        raise SystemExit("the weights with state in files are not those with state in memory")
+    times = common.interleave(
+        {n: c.step for n, c in contenders.items()}, rounds, prepare={n: c.backward for n, c in contenders.items()}
+    )
+    parameters = contenders["memory"].engine.module.parameters()
+    row = {"offload": offload, "stage": stage, "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters)}
+    row |= {f"{name} ms": min(seconds) * 1e3 for name, seconds in times.items()}
+    return row | {"of memory": 1 / common.speedup(times, "memory", "files")}
+
+
+def memory(stage: int, millions: int, offload: str, folder: str | None) -> dict[str, float]:
+    """MB of anonymous memory while the engine is made, and in its steps."""
+    before, sampler = common.status("RssAnon:"), Sampler()
+    sampler.start()
+    sampler.enter("made")
+    contender = Contender("fused", stage, millions, offload, folder)
+    sampler.enter("steps")
+    for _ in range(3):
+        contender.backward()
+        contender.step()
+    sampler.enter("end")
+    return {phase: (sampler.peaks[phase] - before) / 1e6 for phase in ("made", "steps")}
+
+
+FILES = {"offload": "s", "stage": "d", "parameters": ",d", "files ms": ".1f", "memory ms": ".1f", "of memory": ".2f"}
+FILES |= {f"{where} MB, {phase}": ",.0f" for where in ("files", "memory") for phase in ("made", "steps")}
+
+
+def measure_files(args) -> None:
+    def child(*given) -> dict:
+        command = [sys.executable, __file__, *map(str, given)]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return json.loads(said.splitlines()[-1])
+
+    rows, folder = [], str(Path(args.offload_dir).resolve())
+    for millions in [40] if args.quick else args.parameters:
+        for stage, offload in ((1, "optimizer"), (3, "optimizer"), (3, "parameters")):
+            row = child("--files", stage, millions, args.rounds, offload, folder)
+            for where, place in (("files", folder), ("memory", "")):
+                taken = child("--memory", stage, millions, offload, place)
+                row |= {f"{where} MB, {phase}": size for phase, size in taken.items()}
+            rows.append(row)
+    common.record("offload_dir", args, rows, FILES)
+
+
 def main() -> None:
+    if sys.argv[1:2] in (["--files"], ["--memory"]):
+        *numbers, offload, folder = sys.argv[2:]
+        given = (*map(int, numbers), offload)
+        print(json.dumps(in_files(*given, folder) if sys.argv[1] == "--files" else memory(*given, folder or None)))
+        engine.stop_process_group()
+        leave(0)
     if sys.argv[1:2] == ["--measure"]:  # in a process of its own: DeepSpeed's engines do not give their memory back
         print(json.dumps(measure(*map(int, sys.argv[2:5]), sys.argv[5] or None)))
         engine.stop_process_group()
@@ -164,8 +236,12 @@ def main() -> None:
     def more(parser):
         parser.add_argument("--parameters", type=int, nargs="+", default=[100, 200])
         parser.add_argument("--offload", choices=["optimizer", "parameters"])
+        parser.add_argument("--offload-dir", metavar="FOLDER", help="for the files: 16 bytes a parameter")
 
     args = common.arguments(__doc__.splitlines()[0], more=more)
+    if args.offload_dir:
+        measure_files(args)
+        return
     rows = []
     for millions in [40] if args.quick else args.parameters:
         for stage in (3,) if args.offload == "parameters" else (1, 2, 3):
