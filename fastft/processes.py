@@ -98,20 +98,18 @@ class Copies:
     work : callable
         Is given each piece; must not change what later pieces depend on.
     count : int
+        The most of them: one is made for each piece until they are there.
     advice : str
         What to do where one is killed.
     """
 
     def __init__(self, work: Work, count: int, advice: str):
+        self.work, self.count, self.advice = work, count, advice
         self.copies = list[_Copy]()
-        try:
-            for _ in range(count):
-                self.copies.append(_Copy(work, advice))
-        except BaseException:
-            self.close()
-            raise
 
     def members(self) -> Sequence[Member]:
+        if len(self.copies) < self.count:
+            self.copies.append(_Copy(self.work, self.advice))
         return self.copies
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -20,6 +21,7 @@ from fastft.processes import Copies, in_order
 
 REFUSED = 1000  # rows that cannot be used, until reading on tells nothing more
 ROWS = 1000  # handed to an encoder at a time: enough for a tokenizer's threads, small enough for memory
+SENT = 1 << 23  # bytes, about, that another process is handed at a time: fewer rows where they are long
 Chunk = list[tuple[str, formats.Record]]
 Encoded = tuple[list[Example], Counts, list[RowError], Counter[str]]
 
@@ -45,7 +47,7 @@ def encode(
     with closing(_Encoding(encoder, counts, refused, workers)) as encoding:
         for part in [[source] for source in sources] if apart else [sources]:
             store.starts.append(store.examples)
-            for example in encoding.examples(_chunks(_accepted(part, encoder, counts, refused))):
+            for example in encoding.examples(_accepted(part, encoder, counts, refused)):
                 store.append(example.where, example.columns, example.extra)
     refused.check()
     origins = store.close()
@@ -67,18 +69,26 @@ class _Encoding:
         self.sums = Counter[str]()
         self.begun = False
         self.pool: Copies | None = None
+        self.rows = ROWS  # of a chunk
 
-    def examples(self, chunks: Iterator[Chunk]) -> Iterator[Example]:
+    def examples(self, rows: Iterator[tuple[str, formats.Record]]) -> Iterator[Example]:
+        chunks = iter(lambda: list(islice(rows, self.rows)), [])
         if not self.begun or self.workers == 1 or not self.encoder.alone:
-            for rows in chunks:
+            for chunk in chunks:
                 self.begun = True
-                yield from self._take(self._work(rows))
+                yield from self._take(self._work(chunk))
                 if self.workers > 1 and self.encoder.alone:
                     break
-        for rows in chunks:  # there are more
+        for chunk in chunks:  # there are more
             self.pool = self.pool or Copies(self._portable, self.workers, "Where memory is short, set data.workers: 1.")
-            for _, done in in_order(chain([rows], chunks), self.pool, lambda rows: rows):
+            for _, done in in_order(chain([chunk], chunks), self.pool, self._sent):
                 yield from self._take(done)
+
+    def _sent(self, rows: Chunk) -> Chunk:
+        """Rows as they are sent: plain ones, for a row of an Arrow batch has all of the batch with it."""
+        plain = [(where, dict(record)) for where, record in rows]
+        self.rows = max(1, min(ROWS, len(rows) * SENT // len(pickle.dumps(plain, protocol=5))))
+        return plain
 
     def _work(self, rows: Chunk) -> Encoded:
         counts, refused = Counts(), list[RowError]()
@@ -164,8 +174,3 @@ def _encoded(rows: Chunk, encoder: Encoder, counts: Counts, refused: list[RowErr
             for row in rows:
                 _encoded([row], encoder, Counts(), refused)
         return []
-
-
-def _chunks(rows: Iterator[tuple[str, formats.Record]]) -> Iterator[Chunk]:
-    while chunk := list(islice(rows, ROWS)):
-        yield chunk

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from fastft.corpus import tokens
 from fastft.data import encoding
 from fastft.data.encoder import Counts
 from fastft.errors import UserError
+from fastft.processes import Piped
 from fastft.tasks import _ids
 
 COUNT = 60  # rows; handed on ten at a time
@@ -79,6 +81,26 @@ def test_any_number_of_processes_gives_the_same(task, model, data, request, tmp_
     assert found[0] == found[1] == found[2]
     counts = found[0][1]["counts"]
     assert counts["rows"] == COUNT and counts["truncated"] + counts["split"] > 5 and len(counts["overlong"]) == 3
+
+
+def test_long_rows_are_sent_in_small_pieces(tiny_llama, tmp_path, monkeypatch):
+    """Of a parquet file, whose rows lie in batches: a piece has its rows alone."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [json.loads(line)["text"] for line in rows(tmp_path / "rows.jsonl").read_text().splitlines()]
+    pq.write_table(pa.table({"text": texts, "other": [b"x" * 100] * COUNT}), tmp_path / "rows.parquet")
+    sent = []
+    send = Piped.send
+    monkeypatch.setattr(Piped, "send", lambda self, work: (sent.append(work), send(self, work)))
+    monkeypatch.setattr(encoding, "SENT", 600)
+    found = []
+    for workers in (1, 2):
+        encoder, sources = encoder_of("causal_lm", tiny_llama, tmp_path / "rows.parquet", tmp_path, truncation="split")
+        found.append(made(tmp_path / str(workers), encoder, sources, workers))
+    assert found[0] == found[1] and sum(map(len, sent)) == COUNT - encoding.ROWS
+    assert len(sent[0]) == encoding.ROWS and {len(piece) for piece in sent[1:-1]} <= {1, 2, 3}
+    assert max(len(pickle.dumps(piece)) for piece in sent[1:]) < 2000
 
 
 def test_pairs_in_several_processes(pair_models, tmp_path):
