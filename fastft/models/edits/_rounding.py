@@ -83,10 +83,10 @@ def described(job: Job) -> dict[str, Any]:
     model = job.config.model
     lora: Any = model.chosen()["lora"]
     return {
-        "base": base_hashes(model.path) or [model.path, model.revision],
+        "base": base_hashes(model.path) or [model.path, getattr(job.model.config, "_commit_hash", None)],
         "seed": job.config.run.seed if model.init == "random" else None,
         "dtype": model.dtype,
-        "settings": model.chosen()["quantize"].model_dump(),
+        "settings": model.chosen()["quantize"].model_dump(exclude_defaults=True),  # a key added later changes nothing
         "whole": lora.train,
         "rows": job.train.data.key if job.train is not None else None,
     }
