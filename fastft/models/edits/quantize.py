@@ -43,7 +43,7 @@ class QuantizeSettings(Section):
         0,
         ge=0,
         description="Training rows by which nf4 is rounded (GPTQ): so that a layer's outputs change least on them, and "
-        "not its weights. Some 10,000 tokens are enough. 0: by the weights alone.",
+        "not its weights. 0: by the weights alone.",
     )
 
     def check(self, config: Config) -> None:
