@@ -138,20 +138,33 @@ class _Copy(Piped):
         self.pipe = Connection(ours.detach())
 
     def died(self) -> NoReturn:
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        code = _waited(self.pid, 0)
         self.pid = 0
-        raise UserError(f"A process that prepares data {how_it_ended(code)}.", self.advice)
+        ended = "ended" if code is None else how_it_ended(os.waitstatus_to_exitcode(code))
+        raise UserError(f"A process that prepares data {ended}.", self.advice)
 
     def end(self) -> None:
         """Behind the end of its connection it ends by itself; one that is stopped is killed."""
         deadline = time.monotonic() + 5
-        while self.pid and not os.waitpid(self.pid, os.WNOHANG)[0]:
+        while self.pid and _waited(self.pid, os.WNOHANG) == RUNS:
             if time.monotonic() > deadline:
                 os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
+                _waited(self.pid, 0)
                 break
             time.sleep(0.002)
         self.pid = 0
+
+
+RUNS = -1
+
+
+def _waited(pid: int, how: int) -> int | None:
+    """A child's status, or RUNS; None: it ended, and nobody knows how, for SIGCHLD is ignored."""
+    try:
+        found, status = os.waitpid(pid, how)
+    except ChildProcessError:
+        return None
+    return status if found else RUNS
 
 
 class Serving:

@@ -123,6 +123,54 @@ def test_rows_that_cannot_be_used_are_counted_alike(tiny_bert, tmp_path):
     assert said[0] == said[1] and "rows.jsonl:9: the label is empty (5 more rows cannot be used)" in said[0]
 
 
+@pytest.mark.parametrize("end", ["label", "broken"])
+def test_the_first_row_is_told_whatever_is_found_first(end, tiny_bert, tmp_path):
+    """Of a row that the encoder refuses, one that is refused as it is read, and a file that cannot be read on."""
+
+    def change(i, row):
+        return row | ({"label": ""} if i == 25 else {"text": 7} if i == 45 else {})
+
+    path = rows(tmp_path / "rows.jsonl", change)
+    if end == "broken":
+        path.write_text("\n".join([*path.read_text().splitlines()[:50], "{"]))
+    said = []
+    for workers in (1, 3):
+        encoder, sources = encoder_of("classification", tiny_bert, path, tmp_path)
+        with pytest.raises(UserError) as e:
+            made(tmp_path / str(workers), encoder, sources, workers)
+        said.append(e.value.message)
+    assert said[0] == said[1] and "rows.jsonl:26: the label is empty (1 more rows cannot be used)" in said[0]
+
+
+def test_only_columns_that_are_looked_at_are_sent(tiny_llama, tmp_path, monkeypatch):
+    """And a column that only later rows are asked for is there all the same."""
+    path = rows(tmp_path / "rows.jsonl", lambda i, row: {"i": i, **row})
+    sent, found, send = [], [], Piped.send
+    monkeypatch.setattr(Piped, "send", lambda self, work: (sent.append(work), send(self, work)))
+    for workers in (1, 2):
+        encoder, sources = encoder_of("causal_lm", tiny_llama, path, tmp_path, truncation="split")
+        plain = encoder.encode
+
+        def encode(rows, counts, plain=plain):
+            texts = [(w, {"text": r["text"] if r["i"] < 30 else r["source"][::-1]}) for w, r in rows]
+            return plain(texts, counts)
+
+        encoder.encode = encode
+        found.append(made(tmp_path / str(workers), encoder, sources, workers))
+    assert found[0] == found[1] and len(sent) == 5
+    columns = {frozenset(record.values_of) for piece in sent for _, _, record in piece}
+    assert columns <= {frozenset({"i", "text"}), frozenset({"i", "text", "source"})}
+
+
+def test_sigchld_may_be_ignored(tiny_llama, tmp_path):
+    encoder, sources = encoder_of("causal_lm", tiny_llama, rows(tmp_path / "rows.jsonl"), tmp_path, truncation="split")
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert made(tmp_path / "out", encoder, sources, 2)[1]["counts"]["rows"] == COUNT
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_a_killed_process_is_told(tiny_llama, tmp_path, monkeypatch):
     encoder, sources = encoder_of("causal_lm", tiny_llama, rows(tmp_path / "rows.jsonl"), tmp_path, truncation="split")
     plain, here = encoder.ids, os.getpid()

@@ -152,6 +152,17 @@ def test_rounded_by_rows_is_the_same_everywhere(config, tmp_path):
     for name, layer in layers.items():
         assert torch.equal(opened.get_submodule(name).weight, dequantized(layer))
 
+    # an exported adapter without its file, or with another one
+    exported = folder / "model" / "quantized.safetensors"
+    content = exported.read_bytes()
+    exported.write_bytes(content[:-9])
+    with pytest.raises(UserError, match="is not the file that the adapter was exported with"):
+        assemble.trained(str(folder / "model"))
+    exported.unlink()
+    with pytest.raises(UserError, match=r"quantized.safetensors: is missing"):
+        assemble.trained(str(folder / "model"))
+    exported.write_bytes(content)
+
     # without the file, or with other numbers in it
     file = folder / "quantized.safetensors"
     file.rename(tmp_path / "aside")
@@ -223,3 +234,21 @@ def test_experts_that_stay_whole_are_said(caplog):
     Quantize(settings.model.quantize, settings).apply(model, ())
     assert "stay as they are, for they are no linear layers" in caplog.text and "experts" in caplog.text
     assert not is_quantized(model.model.layers[0].mlp.shared_expert_gate)
+
+
+def test_pairs_are_not_rounded_by_rows(pair_models, tmp_path):
+    config = {
+        "task": "seq2seq",
+        "model": {
+            "path": str(pair_models("t5")),
+            "lora": {"r": 2},
+            "dtype": "fp32",
+            "quantize": {"format": "nf4", "calibrate": 2},
+        },
+        "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 16, "truncation": "truncate"},
+        "train": {"steps": 1},
+        "run": {"dir": str(tmp_path / "run"), "device": "cpu", "offline": True},
+    }
+    (tmp_path / "rows.jsonl").write_text('{"source": "the cat", "target": "a dog"}\n' * 4)
+    with pytest.raises(UserError, match="has an encoder and a decoder"):
+        jobs.job_of(config)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.errors import UserError
-from fastft.files import replacing
+from fastft.files import replacing, sha256_file
 from fastft.lazy import torch
 from fastft.models.edits.lora import base_hashes
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FILE = "quantized.safetensors"
+FILE, DIGEST = "quantized.safetensors", "quantized.json"  # the second says which file an exported adapter needs
+NEEDED = "The adapter was trained beside the weights in it."
 BLOCK = 64  # weights that share a scale
 Parts = dict[str, "torch.Tensor"]  # of a layer, by the names that bitsandbytes saves: weight, weight.absmax, ...
 
@@ -39,11 +40,17 @@ def by_rows(job: Job, model: Any, layers: Mapping[str, torch.nn.Linear], rows: i
         layer.weight.data = numbers
         found.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
 
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model.quantize.calibrate: {type(model).__name__} has an encoder and a decoder; only models with one of "
+            "them are rounded by rows.",
+            "Set model.quantize.calibrate to 0.",
+        )
     inputs = job.sample(rows)
     if inputs is None:
         raise UserError(
             f"{job.config.run.dir}: holds no {FILE} of this base and these settings of model.quantize.",
-            "Put the file back: the adapter was trained beside the weights in it.",
+            f"Put the file back. {NEEDED}",
         )
     log.info("model.quantize: rounding %d layers by %d training rows", len(layers), rows)
     left = walk(model, inputs, layers, visit)
@@ -113,11 +120,28 @@ def write(file: Path, said: dict[str, Any], tensors: dict[str, torch.Tensor]) ->
         save_file(tensors, scratch, metadata={"format": "pt", "fastft": json.dumps(said)})
 
 
-def read(file: Path) -> Iterator[tuple[str, Parts]]:
-    """Layers and their parts, one layer after the other."""
-    from safetensors import safe_open
+def check(folder: Path) -> None:
+    """UserError where an exported adapter's file is not the one that was exported with it."""
+    file, digest = folder / FILE, folder / DIGEST
+    try:
+        wanted = json.loads(digest.read_text())[FILE]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"{digest}: is missing or cannot be read.", f"Export the adapter again. {NEEDED}") from None
+    if not file.is_file():
+        raise UserError(f"{file}: is missing.", f"Put it back, or export the adapter again. {NEEDED}")
+    if sha256_file(file) != wanted:
+        raise UserError(f"{file}: is not the file that the adapter was exported with.", f"Export it again. {NEEDED}")
 
-    with safe_open(file, "pt") as stored:
+
+def read(file: Path) -> Iterator[tuple[str, Parts]]:
+    """Layers and their parts, one layer after the other. UserError for a file that cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        opened = safe_open(file, "pt")
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{file}: cannot be read: {e}", f"Copy it anew, or export again. {NEEDED}") from None
+    with opened as stored:
         names = sorted(stored.keys())
         for layer in [name.removesuffix(".weight") for name in names if name.endswith(".weight")]:
             own = [name for name in names if name.startswith(f"{layer}.")]

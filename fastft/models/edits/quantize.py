@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import json
 import logging
 import shutil
 import warnings
@@ -167,6 +168,7 @@ class Quantize(Edit):
         lora: Any = self.config.model.chosen()["lora"]
         if self.file is not None and lora.export == "adapter":
             shutil.copyfile(self.file, folder / rounding.FILE)
+            (folder / rounding.DIGEST).write_text(json.dumps({rounding.FILE: sha256_file(self.file)}))
         return False
 
     def remark(self, folder: Path) -> str:
@@ -180,12 +182,14 @@ class Quantize(Edit):
 
     @classmethod
     def wrote(cls, folder: Path) -> bool:
-        return (folder / rounding.FILE).is_file() and rooms.EDITS.get("lora").wrote(folder)
+        files = (folder / rounding.FILE, folder / rounding.DIGEST)
+        return any(file.is_file() for file in files) and rooms.EDITS.get("lora").wrote(folder)
 
     @classmethod
     def open(cls, folder: Path, model: torch.nn.Module) -> None:
         """Give the base the numbers that the adapter was trained beside, in the model's dtype."""
         bitsandbytes()
+        rounding.check(folder)
         with torch.no_grad():
             for name, parts in rounding.read(folder / rounding.FILE):
                 model.get_parameter(f"{name}.weight").copy_(rounding.numbers(parts))
