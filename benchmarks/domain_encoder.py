@@ -1,12 +1,11 @@
 """What adapting an encoder to medical text by masked language modeling is worth to two tasks of that domain.
 
-    python benchmarks/domain_encoder.py --data FOLDER --model FOLDER [--seeds 3] [--steps 300] [--quick]
+    python benchmarks/domain_encoder.py --data FOLDER --model FOLDER [--seeds 3] [--steps 40] [--quick]
 
-First the head for masked tokens is trained alone, where the model has none: through a random one the encoder would
-learn noise. Then the encoder learns masked tokens of the medical corpus of benchmarks/domains.py, from which what the
-tasks are tested on is left out, too; then the two tasks begin from it (adapted) and from what it was before (plain),
-with the same rows, settings and seed of the new head: ``qtype``, the kind of a medical question by its answer
-(instruct/medquad_qa; kinds that are in the training rows), and ``entities``, chemicals and diseases (ner/bc5cdr).
+The encoder learns masked tokens of the medical corpus of benchmarks/domains.py, from which what the tasks are tested on
+is left out, too; then the two tasks begin from it (adapted) and from what it was before (plain), with the same rows,
+settings and seed of the new head: ``qtype``, the kind of a medical question by its answer (instruct/medquad_qa; kinds
+that are in the training rows), and ``entities``, chemicals and diseases (ner/bc5cdr).
 
 The adapted encoder is one, the seeds are the tasks'. Every row is added to results/domain_encoder.jsonl when it is
 there, and is not made again with the same settings; results/domain_encoder.md is made from the rows.
@@ -46,7 +45,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args, self.work = args, args.work
         self.path = args.results / "domain_encoder.jsonl"
-        names = ("head_steps", "head_lr", "steps", "adapt_lr", "rows", "epochs", "lr", "batch", "length", "held")
+        names = ("steps", "adapt_lr", "rows", "epochs", "lr", "batch", "length", "held")
         self.settings = {name: getattr(args, name) for name in names}
         known = read_rows(self.path)
         self.rows = {name: row for name, row in known.items() if row["settings"] == self.settings}
@@ -90,22 +89,16 @@ class Bench:
             tested = (str(self.work / "qtype.test.jsonl"), str(self.work / "entities.test.jsonl"))
             corpus = texts.prepare(self.work / "texts", "medical", str(args.model), self.work / "corpus", tested)
             held = texts.held_out(self.work / "texts", "medical", 1000, 12, self.work / "held.jsonl")
-            data = {"train": str(self.work / "corpus"), "eval": str(held), "truncation": "split"}
-            prefix = transformers.AutoModelForMaskedLM.from_pretrained(args.model).base_model_prefix
-            head = self.config("masked_lm", args.model, self.work / "head", args.head_lr, 0)
-            config = self.config("masked_lm", self.work / "head" / "model", run, args.adapt_lr, 0)
-            head["model"]["freeze"] = [f"{prefix}.*"]
-            seconds, losses = 0.0, []
-            for one, steps in ((head, args.head_steps), (config, args.steps)):
-                one["data"] |= data
-                one["train"] = {"steps": steps, "eval_at_start": True, "log_every": 5}
-                seconds += _fit(one)
-                losses += [r["loss"] for r in track.read(Path(one["run"]["dir"])) if r["kind"] == "eval"]
+            config = self.config("masked_lm", args.model, run, args.adapt_lr, 0)
+            config["data"] |= {"train": str(self.work / "corpus"), "eval": str(held), "truncation": "split"}
+            config["train"] = {"steps": args.steps, "eval_at_start": True, "log_every": 5}
+            seconds = _fit(config)
+            losses = [r["loss"] for r in track.read(run) if r["kind"] == "eval"]
+            tokens = args.steps * args.batch * args.length
             row = {
                 "before": losses[0],
-                "with_head": losses[-2],
                 "after": losses[-1],
-                "tokens": args.steps * args.batch * args.length,
+                "tokens": tokens,
                 "of": corpus.manifest["totals"]["tokens"],
             }
             self.add("adapt", {**row, "seconds": seconds})
@@ -152,12 +145,10 @@ def page(rows: dict[str, dict]) -> str:
     lines = ["# domain_encoder", "", title, "", about.strip().partition("\n\n")[2].strip(), ""]
     lines += [f"{adapted['machine']}; {facts}; fp32.", ""]
     lines += [
-        f"Masked language modeling: {s['head_steps']} steps of the head alone, rate {s['head_lr']:g}; then "
-        f"{s['steps']} of {s['batch']} × {s['length']} tokens, {adapted['tokens']:,} of the corpus's "
-        f"{adapted['of']:,}, rate {s['adapt_lr']:g}; {adapted['seconds']:.0f} s. Masked loss of held-out medical text "
-        f"{adapted['before']:.3f} with a new head, {adapted['with_head']:.3f} with the trained one, "
-        f"{adapted['after']:.3f} after. "
-        f"Tasks: {s['rows']} rows, {s['epochs']:g} epochs, rate {s['lr']:g}, "
+        f"Masked language modeling: {s['steps']} steps of {s['batch']} × {s['length']} tokens, {adapted['tokens']:,} "
+        f"of the corpus's {adapted['of']:,}, rate {s['adapt_lr']:g}, {adapted['seconds']:.0f} s; masked loss of "
+        f"held-out medical text {adapted['before']:.3f} before (the head is newly initialized where the model has "
+        f"none), {adapted['after']:.3f} after. Tasks: {s['rows']} rows, {s['epochs']:g} epochs, rate {s['lr']:g}, "
         f"tested on at most {s['held']} rows.",
         "",
         "| task | metric | seeds | plain | adapted | mean gain | seeds with a gain |",
@@ -185,10 +176,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="the folder of the data sets")
     parser.add_argument("--model", required=True, type=Path, help="folder of an encoder")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300, help="of masked language modeling")
-    parser.add_argument("--adapt-lr", type=float, default=1e-4)
-    parser.add_argument("--head-steps", type=int, default=100, help="before them, of the head alone")
-    parser.add_argument("--head-lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=40, help="of masked language modeling")
+    parser.add_argument("--adapt-lr", type=float, default=2e-4)
     parser.add_argument("--rows", type=int, default=240, help="of each task's training")
     parser.add_argument("--held", type=int, default=300, help="rows of each task's test, at most")
     parser.add_argument("--epochs", type=float, default=2)
@@ -202,7 +191,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.steps, args.rows, args.held, args.epochs, args.seeds, args.length = 2, 16, 8, 1, 1, 32
-        args.head_steps = 2
     if not (args.data / "corpus").is_dir():
         print(f"{args.data}: the data sets are not here: nothing is measured")
         return
