@@ -1,5 +1,6 @@
 """fastft from Python: the whole of it in this process, and a notebook cell by cell."""
 
+import gc
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastft
 import launch
@@ -94,6 +96,24 @@ def test_two_runs_in_one_process_and_an_earlier_one(classification_config, tmp_p
     assert [record["loss"] for record in third.history] == losses[0]
     resumed = opened.resume(train={"steps": 6})
     assert resumed.summary.step == 6 and [r["step"] for r in resumed.history] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_runs_leave_no_training_state_behind(classification_config, tmp_path, place, zero):
+    """Of the last one at most: runs in one process, a sweep's, do not add up."""
+
+    def alive() -> int:
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.device.type == "cpu"]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    found = []
+    for name in ("first", "second", "third"):
+        changes = {"run.dir": str(tmp_path / name), "train.steps": 2, "parallel.zero": zero}
+        run = fastft.fit(classification_config, changes)
+        size = sum(file.stat().st_size for file in run.model.glob("*.safetensors"))
+        found.append(alive())
+    assert found[2] - found[1] < size / 2
 
 
 def test_two_ranks(classification_config, tmp_path):

@@ -36,7 +36,6 @@ from fastft.train.schedule import Due, Schedule
 from fastft.train.signals import StopRequest
 from fastft.train.throughput import Throughput, peak_memory
 from fastft.zero import engine as zero
-from fastft.zero.engine import Stepper
 from fastft.zero.settings import deepspeed_config
 
 
@@ -125,6 +124,7 @@ def build(config: Config, cleanup: ExitStack, resume: bool = False, steps_only: 
     found = resuming.find(job, layout) if resume else None
     schedule = found.schedule if found else Schedule.of(config, job.order, job.task.max_length)
     engine = zero.build_engine(job.model, job.optimizer, settings, config.parallel)
+    cleanup.callback(zero.release, engine)
     with fitting.explained(config):
         assemble.add_objective(job, engine)
     keep_heap(ranks.device, config.parallel.zero == 3)  # not before: what is loaded and let go of is to be given back
@@ -159,7 +159,7 @@ class Loop:
         self.job, self.engine, self.schedule, self.saver, self.heart = job, engine, schedule, saver, heart
         assert job.optimizer is not None and job.train is not None and job.objective is not None
         self.split, self.objective = job.train, job.objective
-        self.stepper = Stepper(engine, job.optimizer, job.config.optim.grad_clip)
+        self.stepper = zero.Stepper(engine, job.optimizer, job.config.optim.grad_clip)
         self.throughput = Throughput()
         self.step = 0
         self.metrics: Metrics = {}

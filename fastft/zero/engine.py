@@ -99,6 +99,14 @@ def _said_while_waiting() -> Iterator[None]:
         over.set()
 
 
+def release(engine: Any) -> None:
+    """Take off the hooks of an engine's gradients. Autograd holds them, and they hold the parameters: Python could free
+    neither once the run is over.
+    """
+    for hook in getattr(engine.optimizer, "_grad_acc_hooks", ()):
+        hook.remove()
+
+
 def stop_process_group() -> None:
     """Leave the process group."""
     if torch.distributed.is_initialized():

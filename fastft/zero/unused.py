@@ -28,9 +28,10 @@ class Unused:
         self.params = list(self.names)
         self.sharded = bool(engine.zero_optimization_stage())
         self.device = engine.device
-        self.used: set[int] = set()
+        self.used = used = set[int]()
         for i, param in enumerate(self.params):
-            param.register_post_accumulate_grad_hook(lambda _, i=i: self.used.add(i))
+            # No word of self: Python cannot free what a parameter's hook leads back to the parameter.
+            param.register_post_accumulate_grad_hook(lambda _, i=i: used.add(i))
 
     def take(self) -> list[torch.nn.Parameter]:
         """Those without a gradient on any rank since the last call. All ranks take part.
