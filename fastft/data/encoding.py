@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
@@ -134,38 +134,11 @@ class _NotSent(Exception):
     """A column that the first rows were not asked for."""
 
 
-class _Seen(Mapping):
-    """A record that notes which columns are looked at."""
+class _View(Mapping):
+    """A record by the names of its columns; subclasses say what a value is."""
 
-    def __init__(self, record: formats.Record, looked_at: set[str]):
-        self.record, self.looked_at = record, looked_at
-
-    def __getitem__(self, name: str) -> object:
-        value = self.record[name]
-        self.looked_at.add(name)
-        return value
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.record
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.record)
-
-    def __len__(self) -> int:
-        return len(self.record)
-
-
-class _Sent(Mapping):
-    """A record with the values of some of its columns. Raises _NotSent for those of others."""
-
-    def __init__(self, record: formats.Record, some: set[str]):
-        self.names = list(record)
-        self.values_of = {name: record[name] for name in self.names if name in some}
-
-    def __getitem__(self, name: str) -> object:
-        if name not in self.values_of and name in self.names:
-            raise _NotSent(name)
-        return self.values_of[name]
+    def __init__(self, names: Collection[str]):
+        self.names = names
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
@@ -175,6 +148,32 @@ class _Sent(Mapping):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+class _Seen(_View):
+    """A record that notes which columns are looked at."""
+
+    def __init__(self, record: formats.Record, looked_at: set[str]):
+        super().__init__(record)
+        self.record, self.looked_at = record, looked_at
+
+    def __getitem__(self, name: str) -> object:
+        value = self.record[name]
+        self.looked_at.add(name)
+        return value
+
+
+class _Sent(_View):
+    """A record with the values of some of its columns. Raises _NotSent for those of others."""
+
+    def __init__(self, record: formats.Record, some: set[str]):
+        super().__init__(list(record))
+        self.values_of = {name: record[name] for name in self.names if name in some}
+
+    def __getitem__(self, name: str) -> object:
+        if name not in self.values_of and name in self.names:
+            raise _NotSent(name)
+        return self.values_of[name]
 
 
 def _numbered(chunk: Chunk, looked_at: set[str] | None) -> list[Numbered]:
