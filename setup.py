@@ -10,6 +10,7 @@ FASTFT_CUDA_ARCHS="80;90;100" names the GPU architectures (the last also as PTX)
 result serves every torch version: the kernels take raw addresses.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -119,12 +120,23 @@ def build_tools() -> tuple[str, str, str]:
 
 
 class CMakeBuild(build_ext):
+    def build_folder(self, nvcc: str | None) -> Path:
+        """One per mode, since a cache configured without CUDA cannot be turned into one with it. An editable install
+        (pip install -e) would build in a folder that setuptools removes: it has one that stays, so that the next one
+        compiles what has changed since; one per compiler, since a cache keeps the first that it saw."""
+        mode = "cuda" if nvcc else "cpu"
+        if not self.editable_mode:
+            return Path(self.build_temp).resolve() / mode
+        names = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS", "CPATH")
+        tools = [nvcc, sys.executable, *(os.environ.get(name) for name in names)]
+        told = hashlib.sha256(repr(tools).encode()).hexdigest()[:8]
+        return ROOT / "build" / "editable" / f"{sys.implementation.cache_tag}-{mode}-{told}"
+
     def build_extension(self, ext: Extension) -> None:
         nvcc = resolve_cuda(build_mode())
         cmake, ninja, pybind11_dir = build_tools()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # One folder per mode: a cache configured without CUDA cannot be turned into one with it.
-        folder = Path(self.build_temp).resolve() / ("cuda" if nvcc else "cpu")
+        folder = self.build_folder(nvcc)
         folder.mkdir(parents=True, exist_ok=True)
         arguments = [
             "-G", "Ninja",
