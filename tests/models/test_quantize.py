@@ -15,7 +15,7 @@ import launch
 from fastft import assemble
 from fastft import config as configuration
 from fastft.errors import UserError
-from fastft.models.edits.quantize import Quantize, dequantized, is_quantized, quantized
+from fastft.models.edits.quantize import Quantize, QuantizeSettings, dequantized, is_quantized, quantized
 from fastft.train import checkpoint
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -30,14 +30,16 @@ def config(lm_config) -> dict:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("format, error", [("nf4", 0.15), ("int8", 0.02)])
-def test_the_numbers_are_those_that_the_layer_computes_with(format, error, dtype):
+@pytest.mark.parametrize("format, block, error", [("nf4", 64, 0.1), ("nf4", 32, 0.09), ("int8", 64, 0.02)])
+def test_the_numbers_are_those_that_the_layer_computes_with(format, block, error, dtype):
     torch.manual_seed(0)
     plain = torch.nn.Linear(128, 96).to(dtype)
-    layer = quantized(plain, format)
+    settings = QuantizeSettings(format=format, block=block)
+    layer = quantized(plain, settings)
     assert is_quantized(layer) and not layer.weight.requires_grad and layer.bias is plain.bias
-    bits = {"nf4": 4.5, "int8": 8.5}[format]
-    assert layer.weight.nbytes * 8 <= bits * plain.weight.numel()
+    scales = {"nf4": lambda: layer.weight.quant_state.absmax.nbytes, "int8": lambda: 0}[format]()
+    told = settings.bytes * plain.weight.numel()
+    assert told - 4 * 128 * 96 / block / 256 - 1 <= layer.weight.nbytes + scales <= told
     weight = dequantized(layer)
     assert weight.shape == plain.weight.shape and weight.dtype == torch.float32
     assert ((weight - plain.weight.float()).norm() / plain.weight.float().norm()).item() < error
@@ -102,7 +104,7 @@ def test_the_merged_model_computes_what_was_trained(config, tmp_path, format):
     base = transformers.AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.bfloat16)
     for name, layer in list(base.named_modules()):
         if type(layer) is torch.nn.Linear and name != "lm_head":
-            layer.weight.data = dequantized(quantized(layer, format))
+            layer.weight.data = dequantized(quantized(layer, QuantizeSettings(format=format)))
     base = base.float()
     model = peft.PeftModel.from_pretrained(base, folder / "model").eval()
     ids = torch.randint(3, 200, (2, 24))
@@ -113,7 +115,8 @@ def test_the_merged_model_computes_what_was_trained(config, tmp_path, format):
 
 def test_rounded_by_rows_is_the_same_everywhere(config, tmp_path):
     """On any number of ranks, at any stage, after a resume and in every export: what the run's file holds."""
-    config["model"]["quantize"] = {"format": "nf4", "calibrate": 8}
+    settings = {"format": "nf4", "block": 32, "calibrate": 8}
+    config["model"]["quantize"] = settings
     config["checkpoint"] = {"every": 3, "keep": 9}
     job = jobs.job_of(config | {"run": {**config["run"], "dir": str(tmp_path / "here")}})
     layers = {name: m for name, m in job.model.named_modules() if is_quantized(m)}
@@ -121,8 +124,10 @@ def test_rounded_by_rows_is_the_same_everywhere(config, tmp_path):
     for name, layer in layers.items():
         whole = plain.get_submodule(name.removesuffix(".base_layer"))
         error = (dequantized(layer) - whole.weight.float()).norm() / whole.weight.float().norm()
-        assert 0 < error < 0.2 and not torch.equal(dequantized(layer), dequantized(quantized(whole, "nf4")))
-    assert len(layers) == 14 and job.record["quantize"] == {"format": "nf4", "layers": 14, "calibrate": 8}
+        alone = quantized(whole, QuantizeSettings(format="nf4", block=32))
+        assert 0 < error < 0.2 and not torch.equal(dequantized(layer), dequantized(alone))
+        assert layer.weight.quant_state.blocksize == 32
+    assert len(layers) == 14 and job.record["quantize"] == {"layers": 14, **settings}
 
     runs = [run(config, tmp_path, f"zero{z}", ranks, parallel__zero=z) for z, ranks in ((0, 1), (1, 2), (2, 2))]
     # Each rounded for itself, and sums of floats differ in their last bits with where the memory lies.
@@ -183,6 +188,7 @@ def test_rounded_by_rows_is_the_same_everywhere(config, tmp_path):
     "model, zero, said",
     [
         ({"quantize": {"format": "int8", "calibrate": 8}}, 0, "only nf4 is rounded by rows"),
+        ({"quantize": {"format": "int8", "block": 32}}, 0, "only nf4 has blocks"),
         ({"quantize": {"format": "nf4", "calibrate": 8}, "attention": "flash_attention_2"}, 0, "attention at auto"),
         ({"lora": None}, 0, "cannot be trained itself: add model.lora"),
         ({}, 3, "set parallel.zero to 0, 1 or 2"),

@@ -19,16 +19,18 @@ from fastft.models.edits.lora import base_hashes
 
 if TYPE_CHECKING:
     from fastft.assemble import Job
+    from fastft.models.edits.quantize import QuantizeSettings
 
 log = logging.getLogger(__name__)
 
 FILE, DIGEST = "quantized.safetensors", "quantized.json"  # the second says which file an exported adapter needs
 NEEDED = "The adapter was trained beside the weights in it."
-BLOCK = 64  # weights that share a scale
 Parts = dict[str, "torch.Tensor"]  # of a layer, by the names that bitsandbytes saves: weight, weight.absmax, ...
 
 
-def by_rows(job: Job, model: Any, layers: Mapping[str, torch.nn.Linear], rows: int) -> dict[str, torch.Tensor]:
+def by_rows(
+    job: Job, model: Any, layers: Mapping[str, torch.nn.Linear], settings: QuantizeSettings
+) -> dict[str, torch.Tensor]:
     """What the file holds, by ``NAME.PART``. The layers' weights are afterwards what they were rounded to."""
     from fastft.models.calibration import walk
 
@@ -36,7 +38,7 @@ def by_rows(job: Job, model: Any, layers: Mapping[str, torch.nn.Linear], rows: i
 
     def visit(name: str, moment: torch.Tensor) -> None:
         layer = layers[name]
-        parts, numbers = nf4(layer.weight.detach(), moment)
+        parts, numbers = nf4(layer.weight.detach(), moment, settings.block)
         layer.weight.data = numbers
         found.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
 
@@ -46,13 +48,13 @@ def by_rows(job: Job, model: Any, layers: Mapping[str, torch.nn.Linear], rows: i
             "them are rounded by rows.",
             "Set model.quantize.calibrate to 0.",
         )
-    inputs = job.sample(rows)
+    inputs = job.sample(settings.calibrate)
     if inputs is None:
         raise UserError(
             f"{job.config.run.dir}: holds no {FILE} of this base and these settings of model.quantize.",
             f"Put the file back. {NEEDED}",
         )
-    log.info("model.quantize: rounding %d layers by %d training rows", len(layers), rows)
+    log.info("model.quantize: rounding %d layers by %d training rows", len(layers), settings.calibrate)
     left = walk(model, inputs, layers, visit)
     if left:
         log.warning("model.quantize.calibrate: %d layers saw none of the rows: %s", len(left), ", ".join(left[:3]))
@@ -61,21 +63,24 @@ def by_rows(job: Job, model: Any, layers: Mapping[str, torch.nn.Linear], rows: i
     return found
 
 
-def nf4(weight: torch.Tensor, moment: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-    """A weight, (out, in), rounded for inputs of this second moment, and the numbers that this stands for."""
+def nf4(weight: torch.Tensor, moment: torch.Tensor, block: int) -> tuple[Parts, torch.Tensor]:
+    """A weight, (out, in), rounded for inputs of this second moment, and the numbers that this stands for.
+
+    ``block``: weights that share a scale.
+    """
     from bitsandbytes import functional
 
     from fastft.models import gptq
 
     values = functional.get_4bit_type("nf4", device="cpu").float()
     wide, moment = weight.float(), moment.cpu()
-    scales = torch.zeros(-(-weight.numel() // BLOCK), BLOCK)
-    scales[:, 0] = gptq.scales(wide, moment, values, BLOCK)
+    scales = torch.zeros(-(-weight.numel() // block), block)
+    scales[:, 0] = gptq.scales(wide, moment, values, block)
     alone = scales.view(-1)[: weight.numel()].view_as(weight)  # the scales and nothing else: they are quantized, too
-    _, state = functional.quantize_4bit(alone, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    _, state = functional.quantize_4bit(alone, blocksize=block, compress_statistics=True, quant_type="nf4")
     state.dtype = weight.dtype
     stored = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    codes = gptq.rounded(wide, moment, stored.repeat_interleave(BLOCK)[: weight.numel()].view_as(wide), values)
+    codes = gptq.rounded(wide, moment, stored.repeat_interleave(block)[: weight.numel()].view_as(wide), values)
     pairs = torch.nn.functional.pad(codes.view(-1), (0, codes.numel() % 2)).view(-1, 2).to(torch.uint8)
     packed = (pairs[:, :1] << 4) | pairs[:, 1:]
     about = {f"weight.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SMALL = 16  # a layer with fewer outputs stays as it is: a gate
-BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}  # of a weight, with the scales of its block
 
 
 class QuantizeSettings(Section):
@@ -37,8 +36,13 @@ class QuantizeSettings(Section):
     scalar: ClassVar = "format"
 
     format: Literal["nf4", "int8"] = Field(
-        description="nf4: 4-bit normal floats in blocks of 64, whose scales are quantized, too: 0.52 bytes a weight. "
-        "int8: a scale for each row. Needs model.lora, and parallel.zero 0 to 2.",
+        description="nf4: 4-bit normal floats in blocks, whose scales are quantized, too. int8: a scale for each row. "
+        "Needs model.lora, and parallel.zero 0 to 2.",
+    )
+    block: Literal[32, 64] = Field(
+        64,
+        description="Weights that share a scale in nf4. 64: 0.52 bytes a weight. 32: 0.53 bytes, and closer to the "
+        "weights.",
     )
     calibrate: int = Field(
         0,
@@ -60,6 +64,8 @@ class QuantizeSettings(Section):
                 "model.quantize: int8 computes with inputs in 16 bits, which a model in fp32 may exceed: set "
                 "model.dtype: bf16"
             )
+        if self.block != 64 and self.format != "nf4":
+            raise ValueError("model.quantize.block: only nf4 has blocks: leave it out, or set format: nf4")
         if self.calibrate and self.format != "nf4":
             raise ValueError("model.quantize.calibrate: only nf4 is rounded by rows: set it to 0, or format: nf4")
         if self.calibrate and config.model.attention == "flash_attention_2":
@@ -72,6 +78,11 @@ class QuantizeSettings(Section):
                 "model.quantize: parallel.zero: 3 would cut the blocks that share a scale: set parallel.zero to 0, 1 "
                 "or 2"
             )
+
+    @property
+    def bytes(self) -> float:
+        """Of a weight, with the scales of its block: 8 bits, and a float32 for 256 of them."""
+        return 0.5 + 1 / self.block + 4 / (self.block * 256) if self.format == "nf4" else 1.0
 
 
 @rooms.EDITS.register("quantize")
@@ -111,12 +122,12 @@ class Quantize(Edit):
         if found[0][1].weight.is_meta:  # of a plan, which asks for sizes alone
             for _, layer in found:
                 layer.weight.requires_grad_(False)
-                layer.weight.stored_bytes = int(BYTES[self.settings.format] * layer.weight.numel())
+                layer.weight.stored_bytes = int(self.settings.bytes * layer.weight.numel())
         elif self.settings.calibrate:
             self._by_rows(model, dict(found))
         else:
             for name, layer in found:
-                put(model, name, quantized(layer, self.settings.format))
+                put(model, name, quantized(layer, self.settings))
         self._say_what_stays_whole(model)
 
     def _by_rows(self, model: Any, layers: dict[str, torch.nn.Linear]) -> None:
@@ -126,10 +137,10 @@ class Quantize(Edit):
         assert self.job is not None
         ranks, self.file = self.job.ranks, Path(self.config.run.dir) / rounding.FILE
         if ranks.main and not rounding.fits(self.file, said := rounding.described(self.job)):
-            rounding.write(self.file, said, rounding.by_rows(self.job, model, layers, self.settings.calibrate))
+            rounding.write(self.file, said, rounding.by_rows(self.job, model, layers, self.settings))
         ranks.barrier()
         for name, parts in rounding.read(self.file):
-            put(model, name, quantized(layers[name], "nf4", parts))
+            put(model, name, quantized(layers[name], self.settings, parts))
 
     def _say_what_stays_whole(self, model: Any) -> None:
         """Warn of weights that are neither in few bits nor of an embedding or head, where they are many: experts that
@@ -224,7 +235,9 @@ def put(model: torch.nn.Module, name: str, layer: torch.nn.Module) -> None:
     setattr(model.get_submodule(owner), last, layer)
 
 
-def quantized(layer: torch.nn.Linear, format: str, parts: rounding.Parts | None = None) -> torch.nn.Module:
+def quantized(
+    layer: torch.nn.Linear, settings: QuantizeSettings, parts: rounding.Parts | None = None
+) -> torch.nn.Module:
     """A linear layer's stand-in that holds its weight in few bits, and its bias as it is; on the CPU: the same bits
     whatever device is to train.
 
@@ -233,11 +246,13 @@ def quantized(layer: torch.nn.Linear, format: str, parts: rounding.Parts | None 
     nn, weight = bitsandbytes().nn, layer.weight.detach().to("cpu").contiguous()
     sizes = {"input_features": layer.in_features, "output_features": layer.out_features}
     made: Any
-    if format == "nf4":
+    if settings.format == "nf4":
         how: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
         made = nn.Linear4bit(**sizes, bias=False, compute_dtype=weight.dtype, device="meta", **how)
         if parts is None:
-            made.weight = nn.Params4bit(weight, requires_grad=False, module=made, **how).to("cpu")
+            made.weight = nn.Params4bit(weight, requires_grad=False, blocksize=settings.block, module=made, **how).to(
+                "cpu"
+            )
         else:
             about = {name: tensor for name, tensor in parts.items() if name != "weight"}
             made.weight = nn.Params4bit.from_prequantized(parts["weight"], about, device="cpu", module=made)
