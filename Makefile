@@ -27,9 +27,10 @@ $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install -q -e .
 	touch $@
 
-$(VENV)/.ready-test: $(VENV)/.ready
+# Stands for .ready as well: it installs all of that and more.
+$(VENV)/.ready-test: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install -q -e ".[test]"
-	touch $@
+	touch $(VENV)/.ready $@
 
 quickstart: setup
 	$(BIN)/fastft quickstart
