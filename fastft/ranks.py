@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import random
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -21,6 +23,7 @@ from fastft.launch import protocol
 from fastft.launch.hostfile import free_port
 
 T = TypeVar("T")
+_WAITS = itertools.count()  # of this process; all ranks wait for the same in the same order
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,20 @@ class Ranks:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def wait_for_main(self) -> None:
+        """A barrier after what rank 0 does alone, which may take longer than a collective may (ten minutes by default).
+
+        The others ask the store by which the ranks met: a wait in it would keep NCCL's own threads from it.
+        """
+        if self.world == 1:
+            return
+        key, store = f"fastft/main/{next(_WAITS)}", dist.distributed_c10d._get_default_store()
+        if self.main:
+            store.set(key, "")
+        while not store.check([key]):
+            time.sleep(0.1)
+        dist.barrier()
 
     def _reduced(self, values: Sequence, dtype: torch.dtype, how: Any) -> list:
         if self.world == 1:

@@ -121,3 +121,38 @@ def test_on_the_cpu_of_a_machine_with_a_gpu(tmp_path, lm_config):
     process = launch.start_python(["-c", ON_CPU_BESIDE_A_GPU, config], {})
     output = launch.finish(process, 120)
     assert process.returncode == 0 and "trained" in output, output[-4000:]
+
+
+def test_rank_0_may_work_longer_than_a_collective_waits(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import datetime, os, sys, time, torch, torch.distributed as dist\n"
+        "from fastft.ranks import Ranks\n"
+        "dist.init_process_group('gloo', timeout=datetime.timedelta(seconds=2))\n"
+        "rank, local = int(os.environ['RANK']), torch.device('cpu')\n"
+        "place = Ranks(rank, 2, rank, 2, local)\n"
+        "for _ in range(2):\n"
+        "    if place.main:\n"
+        "        time.sleep(4)\n"
+        "    place.wait_for_main()\n"
+        "print('sum', place.sum([1.0]))\n"
+    )
+    assert all("sum [2.0]" in output for output in launch.ranks(2, [script]))
+
+
+@pytest.mark.long
+def test_rounding_and_export_may_take_longer_than_a_collective_waits(lm_config, tmp_path):
+    lm_config["model"] |= {"lora": {"r": 4}, "quantize": {"format": "nf4", "calibrate": 2}}
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import datetime, functools, sys, time, deepspeed, fastft\n"
+        "from fastft.models.edits import _rounding\n"
+        "from fastft.train import export\n"
+        "limit = datetime.timedelta(seconds=15)\n"
+        "deepspeed.init_distributed = functools.partial(deepspeed.init_distributed, timeout=limit)\n"
+        "slowly = lambda work: lambda *given: (time.sleep(20), work(*given))[1]\n"
+        "_rounding.by_rows, export.save = slowly(_rounding.by_rows), slowly(export.save)\n"
+        "print('step', fastft.fit(sys.argv[1]).summary.step)\n"
+    )
+    outputs = launch.ranks(2, [script, launch.write_config(tmp_path / "c.yaml", lm_config)])
+    assert all(f"step {lm_config['train']['steps']}" in output for output in outputs)

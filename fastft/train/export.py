@@ -38,7 +38,7 @@ def save_engine(engine: Any, job: Job, folder: Path, results: dict | None = None
             gathered.follow()
     elif job.ranks.main:
         save(job, engine.module.state_dict(), folder, own_dtype(job), results)
-    job.ranks.barrier()
+    job.ranks.wait_for_main()
     return folder
 
 

@@ -184,25 +184,6 @@ def test_rounded_by_rows_is_the_same_everywhere(config, tmp_path):
     assert code == 1 and "holds other weights than the adapter was trained on" in " ".join(output.split())
 
 
-@pytest.mark.long
-def test_rounding_may_take_longer_than_a_collective(config, tmp_path):
-    """Here 15 seconds."""
-    config["model"]["quantize"] = {"format": "nf4", "calibrate": 2}
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import datetime, functools, sys, time, deepspeed, fastft\n"
-        "limit = datetime.timedelta(seconds=15)\n"
-        "deepspeed.init_distributed = functools.partial(deepspeed.init_distributed, timeout=limit)\n"
-        "from fastft.models.edits import _rounding\n"
-        "now = _rounding.by_rows\n"
-        "_rounding.by_rows = lambda *given: (time.sleep(30), now(*given))[1]\n"
-        "print('step', fastft.fit(sys.argv[1]).summary.step)\n"
-    )
-    outputs = launch.ranks(2, [script, launch.write_config(tmp_path / "c.yaml", config)])
-    assert all("step 6" in output for output in outputs)
-    assert not list(tmp_path.glob("run/quantized*.lock"))
-
-
 @pytest.mark.parametrize(
     "model, zero, said",
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import functools
 import json
@@ -18,7 +17,7 @@ from pydantic import Field
 from fastft import rooms
 from fastft.config import Config, Section
 from fastft.errors import UserError
-from fastft.files import locked, sha256_file
+from fastft.files import sha256_file
 from fastft.lazy import torch
 from fastft.models.edits import _rounding as rounding
 from fastft.models.edits.base import Edit, Lazy, State, inner_linears
@@ -137,16 +136,9 @@ class Quantize(Edit):
         """
         assert self.job is not None
         ranks, self.file = self.job.ranks, Path(self.config.run.dir) / rounding.FILE
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        # The others wait for the lock: it may take longer than a collective may.
-        lock = functools.partial(locked, self.file.with_suffix(".lock"), keep=False)
-        with lock() if ranks.main else contextlib.nullcontext():
-            ranks.barrier()  # rank 0 has it
-            if ranks.main and not rounding.fits(self.file, said := rounding.described(self.job)):
-                rounding.write(self.file, said, rounding.by_rows(self.job, model, layers, self.settings))
-        with contextlib.nullcontext() if ranks.main else lock():
-            pass
-        ranks.barrier()
+        if ranks.main and not rounding.fits(self.file, said := rounding.described(self.job)):
+            rounding.write(self.file, said, rounding.by_rows(self.job, model, layers, self.settings))
+        ranks.wait_for_main()
         for name, parts in rounding.read(self.file):
             put(model, name, quantized(layers[name], self.settings, parts))
 
