@@ -9,6 +9,7 @@ PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml fastft/__init__.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
+.NOTPARALLEL: # two installs would meet in one environment
 .PHONY: setup setup-test quickstart reference lint peers test test-long test-clusters bench corpus clean
 
 setup: $(VENV)/.ready

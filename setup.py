@@ -25,6 +25,10 @@ from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
+# What compilers and CMake read, and keep in a build folder.
+TOOLS = re.compile(
+    "CC|CXX|CPATH|CPLUS_INCLUDE_PATH|LIBRARY_PATH|(C|CXX|CPP|CUDA|LD)FLAGS|CUDA(CXX|HOSTCXX)|(NVCC|CMAKE)_.*"
+)
 PROBE = """
 #include <cuda_runtime.h>
 __global__ void one(int* p) { *p = 1; }
@@ -119,18 +123,26 @@ def build_tools() -> tuple[str, str, str]:
     return (*found, pybind11.get_cmake_dir())
 
 
+def version(tool: str) -> str:
+    try:
+        return subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+
+
 class CMakeBuild(build_ext):
     def build_folder(self, nvcc: str | None) -> Path:
         """One per mode, since a cache configured without CUDA cannot be turned into one with it. An editable install
         (pip install -e) would build in a folder that setuptools removes: it has one that stays, so that the next one
-        compiles what has changed since; one per compiler, since a cache keeps the first that it saw."""
+        compiles what has changed since; one per place and tools, since a cache keeps the first that it saw."""
         mode = "cuda" if nvcc else "cpu"
         if not self.editable_mode:
             return Path(self.build_temp).resolve() / mode
-        names = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS", "CPATH")
-        tools = [nvcc, sys.executable, *(os.environ.get(name) for name in names)]
-        told = hashlib.sha256(repr(tools).encode()).hexdigest()[:8]
-        return ROOT / "build" / "editable" / f"{sys.implementation.cache_tag}-{mode}-{told}"
+        compiler = os.environ.get("CXX") or "c++"
+        told = [str(ROOT), shutil.which(compiler), *(version(tool) for tool in (compiler, nvcc) if tool)]
+        told += [f"{name}={value}" for name, value in sorted(os.environ.items()) if TOOLS.fullmatch(name)]
+        digest = hashlib.sha256(repr(told).encode()).hexdigest()[:8]
+        return ROOT / "build" / "editable" / f"{sys.implementation.cache_tag}-{mode}-{digest}"
 
     def build_extension(self, ext: Extension) -> None:
         nvcc = resolve_cuda(build_mode())
@@ -149,7 +161,11 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         if nvcc:
             arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DFASTFT_CUDA_ARCHS={';'.join(cuda_archs())}"]
-        subprocess.run([cmake, "-S", str(ROOT / "csrc"), "-B", str(folder), *arguments], check=True)
+        configure = [cmake, "-S", str(ROOT / "csrc"), "-B", str(folder), *arguments]
+        if subprocess.run(configure).returncode != 0:
+            say(f"once more, in an empty {folder}")
+            shutil.rmtree(folder)
+            subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(folder), "--target", "_C"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         # Put in place by rename: a process that has the old module mapped must not see it change.

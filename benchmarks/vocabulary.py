@@ -128,12 +128,24 @@ def main() -> None:
     parser.add_argument("--machine", default=default_machine())
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    path = args.results / "vocabulary.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    asked = {
+        "model": args.name or Path(args.model).name,
+        "corpus": args.corpus.parent.name,
+        "variant": args.variant,
+        "train_characters": args.train,
+        "held_out_characters": args.held_out,
+        "lr": args.lr,
+    }
+    if any(asked.items() <= row.items() for row in rows):
+        print(f"{' '.join(map(str, asked.values()))}: there already")
+        return
     with tempfile.TemporaryDirectory() as folder:
         row = measure(args, Path(folder))
-    path = args.results / "vocabulary.jsonl"
     with open(path, "a") as f:
         f.write(json.dumps(row) + "\n")
-    (args.results / "vocabulary.md").write_text(page([json.loads(line) for line in path.read_text().splitlines()]))
+    (args.results / "vocabulary.md").write_text(page([*rows, row]))
     print(json.dumps(row))
 
 

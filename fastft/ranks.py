@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import os
 import random
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -23,7 +25,7 @@ from fastft.launch import protocol
 from fastft.launch.hostfile import free_port
 
 T = TypeVar("T")
-_WAITS = itertools.count()  # of this process; all ranks wait for the same in the same order
+_ALONE = itertools.count()  # of this process: all ranks wait for the same, in the same order
 
 
 @dataclass(frozen=True)
@@ -146,18 +148,31 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def wait_for_main(self) -> None:
-        """A barrier after what rank 0 does alone, which may take longer than a collective may (ten minutes by default).
+    @contextmanager
+    def main_alone(self) -> Iterator[None]:
+        """Around what rank 0 does alone, which may take longer than a collective may (ten minutes by default): the
+        others wait until it is done, and raise what it raises.
 
-        The others ask the store by which the ranks met: a wait in it would keep NCCL's own threads from it.
+        They ask the store by which the ranks met: a wait in it would keep NCCL's own threads from it.
         """
         if self.world == 1:
+            yield
             return
-        key, store = f"fastft/main/{next(_WAITS)}", dist.distributed_c10d._get_default_store()
+        key, store = f"fastft/main/{next(_ALONE)}", dist.distributed_c10d._get_default_store()
         if self.main:
-            store.set(key, "")
-        while not store.check([key]):
-            time.sleep(0.1)
+            try:
+                yield
+            except BaseException as e:
+                said = [e.message, e.hint] if isinstance(e, UserError) else [f"rank 0: {type(e).__name__}: {e}"]
+                store.set(key, json.dumps(said))
+                raise
+            store.set(key, "[]")
+        else:
+            yield
+            while not store.check([key]):
+                time.sleep(0.1)
+            if said := json.loads(store.get(key)):
+                raise UserError(*said) if len(said) == 2 else RuntimeError(*said)
         dist.barrier()
 
     def _reduced(self, values: Sequence, dtype: torch.dtype, how: Any) -> list:

@@ -128,16 +128,29 @@ def test_rank_0_may_work_longer_than_a_collective_waits(tmp_path):
     script.write_text(
         "import datetime, os, sys, time, torch, torch.distributed as dist\n"
         "from fastft.ranks import Ranks\n"
+        "from fastft.errors import UserError\n"
         "dist.init_process_group('gloo', timeout=datetime.timedelta(seconds=2))\n"
         "rank, local = int(os.environ['RANK']), torch.device('cpu')\n"
         "place = Ranks(rank, 2, rank, 2, local)\n"
         "for _ in range(2):\n"
-        "    if place.main:\n"
-        "        time.sleep(4)\n"
-        "    place.wait_for_main()\n"
+        "    with place.main_alone():\n"
+        "        if place.main:\n"
+        "            time.sleep(4)\n"
         "print('sum', place.sum([1.0]))\n"
+        "for error in (UserError('no room', 'make some'), KeyError('key')):\n"
+        "    try:\n"
+        "        with place.main_alone():\n"
+        "            if place.main:\n"
+        "                raise error\n"
+        "    except Exception as e:\n"
+        "        print('raised', repr(e))\n"
+        "print('sum', place.sum([2.0]))\n"
     )
-    assert all("sum [2.0]" in output for output in launch.ranks(2, [script]))
+    first, second = launch.ranks(2, [script])
+    assert all("sum [2.0]" in output and "sum [4.0]" in output for output in (first, second))
+    for said in (first, second):
+        assert "UserError('no room\\nmake some')" in said
+    assert "raised KeyError('key')" in first and "raised RuntimeError(\"rank 0: KeyError: 'key'\")" in second
 
 
 @pytest.mark.long

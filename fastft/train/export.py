@@ -27,18 +27,18 @@ def save_engine(engine: Any, job: Job, folder: Path, results: dict | None = None
 
     ``results``: metrics and the like, for the model card.
     """
-    if engine.zero_optimization_partition_weights():
-        gathered = weights.Gathered(engine, job.ranks)
-        if job.ranks.main:
-            try:
-                save(job, gathered, folder, own_dtype(job), results)
-            finally:
-                gathered.close()
-        else:
-            gathered.follow()
-    elif job.ranks.main:
-        save(job, engine.module.state_dict(), folder, own_dtype(job), results)
-    job.ranks.wait_for_main()
+    with job.ranks.main_alone():
+        if engine.zero_optimization_partition_weights():
+            gathered = weights.Gathered(engine, job.ranks)
+            if job.ranks.main:
+                try:
+                    save(job, gathered, folder, own_dtype(job), results)
+                finally:
+                    gathered.close()
+            else:
+                gathered.follow()
+        elif job.ranks.main:
+            save(job, engine.module.state_dict(), folder, own_dtype(job), results)
     return folder
 
 

@@ -184,6 +184,22 @@ def test_rounded_by_rows_is_the_same_everywhere(config, tmp_path):
     assert code == 1 and "holds other weights than the adapter was trained on" in " ".join(output.split())
 
 
+def test_a_refused_resume_leaves_the_rounded_base(config, tmp_path):
+    config["model"]["quantize"] = {"format": "nf4", "calibrate": 4}
+    folder = run(config, tmp_path, "run", 1)
+    file = folder / "quantized.safetensors"
+    before = file.read_bytes()
+    code, output = launch.fastft("resume", folder, "train.steps=8", "model.quantize.block=32", check=False)
+    said = " ".join(output.split())
+    assert code == 1 and "made with another model.quantize" in said and "checkpoints were trained beside it" in said
+    file.write_bytes(before[: len(before) // 2])
+    code, output = launch.fastft("resume", folder, "train.steps=8", check=False)
+    assert code == 1 and "cannot be read" in output and len(file.read_bytes()) == len(before) // 2
+    file.write_bytes(before)
+    launch.fastft("resume", folder, "train.steps=8")
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "model, zero, said",
     [
@@ -214,11 +230,19 @@ def test_a_layer_that_is_trained_in_full_is_not_quantized(config):
     assert parameter.requires_grad and parameter.dtype == torch.bfloat16
 
 
+def test_settings_that_changed_are_named(config, tmp_path):
+    folder = run(config, tmp_path, "run", 1)
+    code, output = launch.fastft(
+        "resume", folder, "train.steps=8", "model.quantize={format: nf4, block: 32}", check=False
+    )
+    assert code == 1 and "block (default), and is block 32" in " ".join(output.split())
+
+
 def test_another_base_is_refused(config, tmp_path):
     """As a checkpoint's adapter was trained beside other numbers."""
     config["train"]["steps"] = 2
     folder = run(config, tmp_path, "run")
-    for change, said in (("int8", "model.quantize was nf4 of 14 layers, and is int8"), ("null", "this run has LoRA.")):
+    for change, said in (("int8", "model.quantize was format nf4, and is format int8"), ("null", "this run has LoRA.")):
         arguments = ("resume", folder, f"model.quantize={change}", "train.steps=4")
         code, output = launch.fastft(*arguments, check=False)
         assert code == 1 and said in " ".join(output.split()) and "Traceback" not in output, output[-1500:]

@@ -25,6 +25,14 @@ log = logging.getLogger(__name__)
 
 FILE, DIGEST = "quantized.safetensors", "quantized.json"  # the second says which file an exported adapter needs
 NEEDED = "The adapter was trained beside the weights in it."
+KEYS = {  # of a configuration, by what a file says of itself
+    "base": "model.path",
+    "seed": "run.seed",
+    "dtype": "model.dtype",
+    "settings": "model.quantize",
+    "whole": "model.lora.train",
+    "rows": "data.train",
+}
 Parts = dict[str, "torch.Tensor"]  # of a layer, by the names that bitsandbytes saves: weight, weight.absmax, ...
 
 
@@ -106,14 +114,34 @@ def described(job: Job) -> dict[str, Any]:
 
 def fits(file: Path, said: dict[str, Any]) -> bool:
     """Whether a file is there, of what is described."""
+    then = _description(file)
+    return then is not None and then == (said if said["rows"] is not None else {**said, "rows": then.get("rows")})
+
+
+def _description(file: Path) -> dict[str, Any] | None:
+    """What a file says of itself; None where it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as stored:
-            then = json.loads((stored.metadata() or {}).get("fastft", "{}"))
+            return json.loads((stored.metadata() or {}).get("fastft", "{}"))
     except (OSError, SafetensorError):
-        return False
-    return then == (said if said["rows"] is not None else {**said, "rows": then.get("rows")})
+        return None
+
+
+def keep_what_checkpoints_need(file: Path, said: dict[str, Any]) -> None:
+    """UserError where the file is of other weights or settings, and the run has checkpoints that were trained beside
+    it.
+    """
+    if not file.exists() or not any((file.parent / "checkpoints").glob("step-*")):
+        return
+    if (then := _description(file)) is None:
+        raise UserError(f"{file}: cannot be read.", f"Put it back from a copy. {NEEDED}")
+    other = ", ".join(KEYS[name] for name in said if said[name] != then.get(name))
+    raise UserError(
+        f"{file}: was made with another {other}. The run's checkpoints were trained beside it.",
+        "Resume with the model and the settings that the run began with, or start a new run.",
+    )
 
 
 def write(file: Path, said: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

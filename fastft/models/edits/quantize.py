@@ -136,9 +136,10 @@ class Quantize(Edit):
         """
         assert self.job is not None
         ranks, self.file = self.job.ranks, Path(self.config.run.dir) / rounding.FILE
-        if ranks.main and not rounding.fits(self.file, said := rounding.described(self.job)):
-            rounding.write(self.file, said, rounding.by_rows(self.job, model, layers, self.settings))
-        ranks.wait_for_main()
+        with ranks.main_alone():
+            if ranks.main and not rounding.fits(self.file, said := rounding.described(self.job)):
+                rounding.keep_what_checkpoints_need(self.file, said)
+                rounding.write(self.file, said, rounding.by_rows(self.job, model, layers, self.settings))
         for name, parts in rounding.read(self.file):
             put(model, name, quantized(layers[name], self.settings, parts))
 
@@ -171,8 +172,11 @@ class Quantize(Edit):
         now = self.state()
         if self.file is not None and {**state, "sha256": 0} == {**now, "sha256": 0} and state != now:
             return f"{self.file} holds other weights than the adapter was trained on."
-        then, here = (f"{said.get('format')} of {said.get('layers')} layers" for said in (state, now))
-        return "" if state == now else f"model.quantize was {then}, and is {here}."
+        names = sorted({*state, *now} - {"sha256"})
+        then, here = (
+            {name: said.get(name) for name in names if state.get(name) != now.get(name)} for said in (state, now)
+        )
+        return "" if state == now else f"model.quantize was {_told(then)}, and is {_told(here)}."
 
     def write(self, state: State, model: torch.nn.Module, folder: Path, dtype: torch.dtype) -> bool:
         """The base's numbers beside the adapter, where a plain rounding does not give them again."""
@@ -217,6 +221,10 @@ class Quantize(Edit):
     def record(self) -> dict[str, Any]:
         asked = self.settings.model_dump(exclude={"format"}, exclude_defaults=True)
         return {"quantize": {"format": self.settings.format, "layers": len(self.layers), **asked}}
+
+
+def _told(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value or '(default)'}" for name, value in values.items())
 
 
 def bitsandbytes() -> Any:
