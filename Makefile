@@ -10,10 +10,11 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml fastft/__init__.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
 .NOTPARALLEL: # two installs would meet in one environment
-.PHONY: setup setup-test quickstart reference lint peers test test-long test-clusters bench corpus clean
+.PHONY: setup setup-test setup-lint quickstart reference lint peers test test-long test-clusters bench corpus clean
 
 setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
+setup-lint: $(VENV)/.ready-lint
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastft needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -32,6 +33,11 @@ $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
 $(VENV)/.ready-test: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install -q -e ".[test]"
 	touch $(VENV)/.ready $@
+
+# And this one for both.
+$(VENV)/.ready-lint: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q -e ".[test,lint]"
+	touch $(VENV)/.ready $(VENV)/.ready-test $@
 
 quickstart: setup
 	$(BIN)/fastft quickstart
@@ -59,8 +65,7 @@ reference: setup
 	$(BIN)/fastft config reference > docs/config_reference.md
 
 # What CI runs beside the tests. ruff and clang-format are pinned: every machine formats alike.
-lint: setup
-	$(BIN)/python -m pip install -q -e ".[lint]"
+lint: setup-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

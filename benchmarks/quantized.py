@@ -22,11 +22,12 @@ import common
 import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = 64
 BASES = {
     "whole": [],
     "nf4": ["model.quantize=nf4"],
-    f"nf4 by {ROWS} rows": [f"model.quantize={{format: nf4, calibrate: {ROWS}}}"],
+    "nf4 by 64 rows": ["model.quantize={format: nf4, calibrate: 64}"],
+    "nf4 by 400 rows": ["model.quantize={format: nf4, calibrate: 400}"],
+    "nf4 by 400 rows in blocks of 32": ["model.quantize={format: nf4, calibrate: 400, block: 32}"],
 }
 
 

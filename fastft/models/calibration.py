@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from fastft.models.gptq import Inputs
 from fastft.models.trial import trial
 
 TOKENS = 4096  # of a layer's inputs that are held in float32 at once
+Residuals = dict[str, tuple[nn.Module, int]]  # of a layer: the norm, and 0: the norm's input, 1: its output
 
 
 class _Enough(Exception):
@@ -19,63 +23,174 @@ class _Enough(Exception):
 def walk(
     model: Any,
     inputs: Mapping[str, Any],
-    layers: Mapping[str, torch.nn.Linear],
-    visit: Callable[[str, torch.Tensor], None],
+    layers: Mapping[str, nn.Linear],
+    visit: Callable[[str, list[Inputs]], None],
 ) -> list[str]:
     """Run the model once, without gradients, and call ``visit`` before each layer computes for the first time.
 
-    What ``visit`` does to the layer's weight, the layers behind it see.
+    What ``visit`` does to the layer's weight, the layers behind it see. The rows go through the model twice at once,
+    the second time with the weights as they are before any visit: a visit also learns what the plain model gives the
+    layer.
 
     Parameters
     ----------
     inputs : mapping
         Of the model's forward, on its device: all rows at once.
     visit : callable
-        Of a layer's name and the second moment of its inputs, (in, in) float32, without padding.
+        Of a layer's name and what is known of its inputs over each half of the rows, without padding.
 
     Returns
     -------
     list of str
         Layers that these rows did not reach.
     """
+    rows = _Rows(inputs)
+    sums = residuals(model, rows.first, layers) if rows.two else {}
     left = dict(layers)
-    mask = inputs.get("attention_mask")
-    last: tuple[Any, torch.Tensor] | None = None  # query, key and value are given the same
+    last: tuple[Any, list[Inputs]] | None = None  # query, key and value are given the same
+    passed: dict[nn.Module, list[Tensor]] = {}  # inputs and outputs of norms
 
-    def before(name: str) -> Callable:
-        def hook(module: torch.nn.Linear, args: tuple) -> None:
+    def forward(name: str, layer: nn.Linear) -> Callable:
+        def compute(x: Tensor) -> Tensor:
             nonlocal last
-            if left.pop(name, None) is None or args[0].numel() == 0:
-                return
-            if last is None or last[0] is not args[0]:
-                last = (args[0], _moment(args[0], mask))
+            if x.numel() == 0 or left.pop(name, None) is None:
+                return linear(x, layer.weight, layer.bias)
+            if name in sums:
+                norm, which = sums[name]
+                last = (x, rows.halves(x, passed[norm][which] if norm in passed else None))
+            elif last is None or last[0] is not x:
+                last = (x, rows.halves(x))
+            plain = layer.weight.data
             visit(name, last[1])
+            if not rows.paired(x):
+                return linear(x, layer.weight, layer.bias)
+            own, other = x.chunk(2)
+            return torch.cat([linear(own, layer.weight, layer.bias), linear(other, plain, layer.bias)])
 
-        return hook
+        return compute
+
+    def after(norm: nn.Module, args: tuple, out: Tensor) -> None:
+        passed[norm] = [args[0], out]
+
+    hooks = [norm.register_forward_hook(after) for norm in {norm for norm, _ in sums.values()}]
+    for name, layer in layers.items():
+        layer.forward = forward(name, layer)  # type: ignore[method-assign]
+    try:
+        _run(model, rows.twice)
+    finally:
+        for layer in layers.values():
+            del layer.forward  # the class's own again
+        for hook in hooks:
+            hook.remove()
+    return list(left)
+
+
+def residuals(model: Any, inputs: Mapping[str, Any], layers: Mapping[str, nn.Linear]) -> Residuals:
+    """Layers whose output is added to what a norm before them was given, or put out, so that the next norm is given
+    the sum: to the last bit, in a forward of ``inputs``.
+    """
+    found: Residuals = {}
+    before: dict[torch.Size, tuple[nn.Module, Tensor, Tensor]] = {}  # by the shape of the norm's input
+    since: dict[torch.Size, list[tuple[str, Tensor]]] = {}
+
+    def layer_hook(name: str) -> Callable:
+        def after(_: nn.Module, args: tuple, out: Tensor) -> None:
+            since.setdefault(out.shape, []).append((name, out))
+
+        return after
+
+    def norm_hook(norm: nn.Module, args: tuple, out: Tensor) -> None:
+        given = args[0]
+        for name, added in since.pop(given.shape, []):
+            for which, base in enumerate(before[given.shape][1:] if given.shape in before else ()):
+                if base.shape == given.shape and torch.equal(base + added, given):
+                    found[name] = (before[given.shape][0], which)
+        before[given.shape] = (norm, given, out)
+
+    norms = [m for m in model.modules() if type(m).__name__.endswith("Norm") and not list(m.children())]
+    hooks = [norm.register_forward_hook(norm_hook) for norm in norms]
+    hooks += [layer.register_forward_hook(layer_hook(name)) for name, layer in layers.items()]
+    try:
+        _run(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _run(model: Any, inputs: Mapping[str, Any]) -> None:
+    """A forward up to the output layer over the vocabulary."""
 
     def enough(*_: Any) -> None:
         raise _Enough
 
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    hooks = [module.register_forward_pre_hook(before(name)) for name, module in layers.items()]
-    hooks += [output.register_forward_pre_hook(enough)] if output is not None else []
+    hook = output.register_forward_pre_hook(enough) if output is not None else None
     try:
         with trial(model, torch.device("cpu")):
             model(**inputs)
     except _Enough:
         pass
     finally:
-        for hook in hooks:
+        if hook is not None:
             hook.remove()
-    return list(left)
 
 
-def _moment(x: torch.Tensor, mask: Any) -> torch.Tensor:
-    if isinstance(mask, torch.Tensor) and mask.shape == x.shape[:-1]:
-        x = x[mask.bool()]
-    x = x.reshape(-1, x.shape[-1])
-    total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-    for part in x.split(TOKENS):
-        part = part.float()
-        total.addmm_(part.T, part)
-    return total.div_(max(1, len(x)))
+class _Rows:
+    """Rows that go through a model twice at once, and where they are in what its layers are given."""
+
+    def __init__(self, inputs: Mapping[str, Any]):
+        tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
+        self.count = max(len(tensor) for tensor in tensors)
+        self.mask = inputs.get("attention_mask")
+        self.real = int(self.mask.bool().sum()) if isinstance(self.mask, Tensor) else 0
+        # what is not of the rows may count them: documents' bounds
+        self.two = all(
+            len(value) in (1, self.count) if value.dim() > 1 else value.dim() == 0
+            for value in inputs.values()
+            if isinstance(value, Tensor)
+        )
+        self.sizes = {2 * self.real, *(2 * tensor.shape[0] * tensor.shape[1] for tensor in tensors)}
+        of_rows = {name for name, value in inputs.items() if self.two and self._of_rows(value)}
+        self.twice = {name: torch.cat([v, v]) if name in of_rows else v for name, v in inputs.items()}
+        self.first = {name: v[:1] if name in of_rows else v for name, v in inputs.items()}
+
+    def _of_rows(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.count
+
+    def paired(self, x: Tensor) -> bool:
+        """Whether the second half of ``x`` are the tokens of the first in the plain model: not those that an expert is
+        given, say.
+        """
+        return self.two and (len(x) == 2 * self.count or (x.dim() == 2 and len(x) in self.sizes))
+
+    def halves(self, x: Tensor, residual: Tensor | None = None) -> list[Inputs]:
+        """What is known of the inputs, by halves of the rows."""
+        two = self.paired(x)
+        tensors = [x] if residual is None or not two or residual.shape[:-1] != x.shape[:-1] else [x, residual]
+        flat = [p.reshape(-1, p.shape[-1]) for t in tensors for p in (t.chunk(2) if two else (t,))]
+        tokens, rows = len(flat[0]), self.count if two else len(x)
+        cut = rows // 2 * (tokens // rows)
+        if isinstance(self.mask, Tensor) and tokens in (self.mask.numel(), self.real):
+            cut = int(self.mask[: rows // 2].bool().sum())
+            if tokens != self.real:  # padding is still there
+                flat = [part[self.mask.flatten().bool()] for part in flat]
+        return [_inputs(*(part[:cut] for part in flat)), _inputs(*(part[cut:] for part in flat))]
+
+
+def _inputs(x: Tensor, p: Tensor | None = None, s: Tensor | None = None, r: Tensor | None = None) -> Inputs:
+    """Of inputs x (tokens, in), and s (tokens, out) that outputs are added to; p and r: both in the model as it was."""
+    count = max(1, len(x))
+    moment = _product(x, None, x).div_(count)
+    drift = None if p is None else _product(p, x, x).div_(count)
+    return Inputs(len(x), moment, drift, None if r is None else _product(r, s, x).div_(count))
+
+
+def _product(a: Tensor, b: Tensor | None, x: Tensor) -> Tensor:
+    """(a - b)ᵀ x in float32."""
+    total = torch.zeros(a.shape[1], x.shape[1], device=x.device)
+    for i in range(0, len(x), TOKENS):
+        part = a[i : i + TOKENS].float()
+        part = part if b is None else part - b[i : i + TOKENS].float()
+        total.addmm_(part.T, x[i : i + TOKENS].float())
+    return total

@@ -6,6 +6,8 @@ What is known of the layer's inputs is their second moment H = E[x xᵀ], (in, i
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,64 @@ DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs that the rows
 COLUMNS = 128  # whose errors are fed into the columns behind them at once
 # Of a block's largest weight: a smaller scale rounds many small weights less and cuts a few large ones off.
 SHRINKS = tuple(1 - 0.02 * i for i in range(16))
+RIDGES = (0.01, 0.1, 1.0)  # of the mean of H's diagonal, of which one is added to it before it is inverted
+
+
+class Inputs(NamedTuple):
+    """What is known of a layer's inputs x over some tokens."""
+
+    tokens: int
+    moment: Tensor  # (in, in): E[x xᵀ]
+    drift: Tensor | None = None  # (in, in): E[(p - x) xᵀ], p: what the layer is given in the model as it was
+    behind: Tensor | None = None  # (out, in): E[(r - s) xᵀ], s: what the output is added to, r: the same in that model
+
+
+def joined(halves: list[Inputs]) -> Inputs:
+    """Of all their tokens."""
+    tokens = sum(half.tokens for half in halves)
+    shares = [half.tokens / max(1, tokens) for half in halves]
+
+    def mean(parts: list[Any]) -> Any:
+        known = all(part is not None for part in parts)
+        return sum(share * part for share, part in zip(shares, parts, strict=True)) if known else None
+
+    return Inputs(tokens, *(mean([half[i] for half in halves]) for i in (1, 2, 3)))
+
+
+def recovered(weight: Tensor, halves: list[Inputs]) -> Tensor:
+    """The weight that makes of the layer's inputs what ``weight`` makes of those of the model as it was, by least
+    squares: what the layers before it lost is made good as far as inputs tell (GPTAQ: Li et al. 2025, arXiv
+    2504.02692), and with it what the output is added to has lost.
+
+    Each half of the rows says whether what the other asks for helps: with the ridge that helps most, or not at all.
+    """
+    every = joined(halves)
+    if every.drift is None or not all(half.tokens for half in halves):
+        return weight
+    best, least = None, 0.0
+    for ridge in RIDGES:
+        gain = 0.0
+        for known, other in (halves, halves[::-1]):
+            change = _change(weight, known, ridge)
+            gain += ((change @ other.moment - 2 * _wanted(weight, other)) * change).sum().item() * other.tokens
+        if gain < least:
+            best, least = ridge, gain
+    return weight if best is None else weight + _change(weight, every, best)
+
+
+def _change(weight: Tensor, inputs: Inputs, ridge: float) -> Tensor:
+    """(out, in): D with D x near to W (p - x), and to r - s."""
+    h = inputs.moment.double()
+    mean = h.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    h.diagonal().add_(ridge * mean)
+    return torch.cholesky_solve(_wanted(weight, inputs).T.double(), torch.linalg.cholesky(h)).T.to(weight)
+
+
+def _wanted(weight: Tensor, inputs: Inputs) -> Tensor:
+    """(out, in): the second moment of what is to be made good and of the inputs."""
+    assert inputs.drift is not None
+    wanted = weight @ inputs.drift
+    return wanted if inputs.behind is None else wanted + inputs.behind
 
 
 def nearest(x: Tensor, values: Tensor) -> Tensor:

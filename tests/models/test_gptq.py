@@ -74,3 +74,33 @@ def test_zeros_stay_zeros():
     scale = gptq.scales(weight, moment, values, 64)
     assert scale.isfinite().all()
     assert (gptq.rounded(weight, moment, torch.zeros_like(weight), values) == 1).all()
+
+
+def known_of(x, p, r=None) -> gptq.Inputs:
+    return gptq.Inputs(len(x), x.T @ x / len(x), (p - x).T @ x / len(x), None if r is None else r.T @ x / len(x))
+
+
+def test_what_layers_before_lost_is_made_good():
+    """Inputs that are off by what other inputs tell, and a sum behind the output that is off: on other tokens, too."""
+    torch.manual_seed(4)
+    weight, off, behind = torch.randn(24, 32), 0.1 * torch.randn(32, 32), 0.5 * torch.randn(24, 32)
+
+    def tokens(n: int) -> tuple:
+        x = torch.randn(n, 32)
+        return x, x + x @ off.T + 0.05 * torch.randn(n, 32), x @ behind.T + 0.2 * torch.randn(n, 24)
+
+    halves = [known_of(*tokens(300)), known_of(*tokens(300))]
+    found = gptq.recovered(weight, halves)
+    x, p, r = tokens(1000)
+    error = lambda w: (x @ w.T - p @ weight.T - r).square().mean().item()
+    assert error(found) < 0.15 * error(weight)
+
+
+def test_what_the_other_half_does_not_confirm_is_left():
+    torch.manual_seed(5)
+    weight = torch.randn(24, 64)
+    noise = [known_of(x, x + 0.1 * torch.randn(80, 64)) for x in torch.randn(2, 80, 64)]  # tokens as few as inputs
+    assert gptq.recovered(weight, noise) is weight
+    one = [noise[0], gptq.Inputs(0, torch.zeros(64, 64), torch.zeros(64, 64))]
+    assert gptq.recovered(weight, one) is weight
+    assert gptq.recovered(weight, [gptq.Inputs(9, torch.eye(64))]) is weight

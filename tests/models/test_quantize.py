@@ -12,7 +12,7 @@ from models.test_lora import losses, run
 from safetensors.torch import load_file
 
 import launch
-from fastft import assemble
+from fastft import assemble, track
 from fastft import config as configuration
 from fastft.errors import UserError
 from fastft.models.edits.quantize import Quantize, QuantizeSettings, dequantized, is_quantized, quantized
@@ -94,7 +94,9 @@ def test_resume_is_bit_exact(config, tmp_path):
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_the_merged_model_computes_what_was_trained(config, tmp_path, format):
-    """Its weights are the quantized base's numbers and the adapter's; peft on the same quantized base says the same."""
+    """Its weights are the quantized base's numbers and the adapter's; peft on the same quantized base says the same,
+    and the adapter's folder is opened on that base.
+    """
     config["model"] |= {"quantize": format}
     folder = run(config, tmp_path, "run", 1)
     launch.fastft("export", folder, tmp_path / "merged", "--merge", "--dtype", "fp32")
@@ -105,12 +107,28 @@ def test_the_merged_model_computes_what_was_trained(config, tmp_path, format):
     for name, layer in list(base.named_modules()):
         if type(layer) is torch.nn.Linear and name != "lm_head":
             layer.weight.data = dequantized(quantized(layer, QuantizeSettings(format=format)))
+    opened = assemble.trained(str(folder / "model")).model
+    for name in json.loads((folder / "model" / "quantized.json").read_text())["layers"]:
+        assert torch.equal(opened.get_submodule(name).weight, base.get_submodule(name).weight)
+    opened = assemble.trained(str(folder / "model")).model
+    for name in json.loads((folder / "model" / "quantized.json").read_text())["layers"]:
+        assert torch.equal(opened.get_submodule(name).weight.float(), base.get_submodule(name).weight.float())
     base = base.float()
     model = peft.PeftModel.from_pretrained(base, folder / "model").eval()
     ids = torch.randint(3, 200, (2, 24))
     with torch.no_grad():
         found, wanted = merged(ids).logits, model(ids).logits
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+    trained = [r["loss"] for r in track.read(folder) if r["kind"] == "eval"][-1]
+    for ranks in (1, 2):
+        output = launch.ranks(ranks, ["-m", "fastft", "eval", folder, "--json"])[0]
+        loss = json.loads(output.strip().splitlines()[-1])["eval"]["loss"]
+        assert loss == pytest.approx(trained, rel=1e-5 if format == "nf4" else 1e-3)  # int8 rounds the inputs, too
+    about = folder / "model" / "quantized.json"
+    about.write_text(about.read_text().replace("q_proj", "z_proj", 1))
+    with pytest.raises(UserError, match=r"quantized.json: does not fit the base: .*z_proj"):
+        assemble.trained(str(folder / "model"))
 
 
 def test_rounded_by_rows_is_the_same_everywhere(config, tmp_path):

@@ -20,10 +20,12 @@ from fastft.models.edits.lora import base_hashes
 if TYPE_CHECKING:
     from fastft.assemble import Job
     from fastft.models.edits.quantize import QuantizeSettings
+    from fastft.models.gptq import Inputs
 
 log = logging.getLogger(__name__)
 
-FILE, DIGEST = "quantized.safetensors", "quantized.json"  # the second says which file an exported adapter needs
+FILE = "quantized.safetensors"
+ABOUT = "quantized.json"  # of an exported adapter: how its base was rounded, or the hash of the file with the numbers
 NEEDED = "The adapter was trained beside the weights in it."
 KEYS = {  # of a configuration, by what a file says of itself
     "base": "model.path",
@@ -41,12 +43,13 @@ def by_rows(
 ) -> dict[str, torch.Tensor]:
     """What the file holds, by ``NAME.PART``. The layers' weights are afterwards what they were rounded to."""
     from fastft.models.calibration import walk
+    from fastft.models.gptq import Inputs
 
     found: dict[str, torch.Tensor] = {}
 
-    def visit(name: str, moment: torch.Tensor) -> None:
+    def visit(name: str, halves: list[Inputs]) -> None:
         layer = layers[name]
-        parts, numbers = nf4(layer.weight.detach(), moment, settings.block)
+        parts, numbers = nf4(layer.weight.detach(), halves, settings.block)
         layer.weight.data = numbers
         found.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
 
@@ -67,12 +70,12 @@ def by_rows(
     if left:
         log.warning("model.quantize.calibrate: %d layers saw none of the rows: %s", len(left), ", ".join(left[:3]))
     for name in left:  # as if all inputs were alike
-        visit(name, torch.eye(layers[name].in_features))
+        visit(name, [Inputs(1, torch.eye(layers[name].in_features))])
     return found
 
 
-def nf4(weight: torch.Tensor, moment: torch.Tensor, block: int) -> tuple[Parts, torch.Tensor]:
-    """A weight, (out, in), rounded for inputs of this second moment, and the numbers that this stands for.
+def nf4(weight: torch.Tensor, halves: list[Inputs], block: int) -> tuple[Parts, torch.Tensor]:
+    """A weight, (out, in), rounded for inputs of which this is known, and the numbers that this stands for.
 
     ``block``: weights that share a scale.
     """
@@ -81,7 +84,7 @@ def nf4(weight: torch.Tensor, moment: torch.Tensor, block: int) -> tuple[Parts, 
     from fastft.models import gptq
 
     values = functional.get_4bit_type("nf4", device="cpu").float()
-    wide, moment = weight.float(), moment.cpu()
+    wide, moment = gptq.recovered(weight.float(), halves), gptq.joined(halves).moment
     scales = torch.zeros(-(-weight.numel() // block), block)
     scales[:, 0] = gptq.scales(wide, moment, values, block)
     alone = scales.view(-1)[: weight.numel()].view_as(weight)  # the scales and nothing else: they are quantized, too
@@ -153,17 +156,21 @@ def write(file: Path, said: dict[str, Any], tensors: dict[str, torch.Tensor]) ->
         save_file(tensors, scratch, metadata={"format": "pt", "fastft": json.dumps(said)})
 
 
-def check(folder: Path) -> None:
-    """UserError where an exported adapter's file is not the one that was exported with it."""
-    file, digest = folder / FILE, folder / DIGEST
+def about(folder: Path) -> dict[str, Any]:
+    """What an exported adapter's ABOUT says. UserError where the file in it is not the one that was exported."""
+    path, file = folder / ABOUT, folder / FILE
     try:
-        wanted = json.loads(digest.read_text())[FILE]
+        said = json.loads(path.read_text())
+        wanted = said[FILE] if "format" not in said else None
     except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"{digest}: is missing or cannot be read.", f"Export the adapter again. {NEEDED}") from None
+        raise UserError(f"{path}: is missing or cannot be read.", f"Export the adapter again. {NEEDED}") from None
+    if wanted is None:
+        return said
     if not file.is_file():
         raise UserError(f"{file}: is missing.", f"Put it back, or export the adapter again. {NEEDED}")
     if sha256_file(file) != wanted:
         raise UserError(f"{file}: is not the file that the adapter was exported with.", f"Export it again. {NEEDED}")
+    return said
 
 
 def read(file: Path) -> Iterator[tuple[str, Parts]]:

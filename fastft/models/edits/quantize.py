@@ -47,8 +47,8 @@ class QuantizeSettings(Section):
     calibrate: int = Field(
         0,
         ge=0,
-        description="Training rows by which nf4 is rounded (GPTQ): so that a layer's outputs change least on them, and "
-        "not its weights. 0: by the weights alone.",
+        description="Training rows by which nf4 is rounded (GPTQ, GPTAQ): so that a layer's outputs change least on "
+        "them, and not its weights. All go through the model at once, on the CPU. 0: by the weights alone.",
     )
 
     def check(self, config: Config) -> None:
@@ -117,6 +117,7 @@ class Quantize(Edit):
             and f"{name}.weight" not in trained
         ]
         self.layers = [name for name, _ in found]
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         if not self.layers:
             raise UserError(f"model.quantize: {type(model).__name__} has no linear layer that could be quantized.")
         if found[0][1].weight.is_meta:  # of a plan, which asks for sizes alone
@@ -179,16 +180,27 @@ class Quantize(Edit):
         return "" if state == now else f"model.quantize was {_told(then)}, and is {_told(here)}."
 
     def write(self, state: State, model: torch.nn.Module, folder: Path, dtype: torch.dtype) -> bool:
-        """The base's numbers beside the adapter, where a plain rounding does not give them again."""
+        """What the base is opened with again: how it was rounded, or its numbers, where rows decided."""
         lora: Any = self.config.model.chosen()["lora"]
-        if self.file is not None and lora.export == "adapter":
+        if lora.export != "adapter":
+            return False
+        if self.file is None:
+            about = self.settings.model_dump(include={"format", "block"}) | {"dtype": self.dtype, "layers": self.layers}
+        else:
             shutil.copyfile(self.file, folder / rounding.FILE)
-            (folder / rounding.DIGEST).write_text(json.dumps({rounding.FILE: sha256_file(self.file)}))
+            about = {rounding.FILE: sha256_file(self.file)}
+        (folder / rounding.ABOUT).write_text(json.dumps(about))
         return False
 
     def remark(self, folder: Path) -> str:
         if not self.wrote(folder):
             return ""
+        if self.file is None:
+            return (
+                f"The adapter was trained beside the base's linear layers in {self.settings.format}, to which fastft "
+                f"rounds them again when it opens the adapter (`{rounding.ABOUT}`). Other tools may load the base so, "
+                "too, or whole; or merge the two for them (`fastft export RUN FOLDER --merge`)."
+            )
         return (
             f"The adapter was trained beside the base's linear layers as they are in `{rounding.FILE}`, in 4 bits, "
             "which fastft opens with it. Other tools know the base alone: merge it for them "
@@ -197,15 +209,18 @@ class Quantize(Edit):
 
     @classmethod
     def wrote(cls, folder: Path) -> bool:
-        files = (folder / rounding.FILE, folder / rounding.DIGEST)
+        files = (folder / rounding.FILE, folder / rounding.ABOUT)
         return any(file.is_file() for file in files) and rooms.EDITS.get("lora").wrote(folder)
 
     @classmethod
     def open(cls, folder: Path, model: torch.nn.Module) -> None:
         """Give the base the numbers that the adapter was trained beside, in the model's dtype."""
         bitsandbytes()
-        rounding.check(folder)
+        about = rounding.about(folder)
         with torch.no_grad():
+            if "format" in about:
+                _round_again(model, about, folder / rounding.ABOUT)
+                return
             for name, parts in rounding.read(folder / rounding.FILE):
                 model.get_parameter(f"{name}.weight").copy_(rounding.numbers(parts))
 
@@ -273,6 +288,22 @@ def quantized(
     made.bias = layer.bias
     made.train(layer.training)
     return made
+
+
+def _round_again(model: torch.nn.Module, about: dict[str, Any], path: Path) -> None:
+    """The base's layers as the run rounded them, layer by layer. ``about``: what ``path`` says."""
+    try:
+        settings = QuantizeSettings(format=about["format"], block=about["block"])
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[about["dtype"]]
+        weights = [model.get_parameter(f"{name}.weight") for name in about["layers"]]
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        hint = f"Export the adapter again. {rounding.NEEDED}"
+        raise UserError(f"{path}: does not fit the base: {e}.", hint) from None
+    for weight in weights:
+        outputs, inputs = weight.shape
+        alone = torch.nn.Linear(inputs, outputs, bias=False, device="meta")
+        alone.weight = torch.nn.Parameter(weight.detach().to("cpu", dtype), requires_grad=False)
+        weight.copy_(dequantized(quantized(alone, settings)))
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
