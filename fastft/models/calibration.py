@@ -48,7 +48,7 @@ def walk(
     sums = residuals(model, rows.first, layers) if rows.two else {}
     left = dict(layers)
     last: tuple[Any, list[Inputs]] | None = None  # query, key and value are given the same
-    passed: dict[nn.Module, list[Tensor]] = {}  # inputs and outputs of norms
+    passed: dict[torch.Size, tuple[nn.Module, Tensor, Tensor]] = {}  # by shape, the last norm, its input and output
 
     def forward(name: str, layer: nn.Linear) -> Callable:
         def compute(x: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ def walk(
                 return linear(x, layer.weight, layer.bias)
             if name in sums:
                 norm, which = sums[name]
-                last = (x, rows.halves(x, passed[norm][which] if norm in passed else None))
+                added_to = [pair[which] for last_norm, *pair in passed.values() if last_norm is norm]
+                last = (x, rows.halves(x, *added_to))
             elif last is None or last[0] is not x:
                 last = (x, rows.halves(x))
             plain = layer.weight.data
@@ -70,7 +71,7 @@ def walk(
         return compute
 
     def after(norm: nn.Module, args: tuple, out: Tensor) -> None:
-        passed[norm] = [args[0], out]
+        passed[args[0].shape] = (norm, args[0], out)
 
     hooks = [norm.register_forward_hook(after) for norm in {norm for norm, _ in sums.values()}]
     for name, layer in layers.items():
@@ -95,14 +96,15 @@ def residuals(model: Any, inputs: Mapping[str, Any], layers: Mapping[str, nn.Lin
 
     def layer_hook(name: str) -> Callable:
         def after(_: nn.Module, args: tuple, out: Tensor) -> None:
-            since.setdefault(out.shape, []).append((name, out))
+            if out.shape in before:
+                since.setdefault(out.shape, []).append((name, out))
 
         return after
 
     def norm_hook(norm: nn.Module, args: tuple, out: Tensor) -> None:
         given = args[0]
         for name, added in since.pop(given.shape, []):
-            for which, base in enumerate(before[given.shape][1:] if given.shape in before else ()):
+            for which, base in enumerate(before[given.shape][1:]):
                 if base.shape == given.shape and torch.equal(base + added, given):
                     found[name] = (before[given.shape][0], which)
         before[given.shape] = (norm, given, out)
