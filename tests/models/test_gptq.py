@@ -35,9 +35,11 @@ def test_outputs_change_less_than_by_the_nearest_values(shape):
     best = gptq.scales(weight, moment, VALUES, 64)
     assert (best <= whole).all()
     nearest, scaled = cost(weight - numbers(whole), moment), cost(weight - numbers(best), moment)
-    rounded = numbers(best, lambda spread: gptq.rounded(weight, moment, spread, VALUES))
-    found = cost(weight - rounded, moment)
+    columns = lambda spread: gptq.rounded(weight, moment, spread, VALUES)
+    found = cost(weight - numbers(best, columns), moment)
     assert found < 0.4 * scaled and found < 0.4 * nearest
+    descended = numbers(best, lambda spread: gptq.descended(weight, moment, spread, VALUES, columns(spread)))
+    assert cost(weight - descended, moment) < 0.97 * found
     diagonal = moment.diagonal()
     assert ((numbers(best) - weight) ** 2 * diagonal).sum() < ((numbers(whole) - weight) ** 2 * diagonal).sum()
 
@@ -68,12 +70,32 @@ def test_without_ties_between_inputs_each_weight_is_rounded_by_itself():
     assert torch.equal(gptq.rounded(weight, torch.eye(64), scale, VALUES), gptq.nearest(weight / scale, VALUES))
 
 
+def test_no_weight_alone_could_be_better():
+    """After sweeps enough: of all values, each has the one with the least error beside the others."""
+    torch.manual_seed(6)
+    weight, moment = torch.randn(3, 150), moment_of(150, 20)  # more than one block of columns
+    scale = torch.full_like(weight, 2.5)
+    found = torch.randint(0, 16, weight.shape)
+    for _ in range(20):
+        found = gptq.descended(weight, moment, scale, VALUES, found)
+    h = moment + gptq.DAMPING * moment.diagonal().mean() * torch.eye(150)
+    costs = lambda codes: (((weight - VALUES[codes] * 2.5) @ h) * (weight - VALUES[codes] * 2.5)).sum(1)
+    least = costs(found)
+    for j in range(150):
+        for value in range(16):
+            other = found.clone()
+            other[:, j] = value
+            assert (costs(other) >= least * (1 - 1e-5)).all()
+
+
 def test_zeros_stay_zeros():
     weight, moment = torch.zeros(4, 64), torch.zeros(64, 64)
     values = torch.tensor([-1.0, 0.0, 1.0])
     scale = gptq.scales(weight, moment, values, 64)
     assert scale.isfinite().all()
-    assert (gptq.rounded(weight, moment, torch.zeros_like(weight), values) == 1).all()
+    found = gptq.rounded(weight, moment, torch.zeros_like(weight), values)
+    assert (found == 1).all()
+    assert (gptq.descended(weight, moment, torch.zeros_like(weight), values, found) == 1).all()
 
 
 def known_of(x, p, r=None) -> gptq.Inputs:

@@ -91,7 +91,9 @@ def nf4(weight: torch.Tensor, halves: list[Inputs], block: int) -> tuple[Parts, 
     _, state = functional.quantize_4bit(alone, blocksize=block, compress_statistics=True, quant_type="nf4")
     state.dtype = weight.dtype
     stored = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    codes = gptq.rounded(wide, moment, stored.repeat_interleave(block)[: weight.numel()].view_as(wide), values)
+    spread = stored.repeat_interleave(block)[: weight.numel()].view_as(wide)
+    codes = gptq.rounded(wide, moment, spread, values)
+    codes = gptq.descended(wide, moment, spread, values, codes)
     pairs = torch.nn.functional.pad(codes.view(-1), (0, codes.numel() % 2)).view(-1, 2).to(torch.uint8)
     packed = (pairs[:, :1] << 4) | pairs[:, 1:]
     about = {f"weight.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
