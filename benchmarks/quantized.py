@@ -9,6 +9,7 @@ said about speed: on a CPU bitsandbytes unpacks a weight for each product.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -26,16 +27,16 @@ BASES = {
     "whole": [],
     "nf4": ["model.quantize=nf4"],
     "nf4 by 64 rows": ["model.quantize={format: nf4, calibrate: 64}"],
-    "nf4 by 400 rows": ["model.quantize={format: nf4, calibrate: 400}"],
-    "nf4 by 400 rows in blocks of 32": ["model.quantize={format: nf4, calibrate: 400, block: 32}"],
+    "nf4 by 800 rows in blocks of 32": ["model.quantize={format: nf4, calibrate: 800, block: 32}"],
 }
+KEPT = (800, 130)  # documents to learn from, and held out
 
 
 def run(name: str, args: argparse.Namespace, folder: Path) -> dict:
     """One training; what its record says."""
     from fastft import track
 
-    case = tasks.CASES["medical_lora"]
+    case = dataclasses.replace(tasks.CASES["medical_lora"], kept=KEPT)
     files = tasks.write_rows(case, args.data, folder, False)
     config = {
         "task": "causal_lm",
@@ -84,6 +85,7 @@ def main() -> None:
         "cpu": tasks.cpu(),
         "steps": args.steps,
         "length": args.length,
+        "documents": KEPT,
     }
     facts["versions"] = {name: metadata.version(name) for name in packages}
     for name in args.bases.split(","):
@@ -97,7 +99,8 @@ def main() -> None:
 def write_table(args: argparse.Namespace) -> None:
     """The last row of each base with these settings."""
     rows = [json.loads(line) for line in (common.RESULTS / "quantized.jsonl").read_text().splitlines()]
-    same = [r for r in rows if (r["steps"], r["length"]) == (args.steps, args.length) and args.dtype in r["base"]]
+    settings = {"steps": args.steps, "length": args.length, "documents": list(KEPT)}
+    same = [r for r in rows if {**r, **settings} == r and args.dtype in r["base"]]
     last = {r["base"]: r for r in same}
     newest = rows[-1]
     versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
@@ -105,7 +108,8 @@ def write_table(args: argparse.Namespace) -> None:
         "# quantized",
         "",
         "Written by `python benchmarks/quantized.py`, which says how. SmolLM2-135M-Instruct on medical documents,",
-        f"two sequences of {args.length} tokens a step.",
+        f"two sequences of {args.length} tokens a step; {KEPT[0]} documents to learn from (and to round by), "
+        f"{KEPT[1]} held out.",
         "",
         f"{newest['machine']} ({newest['cpu']}). {versions}.",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,44 +26,48 @@ def walk(
     inputs: Mapping[str, Any],
     layers: Mapping[str, nn.Linear],
     visit: Callable[[str, list[Inputs]], None],
+    real: Tensor | None = None,
 ) -> list[str]:
-    """Run the model once, without gradients, and call ``visit`` before each layer computes for the first time.
+    """Run the model once, without gradients, and call ``visit`` before each layer computes.
 
-    What ``visit`` does to the layer's weight, the layers behind it see. The rows go through the model twice at once,
-    the second time with the weights as they are before any visit: a visit also learns what the plain model gives the
-    layer.
+    What ``visit`` does to the layer's weight, the layers behind it see. Each row goes through the model twice, the
+    second time with the weights as they are before any visit: a visit also learns what the plain model gives the layer.
 
     Parameters
     ----------
     inputs : mapping
         Of the model's forward, on its device: all rows at once.
     visit : callable
-        Of a layer's name and what is known of its inputs over each half of the rows, without padding.
+        Of a layer's name and what is known of its inputs over each half of the rows.
+    real : Tensor, optional
+        (rows, tokens) bool: which are no padding; else by a mask of this shape among the inputs.
 
     Returns
     -------
     list of str
-        Layers that these rows did not reach.
+        Layers without a visit: these rows do not reach them, or the model calls them several times.
     """
-    rows = _Rows(inputs)
-    sums = residuals(model, rows.first, layers) if rows.two else {}
-    left = dict(layers)
+    rows = _Rows(inputs, real)
+    sums, often = residuals(model, rows.first, layers)
+    left = {name: layer for name, layer in layers.items() if name not in often}
     last: tuple[Any, list[Inputs]] | None = None  # query, key and value are given the same
     passed: dict[torch.Size, tuple[nn.Module, Tensor, Tensor]] = {}  # by shape, the last norm, its input and output
 
+    def known(name: str, x: Tensor) -> list[Inputs]:
+        nonlocal last
+        if name in sums:
+            norm, which = sums[name]
+            return rows.halves(x, *(pair[which] for last_norm, *pair in passed.values() if last_norm is norm))
+        if last is None or last[0] is not x:
+            last = (x, rows.halves(x))
+        return last[1]
+
     def forward(name: str, layer: nn.Linear) -> Callable:
         def compute(x: Tensor) -> Tensor:
-            nonlocal last
             if x.numel() == 0 or left.pop(name, None) is None:
                 return linear(x, layer.weight, layer.bias)
-            if name in sums:
-                norm, which = sums[name]
-                added_to = [pair[which] for last_norm, *pair in passed.values() if last_norm is norm]
-                last = (x, rows.halves(x, *added_to))
-            elif last is None or last[0] is not x:
-                last = (x, rows.halves(x))
             plain = layer.weight.data
-            visit(name, last[1])
+            visit(name, known(name, x))
             if not rows.paired(x):
                 return linear(x, layer.weight, layer.bias)
             own, other = x.chunk(2)
@@ -83,19 +88,23 @@ def walk(
             del layer.forward  # the class's own again
         for hook in hooks:
             hook.remove()
-    return list(left)
+    return [*left, *often]
 
 
-def residuals(model: Any, inputs: Mapping[str, Any], layers: Mapping[str, nn.Linear]) -> Residuals:
+def residuals(
+    model: Any, inputs: Mapping[str, Any], layers: Mapping[str, nn.Linear]
+) -> tuple[Residuals, dict[str, nn.Linear]]:
     """Layers whose output is added to what a norm before them was given, or put out, so that the next norm is given
-    the sum: to the last bit, in a forward of ``inputs``.
+    the sum: to the last bit, in a forward of ``inputs``. And those that it calls several times.
     """
     found: Residuals = {}
+    calls: Counter[str] = Counter()
     before: dict[torch.Size, tuple[nn.Module, Tensor, Tensor]] = {}  # by the shape of the norm's input
     since: dict[torch.Size, list[tuple[str, Tensor]]] = {}
 
     def layer_hook(name: str) -> Callable:
         def after(_: nn.Module, args: tuple, out: Tensor) -> None:
+            calls[name] += 1
             if out.shape in before:
                 since.setdefault(out.shape, []).append((name, out))
 
@@ -105,7 +114,8 @@ def residuals(model: Any, inputs: Mapping[str, Any], layers: Mapping[str, nn.Lin
         given = args[0]
         for name, added in since.pop(given.shape, []):
             for which, base in enumerate(before[given.shape][1:]):
-                if base.shape == given.shape and torch.equal(base + added, given):
+                same = base.shape == given.shape and torch.equal(total := base + added, given)
+                if same and not torch.equal(total, base):  # zeros are no sign
                     found[name] = (before[given.shape][0], which)
         before[given.shape] = (norm, given, out)
 
@@ -117,7 +127,8 @@ def residuals(model: Any, inputs: Mapping[str, Any], layers: Mapping[str, nn.Lin
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    often = {name: layer for name, layer in layers.items() if calls[name] > 1}
+    return {name: where for name, where in found.items() if name not in often}, often
 
 
 def _run(model: Any, inputs: Mapping[str, Any]) -> None:
@@ -141,11 +152,12 @@ def _run(model: Any, inputs: Mapping[str, Any]) -> None:
 class _Rows:
     """Rows that go through a model twice at once, and where they are in what its layers are given."""
 
-    def __init__(self, inputs: Mapping[str, Any]):
+    def __init__(self, inputs: Mapping[str, Any], real: Tensor | None):
         tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
         self.count = max(len(tensor) for tensor in tensors)
-        self.mask = inputs.get("attention_mask")
-        self.real = int(self.mask.bool().sum()) if isinstance(self.mask, Tensor) else 0
+        mask = inputs.get("attention_mask") if real is None else real
+        self.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.real = 0 if self.mask is None else int(self.mask.sum())
         # what is not of the rows may count them: documents' bounds
         self.two = all(
             len(value) in (1, self.count) if value.dim() > 1 else value.dim() == 0
@@ -167,16 +179,16 @@ class _Rows:
         return self.two and (len(x) == 2 * self.count or (x.dim() == 2 and len(x) in self.sizes))
 
     def halves(self, x: Tensor, residual: Tensor | None = None) -> list[Inputs]:
-        """What is known of the inputs, by halves of the rows."""
+        """What is known of the inputs, by halves of the rows, without padding."""
         two = self.paired(x)
         tensors = [x] if residual is None or not two or residual.shape[:-1] != x.shape[:-1] else [x, residual]
         flat = [p.reshape(-1, p.shape[-1]) for t in tensors for p in (t.chunk(2) if two else (t,))]
         tokens, rows = len(flat[0]), self.count if two else len(x)
         cut = rows // 2 * (tokens // rows)
-        if isinstance(self.mask, Tensor) and tokens in (self.mask.numel(), self.real):
-            cut = int(self.mask[: rows // 2].bool().sum())
+        if self.mask is not None and tokens in (self.mask.numel(), self.real):
+            cut = int(self.mask[: rows // 2].sum())
             if tokens != self.real:  # padding is still there
-                flat = [part[self.mask.flatten().bool()] for part in flat]
+                flat = [part[self.mask.flatten()] for part in flat]
         return [_inputs(*(part[:cut] for part in flat)), _inputs(*(part[cut:] for part in flat))]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs that the rows do not have keep some weight
 COLUMNS = 128  # whose errors are fed into the columns behind them at once
-SWEEPS = 4  # of the descent; eight would take another 2 % of the error
+SWEEPS = 3  # of the descent, each time
 # Of a block's largest weight: a smaller scale rounds many small weights less and cuts a few large ones off.
 SHRINKS = tuple(1 - 0.02 * i for i in range(16))
 RIDGES = (0.01, 0.1, 1.0)  # of the mean of H's diagonal, of which one is added to it before it is inverted
@@ -40,31 +40,32 @@ def joined(halves: list[Inputs]) -> Inputs:
     return Inputs(tokens, *(mean([half[i] for half in halves]) for i in (1, 2, 3)))
 
 
-def recovered(weight: Tensor, halves: list[Inputs]) -> Tensor:
+def recovered(weight: Tensor, halves: list[Inputs], every: Inputs) -> Tensor:
     """The weight that makes of the layer's inputs what ``weight`` makes of those of the model as it was, by least
     squares: what the layers before it lost is made good as far as inputs tell (GPTAQ: Li et al. 2025, arXiv
     2504.02692), and with it what the output is added to has lost.
 
     Each half of the rows says whether what the other asks for helps: with the ridge that helps most, or not at all.
+
+    ``every``: ``halves``, joined.
     """
-    every = joined(halves)
     if every.drift is None or not all(half.tokens for half in halves):
         return weight
     best, least = None, 0.0
     for ridge in RIDGES:
         gain = 0.0
         for known, other in (halves, halves[::-1]):
-            change = _change(weight, known, ridge)
+            change = _change(weight, known, ridge, torch.float32)
             gain += ((change @ other.moment - 2 * _wanted(weight, other)) * change).sum().item() * other.tokens
         if gain < least:
             best, least = ridge, gain
-    return weight if best is None else weight + _change(weight, every, best)
+    return weight if best is None else weight + _change(weight, every, best, torch.float64)
 
 
-def _change(weight: Tensor, inputs: Inputs, ridge: float) -> Tensor:
+def _change(weight: Tensor, inputs: Inputs, ridge: float, dtype: torch.dtype) -> Tensor:
     """(out, in): D with D x near to W (p - x), and to r - s."""
-    factor = torch.linalg.cholesky(_damped(inputs.moment, ridge))
-    return torch.cholesky_solve(_wanted(weight, inputs).T.double(), factor).T.to(weight)
+    factor = torch.linalg.cholesky(_damped(inputs.moment, ridge, dtype))
+    return torch.cholesky_solve(_wanted(weight, inputs).T.to(dtype), factor).T.to(weight)
 
 
 def _wanted(weight: Tensor, inputs: Inputs) -> Tensor:
@@ -114,9 +115,9 @@ def rounded(weight: Tensor, moment: Tensor, scale: Tensor, values: Tensor) -> Te
     """
     n = weight.shape[1]
     order = moment.diagonal().argsort(descending=True, stable=True)
-    h = _damped(moment, DAMPING)[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    factor = torch.linalg.cholesky(inverse, upper=True).to(weight)  # row i: what an error of column i asks of others
+    factor = torch.linalg.cholesky(_damped(moment, DAMPING, torch.float64)[order][:, order])
+    factor = torch.cholesky_inverse(factor)
+    factor = torch.linalg.cholesky(factor, upper=True).to(weight)  # row i: what an error of column i asks of others
     rest = weight.T[order].contiguous()  # (in, out): a column is a row in memory
     scale = scale.T[order].contiguous()
     scale = torch.where(scale == 0, torch.finfo(scale.dtype).tiny, scale)
@@ -138,7 +139,7 @@ def descended(weight: Tensor, moment: Tensor, scale: Tensor, values: Tensor, ind
     2309.01885).
     """
     n = weight.shape[1]
-    h = _damped(moment, DAMPING).float()
+    h = _damped(moment, DAMPING, torch.float32)
     scale = scale.T.contiguous()
     scale = torch.where(scale == 0, torch.finfo(scale.dtype).tiny, scale)
     found = indices.T.contiguous()  # (in, out): a column is a row in memory
@@ -158,9 +159,31 @@ def descended(weight: Tensor, moment: Tensor, scale: Tensor, values: Tensor, ind
     return found.T.contiguous()
 
 
-def _damped(moment: Tensor, ridge: float) -> Tensor:
-    """In float64, with some of the mean of its diagonal added to that."""
-    h = moment.double()
-    h = h.clone() if h is moment else h
+def refitted(weight: Tensor, moment: Tensor, scale: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    """Better scales, (blocks,), for these indices: one after the other in each row, by least squares beside all others
+    as they are now. Those of blocks that go on from row to row stay.
+    """
+    rows, n = weight.shape
+    block = weight.numel() // len(scale)
+    if n % block or block * len(scale) != weight.numel():
+        return scale
+    h = _damped(moment, DAMPING, torch.float32)
+    numbers = values[indices]
+    scale = scale.view(rows, -1).clone()
+    pull = (weight - numbers * scale.repeat_interleave(block, 1)) @ h
+    for b in range(n // block):
+        here = slice(b * block, (b + 1) * block)
+        own = numbers[:, here]
+        bend = ((own @ h[here, here]) * own).sum(1)
+        step = torch.where(bend > 0, (own * pull[:, here]).sum(1) / bend, 0.0)
+        step = torch.maximum(step, -scale[:, b])
+        scale[:, b] += step
+        pull.addmm_(step[:, None] * own, h[here], alpha=-1)
+    return scale.flatten()
+
+
+def _damped(moment: Tensor, ridge: float, dtype: torch.dtype) -> Tensor:
+    """A copy with some of the mean of its diagonal added to that."""
+    h = moment.to(dtype, copy=True)
     h.diagonal().add_(ridge * h.diagonal().mean().clamp_min(1e-30))
     return h

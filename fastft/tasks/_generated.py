@@ -43,8 +43,6 @@ class GenerationEvaluation(Evaluation):
             raise ValueError("evaluation.metrics names one twice")
         if self.generation.get("do_sample"):
             raise ValueError("evaluation.generation: do_sample: evaluations do not sample: they are to be compared")
-        if self.generation.get("max_time") is not None:
-            raise ValueError("evaluation.generation: max_time: texts would depend on the machine; give max_new_tokens")
         if fixed := sorted({"num_return_sequences", "return_dict_in_generate"} & set(self.generation)):
             raise ValueError(f"evaluation.generation: {fixed[0]}: an evaluation takes one text for each row")
 

@@ -98,7 +98,7 @@ def test_later_layers_see_what_became_of_earlier_ones(make):
 def test_what_outputs_are_added_to():
     ids = {"input_ids": torch.tensor([[3, 4, 5]])}
     model = llama()
-    assert residuals(model, ids, linears(model)) == {
+    assert residuals(model, ids, linears(model))[0] == {
         name: pair
         for i, layer in enumerate(model.model.layers)
         for name, pair in {
@@ -108,12 +108,87 @@ def test_what_outputs_are_added_to():
     }
     model = bert()
     first, second = model.bert.encoder.layer
-    assert residuals(model, ids, linears(model)) == {
+    assert residuals(model, ids, linears(model))[0] == {
         "bert.encoder.layer.0.attention.output.dense": (model.bert.embeddings.LayerNorm, 1),
         "bert.encoder.layer.0.output.dense": (first.attention.output.LayerNorm, 1),
         "bert.encoder.layer.1.attention.output.dense": (first.output.LayerNorm, 1),
         "bert.encoder.layer.1.output.dense": (second.attention.output.LayerNorm, 1),
     }
+
+
+def test_zeros_are_added_to_nothing():
+    """A norm of zeros makes outputs of zeros, whose sum with anything is that."""
+    model = llama(num_key_value_heads=1)
+    model.model.layers[1].input_layernorm.weight.data.zero_()
+    found, often = residuals(model, {"input_ids": torch.tensor([[3, 4, 5]])}, linears(model))
+    assert not often and sorted(found) == [
+        "model.layers.0.mlp.down_proj",
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
+    assert walk(model, {"input_ids": torch.randint(3, 50, (4, 6))}, linears(model), lambda *_: None) == []
+
+
+class Shared(torch.nn.Module):
+    """Of two layers with the same input, one is added to what the norm was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(64, 8)
+        self.one, self.other, self.last = (torch.nn.Linear(8, n, bias=False) for n in (8, 12, 8))
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(8) for _ in range(2))
+
+    def forward(self, input_ids):
+        h = self.embed(input_ids)
+        x = self.norms[0](h)
+        h, aside = h + self.one(x), self.other(x)
+        return self.last(self.norms[1](h)).sum() + aside.sum()
+
+
+def test_only_the_layer_that_is_added_knows_what_to():
+    torch.manual_seed(0)
+    model, found = Shared(), {}
+    layers = {name: getattr(model, name) for name in ("one", "other", "last")}
+    walk(model, {"input_ids": torch.randint(0, 64, (4, 6))}, layers, found.__setitem__)
+    assert [name for name, halves in found.items() if halves[0].behind is not None] == ["one"]
+
+
+def test_layers_that_are_called_again_and_again():
+    """ALBERT's: no visit, for what a first call says is not what later ones are given."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "embedding_size": 16}
+    model = transformers.AlbertModel(transformers.AlbertConfig(vocab_size=50, num_hidden_layers=3, **sizes)).eval()
+    layers = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear}
+    seen: list[str] = []
+    left = walk(model, {"input_ids": torch.randint(3, 50, (4, 6))}, layers, lambda name, _: seen.append(name))
+    assert sorted(seen) == ["encoder.embedding_hidden_mapping_in", "pooler"]
+    assert sorted(seen + left) == sorted(layers)
+
+
+def test_padding_that_no_mask_names():
+    """Decoders get none: which tokens are real is said beside the inputs."""
+    model, found, alone = llama(), {}, {}
+    rows = torch.randint(3, 50, (4, 8))
+    real = torch.arange(8)[None] < torch.tensor([8, 3, 5, 8])[:, None]
+
+    def halve(into: dict):
+        def visit(name: str, halves: list) -> None:
+            into[name] = gptq.joined(halves)
+            model.get_submodule(name).weight.data = model.get_submodule(name).weight * 0.9
+
+        return visit
+
+    walk(model, {"input_ids": rows}, linears(model), halve(found), real)
+    for row, tokens in zip(rows, real.sum(1), strict=True):  # causal: what follows a row changes nothing of it
+        model = llama()
+        walk(model, {"input_ids": row[None, :tokens]}, linears(model), halve(one := {}))
+        for name, inputs in one.items():
+            before = alone.get(name, (0, 0, 0))
+            alone[name] = tuple(a + tokens * b for a, b in zip(before, inputs[1:3], strict=False))
+    for name, inputs in found.items():
+        assert inputs.tokens == 24
+        torch.testing.assert_close(inputs.moment, alone[name][0] / 24, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(inputs.drift, alone[name][1] / 24, rtol=1e-3, atol=1e-5)
 
 
 def test_what_counts_the_rows_goes_through_once():

@@ -88,6 +88,27 @@ def test_no_weight_alone_could_be_better():
             assert (costs(other) >= least * (1 - 1e-5)).all()
 
 
+def test_scales_are_fitted_to_their_indices():
+    torch.manual_seed(7)
+    weight, moment = torch.randn(6, 192), moment_of(192, 20)
+    scale = gptq.scales(weight, moment, VALUES, 64)
+    found = gptq.rounded(weight, moment, scale.repeat_interleave(64).view_as(weight), VALUES)
+    h = moment + gptq.DAMPING * moment.diagonal().mean() * torch.eye(192)
+    error = lambda scale: cost(weight - VALUES[found] * scale.repeat_interleave(64).view_as(weight), h)
+    better = scale
+    for _ in range(30):
+        better = gptq.refitted(weight, moment, better, VALUES, found)
+    assert error(better) < 0.99 * error(scale)
+    for i in range(len(scale)):
+        for change in (0.99, 1.01):
+            other = better.clone()
+            other[i] *= change
+            assert error(other) > error(better)
+    uneven = torch.randn(6, 100)  # blocks go on from row to row
+    scale = gptq.scales(uneven, torch.eye(100), VALUES, 64)
+    assert gptq.refitted(uneven, torch.eye(100), scale, VALUES, torch.zeros(6, 100).long()) is scale
+
+
 def test_zeros_stay_zeros():
     weight, moment = torch.zeros(4, 64), torch.zeros(64, 64)
     values = torch.tensor([-1.0, 0.0, 1.0])
@@ -112,7 +133,7 @@ def test_what_layers_before_lost_is_made_good():
         return x, x + x @ off.T + 0.05 * torch.randn(n, 32), x @ behind.T + 0.2 * torch.randn(n, 24)
 
     halves = [known_of(*tokens(300)), known_of(*tokens(300))]
-    found = gptq.recovered(weight, halves)
+    found = gptq.recovered(weight, halves, gptq.joined(halves))
     x, p, r = tokens(1000)
     error = lambda w: (x @ w.T - p @ weight.T - r).square().mean().item()
     assert error(found) < 0.15 * error(weight)
@@ -122,7 +143,14 @@ def test_what_the_other_half_does_not_confirm_is_left():
     torch.manual_seed(5)
     weight = torch.randn(24, 64)
     noise = [known_of(x, x + 0.1 * torch.randn(80, 64)) for x in torch.randn(2, 80, 64)]  # tokens as few as inputs
-    assert gptq.recovered(weight, noise) is weight
     one = [noise[0], gptq.Inputs(0, torch.zeros(64, 64), torch.zeros(64, 64))]
-    assert gptq.recovered(weight, one) is weight
-    assert gptq.recovered(weight, [gptq.Inputs(9, torch.eye(64))]) is weight
+    for halves in (noise, one, [gptq.Inputs(9, torch.eye(64))]):
+        assert gptq.recovered(weight, halves, gptq.joined(halves)) is weight
+
+
+def test_halves_count_by_their_tokens():
+    few, many = gptq.Inputs(10, torch.eye(4), torch.ones(4, 4)), gptq.Inputs(30, 3 * torch.eye(4), torch.zeros(4, 4))
+    assert gptq.joined([few, many]).tokens == 40
+    torch.testing.assert_close(gptq.joined([few, many]).moment, 2.5 * torch.eye(4))
+    torch.testing.assert_close(gptq.joined([few, many]).drift, torch.full((4, 4), 0.25))
+    assert gptq.joined([few, many]).behind is None

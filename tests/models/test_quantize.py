@@ -110,9 +110,6 @@ def test_the_merged_model_computes_what_was_trained(config, tmp_path, format):
     opened = assemble.trained(str(folder / "model")).model
     for name in json.loads((folder / "model" / "quantized.json").read_text())["layers"]:
         assert torch.equal(opened.get_submodule(name).weight, base.get_submodule(name).weight)
-    opened = assemble.trained(str(folder / "model")).model
-    for name in json.loads((folder / "model" / "quantized.json").read_text())["layers"]:
-        assert torch.equal(opened.get_submodule(name).weight.float(), base.get_submodule(name).weight.float())
     base = base.float()
     model = peft.PeftModel.from_pretrained(base, folder / "model").eval()
     ids = torch.randint(3, 200, (2, 24))
@@ -121,14 +118,22 @@ def test_the_merged_model_computes_what_was_trained(config, tmp_path, format):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
     trained = [r["loss"] for r in track.read(folder) if r["kind"] == "eval"][-1]
-    for ranks in (1, 2):
+    for ranks in (1, 2) if format == "nf4" else ():  # int8 rounds the inputs, too
         output = launch.ranks(ranks, ["-m", "fastft", "eval", folder, "--json"])[0]
         loss = json.loads(output.strip().splitlines()[-1])["eval"]["loss"]
-        assert loss == pytest.approx(trained, rel=1e-5 if format == "nf4" else 1e-3)  # int8 rounds the inputs, too
+        assert loss == pytest.approx(trained, rel=1e-6)
     about = folder / "model" / "quantized.json"
-    about.write_text(about.read_text().replace("q_proj", "z_proj", 1))
-    with pytest.raises(UserError, match=r"quantized.json: does not fit the base: .*z_proj"):
-        assemble.trained(str(folder / "model"))
+    said = about.read_text()
+    for broken, message in (
+        (said.replace("q_proj", "z_proj", 1), r"does not fit the base \(AttributeError: .*z_proj"),
+        (said.replace('"layers": [', '"layers": ["model.norm", '), r"does not fit the base \(ValueError"),
+        (said.replace(format, "nf5"), "does not fit the base"),
+        ('{"quantized.safetensors": null}', "says neither how"),
+        ("[" * 100_000, "cannot be read"),
+    ):
+        about.write_text(broken)
+        with pytest.raises(UserError, match=f"quantized.json: (is missing or )?{message}"):
+            assemble.trained(str(folder / "model"))
 
 
 def test_rounded_by_rows_is_the_same_everywhere(config, tmp_path):

@@ -35,6 +35,7 @@ KEYS = {  # of a configuration, by what a file says of itself
     "whole": "model.lora.train",
     "rows": "data.train",
 }
+REFITS = 2  # of the scales to the codes
 Parts = dict[str, "torch.Tensor"]  # of a layer, by the names that bitsandbytes saves: weight, weight.absmax, ...
 
 
@@ -49,7 +50,13 @@ def by_rows(
 
     def visit(name: str, halves: list[Inputs]) -> None:
         layer = layers[name]
-        parts, numbers = nf4(layer.weight.detach(), halves, settings.block)
+        try:
+            parts, numbers = nf4(layer.weight.detach(), halves, settings.block)
+        except torch.linalg.LinAlgError:
+            raise UserError(
+                f"{name}: its weight, or what the rows give it, is not finite; it cannot be rounded by rows.",
+                "Look for NaN in the base's weights, or set model.quantize.calibrate to 0.",
+            ) from None
         layer.weight.data = numbers
         found.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
 
@@ -66,12 +73,24 @@ def by_rows(
             f"Put the file back. {NEEDED}",
         )
     log.info("model.quantize: rounding %d layers by %d training rows", len(layers), settings.calibrate)
-    left = walk(model, inputs, layers, visit)
+    left = walk(model, inputs, layers, visit, _without_padding(inputs, getattr(job.task, "tokenizer", None)))
     if left:
-        log.warning("model.quantize.calibrate: %d layers saw none of the rows: %s", len(left), ", ".join(left[:3]))
+        said = "model.quantize.calibrate: %d layers are rounded by their weights alone: the rows do not reach them, or "
+        log.warning(said + "the model calls them several times (%s)", len(left), ", ".join(left[:3]))
     for name in left:  # as if all inputs were alike
         visit(name, [Inputs(1, torch.eye(layers[name].in_features))])
     return found
+
+
+def _without_padding(inputs: Mapping[str, Any], tokenizer: Any) -> torch.Tensor | None:
+    """(rows, tokens) bool: what is not padding at a row's end; None where the inputs themselves say it, or nothing
+    does.
+    """
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is None or ids.dim() != 2 or tokenizer is None or (mask is not None and mask.dim() == 2):
+        return None
+    ends = ids.shape[1] - (ids != tokenizer.pad_token_id).flip(1).int().argmax(1)  # behind the last other token
+    return torch.arange(ids.shape[1]) <= ends[:, None]  # one more: it may be the end of a text
 
 
 def nf4(weight: torch.Tensor, halves: list[Inputs], block: int) -> tuple[Parts, torch.Tensor]:
@@ -84,16 +103,21 @@ def nf4(weight: torch.Tensor, halves: list[Inputs], block: int) -> tuple[Parts, 
     from fastft.models import gptq
 
     values = functional.get_4bit_type("nf4", device="cpu").float()
-    wide, moment = gptq.recovered(weight.float(), halves), gptq.joined(halves).moment
-    scales = torch.zeros(-(-weight.numel() // block), block)
-    scales[:, 0] = gptq.scales(wide, moment, values, block)
-    alone = scales.view(-1)[: weight.numel()].view_as(weight)  # the scales and nothing else: they are quantized, too
+    every = gptq.joined(halves)
+    wide, moment = gptq.recovered(weight.float(), halves, every), every.moment
+    spread = lambda scales: scales.repeat_interleave(block)[: weight.numel()].view_as(wide)
+    scales = gptq.scales(wide, moment, values, block)
+    codes = gptq.rounded(wide, moment, spread(scales), values)
+    for _ in range(REFITS):
+        codes = gptq.descended(wide, moment, spread(scales), values, codes)
+        scales = gptq.refitted(wide, moment, scales, values, codes)
+    ends = torch.zeros(len(scales), block)
+    ends[:, 0] = scales
+    alone = ends.view(-1)[: weight.numel()].view_as(weight)  # the scales and nothing else: they are quantized, too
     _, state = functional.quantize_4bit(alone, blocksize=block, compress_statistics=True, quant_type="nf4")
     state.dtype = weight.dtype
     stored = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    spread = stored.repeat_interleave(block)[: weight.numel()].view_as(wide)
-    codes = gptq.rounded(wide, moment, spread, values)
-    codes = gptq.descended(wide, moment, spread, values, codes)
+    codes = gptq.descended(wide, moment, spread(stored), values, codes)
     pairs = torch.nn.functional.pad(codes.view(-1), (0, codes.numel() % 2)).view(-1, 2).to(torch.uint8)
     packed = (pairs[:, :1] << 4) | pairs[:, 1:]
     about = {f"weight.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
@@ -155,22 +179,24 @@ def write(file: Path, said: dict[str, Any], tensors: dict[str, torch.Tensor]) ->
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}  # the table of values is shared
     with replacing(file) as scratch:
-        save_file(tensors, scratch, metadata={"format": "pt", "fastft": json.dumps(said)})
+        save_file(tensors, scratch, metadata={"fastft": json.dumps(said)})  # of several their order would vary
 
 
 def about(folder: Path) -> dict[str, Any]:
     """What an exported adapter's ABOUT says. UserError where the file in it is not the one that was exported."""
     path, file = folder / ABOUT, folder / FILE
+    again = f"Export the adapter again. {NEEDED}"
     try:
         said = json.loads(path.read_text())
-        wanted = said[FILE] if "format" not in said else None
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"{path}: is missing or cannot be read.", f"Export the adapter again. {NEEDED}") from None
-    if wanted is None:
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path}: is missing or cannot be read.", again) from None
+    if not isinstance(said, dict) or ("format" in said) == isinstance(said.get(FILE), str):
+        raise UserError(f"{path}: says neither how the base was rounded nor which file holds its weights.", again)
+    if "format" in said:
         return said
     if not file.is_file():
         raise UserError(f"{file}: is missing.", f"Put it back, or export the adapter again. {NEEDED}")
-    if sha256_file(file) != wanted:
+    if sha256_file(file) != said[FILE]:
         raise UserError(f"{file}: is not the file that the adapter was exported with.", f"Export it again. {NEEDED}")
     return said
 

@@ -47,8 +47,9 @@ class QuantizeSettings(Section):
     calibrate: int = Field(
         0,
         ge=0,
-        description="Training rows by which nf4 is rounded (GPTQ, GPTAQ): so that a layer's outputs change least on "
-        "them, and not its weights. All go through the model at once, on the CPU. 0: by the weights alone.",
+        description="Training rows by which nf4 is rounded (GPTQ, GPTAQ, QuantEase): so that a layer's outputs change "
+        "least on them, and not its weights. Each goes twice through the model, all at once, on the CPU. 0: by the "
+        "weights alone.",
     )
 
     def check(self, config: Config) -> None:
@@ -244,11 +245,12 @@ def _told(values: dict[str, Any]) -> str:
 
 def bitsandbytes() -> Any:
     """The library. UserError where it is not installed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # every call of an int8 layer says that it casts
     try:
         import bitsandbytes
     except ImportError as e:
-        raise UserError(f"model.quantize needs bitsandbytes: {e}", "pip install 'fastft[quantize]'") from None
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # every call of an int8 layer says that it casts
+        said = f"A base in few bits (model.quantize) needs bitsandbytes: {e}"
+        raise UserError(said, "pip install 'fastft[quantize]'") from None
     warnings.filterwarnings("ignore", message="MatMul8bitLt")
     return bitsandbytes
 
@@ -296,11 +298,12 @@ def _round_again(model: torch.nn.Module, about: dict[str, Any], path: Path) -> N
         settings = QuantizeSettings(format=about["format"], block=about["block"])
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[about["dtype"]]
         weights = [model.get_parameter(f"{name}.weight") for name in about["layers"]]
+        shapes = [(outputs, inputs) for outputs, inputs in (weight.shape for weight in weights)]
     except (LookupError, TypeError, ValueError, AttributeError) as e:
+        said = str(e).splitlines()[0]
         hint = f"Export the adapter again. {rounding.NEEDED}"
-        raise UserError(f"{path}: does not fit the base: {e}.", hint) from None
-    for weight in weights:
-        outputs, inputs = weight.shape
+        raise UserError(f"{path}: does not fit the base ({type(e).__name__}: {said}).", hint) from None
+    for weight, (outputs, inputs) in zip(weights, shapes, strict=True):
         alone = torch.nn.Linear(inputs, outputs, bias=False, device="meta")
         alone.weight = torch.nn.Parameter(weight.detach().to("cpu", dtype), requires_grad=False)
         weight.copy_(dequantized(quantized(alone, settings)))
