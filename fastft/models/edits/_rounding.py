@@ -47,6 +47,7 @@ def by_rows(
     from fastft.models.gptq import Inputs
 
     found: dict[str, torch.Tensor] = {}
+    done: list[str] = []
 
     def visit(name: str, halves: list[Inputs]) -> None:
         layer = layers[name]
@@ -59,6 +60,9 @@ def by_rows(
             ) from None
         layer.weight.data = numbers
         found.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
+        done.append(name)
+        if len(done) * 10 % len(layers) < 10:
+            log.info("model.quantize: %d of %d layers are rounded", len(done), len(layers))
 
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(
