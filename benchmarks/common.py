@@ -117,12 +117,18 @@ def check(name: str, got: torch.Tensor, peer: torch.Tensor, truth: torch.Tensor,
 
 
 def record(
-    name: str, args: argparse.Namespace, rows: list[dict], columns: dict[str, str], shown: list[dict] | None = None
+    name: str,
+    args: argparse.Namespace,
+    rows: list[dict],
+    columns: dict[str, str],
+    shown: list[dict] | None = None,
+    place: str = "",
 ) -> None:
     """Appends the rows to results/<name>.jsonl, rewrites results/<name>.md from the last run of each setting,
     and prints it.
 
     shown: what the table is to hold instead of the rows, where they replace some of an earlier run's.
+    place: the kind of machine, where the page is to keep one table for each.
     """
     from fastft import _C
 
@@ -146,7 +152,8 @@ def record(
         for row in rows:
             file.write(json.dumps({**run, **row}) + "\n")
     forced = f", {os.environ['FASTFT_CPU']} forced" if "FASTFT_CPU" in os.environ else ""
-    _rewrite(RESULTS / f"{name}.md", name, f"## {args.threads} threads, heap {run['heap']}{forced}", run, table)
+    heading = f"## {args.threads} threads, heap {run['heap']}{forced}{place and ', ' + place}"
+    _rewrite(RESULTS / f"{name}.md", name, heading, run, table)
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:

@@ -11,6 +11,8 @@ fp32-whole     a document fills its row
 fp32-isolated  several documents a row, which do not see each other
 bf16-layer     one layer, a small vocabulary: on a CPU without bf16 instructions a whole step of Trainer takes minutes
 bf16-fp32      fastft alone, isolated documents: bf16 beside fp32
+bf16-whole     where asked for, on a CPU with bf16 instructions
+bf16-isolated  likewise
 """
 
 import json
@@ -29,6 +31,7 @@ import common
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, LENGTH = 4, 512
 CASES = ("fp32-whole", "fp32-isolated", "bf16-layer", "bf16-fp32")
+MORE = ("bf16-whole", "bf16-isolated")
 SLEEP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 COLUMNS = {
     "case": "s",
@@ -228,14 +231,16 @@ def main() -> None:
     def more(parser):
         parser.add_argument("--model", type=Path, required=True, help="folder of a causal model")
         parser.add_argument("--peers-python", default=sys.executable, help="a Python that has transformers")
-        parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+        parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES + MORE)
 
     args = common.arguments(__doc__.split("\n\n")[0], rounds=5, more=more)
     rows = [measure(case, args) for case in args.cases]
     for row in rows:
         print(json.dumps(row))
     if not args.quick:
-        common.record("cpu_step", args, rows, COLUMNS)
+        from fastft.ops import cpu
+
+        common.record("cpu_step", args, rows, COLUMNS, place=cpu.describe())
 
 
 if __name__ == "__main__":
