@@ -112,7 +112,7 @@ def test_weights_side_by_side_are_multiplied_at_once_and_give_the_same():
         out.square().sum().backward()
         results.append([out.detach(), *(p.grad for p in copied.parameters())])
     for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # products of other shapes sum in another order
 
 
 def test_only_what_is_trained_gets_a_gradient_and_a_second_backward_is_refused():

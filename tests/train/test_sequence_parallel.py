@@ -161,7 +161,7 @@ def test_runs_are_those_of_one_rank(base, tmp_path):
         assert close(*ends)
         weights, theirs = (load_file(tmp_path / n / "model" / "model.safetensors") for n in (name, truth))
         # By norms: where a gradient is nothing but rounding, Adam makes a whole step of it.
-        assert all((weights[n] - w).norm() <= 1e-5 * w.norm() for n, w in theirs.items())
+        assert all((weights[n] - w).norm() <= 3e-5 * w.norm() for n, w in theirs.items())
     for name in ("back", "on"):
         assert close(curve(tmp_path / name), curve(tmp_path / "one")[2:]), name
     rates = [r["tokens_per_second"] for r in track.read(tmp_path / "two") if r["kind"] == "end"]
