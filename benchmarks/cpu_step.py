@@ -240,7 +240,11 @@ def main() -> None:
     if not args.quick:
         from fastft.ops import cpu
 
-        common.record("cpu_step", args, rows, COLUMNS, place=cpu.describe())
+        of_all = (common.RESULTS / "cpu_step.jsonl").read_text().splitlines()
+        here = {"machine": args.machine, "threads": args.threads}
+        last = {row["case"]: row for row in map(json.loads, of_all) if {**row, **here} == row}
+        last |= {row["case"]: row for row in rows}
+        common.record("cpu_step", args, rows, COLUMNS, shown=list(last.values()), place=cpu.describe())
 
 
 if __name__ == "__main__":
