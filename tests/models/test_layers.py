@@ -57,6 +57,25 @@ def test_families(dtype):
         assert done in put_into(model_of(name, dtype, **more))[1], name
 
 
+def test_sums_that_cancel_are_judged_by_float64(monkeypatch):
+    """Attention that is nearly sure: the gradients of query and key are what rounding leaves, in the plain layer, too."""
+    model = model_of("Llama")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 300
+        layer.self_attn.k_proj.weight.data *= 100
+    judged, judge = [], layers._larger
+
+    def watch(names, truth, own, ours):
+        judged.append((truth[0].dtype, judge(names, truth, own, ours)))
+        return judged[-1][1]
+
+    monkeypatch.setattr(layers, "_larger", watch)
+    assert put_into(model)[1] == "fused: 4 layers of LlamaDecoderLayer"
+    reasons = [reason for dtype, reason in judged if dtype == torch.float32]
+    assert any("an error of" in reason and "where the plain layer has 0" in reason for reason in reasons)
+    assert any(dtype == torch.float64 for dtype, _ in judged)
+
+
 def test_what_attention_by_document_cannot_compute_is_refused_with_the_reason():
     for name, more, reason in (
         ("Gemma2", {"head_dim": 12}, "softcap"),
