@@ -58,7 +58,7 @@ def test_families(dtype):
 
 
 def test_sums_that_cancel_are_judged_by_float64(monkeypatch):
-    """Attention that is nearly sure: the gradients of query and key are what rounding leaves, in the plain layer, too."""
+    """Attention that is nearly sure: gradients of query and key are what rounding leaves, in the plain layer, too."""
     model = model_of("Llama")
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data *= 300
