@@ -59,7 +59,7 @@ def test_held_out_passages_are_in_no_text(shared_data, tmp_path):
         assert len(text) > 20 * sum(map(len, held))
 
 
-@pytest.mark.long  # the same steps on a decoder: above
+@pytest.mark.long  # tests/README.md says why
 def test_an_encoder_is_adapted_and_tuned(shared_data, minilm, tmp_path):
     where = ("--work", tmp_path / "work", "--results", tmp_path)
     run("domain_encoder.py", "--data", shared_data, "--model", minilm, *where)
