@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -70,6 +72,34 @@ def zeros_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if is_mapped(tensor) and tensor.numel() >= SMALL:
         return empty(_folder(tensor), tensor.shape, dtype)
     return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def let_go(tensor: torch.Tensor) -> None:
+    """Give back the memory of a tensor whose numbers are needed no more, where it lies in a file that is mapped:
+    weights as safetensors opens them, of which one tensor keeps the mapping of all. What is on its pages alone.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    begin = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if begin < end and _in_file(begin, end):
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
+
+
+MADV_DONTNEED = 4  # sys/mman.h
+
+
+def _in_file(begin: int, end: int) -> bool:
+    """Whether addresses are those of a file on a disk, mapped for this process alone."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:  # 7fa3ee200000-7fa40e616000 rw-p 00000000 fe:00 2154693  /a/file
+            first, last = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
+            if first <= begin < last:
+                _, flags, _, _, inode, *_ = line.split()
+                return end <= last and flags.endswith("p") and inode != "0"
+    return False
 
 
 def _folder(tensor: torch.Tensor) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from fastft import mapped
 from fastft.models.gptq import Inputs
 from fastft.models.trial import trial
 
@@ -68,10 +69,14 @@ def walk(
                 return linear(x, layer.weight, layer.bias)
             plain = layer.weight.data
             visit(name, known(name, x))
-            if not rows.paired(x):
-                return linear(x, layer.weight, layer.bias)
-            own, other = x.chunk(2)
-            return torch.cat([linear(own, layer.weight, layer.bias), linear(other, plain, layer.bias)])
+            if rows.paired(x):
+                own, other = x.chunk(2)
+                out = torch.cat([linear(own, layer.weight, layer.bias), linear(other, plain, layer.bias)])
+            else:
+                out = linear(x, layer.weight, layer.bias)
+            if layer.weight.data_ptr() != plain.data_ptr():
+                mapped.let_go(plain)
+            return out
 
         return compute
 

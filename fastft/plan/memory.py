@@ -371,11 +371,10 @@ def _around(t: Tensors, s: Setting) -> dict[str, dict[str, int]]:
     weights, _, states = (int(x) for x in sharded(s.zero, s.ranks, t.whole, 0, optimizer(s, t.trained)))
     own = int(masters(s, t.trained) / (s.ranks if s.zero else 1))
     loaded = t.whole if s.zero < 3 else weights
-    found: dict[str, dict[str, int]]
     if s.device == "cpu":
         # DeepSpeed copies the weights of a group into one flat tensor, and then its part into the masters.
         made = {0: own, 1: max(t.trained_bytes, own), 2: max(t.trained_bytes, own), 3: own + t.largest}[s.zero]
-        found = {"loading": {"weights": loaded, "copies": made}}
+        found: dict[str, dict[str, int]] = {"loading": {"weights": loaded, "copies": made}}
     else:  # where a GPU has no room for both, DeepSpeed flattens in the host's memory
         there = 0 if s.offload == "parameters" else weights
         made = (0 if s.offload else own) + (t.largest if s.zero == 3 else 0)
@@ -390,8 +389,9 @@ def _around(t: Tensors, s: Setting) -> dict[str, dict[str, int]]:
     if s.on_disk:  # what is in files is written from there
         (weights, states), snapshot = _in_memory(s, t, weights, states), module
     held = {"weights": weights, "optimizer": states} if s.device == "cpu" else {}
-    if held and s.zero == 3:  # a place for this rank's gradients, and the bucket
-        held |= {"gradients": t.trained_bytes // s.ranks, "buckets": min(t.trained_bytes, s.bucket * s.element)}
+    if held and s.zero == 3:  # a place for this rank's gradients, where offloaded also in float32, and the bucket
+        gradients = (t.trained_bytes + (4 * t.trained if s.offload else 0)) // s.ranks
+        held |= {"gradients": gradients, "buckets": min(t.trained_bytes, s.bucket * s.element)}
     found["checkpoint"] = {**held, "copies": snapshot}
     copies = 2 * t.largest  # one weight at a time, read back and compared
     if s.adapter_only:  # peft's files are made of all weights at once

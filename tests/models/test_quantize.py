@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import jobs
 import peft
@@ -10,6 +11,7 @@ import torch
 import transformers
 from models.test_lora import losses, run
 from safetensors.torch import load_file
+from test_mapped import resident
 
 import launch
 from fastft import assemble, track
@@ -57,6 +59,24 @@ def test_what_is_quantized(config):
     layers = job.model.config.num_hidden_layers
     assert len(found) == 7 * layers == job.record["quantize"]["layers"] and "lm_head" not in found
     assert {p.dtype for p in job.model.parameters() if p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/smaps is Linux's")
+@pytest.mark.parametrize("quantize", ["nf4", "int8", {"format": "nf4", "calibrate": 4}], ids=["nf4", "int8", "rows"])
+def test_the_whole_weights_are_not_kept_in_memory(config, tmp_path, tiny_llama, quantize):
+    """The file stays mapped for the embedding, which is of one page here."""
+    folder = tmp_path / "wide"
+    shutil.copytree(tiny_llama, folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 1024}
+    wide = transformers.LlamaConfig.from_pretrained(tiny_llama, **sizes)
+    transformers.LlamaForCausalLM(wide).to(torch.bfloat16).save_pretrained(folder)
+    config["model"] |= {"path": str(folder), "quantize": quantize}
+    job = jobs.job_of(config)
+    whole = (folder / "model.safetensors").stat().st_size
+    left = sum(p.nbytes for p in job.model.parameters() if p.dtype == torch.bfloat16 and not p.requires_grad)
+    assert left < whole / 6
+    assert 0 < resident(folder / "model.safetensors") < left + whole / 20
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])

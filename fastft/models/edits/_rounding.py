@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastft import mapped
 from fastft.errors import UserError
 from fastft.files import replacing, sha256_file
 from fastft.lazy import torch
@@ -82,7 +83,9 @@ def by_rows(
         said = "model.quantize.calibrate: %d layers are rounded by their weights alone: the rows do not reach them, or "
         log.warning(said + "the model calls them several times (%s)", len(left), ", ".join(left[:3]))
     for name in left:  # as if all inputs were alike
+        plain = layers[name].weight.data
         visit(name, [Inputs(1, torch.eye(layers[name].in_features))])
+        mapped.let_go(plain)
     return found
 
 

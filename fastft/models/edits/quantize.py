@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fastft import rooms
+from fastft import mapped, rooms
 from fastft.config import Config, Section
 from fastft.errors import UserError
 from fastft.files import sha256_file
@@ -130,6 +130,7 @@ class Quantize(Edit):
         else:
             for name, layer in found:
                 put(model, name, quantized(layer, self.settings))
+                mapped.let_go(layer.weight)
         self._say_what_stays_whole(model)
 
     def _by_rows(self, model: Any, layers: dict[str, torch.nn.Linear]) -> None:
@@ -144,6 +145,7 @@ class Quantize(Edit):
                 rounding.write(self.file, said, rounding.by_rows(self.job, model, layers, self.settings))
         for name, parts in rounding.read(self.file):
             put(model, name, quantized(layers[name], self.settings, parts))
+            mapped.let_go(layers[name].weight)
 
     def _say_what_stays_whole(self, model: Any) -> None:
         """Warn of weights that are neither in few bits nor of an embedding or head, where they are many: experts that
