@@ -98,7 +98,7 @@ def test_two_runs_in_one_process_and_an_earlier_one(classification_config, tmp_p
     assert resumed.summary.step == 6 and [r["step"] for r in resumed.history] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("zero", [0, 1, 3])
 def test_runs_leave_no_training_state_behind(classification_config, tmp_path, place, zero):
     """Of the last one at most: runs in one process, a sweep's, do not add up."""
 

@@ -84,6 +84,8 @@ def evaluate_model(config: Config, *, rows: bool = False, keep: Sequence[str] = 
         sure = intervals_of(job, metrics, states, config.evaluation.bootstrap or RESAMPLES)
         judged = list(_rows(job, name, metrics, ids, keep)) if rows else None
         found[name] = Evaluation(numbers, classes, judged, sure)
+    if engine is not None:
+        zero.release(engine)
     return found
 
 

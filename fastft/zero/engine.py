@@ -100,11 +100,20 @@ def _said_while_waiting() -> Iterator[None]:
 
 
 def release(engine: Any) -> None:
-    """Take off the hooks of an engine's gradients. Autograd holds them, and they hold the parameters: Python could free
-    neither once the run is over.
+    """Let go of what holds an engine and its parameters when the run is over: hooks of gradients, which autograd holds,
+    and at ZeRO 3 a list and the cache of a method, which DeepSpeed's modules hold.
     """
     for hook in getattr(engine.optimizer, "_grad_acc_hooks", ()):
         hook.remove()
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+        modules = parameter_offload.FWD_MODULE_STACK
+        modules[:] = [module for module in modules if module is not engine.module]
+        for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+            for cell in getattr(method, "__closure__", None) or ():
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
 
 
 def stop_process_group() -> None:
