@@ -60,6 +60,7 @@ CASES = {
     "stage 1, offload": ("75M", 1, ("parallel.zero=1", "parallel.offload=optimizer")),
     "stage 3, offload": ("75M", 1, ("parallel.zero=3", "parallel.offload=parameters")),
     "LoRA, NF4": ("135M", 1, (*LORA, "model.quantize=nf4")),
+    "LoRA, NF4 by 48 rows": ("135M", 1, (*LORA, "model.quantize={format: nf4, calibrate: 48}")),
     "2 ranks to a sequence": ("75M", 2, ("parallel.zero=1", "parallel.sequence=2", "data.max_length=1024")),
 }
 QUICK = ("process", "stage 0")

@@ -100,8 +100,7 @@ def write_table(args: argparse.Namespace) -> None:
     """The last row of each base with these settings."""
     rows = [json.loads(line) for line in (common.RESULTS / "quantized.jsonl").read_text().splitlines()]
     settings = {"steps": args.steps, "length": args.length, "documents": list(KEPT)}
-    same = [r for r in rows if {**r, **settings} == r and args.dtype in r["base"]]
-    last = {r["base"]: r for r in same}
+    last = {r["base"]: r for r in rows if {**r, **settings} == r}
     newest = rows[-1]
     versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
     lines = [

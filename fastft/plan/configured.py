@@ -151,7 +151,10 @@ def planned(
     parameters = tensors.trained + tensors.frozen
     layers, hidden = (getattr(text, name, None) or 1 for name in ("num_hidden_layers", "hidden_size"))
     shape = Shape(parameters, layers, hidden, active(job.model))
-    return Planned(config, shape, tensors, batch, memory.plan(tensors, kept, setting), tensors.trained / parameters)
+    plan = memory.plan(tensors, kept, setting)
+    for edit in job.edits:
+        plan.around.update(edit.making(job.model, batch.width))
+    return Planned(config, shape, tensors, batch, plan, tensors.trained / parameters)
 
 
 def without_weights(config: Config, ranks: int, learned: Learned | None = None) -> Job:

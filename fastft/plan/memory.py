@@ -34,6 +34,7 @@ ADAPTER_HEAP_SHARE = 1.0
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buckets")
 HEAP = "heap"  # of a CPU, one more part
 WHOLE = "whole step"  # of a CPU, one more moment
+AFTER = ("checkpoint", "export")
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,8 @@ class Plan:
     step : dict
         Moments of a training step, each a dict of ``PARTS``: on the device.
     around : dict
-        Of loading (on the device), checkpoint and export (in the host's memory, which a CPU's run has in one with the
-        device's), beside which the weights and the optimizer are held.
+        Of loading (on the device), of what edits do then, and of checkpoint and export (in the host's memory, which a
+        CPU's run has in one with the device's), beside which weights and optimizer are held.
     kept : Kept
     """
 
@@ -172,14 +173,14 @@ class Plan:
 
     @property
     def training(self) -> int:
-        """Until the last step: the fullest of its moments, or loading."""
-        return max(sum(m.values()) for m in (*self.step.values(), self.around["loading"]))
+        """Until the last step: the fullest of its moments, or loading and, on a CPU, what edits do then."""
+        before = [m for name, m in self.around.items() if name not in AFTER and self.setting.device == "cpu"]
+        return max(sum(m.values()) for m in (*self.step.values(), self.around["loading"], *before))
 
     @property
     def peak(self) -> int:
         """Of the device. On a CPU the checkpoint and the export are in the same memory."""
-        after = [self.around[name] for name in ("checkpoint", "export") if self.setting.device == "cpu"]
-        return max(self.training, *(sum(m.values()) for m in after), 0)
+        return max([self.training, *(sum(self.around[n].values()) for n in AFTER if self.setting.device == "cpu")])
 
     @property
     def process(self) -> int:
@@ -251,10 +252,8 @@ def _heap(step: dict[str, dict[str, int]], t: Tensors, kept: Kept, s: Setting) -
     """
     whole = {part: max(moment[part] for moment in step.values()) for part in PARTS}
     unused = int((ADAPTER_HEAP_SHARE if s.adapter_only else HEAP_SHARE) * kept.layers)
-    used = min(t.trained_bytes, s.bucket * s.element)
-    if s.zero == 1:  # gradients that went into the bucket
-        unused += used
-    return {**whole, HEAP: unused}
+    into_bucket = min(t.trained_bytes, s.bucket * s.element) if s.zero == 1 else 0  # gradients
+    return {**whole, HEAP: unused + into_bucket}
 
 
 def _step(t: Tensors, kept: Kept, s: Setting) -> dict[str, dict[str, int]]:

@@ -89,6 +89,16 @@ def by_rows(
     return found
 
 
+def room(model: Any, layers: list[torch.nn.Linear], tokens: int) -> dict[str, int]:
+    """Bytes that rounding takes beside the weights, about: of rows with so many tokens, and of a layer's matrices."""
+    inputs = max(layer.in_features for layer in layers)
+    widest = max(inputs, *(layer.out_features for layer in layers))
+    # Each row twice. Of a gated MLP's inside three are there at once; of the hidden state the residual, the last norm's
+    # input and output, and what a layer is given or gives, in halves, joined, or without padding.
+    held = 3 * widest + 6 * model.config.get_text_config().hidden_size
+    return {"rows": 2 * tokens * held * next(model.parameters()).element_size(), "matrices": 60 * inputs**2}
+
+
 def _without_padding(inputs: Mapping[str, Any], tokenizer: Any) -> torch.Tensor | None:
     """(rows, tokens) bool: what is not padding at a row's end; None where the inputs themselves say it, or nothing
     does.

@@ -65,6 +65,12 @@ class Edit(ABC):
         ``heads``: name parts of the weights that the task may newly initialize, which are trained whatever else is.
         """
 
+    def making(self, model: torch.nn.Module, width: int) -> dict[str, dict[str, int]]:
+        """For plans, after ``apply`` to a model without weights: moments before training at which the host's memory is
+        fuller than loading fills it, by name, each with its bytes by part. ``width``: most tokens of a training row.
+        """
+        return {}
+
     @property
     def freezes_base(self) -> bool:
         """Whether only what this edit leaves trainable is trained, and only that belongs in checkpoints."""

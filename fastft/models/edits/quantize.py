@@ -122,6 +122,7 @@ class Quantize(Edit):
         if not self.layers:
             raise UserError(f"model.quantize: {type(model).__name__} has no linear layer that could be quantized.")
         if found[0][1].weight.is_meta:  # of a plan, which asks for sizes alone
+            self.whole = sum(p.nbytes for p in model.parameters())
             for _, layer in found:
                 layer.weight.requires_grad_(False)
                 layer.weight.stored_bytes = int(self.settings.bytes * layer.weight.numel())
@@ -132,6 +133,12 @@ class Quantize(Edit):
                 put(model, name, quantized(layer, self.settings))
                 mapped.let_go(layer.weight)
         self._say_what_stays_whole(model)
+
+    def making(self, model: torch.nn.Module, width: int) -> dict[str, dict[str, int]]:
+        if not self.settings.calibrate:
+            return {}
+        layers: list[Any] = [model.get_submodule(name) for name in self.layers]
+        return {"rounding": {"weights": self.whole, **rounding.room(model, layers, self.settings.calibrate * width)}}
 
     def _by_rows(self, model: Any, layers: dict[str, torch.nn.Linear]) -> None:
         """What rank 0 rounded, or what the run has from its start: sums of another machine, or of another number of
