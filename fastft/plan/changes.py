@@ -91,6 +91,10 @@ def candidates(planned: Planned) -> Iterator[Change]:
     elif planned.setting.master == "fp32" and hasattr(config.optim, "master"):
         yield Change(("optim.master=remainder",), ranks, "the step in two passes")
         yield Change(("optim.master=stochastic",), ranks, "weights rounded at random; the step in two passes")
+    rows = getattr(config.model.chosen().get("quantize"), "calibrate", 0) // 2
+    while rows >= 16:
+        yield Change((f"model.quantize.calibrate={rows}",), ranks, "the base rounded by fewer rows")
+        rows //= 2
     more = 2 * ranks
     while more <= min(MOST_RANKS, 64 * ranks) and planned.setting.device == "cuda":
         # More ranks divide only what the stage divides.

@@ -65,6 +65,8 @@ def test_offload_by_hand():
     assert state.around["offloaded to the host"] == {"weights": 0, "optimizer": 4000 + 2000 + 2000}
     assert all_.around["offloaded to the host"]["weights"] == 2000
     assert of(zero=1, offload="optimizer", device="cpu").parts["optimizer"] == 12000 + 4000
+    both = of(zero=3, ranks=2, offload="optimizer", device="cpu").around["checkpoint"]
+    assert both["gradients"] == of(zero=3, ranks=2, device="cpu").around["checkpoint"]["gradients"] + 2000 == 4000
 
 
 def test_files_by_hand():
@@ -160,6 +162,24 @@ def test_a_model_is_counted_without_its_weights(lm_config, tmp_path):
     few = {"path": str(folder), "lora": {"r": 2}, "quantize": "nf4"}
     quantized = configured.planned(config.validate({**lm_config, "model": few}), "cpu", 2).tensors
     assert quantized.frozen == lora.tensors.frozen and quantized.frozen_bytes < 0.8 * lora.tensors.frozen_bytes
+
+
+def test_rounding_by_rows_by_hand(lm_config):
+    """1,000 rows of 64 tokens, each twice, with three inner sizes (128) and six hidden ones (64) of float32, beside the
+    whole base. On a CPU that is the fullest moment until the last step; a GPU does not have it.
+    """
+    lm_config["model"] |= {"lora": {"r": 2}, "quantize": {"format": "nf4", "calibrate": 1000}}
+    found = configured.planned(config.validate(lm_config), "cpu", 1)
+    whole = 4 * (2 * 512 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64)
+    rounding = found.plan.around["rounding"]
+    assert rounding == {"weights": whole, "rows": 2 * 64_000 * (3 * 128 + 6 * 64) * 4, "matrices": 60 * 128**2}
+    assert found.plan.training == sum(rounding.values()) > sum(found.plan.parts.values())
+    gpu = configured.planned(config.validate(lm_config), "cuda", 1)
+    assert gpu.plan.around["rounding"] == rounding and gpu.plan.training < rounding["rows"]
+    fewer = [c for c in changes.candidates(found) if "model.quantize.calibrate" in c.keys]
+    assert [c.overrides[0].partition("=")[2] for c in fewer] == ["500", "250", "125", "62", "31"]
+    del lm_config["model"]["quantize"]["calibrate"]
+    assert "rounding" not in configured.planned(config.validate(lm_config), "cpu", 1).plan.around
 
 
 @pytest.mark.parametrize("fixture", ["classification_config", "lm_config"])
