@@ -190,7 +190,7 @@ def _rewrite(path: Path, name: str, heading: str, run: dict, table: str) -> None
     facts = ", ".join(f"{k} {v}" for k, v in run.items() if k not in ("machine", "heap", "threads"))
     sections[heading] = f"{run['machine']}: {facts}\n\n{table.strip()}"
     intro = (
-        f"# {name}\n\nWritten by `python benchmarks/{name}.py`. "
+        f"# {name}\n\nWritten by `python benchmarks/{Path(sys.argv[0]).name}`. "
         "How times and ratios are taken: `benchmarks/common.py`.\n\n"
     )
     path.write_text(intro + "\n\n".join(f"{title}\n\n{body}" for title, body in sorted(sections.items())) + "\n")
