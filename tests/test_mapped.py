@@ -53,6 +53,15 @@ def test_what_was_written_to_its_neighbours_stays(opened):
     assert all(torch.equal(found[name], wanted[name] + 1) for name in ("a", "c"))
 
 
+def test_what_was_written_to_it_stays(opened):
+    """It is this process's own then, and nowhere else."""
+    _, found, wanted = opened
+    found["b"][300] += 1
+    mapped.let_go(found["b"])
+    wanted["b"][300] += 1
+    assert torch.equal(found["b"], wanted["b"])
+
+
 @pytest.mark.parametrize("kind", ["heap", "view", "shared", "empty", "meta"])
 def test_other_memory_is_left_alone(kind, tmp_path, opened):
     """A tensor of this process alone, one with gaps, one that others see, and those that have no memory."""
