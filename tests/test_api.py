@@ -98,18 +98,17 @@ def test_two_runs_in_one_process_and_an_earlier_one(classification_config, tmp_p
     assert resumed.summary.step == 6 and [r["step"] for r in resumed.history] == [1, 2, 3, 4, 5, 6]
 
 
+def alive() -> int:
+    """Bytes of tensors that are reachable."""
+    gc.collect()
+    # Of these two types alone: what torch.compile leaves of other tests has no storage to ask.
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and o.device.type == "cpu"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_runs_leave_no_training_state_behind(classification_config, tmp_path, place, zero):
     """Of the last one at most: runs in one process, a sweep's, do not add up."""
-
-    def alive() -> int:
-        gc.collect()
-        # Of these two types alone: what torch.compile leaves of other tests has no storage to ask.
-        tensors = [
-            o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and o.device.type == "cpu"
-        ]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
     found = []
     for name in ("first", "second", "third"):
         changes = {"run.dir": str(tmp_path / name), "train.steps": 2, "parallel.zero": zero}
@@ -117,6 +116,29 @@ def test_runs_leave_no_training_state_behind(classification_config, tmp_path, pl
         size = sum(file.stat().st_size for file in run.model.glob("*.safetensors"))
         found.append(alive())
     assert found[2] - found[1] < size / 2
+
+
+def test_a_run_that_dies_in_a_forward_leaves_nothing_behind(classification_config, tmp_path, place, monkeypatch):
+    """At ZeRO 3, where DeepSpeed has a list of the modules that are being called."""
+    from transformers.models.bert.modeling_bert import BertIntermediate
+
+    plain, calls = BertIntermediate.forward, []
+
+    def forward(self, hidden_states):
+        calls.append(self)
+        if len(calls) > 12:
+            raise RuntimeError("dies here")
+        return plain(self, hidden_states)
+
+    monkeypatch.setattr(BertIntermediate, "forward", forward)
+    found = []
+    for name in ("first", "second", "third"):
+        with pytest.raises(RuntimeError, match="dies here"):
+            fastft.fit(classification_config, {"run.dir": str(tmp_path / name), "parallel.zero": 3})
+        assert len(calls) > 12
+        calls.clear()
+        found.append(alive())
+    assert found[2] - found[1] < 50_000
 
 
 def test_two_ranks(classification_config, tmp_path):

@@ -1,8 +1,11 @@
 """Where a process stands, by what launchers leave in its environment."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import launch
@@ -96,6 +99,7 @@ def test_a_rank_says_whom_it_waits_for(lm_config, tmp_path):
 ON_CPU_BESIDE_A_GPU = """
 import os
 import sys
+import sys
 from unittest import mock
 
 import torch
@@ -169,3 +173,20 @@ def test_rounding_and_export_may_take_longer_than_a_collective_waits(lm_config, 
     )
     outputs = launch.ranks(2, [script, launch.write_config(tmp_path / "c.yaml", lm_config)])
     assert all(f"step {lm_config['train']['steps']}" in output for output in outputs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
+def test_what_loading_left_is_given_back_before_the_heap_is_kept():
+    """Arrays that others lie between: the heap cannot shrink by them."""
+
+    def own() -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+        return int(line.split()[1]) << 10
+
+    arrays = [torch.ones(25_000) for _ in range(1_000)]  # of 100 kB, below glibc's limit for pages of their own
+    left = arrays[::2]
+    del arrays
+    before = own()
+    ranks.keep_heap(torch.device("cpu"), False)
+    assert own() < before - 30_000_000
+    assert all(array.sum() == 25_000 for array in left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,18 +75,19 @@ def evaluate_model(config: Config, *, rows: bool = False, keep: Sequence[str] = 
         zero.start_process_group()
         health.check_agreement(config, digest([split.data.key for split in job.evals.values()]), job.ranks)
     engine = assemble.add_together(job)
-    assemble.add_objective(job, engine)
-    keep_heap(job.ranks.device, job.sharded)
-    found = {}
-    for name, split in job.evals.items():
-        metrics, ids = measure(job, split, engine)
-        states = job.ranks.gather(metrics.state())
-        numbers, classes = metrics.finish(states), metrics.by_class(states, job.learned)
-        sure = intervals_of(job, metrics, states, config.evaluation.bootstrap or RESAMPLES)
-        judged = list(_rows(job, name, metrics, ids, keep)) if rows else None
-        found[name] = Evaluation(numbers, classes, judged, sure)
-    if engine is not None:
-        zero.release(engine)
+    with ExitStack() as cleanup:
+        if engine is not None:
+            cleanup.callback(zero.release, engine)
+        assemble.add_objective(job, engine)
+        keep_heap(job.ranks.device, job.sharded)
+        found = {}
+        for name, split in job.evals.items():
+            metrics, ids = measure(job, split, engine)
+            states = job.ranks.gather(metrics.state())
+            numbers, classes = metrics.finish(states), metrics.by_class(states, job.learned)
+            sure = intervals_of(job, metrics, states, config.evaluation.bootstrap or RESAMPLES)
+            judged = list(_rows(job, name, metrics, ids, keep)) if rows else None
+            found[name] = Evaluation(numbers, classes, judged, sure)
     return found
 
 

@@ -197,6 +197,14 @@ def post_processing(model: nn.Module) -> dict:
     return found
 
 
+def input_embedding(model: Any) -> nn.Module | None:
+    """The module that embeds the vocabulary; None where there is none, or transformers does not know it (CANINE)."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def _forward_of(fused: FusedHead) -> Callable:
     def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
         call = fused._call

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fastft.models import layers
 from fastft.models.switch import Switch
 from fastft.models.trial import REFUSALS
-from fastft.plan.memory import ACTIVATION_BYTES, CHECKPOINT_BYTES, Kept
+from fastft.plan.memory import ACTIVATION_BYTES, CHECKPOINT_BYTES
+from fastft.plan.setting import Kept
 
 NAME = "fastft_plan"
 

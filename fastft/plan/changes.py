@@ -91,10 +91,11 @@ def candidates(planned: Planned) -> Iterator[Change]:
     elif planned.setting.master == "fp32" and hasattr(config.optim, "master"):
         yield Change(("optim.master=remainder",), ranks, "the step in two passes")
         yield Change(("optim.master=stochastic",), ranks, "weights rounded at random; the step in two passes")
-    rows = getattr(config.model.chosen().get("quantize"), "calibrate", 0) // 2
-    while rows >= 16:
-        yield Change((f"model.quantize.calibrate={rows}",), ranks, "the base rounded by fewer rows")
-        rows //= 2
+    rows = getattr(config.model.chosen().get("quantize"), "calibrate", 0)
+    while rows > 0:
+        rows = rows // 2 if rows >= 32 else 0
+        words = "the base rounded by fewer rows" if rows else "the base rounded by its weights alone"
+        yield Change((f"model.quantize.calibrate={rows}",), ranks, words)
     more = 2 * ranks
     while more <= min(MOST_RANKS, 64 * ranks) and planned.setting.device == "cuda":
         # More ranks divide only what the stage divides.
@@ -151,15 +152,15 @@ def _together(
     planned: Planned, single: list[Offer], offer: Callable[[Change], Offer | None], start: list[Change]
 ) -> Offer | None:
     """Changes on the ranks that there are, without or with an adapter (``start``): added in the order of their price
-    until it fits, and those taken away again that it fits without.
+    until it fits; those taken away again that it fits without, and others made as small as it fits with.
     """
     usable = [o for o in single if o.change.ranks == planned.setting.ranks and "model.lora" not in o.change.keys]
-    need = planned.plan.training
+    need = _sizes(planned)
     best: dict[str, Offer] = {}  # the one of each key that helps most
     for o in usable:
-        key = o.change.keys[0]
-        if o.planned.plan.training < 0.99 * need and (
-            key not in best or o.planned.plan.training < best[key].planned.plan.training
+        key, sizes = o.change.keys[0], _sizes(o.planned)
+        if any(size < 0.99 * before for size, before in zip(sizes, need, strict=True)) and (
+            key not in best or sizes < _sizes(best[key].planned)
         ):
             best[key] = o
     chosen = list(start)
@@ -171,11 +172,26 @@ def _together(
             break
     if found is None or not found.fits:
         return None
-    for change in [c for c in chosen if c not in start]:
+    for change in [c for c in reversed(chosen) if c not in start]:  # those that cost most first
         fewer = [c for c in chosen if c is not change]
         if fewer and (less := offer(_sum(fewer))) and less.fits:
             chosen, found = fewer, less
+    for change in [c for c in chosen if c not in start]:
+        same = [o.change for o in usable if o.change.keys[0] == change.keys[0]]
+        for smaller in same[: same.index(change)]:
+            changed = [smaller if c is change else c for c in chosen]
+            if (less := offer(_sum(changed))) and less.fits:
+                chosen, found = changed, less
+                break
     return found
+
+
+def _sizes(planned: Planned) -> tuple[int, int]:
+    """Of a step at its fullest; and of loading, checkpoint and whatever else is before or after it."""
+    step, around = (
+        [sum(parts.values()) for parts in moments.values()] for moments in (planned.plan.step, planned.plan.around)
+    )
+    return max(step), sum(around)
 
 
 def _sum(changes: list[Change]) -> Change:

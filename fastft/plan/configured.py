@@ -13,14 +13,16 @@ from fastft.assemble import Job
 from fastft.config import Config
 from fastft.data.batches import LARGEST
 from fastft.data.encoder import Learned
+from fastft.models.head import input_embedding
 from fastft.models.load import dtype_of, length_limit
 from fastft.ops.cpu import widens
 from fastft.ops.decoder.attention import slow
 from fastft.optim.optimizers.base import OptimizerSpec
 from fastft.plan import activations, memory
 from fastft.plan.experts import active
-from fastft.plan.memory import Plan, Setting, Tensors
+from fastft.plan.memory import Plan
 from fastft.plan.model import Shape
+from fastft.plan.setting import Setting, Tensors
 from fastft.ranks import Ranks
 from fastft.tasks._decoder import DecoderTask
 from fastft.zero.bucket import gathered_at_once, reduced_at_once
@@ -152,8 +154,9 @@ def planned(
     layers, hidden = (getattr(text, name, None) or 1 for name in ("num_hidden_layers", "hidden_size"))
     shape = Shape(parameters, layers, hidden, active(job.model))
     plan = memory.plan(tensors, kept, setting)
+    rows = len(real.train) if real is not None and real.train is not None else None
     for edit in job.edits:
-        plan.around.update(edit.making(job.model, batch.width))
+        plan.around.update(edit.making(job.model, batch.width, rows))
     return Planned(config, shape, tensors, batch, plan, tensors.trained / parameters)
 
 
@@ -185,8 +188,7 @@ def tensors_of(model: Any, over_vocabulary: bool) -> Tensors:
     trained = [p for p in parameters if p.requires_grad]
     frozen = [p for p in parameters if not p.requires_grad]
     size = lambda p: getattr(p, "stored_bytes", whole_numel(p) * p.element_size())
-    embedding = model.get_input_embeddings()
-    weight = getattr(embedding, "weight", None)
+    weight = getattr(input_embedding(model), "weight", None)
     output = model.get_output_embeddings() if over_vocabulary else None
     head = getattr(getattr(output, "base_layer", output), "weight", None)
     columns = getattr(output, "in_features", None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastft.plan.memory import Setting, Tensors
+    from fastft.plan.setting import Setting, Tensors
 
 
 @dataclass(frozen=True)

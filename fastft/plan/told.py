@@ -102,6 +102,7 @@ def tell(target: str, overrides: Sequence[str], options: Options) -> dict[str, A
         "memory": {
             "parts": {**plan.parts, "process": plan.process},
             "fullest": plan.moment,
+            "fullest_of_all": max(plan.moments, key=plan.moments.__getitem__),
             "moments": {name: sum(parts.values()) for name, parts in plan.step.items()},
             "around": {name: sum(parts.values()) for name, parts in plan.around.items()},
             "training": plan.training + plan.process,
@@ -218,7 +219,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         "moments of a step: " + ", ".join(f"{name} {gb(n)}" for name, n in memory["moments"].items()) + ".",
         "before and after: " + ", ".join(f"{name} {gb(n)}" for name, n in memory["around"].items()) + _where(result),
         Disk(**result["disk"]).sentence,
-        f"{'fits' if memory['fits'] else 'does not fit'}: {gb(memory['need'])} of {gb(memory['limit'])} a {rank}.",
+        f"{'fits' if memory['fits'] else 'does not fit'}: {gb(memory['need'])} ({memory['fullest_of_all']}) of "
+        f"{gb(memory['limit'])} a {rank}.",
     ]
     if not memory["traced"]:
         told.append("activations are an estimate by layers and hidden size: the model cannot be run without values.")

@@ -90,7 +90,7 @@ def footprint(job: Job, schedule: Schedule) -> Footprint:
         tensors.trained_bytes,
         memory.optimizer(setting, tensors.trained),
     )
-    loading = sum(plan.around["loading"].values()) == plan.training
+    moments = {name: size for name, size in plan.moments.items() if name not in memory.AFTER}
     return Footprint(
         ranks=setting.ranks,
         weights=int(weights),
@@ -102,5 +102,5 @@ def footprint(job: Job, schedule: Schedule) -> Footprint:
         files=found.disk.files,
         disk=found.disk.total,
         peak=plan.training,
-        fullest="loading" if loading else plan.moment,
+        fullest=max(moments, key=moments.__getitem__),
     )

@@ -108,8 +108,8 @@ def release(engine: Any) -> None:
     if engine.zero_optimization_stage() == 3:
         from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
-        modules = parameter_offload.FWD_MODULE_STACK
-        modules[:] = [module for module in modules if module is not engine.module]
+        own, called = set(engine.module.modules()), parameter_offload.FWD_MODULE_STACK
+        called[:] = [module for module in called if module not in own]  # several where a forward has died
         for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
             for cell in getattr(method, "__closure__", None) or ():
                 if hasattr(cell.cell_contents, "cache_clear"):

@@ -110,7 +110,8 @@ OFFLOADS = ("offload_optimizer", "offload_param")
 def _offload(config: Config, ranks: Ranks) -> dict[str, dict]:
     """DeepSpeed's settings for parallel.offload."""
     folder = config.parallel.offload_dir
-    if folder is not None and not Path(folder).is_dir():
+    planned = ranks.device.type == "meta"  # perhaps for other machines
+    if folder is not None and not planned and not Path(folder).is_dir():
         raise UserError(f"parallel.offload_dir: {folder}: no such folder.", "Make it, on every host.")
     names = {None: (), "optimizer": OFFLOADS[:1], "parameters": OFFLOADS}[config.parallel.offload]
     return {name: {"device": "cpu", "pin_memory": ranks.device.type == "cuda"} for name in names}

@@ -12,7 +12,7 @@ import launch
 from fastft import cli, config
 from fastft.errors import UserError
 from fastft.plan import activations, changes, configured, memory, told
-from fastft.plan.memory import Kept, Setting, Tensors
+from fastft.plan.setting import Kept, Setting, Tensors
 
 # 1,000 trained elements in float32, of them a tied embedding of 20 x 10.
 SMALL = Tensors(1000, 0, 4000, 0, embedding_bytes=800, head=(20, 10), head_trained=True, tied=True, largest=800)
@@ -176,10 +176,68 @@ def test_rounding_by_rows_by_hand(lm_config):
     assert found.plan.training == sum(rounding.values()) > sum(found.plan.parts.values())
     gpu = configured.planned(config.validate(lm_config), "cuda", 1)
     assert gpu.plan.around["rounding"] == rounding and gpu.plan.training < rounding["rows"]
+    assert found.plan.peak == found.plan.training and max(found.plan.moments, key=found.plan.moments.get) == "rounding"
     fewer = [c for c in changes.candidates(found) if "model.quantize.calibrate" in c.keys]
-    assert [c.overrides[0].partition("=")[2] for c in fewer] == ["500", "250", "125", "62", "31"]
+    assert [c.overrides[0].partition("=")[2] for c in fewer] == ["500", "250", "125", "62", "31", "0"]
     del lm_config["model"]["quantize"]["calibrate"]
     assert "rounding" not in configured.planned(config.validate(lm_config), "cpu", 1).plan.around
+
+
+@pytest.mark.parametrize(("limit", "micro", "rows"), [(80, 48, 125), (20, 1, 31), (5, 1, 0)])
+def test_fewer_rows_go_with_other_changes(capsys, lm_config, tmp_path, limit, micro, rows):
+    """Where both a step and rounding are too large, and no more of either than has to be."""
+    lm_config["model"] |= {"lora": {"r": 2}, "quantize": {"format": "nf4", "calibrate": 1000}}
+    lm_config["batch"] |= {"size": 96, "micro": 96}
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    room = memory.PROCESS_BYTES + limit * 1e6
+    code, output = run(capsys, path, "--memory", f"{room:.0f}", "--json")
+    told_ = json.loads(output)
+    assert code == 0 and told_["memory"]["fullest_of_all"] == "rounding" and not told_["memory"]["fits"]
+    offered = [o["overrides"] for o in told_["changes"]]
+    assert [f"batch.micro={micro}", f"model.quantize.calibrate={rows}"] in map(sorted, offered), offered
+
+
+def test_files_are_planned_for_other_machines(capsys, lm_config, tmp_path):
+    """Only a run needs the folder."""
+    lm_config["parallel"] = {"zero": 1, "offload": "optimizer", "offload_dir": "/no/such/folder"}
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    assert "in parallel.offload_dir" in run(capsys, path)[1]
+    code, output = launch.fastft("validate", path, check=False)
+    assert code != 0 and "/no/such/folder: no such folder" in output
+
+
+def test_a_model_whose_embedding_transformers_does_not_know(capsys, classification_config, tmp_path):
+    from transformers import CanineConfig
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    CanineConfig(**sizes, num_hash_buckets=64, max_position_embeddings=64).save_pretrained(tmp_path / "canine")
+    classification_config["model"] = {"path": str(tmp_path / "canine"), "lora": {"r": 2}}
+    code, output = run(capsys, launch.write_config(tmp_path / "c.yaml", classification_config))
+    assert code == 0 and "fits: " in output
+
+
+def test_layers_that_peft_refuses(capsys, lm_config, tmp_path):
+    from transformers import MambaConfig
+
+    MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=512).save_pretrained(tmp_path / "mamba")
+    lm_config["model"] = {"path": str(tmp_path / "mamba"), "lora": {"r": 2}}
+    code, output = run(capsys, launch.write_config(tmp_path / "c.yaml", lm_config))
+    assert code != 0 and "error: model.lora: peft refuses MambaForCausalLM" in output and "model.lora.targets" in output
+
+
+def test_rounding_by_rows_is_refused_as_the_run_refuses_it(capsys, lm_config, tmp_path):
+    """A model with an encoder and a decoder."""
+    import transformers
+
+    sizes = {"d_model": 64, "d_ff": 128, "num_layers": 1, "num_heads": 2, "d_kv": 32, "vocab_size": 512}
+    transformers.T5Config(**sizes, decoder_start_token_id=0).save_pretrained(tmp_path / "t5")
+    transformers.AutoTokenizer.from_pretrained(lm_config["model"]["path"]).save_pretrained(tmp_path / "t5")
+    lm_config["task"], lm_config["data"]["truncation"] = "seq2seq", "truncate"
+    lm_config["model"] = {"path": str(tmp_path / "t5"), "lora": {"r": 2}}
+    lm_config["model"]["quantize"] = {"format": "nf4", "calibrate": 16}
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    code, output = run(capsys, path)
+    assert code != 0 and "has an encoder and a decoder" in output
 
 
 @pytest.mark.parametrize("fixture", ["classification_config", "lm_config"])

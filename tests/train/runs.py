@@ -12,6 +12,7 @@ files OUT C...       bytes that the ranks have mapped in files of parallel.offlo
 generated OUT C...   what an evaluation generates, tokens by sample, and its metrics, to OUT/<name of C>.json (rank 0)
 """
 
+import gc
 import json
 import sys
 from contextlib import ExitStack
@@ -109,7 +110,8 @@ def mappings() -> dict[str, int]:
 
 
 def files(out: Path, path: Path) -> None:
-    before = mappings()  # of the run before, which may not be gone yet
+    gc.collect()  # of the run before: its files' numbers are given to others when they are gone
+    before = mappings()
     with ExitStack() as cleanup:
         run = loop.build(configuration.load(path), cleanup, steps_only=True)
         run.open(Telemetry(out, main=False))

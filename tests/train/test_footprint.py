@@ -54,6 +54,18 @@ def test_what_is_sharded_is_divided(lm_config, tmp_path):
     assert adapter["disk"] == 4 * adapter["checkpoint"] + adapter["weights"]
 
 
+def test_rounding_is_where_memory_is_fullest(lm_config, tmp_path):
+    """By the rows that there are; the configuration's are more."""
+    pytest.importorskip("bitsandbytes")
+    lm_config["model"] |= {"lora": {"r": 2}, "quantize": {"format": "nf4", "calibrate": 100_000}}
+    path = launch.write_config(tmp_path / "c.yaml", lm_config)
+    found = json.loads(launch.fastft("validate", path, "--json")[1].strip().splitlines()[-1])
+    assert found["footprint"]["fullest"] == "rounding"
+    rows = found["splits"]["train"]["sequences"]
+    by_row = 2 * 64 * (3 * 128 + 6 * 64) * 4
+    assert rows * by_row < found["footprint"]["peak"] < (rows + 20) * by_row < 1000 * by_row
+
+
 OFFLOADED = [
     ["parallel.zero=3", "parallel.offload=optimizer"],
     ["parallel.zero=3", "parallel.offload=parameters", "model.dtype=bf16"],

@@ -119,7 +119,8 @@ def _configuration(
     out = terminal.console()
     parts = result["memory"]["parts"]
     rows = [[name, f"{size / 1e9:.2f}", told.WHAT[name]] for name, size in parts.items()]
-    rows.append(["together", f"{sum(parts.values()) / 1e9:.2f}", f"at the fullest: {result['memory']['fullest']}"])
+    when = f"of a step, at the fullest: {result['memory']['fullest']}"
+    rows.append(["together", f"{sum(parts.values()) / 1e9:.2f}", when])
     terminal.print_table(out, ("part", "GB", "what"), rows, text=("what",))
     for sentence in told.lines(result):
         out.print(sentence, highlight=False, markup=False)

@@ -40,6 +40,16 @@ REFITS = 2  # of the scales to the codes
 Parts = dict[str, "torch.Tensor"]  # of a layer, by the names that bitsandbytes saves: weight, weight.absmax, ...
 
 
+def check(model: Any) -> None:
+    """UserError where a model cannot be rounded by rows."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model.quantize.calibrate: {type(model).__name__} has an encoder and a decoder; only models with one of "
+            "them are rounded by rows.",
+            "Set model.quantize.calibrate to 0.",
+        )
+
+
 def by_rows(
     job: Job, model: Any, layers: Mapping[str, torch.nn.Linear], settings: QuantizeSettings
 ) -> dict[str, torch.Tensor]:
@@ -65,12 +75,6 @@ def by_rows(
         if len(done) * 10 % len(layers) < 10:
             log.info("model.quantize: %d of %d layers are rounded", len(done), len(layers))
 
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(
-            f"model.quantize.calibrate: {type(model).__name__} has an encoder and a decoder; only models with one of "
-            "them are rounded by rows.",
-            "Set model.quantize.calibrate to 0.",
-        )
     inputs = job.sample(settings.calibrate)
     if inputs is None:
         raise UserError(

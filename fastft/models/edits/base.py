@@ -65,9 +65,11 @@ class Edit(ABC):
         ``heads``: name parts of the weights that the task may newly initialize, which are trained whatever else is.
         """
 
-    def making(self, model: torch.nn.Module, width: int) -> dict[str, dict[str, int]]:
-        """For plans, after ``apply`` to a model without weights: moments before training at which the host's memory is
-        fuller than loading fills it, by name, each with its bytes by part. ``width``: most tokens of a training row.
+    def making(self, model: torch.nn.Module, width: int, rows: int | None) -> dict[str, dict[str, int]]:
+        """For plans, after ``apply``: moments before training at which the host's memory is fuller than loading fills
+        it, by name, each with its bytes by part.
+
+        ``width``: most tokens of a training row; ``rows``: of the training data, where it is open.
         """
         return {}
 

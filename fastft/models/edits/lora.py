@@ -264,7 +264,10 @@ def inject(model: torch.nn.Module, config: Any) -> None:
 
     # Heads are trained in place: peft would put copies of them beside the originals.
     saved, config.modules_to_save = config.modules_to_save, None
-    inject_adapter_in_model(config, model, adapter_name=NAME)
+    try:
+        inject_adapter_in_model(config, model, adapter_name=NAME)
+    except ValueError as e:  # layers that peft knows not to be linear ones alone (Mamba's)
+        raise UserError(f"model.lora: peft refuses {type(model).__name__}: {e}", "Set model.lora.targets.") from None
     config.modules_to_save = saved
 
 
@@ -348,8 +351,10 @@ def _untie_if_different(state: State, model: Any) -> None:
     """An adapter of a tied output layer makes two weights of one: the config must not say that they are one."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return
+    from fastft.models.head import input_embedding
+
     places: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
-    ends = [part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    ends = [part.weight for part in (input_embedding(model), model.get_output_embeddings()) if part is not None]
     names = [places.get(id(weight), "").replace(".base_layer.", ".") for weight in ends]
     found = [state[name] for name in names if name in state]
     head = [name for name in state if name.endswith("lm_head.weight")]

@@ -121,8 +121,10 @@ class Quantize(Edit):
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         if not self.layers:
             raise UserError(f"model.quantize: {type(model).__name__} has no linear layer that could be quantized.")
+        if self.settings.calibrate:
+            rounding.check(model)
+        self.whole = sum(p.nbytes for p in model.parameters())
         if found[0][1].weight.is_meta:  # of a plan, which asks for sizes alone
-            self.whole = sum(p.nbytes for p in model.parameters())
             for _, layer in found:
                 layer.weight.requires_grad_(False)
                 layer.weight.stored_bytes = int(self.settings.bytes * layer.weight.numel())
@@ -134,11 +136,12 @@ class Quantize(Edit):
                 mapped.let_go(layer.weight)
         self._say_what_stays_whole(model)
 
-    def making(self, model: torch.nn.Module, width: int) -> dict[str, dict[str, int]]:
+    def making(self, model: torch.nn.Module, width: int, rows: int | None) -> dict[str, dict[str, int]]:
         if not self.settings.calibrate:
             return {}
         layers: list[Any] = [model.get_submodule(name) for name in self.layers]
-        return {"rounding": {"weights": self.whole, **rounding.room(model, layers, self.settings.calibrate * width)}}
+        rows = min(self.settings.calibrate, rows or self.settings.calibrate)
+        return {"rounding": {"weights": self.whole, **rounding.room(model, layers, rows * width)}}
 
     def _by_rows(self, model: Any, layers: dict[str, torch.nn.Linear]) -> None:
         """What rank 0 rounded, or what the run has from its start: sums of another machine, or of another number of
@@ -158,7 +161,9 @@ class Quantize(Edit):
         """Warn of weights that are neither in few bits nor of an embedding or head, where they are many: experts that
         the model holds as one tensor.
         """
-        ends = [model.get_input_embeddings(), model.get_output_embeddings()] if hasattr(model, "can_generate") else []
+        from fastft.models.head import input_embedding
+
+        ends = [input_embedding(model), model.get_output_embeddings()] if hasattr(model, "can_generate") else []
         known = {id(p) for end in ends if end is not None for p in end.parameters()}
         rest = {name: p for name, p in model.named_parameters() if p.is_floating_point() and id(p) not in known}
         rest = {name: p for name, p in rest.items() if p.dim() >= 2 and not hasattr(p, "stored_bytes")}
