@@ -35,7 +35,7 @@ ADAPTER_HEAP_SHARE = 1.0
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buckets")
 HEAP = "heap"  # of a CPU, one more part
 WHOLE = "whole step"  # of a CPU, one more moment
-AFTER = ("checkpoint", "export")
+AFTER = ("checkpoint", "export")  # moments behind a step
 
 
 @dataclass(frozen=True)
