@@ -92,7 +92,7 @@ def candidates(planned: Planned) -> Iterator[Change]:
         yield Change(("optim.master=remainder",), ranks, "the step in two passes")
         yield Change(("optim.master=stochastic",), ranks, "weights rounded at random; the step in two passes")
     rows = getattr(config.model.chosen().get("quantize"), "calibrate", 0)
-    while rows > 0:
+    while rows > 0 and planned.setting.device == "cpu":  # a GPU has none of it
         rows = rows // 2 if rows >= 32 else 0
         words = "the base rounded by fewer rows" if rows else "the base rounded by its weights alone"
         yield Change((f"model.quantize.calibrate={rows}",), ranks, words)
@@ -187,11 +187,9 @@ def _together(
 
 
 def _sizes(planned: Planned) -> tuple[int, int]:
-    """Of a step at its fullest; and of loading, checkpoint and whatever else is before or after it."""
-    step, around = (
-        [sum(parts.values()) for parts in moments.values()] for moments in (planned.plan.step, planned.plan.around)
-    )
-    return max(step), sum(around)
+    """Of a step at its fullest; and of loading, checkpoint and whatever else counts before or after it."""
+    moments, step = planned.plan.moments, planned.plan.step
+    return max(moments[name] for name in step), sum(size for name, size in moments.items() if name not in step)
 
 
 def _sum(changes: list[Change]) -> Change:
