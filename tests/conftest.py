@@ -2,17 +2,22 @@
 
 import json
 import os
+import random
 import shutil
 import signal
+import zlib
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pairs
 import pytest
+import vocabularies
 
-# The same examples in every run; with FASTFT_TEST_SEED=random fresh ones (the C++ tests read it too).
+# The same inputs in every run; with FASTFT_TEST_SEED=random fresh ones (the C++ tests read it too).
+FRESH = os.environ.get("FASTFT_TEST_SEED") == "random"
 hypothesis.settings.register_profile("repeatable", derandomize=True)
-if os.environ.get("FASTFT_TEST_SEED") != "random":
+if not FRESH:
     hypothesis.settings.load_profile("repeatable")
 
 # A shell that starts tests in the background has SIGINT ignored, and all that they start would inherit that.
@@ -46,6 +51,26 @@ ALONE = (
     "train/test_health.py",
     "train/test_writer.py",
 )
+
+
+def _seed(name: str) -> None:
+    """By the name of what follows, whichever tests ran before it in this process."""
+    import torch  # not before the variables above
+
+    seed = random.SystemRandom().getrandbits(32) if FRESH else zlib.crc32(name.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef, request):
+    _seed(f"{fixturedef.argname} {request.param_index}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    _seed(item.nodeid)
 
 
 def pytest_addoption(parser):
@@ -151,13 +176,11 @@ def tiny_bert(tmp_path_factory, corpus) -> Path:
 def tiny_masked(tmp_path_factory, corpus) -> Path:
     """A 2-layer BERT for masked language modeling, with a WordPiece tokenizer of its own."""
     import torch
-    from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny_masked")
-    pieces = BertWordPieceTokenizer()
     texts = [json.loads(line)["text"] for line in (corpus / "train.jsonl").read_text().splitlines()]
-    pieces.train_from_iterator([*texts, "人工智能技术在医学影像诊断中的应用"], vocab_size=600, show_progress=False)
+    pieces = vocabularies.word_pieces([*texts, "人工智能技术在医学影像诊断中的应用"], 600)
     tokenizer = BertTokenizerFast(tokenizer_object=pieces._tokenizer)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
 """Starting real ranks and commands with a time limit, and leaving nothing behind."""
 
 import fcntl
+import itertools
 import os
 import pty
-import random
 import signal
 import socket
 import struct
@@ -25,6 +25,8 @@ ENV = {
     "DS_ACCELERATOR": "cpu",
 }
 
+TURNS = itertools.count()
+
 
 def write_config(path: Path, config: dict) -> Path:
     path.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -33,11 +35,11 @@ def write_config(path: Path, config: dict) -> Path:
 
 def free_port() -> int:
     """A port that is free now, and that no other test process is given:
-    outside the range that the kernel hands out, a stretch per process.
+    outside the range that the kernel hands out, a stretch per process, each of its ports in turn.
     """
     stretch = 15_000 + 250 * (os.getpid() % 64)
     while True:
-        port = stretch + random.randrange(250)
+        port = stretch + next(TURNS) % 250
         with socket.socket() as s:
             try:
                 s.bind(("127.0.0.1", port))

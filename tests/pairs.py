@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import vocabularies
+
 WORDS = {
     "the cat": ("die Katze", "猫", "ねこ", "القطة"),
     "the dog": ("der Hund", "狗", "いぬ", "الكلب"),
@@ -94,17 +96,7 @@ SIZES = {
 
 def _unigram(special: list[str]) -> list[tuple[str, float]]:
     """Pieces of the texts and their scores, behind special tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    alphabet = sorted({c for text in texts() for c in text})
-    trainer = trainers.UnigramTrainer(
-        vocab_size=260, special_tokens=["<unk>"], unk_token="<unk>", initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts(), trainer)
-    pieces = [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"] if piece != "<unk>"]
-    return [(token, 0.0) for token in special] + pieces
+    return [(token, 0.0) for token in special] + vocabularies.unigram(texts(), 260)
 
 
 def _t5(folder):

@@ -11,6 +11,7 @@ import jobs
 import numpy as np
 import pytest
 import transformers
+import vocabularies
 import yaml
 
 import launch
@@ -165,10 +166,7 @@ def test_a_packed_batch_is_what_the_model_sees(made, lm_config, tmp_path, packin
 
 
 def test_a_masked_batch(tmp_path, made, corpus):
-    from tokenizers import BertWordPieceTokenizer
-
-    wordpiece = BertWordPieceTokenizer()
-    wordpiece.train([str(tmp_path / "one.jsonl")], vocab_size=300, show_progress=False)
+    wordpiece = vocabularies.word_pieces([(tmp_path / "one.jsonl").read_text()], 300)
     folder = tmp_path / "bert"
     transformers.BertTokenizerFast(tokenizer_object=wordpiece._tokenizer).save_pretrained(folder)
     shape = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import vocabularies
 import yaml
 
 import launch
@@ -55,10 +56,7 @@ def test_the_same_batches_as_from_the_files(lm_config, prepared, tmp_path, trunc
 
 def test_masked_lm_takes_the_special_tokens_off(tmp_path, corpus, files):
     """A WordPiece tokenizer with [CLS] and [SEP]: batches and masks are those of the files."""
-    from tokenizers import BertWordPieceTokenizer
-
-    wordpiece = BertWordPieceTokenizer()
-    wordpiece.train([files], vocab_size=600, show_progress=False)
+    wordpiece = vocabularies.word_pieces([Path(files).read_text()], 600)
     folder = tmp_path / "bert"
     transformers.BertTokenizerFast(tokenizer_object=wordpiece._tokenizer).save_pretrained(folder)
     shape = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

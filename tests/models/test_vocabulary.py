@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
+import vocabularies
 
 import launch
 from fastft import config as configuration
@@ -25,10 +26,7 @@ def pieces_of(extension, token: str) -> list[str]:
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory, corpus):
     """A masked language model with a WordPiece tokenizer, and an output bias."""
-    from tokenizers import BertWordPieceTokenizer
-
-    wordpiece = BertWordPieceTokenizer()
-    wordpiece.train([str(corpus / "train.jsonl")], vocab_size=600, show_progress=False)
+    wordpiece = vocabularies.word_pieces([(corpus / "train.jsonl").read_text()], 600)
     folder = tmp_path_factory.mktemp("bert")
     transformers.BertTokenizerFast(tokenizer_object=wordpiece._tokenizer).save_pretrained(folder)
     shape = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -99,11 +99,11 @@ def test_words_without_tokens_shift_nothing(config, minilm, caplog):
 
 def test_sentencepiece_by_word_ids(config, tmp_path):
     """Trap: a lone mark of the word's beginning is the word's first token."""
-    texts = ["Angela Merkel visited Paris", "Siemens is in Munich", "Alan Turing spoke"] * 4
-    unigram = Tokenizer(models.Unigram())
+    letters = sorted({letter for row in TRAIN for word in row["tokens"] for letter in word if letter.isalpha()})
+    pieces = {"<pad>": 0, "<unk>": 0, "\u2581": -2, "\u2581Angela": -1, "Merkel": -1, **dict.fromkeys(letters, -3)}
+    unigram = Tokenizer(models.Unigram(list(pieces.items()), unk_id=1))
     unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=40, special_tokens=["<pad>", "<unk>"], unk_token="<unk>")
-    tokenizer = trained_on(texts, unigram, trainer, pad_token="<pad>", unk_token="<unk>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=unigram, pad_token="<pad>", unk_token="<unk>")
     tokenizer.save_pretrained(tmp_path / "sp")
     config["model"]["tokenizer"] = str(tmp_path / "sp")
     task = jobs.task_of(config)
@@ -111,7 +111,11 @@ def test_sentencepiece_by_word_ids(config, tmp_path):
     names = task.learned(split)["labels"]
     assert [names[labels[0]] for labels in targets_by_word(task, split, 0).values()] == TRAIN[0]["tags"]
     pieces = task.tokenizer.convert_ids_to_tokens(split.data["tokens"][0])
-    assert sum(piece.startswith("\u2581") for piece in pieces) == 4
+    assert [piece for piece in pieces if len(piece) > 1 or piece == "\u2581"] == [
+        "\u2581Angela",
+        *("\u2581", "Merkel"),
+        *("\u2581", "\u2581"),
+    ]
 
 
 # -- byte-level tokenizers
