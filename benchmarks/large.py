@@ -1,6 +1,7 @@
 """Memory of ranks that load, train and export a model at ZeRO-3.
 
     python benchmarks/large.py [--ranks 1,2,4] [--starts float32,bfloat16,random] [--until load]
+    python benchmarks/large.py --experts [--beside CHECKOUT]
     python benchmarks/large.py --beside CHECKOUT [--layers 6]
 
 A Llama (18 layers, d_model 1,024, a vocabulary of 49,152; 331 M parameters, 1.3 GB in fp32) in a folder, in fp32 or in
@@ -12,11 +13,16 @@ module for loading; (weights + gradients + two moments) / ranks, DeepSpeed's buc
 2 x the largest module and the activations for the step; for the checkpoint and the export, which find all of that in
 memory, what is copied. The activations are those of `fastft plan`, which counts what autograd keeps of a forward.
 
---beside has the ranks run the code of another checkout, with its extension built (python setup.py build_ext
---inplace), too: 2dda5fb, before ranks loaded their parts alone. Ranks that leave the machine less than LEFT are ended,
-and the row says so.
+--experts takes a Mixtral instead (6 layers of 8 experts, d_model 1,024, a vocabulary of 8,192; 249 M parameters), whose
+files hold each expert by itself where the model has those of a layer as one tensor; the experts of a layer are its
+largest module.
 
-Rows go to results/large.jsonl, the table to results/large.md; with --beside to large_beside.
+--beside has the ranks run the code of another checkout, with its extension built (python setup.py build_ext
+--inplace), too: 2dda5fb, before ranks loaded their parts alone; with --experts d9319a2, before they did so of experts.
+Ranks that leave the machine less than LEFT are ended, and the row says so.
+
+Rows go to results/large.jsonl, the table to results/large.md; with --experts to large_experts, with --beside alone to
+large_beside.
 """
 
 import argparse
@@ -36,6 +42,8 @@ import common
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"vocab_size": 49152, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18}
 SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+MIXTRAL = {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 1408, "num_hidden_layers": 6, **EXPERTS}
 LEFT = 1_500_000_000  # bytes that must stay available to everyone else
 PHASES = ("load", "engine", "step", "checkpoint", "export")
 
@@ -121,8 +129,9 @@ def write_model(folder: Path, sizes: dict, dtype: str, tokenizer) -> int:
 
     torch.manual_seed(0)
     heads = {"num_attention_heads": sizes["hidden_size"] // 64, "num_key_value_heads": sizes["hidden_size"] // 64}
-    config = transformers.LlamaConfig(**sizes, **heads, max_position_embeddings=256, tie_word_embeddings=False)
-    model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
+    kind = transformers.MixtralConfig if "num_local_experts" in sizes else transformers.LlamaConfig
+    config = kind(**sizes, **heads, max_position_embeddings=256, tie_word_embeddings=False)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
@@ -202,7 +211,8 @@ def parts_of(config: dict, sizes: dict, parameters: int, world: int) -> dict[str
     from fastft.zero.bucket import reduced_at_once
 
     weights = 4 * parameters
-    largest = max(sizes["vocab_size"], 3 * sizes["intermediate_size"]) * sizes["hidden_size"] * 4
+    inner = 3 * sizes["intermediate_size"] * sizes.get("num_local_experts", 1)
+    largest = max(sizes["vocab_size"], inner) * sizes["hidden_size"] * 4
     plan = planned(validate(config), "cpu", world).plan
     activations = max(parts["activations"] + parts["logits"] for parts in plan.step.values())
     step = 4 * weights // world + 2 * 4 * reduced_at_once(parameters, largest // 4, True) + 2 * largest + activations
@@ -219,15 +229,17 @@ def measure(args: argparse.Namespace) -> None:
                        for i in range(32))  # fmt: skip
         (folder / "text.jsonl").write_text(text)
         tokenizer = tokens_of(500)
-        sizes = SMALL if args.quick else SIZES | {"num_hidden_layers": args.layers}
-        write_model(folder / "tiny" / "float32", SMALL, "float32", tokenizer)
+        small = SMALL | (EXPERTS if args.experts else {})
+        sizes = MIXTRAL if args.experts else SIZES | {"num_hidden_layers": args.layers}
+        sizes = small if args.quick else sizes
+        write_model(folder / "tiny" / "float32", small, "float32", tokenizer)
         starts = args.starts.split(",")
         for dtype in {"random": "float32"}.get(starts[0], starts[0]), *starts:
             if dtype != "random" and not (folder / dtype).is_dir():
                 parameters = write_model(folder / dtype, sizes, dtype, tokenizer)
         for world in map(int, args.ranks.split(",")):
             for code, where in codes.items():
-                tag, old = f"{code}-{{}}-{world}", code != "now"
+                tag, old = f"{code}-{{}}-{world}", not (where / "fastft" / "assemble.py").is_file()
                 tiny = settings(folder, folder / "tiny" / "float32", tag.format("tiny"), old)
                 base = peaks_of(folder, tiny, world, args.until, where)
                 for start in starts:
@@ -286,7 +298,7 @@ def record(args: argparse.Namespace, rows: list[dict]) -> None:
         return
     versions = ", ".join(f"{n} {metadata.version(n)}" for n in ("torch", "transformers", "deepspeed"))
     run = {"date": time.strftime("%Y-%m-%d"), "machine": args.machine, "versions": versions}
-    name = "large_beside" if args.beside else "large"
+    name = "large_experts" if args.experts else "large_beside" if args.beside else "large"
     with open(common.RESULTS / f"{name}.jsonl", "a") as file:
         file.writelines(json.dumps({**run, **row}) + "\n" for row in rows)
     keys = ("ranks", "start", "code", "phase")
@@ -311,6 +323,7 @@ def main() -> None:
         parser.add_argument("--ranks", default="1,2,4")
         parser.add_argument("--starts", default="float32,bfloat16,random")
         parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])
+        parser.add_argument("--experts", action="store_true", help="a mixture of experts")
         parser.add_argument("--until", choices=["load", "export"], default="export", help="where to stop")
         parser.add_argument("--beside", metavar="CHECKOUT", help="a worktree of an older commit")
         parser.add_argument("--scratch", metavar="FOLDER", help="for models and checkpoints: 10 GB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import logging
 import os
 import re
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 from fastft.config import Model
 from fastft.errors import UserError
 from fastft.lazy import torch
+
+log = logging.getLogger(__name__)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -276,16 +279,13 @@ def build(
     options = {**common, "config": model_config, "revision": settings.revision, "output_loading_info": True}
     # Other sizes are reported, not raised: what the weights' own error says to do would be wrong here.
     how: dict[str, Any] = {"ignore_mismatched_sizes": True, **options}
-    model, info = _from_pretrained(loader, settings.path, "model", **how | ({"dtype": "auto"} if making else {}))
-    if making and not _buffers_are_of(model, common["dtype"]):
-        del model
+    if found := _deferred(loader, settings.path, **how) if making else None:
+        model, info = found
+        making.hold(model)
+    else:
         making = None
-        torch.manual_seed(seed)  # a head has drawn from it
+        torch.manual_seed(seed)  # a new head may have drawn from it
         model, info = _from_pretrained(loader, settings.path, "model", **how)
-    if making:
-        new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-        _draw_again(model, new, common["dtype"], seed)
-        making.hold(model, common["dtype"])
     missing = sorted(info["missing_keys"])
     if other := sorted(info["mismatched_keys"]):
         _check_sizes(settings, other, new_parameters)
@@ -300,25 +300,20 @@ def build(
     return _ready(model, None if making else common["dtype"]), missing
 
 
-def _draw_again(model: Any, names: set[str], dtype: torch.dtype, seed: int) -> None:
-    """Initialize weights that the files did not have as if the model had been loaded in this dtype."""
-    if not names:
-        return
-    for module in model.modules():
-        module._is_hf_initialized = False  # weights that were loaded say so themselves
-    for name, parameter in model.named_parameters():
-        if name in names and not getattr(parameter, "_is_hf_initialized", False):
-            parameter.data = torch.empty_like(parameter, dtype=dtype)
-    torch.manual_seed(seed)
-    model.initialize_weights()
+def _deferred(loader: Any, path: str, **how: Any) -> Any:
+    """What from_pretrained returns, of weights that are not read yet (fastft.models.deferred); None: the model's class
+    writes to weights that were loaded, which must be there for it.
+    """
+    from fastft.models.deferred import Deferred, from_files
 
-
-def _buffers_are_of(model: Any, dtype: torch.dtype) -> bool:
-    """Whether the model's buffers have the dtypes that they would have in a model of this dtype."""
-    config = copy.deepcopy(model.config)
-    with torch.device("meta"):
-        wanted = type(model)._from_config(config, dtype=dtype)
-    return {n: b.dtype for n, b in wanted.named_buffers()} == {n: b.dtype for n, b in model.named_buffers()}
+    try:
+        with from_files():
+            return _from_pretrained(loader, path, "model", **how)
+    except UserError:
+        if not Deferred.written:
+            raise
+        log.warning("%s: its class writes to weights while it is loaded: every rank loads all of it.", path)
+        return None
 
 
 def _ready(model: Any, dtype: torch.dtype | None) -> Any:

@@ -11,6 +11,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fastft.models import deferred
+
 SMALL = 1 << 10  # elements: what has fewer stays whole until the engine's shards are made
 # What torch answers without a look at the values.
 METADATA = {"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device", "requires_grad_"}
@@ -55,14 +57,24 @@ class Making(TorchFunctionMode):
             if id(parameter) not in self.opened:
                 cut(parameter)
 
-    def hold(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
-        """Have parameters that are whole (mapped from files) converted to ``dtype`` only part by part."""
+    def hold(self, model: torch.nn.Module) -> None:
+        """Have deferred parameters (``fastft.models.deferred``) read only part by part, and cut those that were drawn;
+        what is small is read.
+        """
+        for places, source in deferred.found(model):
+            tensor: torch.Tensor
+            if not isinstance(source, torch.nn.Parameter):
+                tensor = source.whole()
+            elif source.numel() < SMALL or not source.is_floating_point():
+                tensor = torch.nn.Parameter(source.whole(), source.requires_grad)
+            else:
+                shape = torch.empty((), dtype=source.dtype).expand(source.shape)
+                tensor = torch.nn.Parameter(shape, source.requires_grad)
+                _put(tensor, Held(source))
+            for group, name in places:
+                group[name] = tensor
         for parameter in model.parameters():
-            if parameter.numel() >= SMALL and parameter.is_floating_point():
-                source = parameter.data
-                _put(parameter, Held(source), dtype)
-            elif parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+            cut(parameter)
 
     def close(self, keep: Iterable[torch.Tensor] = (), force: bool = False) -> None:
         """Cut what was made whole, but for what a view of it can still be written through."""
@@ -106,7 +118,7 @@ class Making(TorchFunctionMode):
 
 
 class Held:
-    """What a parameter that is cut is made of: this rank's part, or all of it in a file that is mapped."""
+    """What a parameter that is cut is made of: this rank's part, or all of it (deferred, of files)."""
 
     def __init__(self, source: torch.Tensor, part: bool = False):
         self.source, self.part = source, part
@@ -114,7 +126,7 @@ class Held:
     def whole(self, parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Of the parameter's shape and dtype; all ranks ask for it together."""
         if not self.part:
-            return self.source.to(parameter.dtype)
+            return deferred.whole(self.source).to(parameter.dtype)
         world = torch.distributed.get_world_size()
         own = self.source.to(device).view(torch.uint8)
         every = torch.empty(own.numel() * world, dtype=torch.uint8, device=device)
@@ -128,8 +140,12 @@ class Held:
             if self.part:
                 part.copy_(self.source)
                 return
-            begin = torch.distributed.get_rank() * part.numel()
-            own = self.source.reshape(-1)[begin : begin + part.numel()]
+            source = deferred.plain(self.source, part.dtype)
+            begin = min(torch.distributed.get_rank() * part.numel(), source.numel())
+            end = min(begin + part.numel(), source.numel())
+            row = source.numel() // source.shape[0]
+            first = begin // row
+            own = deferred.rows(source, first, -(-end // row)).reshape(-1)[begin - first * row : end - first * row]
             part[: own.numel()].copy_(own)
 
 
@@ -145,12 +161,11 @@ def cut(parameter: torch.Tensor) -> None:
     size = -(-parameter.numel() // torch.distributed.get_world_size())
     part = torch.zeros(size, dtype=parameter.dtype, device=parameter.device)
     Held(parameter.data).into(part)
-    _put(parameter, Held(part, part=True), parameter.dtype)
+    _put(parameter, Held(part, part=True))
 
 
-def _put(parameter: torch.Tensor, source: Held, dtype: torch.dtype) -> None:
-    shape = parameter.shape
-    parameter.data = torch.empty(1, dtype=dtype, device=parameter.device).expand(shape)
+def _put(parameter: torch.Tensor, source: Held) -> None:
+    parameter.data = torch.empty(1, dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
     parameter.fastft_held = source  # type: ignore[attr-defined]
 
 
