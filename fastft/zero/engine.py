@@ -18,7 +18,7 @@ from fastft.ops import sum_squares
 from fastft.optim import set_offset
 from fastft.optim.optimizers.base import ClientOptimizer
 from fastft.ranks import Ranks
-from fastft.zero import fused_step, rings
+from fastft.zero import fused_step, rings, views
 from fastft.zero.bucket import with_bucket
 from fastft.zero.on_disk import onto_disk, state_onto_disk
 from fastft.zero.parameters import whole_shape
@@ -168,6 +168,8 @@ def build_engine(
         )
     if engine.zero_optimization_stage() == 3:
         _clear_padding(engine.optimizer)
+        if not parallel.activation_checkpointing:  # which keeps a layer's alone
+            views.keep_none(model)
     if engine.zero_optimization_stage():
         _held_once(engine.optimizer)
     if parallel.offload_dir is not None:

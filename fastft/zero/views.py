@@ -1,0 +1,54 @@
+"""Weights of which modules take views, as a mixture of experts does: autograd must not keep those gathered."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+
+class View(NamedTuple):
+    """Where a saved tensor is in a parameter that is gathered: size, stride and offset, in elements."""
+
+    parameter: torch.nn.Parameter
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def keep_none(model: torch.nn.Module) -> None:
+    """Have autograd keep where a view of a gathered weight is, and not the view, in modules whose weights have three
+    dimensions or more.
+
+    A weight that is used whole is let go of by ZeRO 3 after the forward, and is there again in the backward, for autograd
+    keeps the parameter. A view of it (one expert of all) would hold the memory that it was gathered in until then, for
+    every layer.
+    """
+    for module in model.modules():
+        if any(p.dim() > 2 or len(getattr(p, "ds_shape", ())) > 2 for p in module.parameters(recurse=False)):
+            module.forward = functools.partial(_forward, module, module.forward)
+
+
+def _forward(module: torch.nn.Module, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return plain(*args, **kwargs)
+    own = [(p.data_ptr(), p.data_ptr() + p.nbytes, p) for p in module.parameters(recurse=False) if p.numel()]
+
+    def pack(tensor: torch.Tensor) -> Any:
+        at = tensor.data_ptr()
+        for begin, end, parameter in own:
+            if begin <= at < end and tensor.dtype == parameter.dtype:
+                return View(parameter, tensor.size(), tensor.stride(), (at - begin) // tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+        return plain(*args, **kwargs)
+
+
+def _unpack(kept: Any) -> torch.Tensor:
+    if not isinstance(kept, View):
+        return kept
+    data = kept.parameter.data
+    assert data.numel(), "ZeRO 3 gathers a module's weights before its backward"
+    return data.as_strided(kept.size, kept.stride, data.storage_offset() + kept.offset)
