@@ -3,9 +3,9 @@
     python benchmarks/plan_memory.py [--cases NAME ...] [--raw FILE] [--quick] [--machine NAME]
 
 Each case is a whole run of fastft in processes of its own: loading, checks, three steps, a checkpoint, the export.
-Models of 75 and 135 M parameters are made here. `process` is what a run of a model of nothing takes (Python, torch,
-transformers, DeepSpeed): it is measured in the same way, added to the plan, and left out in the errors of the
-second kind. Errors are positive where the plan is too large.
+Models of 75 and 135 M parameters are made here, and a Mixtral of 119 M (8 experts to a layer). `process` is what a run
+of a model of nothing takes (Python, torch, transformers, DeepSpeed): it is measured in the same way, added to the plan,
+and left out in the errors of the second kind. Errors are positive where the plan is too large.
 """
 
 import json
@@ -27,6 +27,8 @@ MODELS = {
             "num_key_value_heads": 5, "vocab_size": 16384, "tie_word_embeddings": True},
     "135M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
              "num_key_value_heads": 12, "vocab_size": 32768, "tie_word_embeddings": False},
+    "experts": {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
+                "num_key_value_heads": 8, "vocab_size": 8192, "tie_word_embeddings": False, "num_local_experts": 8},
 }  # fmt: skip
 BF16 = ("model.dtype=bf16",)
 LORA = ("model.lora={r: 16}",)
@@ -61,6 +63,10 @@ CASES = {
     "stage 3, offload": ("75M", 1, ("parallel.zero=3", "parallel.offload=parameters")),
     "LoRA, NF4": ("135M", 1, (*LORA, "model.quantize=nf4")),
     "LoRA, NF4 by 48 rows": ("135M", 1, (*LORA, "model.quantize={format: nf4, calibrate: 48}")),
+    "experts, stage 0": ("experts", 1, ()),
+    "experts, checkpointing": ("experts", 1, ("parallel.activation_checkpointing=true",)),
+    "experts, stage 3": ("experts", 1, ("parallel.zero=3",)),
+    "2 ranks, stage 3, experts": ("experts", 2, ("parallel.zero=3", "batch.size=2")),
     "2 ranks to a sequence": ("75M", 2, ("parallel.zero=1", "parallel.sequence=2", "data.max_length=1024")),
 }
 QUICK = ("process", "stage 0")
@@ -97,8 +103,9 @@ def prepare(folder: Path) -> None:
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, sizes in MODELS.items():
         transformers.set_seed(0)
-        config = transformers.LlamaConfig(max_position_embeddings=2048, **sizes, **tokens)
-        transformers.LlamaForCausalLM(config).save_pretrained(folder / name)
+        kind = transformers.MixtralConfig if "num_local_experts" in sizes else transformers.LlamaConfig
+        config = kind(max_position_embeddings=2048, **sizes, **tokens)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     lines = (folder / "corpus/general.train.jsonl").read_text("utf-8").splitlines()
     (folder / "text.jsonl").write_text("\n".join(lines[:200]) + "\n", "utf-8")

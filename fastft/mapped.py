@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import array
+import bisect
 import ctypes
 import errno
+import itertools
 import os
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastft.errors import UserError
@@ -81,10 +84,41 @@ def let_go(tensor: torch.Tensor) -> None:
 
     What is on its pages alone, and was never written to: whoever reads it again finds it in the file.
     """
-    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if sys.platform == "linux" and tensor.device.type == "cpu" and tensor.is_contiguous():
+        _let_go(*_span(tensor))
+
+
+def let_go_between(tensors: Iterable[torch.Tensor]) -> None:
+    """The same for what else was read of the files that some of these tensors lie in: weights that were converted."""
+    if sys.platform != "linux":
         return
+    used = sorted(_span(t) for t in tensors if t.device.type == "cpu" and t.numel())
+    for begin, end in _files_in_memory():
+        own = used[bisect.bisect_left(used, (begin,)) : bisect.bisect_left(used, (end,))]
+        if own:
+            ends = list(itertools.accumulate((stop for _, stop in own), max, initial=begin))
+            for stop, start in zip(ends, [*(start for start, _ in own), end], strict=True):
+                _let_go(stop, start)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _files_in_memory() -> Iterator[tuple[int, int]]:
+    """Addresses of files that are mapped, as they begin and end (proc(5): maps)."""
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            span, _, _, _, inode, *_ = line.split()
+            if inode != "0":
+                begin, end = span.split("-")
+                yield int(begin, 16), int(end, 16)
+
+
+def _let_go(begin: int, end: int) -> None:
     page = os.sysconf("SC_PAGE_SIZE")
-    first, last = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
+    first, last = -(-begin // page), end // page
     if first < last and not _holds_own(first, last):
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((last - first) * page), MADV_DONTNEED)

@@ -77,3 +77,38 @@ def test_other_memory_is_left_alone(kind, tmp_path, opened):
     mapped.let_go(tensor)
     assert before is None or torch.equal(tensor, before)
     assert resident(file) >= 6 << 20
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_what_lies_between_tensors_is_let_go_of(opened, written):
+    """All of a file but what is used; what is written to and used by somebody else stays."""
+    file, found, wanted = opened
+    if written:
+        found["b"][300] += 1
+        wanted["b"][300] += 1
+    mapped.let_go_between([found["a"], found["c"][::2], torch.arange(1 << 20), torch.empty(0)])
+    kept = 6 if written else 4  # of c all but its last row is between the first byte that is used and the last
+    assert (kept << 20) - (1 << 16) <= resident(file) <= (kept << 20) + (1 << 16)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_file_of_which_nothing_is_used_is_left_alone(opened):
+    file, _, _ = opened
+    mapped.let_go_between([torch.arange(1 << 20)])
+    assert resident(file) >= 6 << 20
+
+
+def test_a_model_of_experts_leaves_no_pages_of_theirs(tmp_path):
+    """They are put together from the files, where other weights stay."""
+    import transformers
+
+    from fastft.config import Model
+    from fastft.models import load
+
+    sizes = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    model, _ = load.build(Model(path=str(tmp_path / "m")), "AutoModelForCausalLM", (), 0)
+    experts = sum(p.nbytes for name, p in model.named_parameters() if "experts" in name)
+    file = tmp_path / "m" / "model.safetensors"
+    assert experts > 5 << 20 and resident(file) <= file.stat().st_size - experts + (1 << 16)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastft import mapped
 from fastft.config import Model
 from fastft.errors import UserError
 from fastft.lazy import torch
@@ -286,6 +287,7 @@ def build(
         making = None
         torch.manual_seed(seed)  # a new head may have drawn from it
         model, info = _from_pretrained(loader, settings.path, "model", **how)
+        mapped.let_go_between([*model.parameters(), *model.buffers()])
     missing = sorted(info["missing_keys"])
     if other := sorted(info["mismatched_keys"]):
         _check_sizes(settings, other, new_parameters)

@@ -21,9 +21,9 @@ def keep_none(model: torch.nn.Module) -> None:
     """Have autograd keep where a view of a gathered weight is, and not the view, in modules whose weights have three
     dimensions or more.
 
-    A weight that is used whole is let go of by ZeRO 3 after the forward, and is there again in the backward, for autograd
-    keeps the parameter. A view of it (one expert of all) would hold the memory that it was gathered in until then, for
-    every layer.
+    A weight that is used whole is let go of by ZeRO 3 after the forward, and is there again in the backward, for
+    autograd keeps the parameter. A view of it (one expert of all) would hold the memory that it was gathered in until
+    then, for every layer.
     """
     for module in model.modules():
         if any(p.dim() > 2 or len(getattr(p, "ds_shape", ())) > 2 for p in module.parameters(recurse=False)):
