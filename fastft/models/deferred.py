@@ -11,73 +11,24 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
-SAME_ROWS = {aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default}
+OWN = {"step", "shared", "_is_param"}  # attributes that another tensor in its place has not
+CONVERSIONS = {aten._to_copy.default, aten.detach.default, aten.alias.default}
+SAME_ROWS = {aten.clone.default, *CONVERSIONS}
 
 
-class Deferred(torch.Tensor):
-    """A tensor of a file that is mapped, or what functions of torch make of such: its shape and dtype are there, its
-    values are computed when they are asked for. What cannot be put off (a function that looks at values, a number that
-    is drawn) is computed at once, and is a plain tensor.
-
-    Attributes
-    ----------
-    like : Tensor
-        On the meta device, of its shape and dtype.
-    func, args, kwargs
-        What computes it; ``func`` is None for a tensor that is there, ``args[0]``.
-    shared : bool
-        Whether something else sees what is written to it: a file's tensor, a view, one that another was made of.
+class Step:
+    """How a tensor is computed: a function of torch and its arguments, steps in place of what is deferred; ``func`` is
+    None for a tensor that is there, ``args[0]``. ``like``, on the meta device, has its shape and dtype.
     """
 
-    like: torch.Tensor
-    func: Any
-    args: tuple
-    kwargs: dict
-    shared: bool
-    written: ClassVar[bool] = False  # since from_files began: what reads it later could tell
+    __slots__ = ("args", "func", "kwargs", "like")
 
-    @staticmethod
-    def __new__(cls, like: torch.Tensor, func: Any, args: tuple, kwargs: dict | None = None) -> Deferred:
-        cpu = torch.device("cpu")
-        made: Any = torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=cpu
-        )
-        made.like, made.func, made.args, made.kwargs = like, func, args, kwargs or {}
-        made.shared = func is None or any(r.alias_info is not None for r in func._schema.returns)
-        return made
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"Deferred(shape={tuple(self.shape)}, dtype={self.dtype})"
+    def __init__(self, like: torch.Tensor, func: Any, args: tuple, kwargs: dict | None = None):
+        self.like, self.func, self.args, self.kwargs = like, func, args, kwargs or {}
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Deferred:
+    def of(cls, tensor: torch.Tensor) -> Step:
         return cls(torch.empty_like(tensor, device="meta"), None, (tensor,))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        kwargs = kwargs or {}
-        written = [t for t in _written(func, args, kwargs) if isinstance(t, Deferred)]
-        if any(t.shared for t in written):
-            cls.written = True
-            raise RuntimeError(f"{func} writes to a weight of a file that is not read yet")
-        for t in written:
-            t.func, t.args, t.kwargs = None, (t.whole(),), {}
-        if _can_wait(func, kwargs):
-            try:
-                likes, named = tree_map(_like, (args, {k: v for k, v in kwargs.items() if k != "device"}))
-                result = func(*likes, **named)
-            except (RuntimeError, NotImplementedError):  # it looks at values
-                result = None
-            several = isinstance(result, tuple | list) and all(isinstance(t, torch.Tensor) for t in result)
-            if several or isinstance(result, torch.Tensor):
-                for t in tree_leaves((args, kwargs)):
-                    if isinstance(t, Deferred):
-                        t.shared = True
-                if not several:
-                    return cls(result, func, args, kwargs)
-                return type(result)(cls(like, _Part(func, i), args, kwargs) for i, like in enumerate(result))
-        result = func(*tree_map(whole, args), **tree_map(whole, kwargs))
-        return next((t for t in written if t.args[0] is result), result)  # func_(t) returns t
 
     def whole(self) -> torch.Tensor:
         if self.func is None:
@@ -88,7 +39,9 @@ class Deferred(torch.Tensor):
         """``[start:stop]`` of the first dimension, computed of as little as that takes: of experts in files of their
         own, stacked and joined, those alone.
         """
-        dims, args, func = self.dim(), self.args, self.func
+        dims, args, func = self.like.dim(), self.args, self.func
+        if start >= stop:
+            return torch.empty((0, *self.like.shape[1:]), dtype=self.like.dtype)
         if func is None:
             return args[0][start:stop]
         if func in SAME_ROWS:
@@ -103,7 +56,7 @@ class Deferred(torch.Tensor):
                 return func([whole(part) for part in parts[start:stop]])
             found, begin = [], 0
             for part in parts:
-                end = begin + len(part)
+                end = begin + len(part.like)
                 if begin < stop and end > start:
                     found.append(rows(part, max(start - begin, 0), min(stop, end) - begin))
                 begin = end
@@ -111,29 +64,104 @@ class Deferred(torch.Tensor):
         return self.whole()[start:stop]
 
 
+class Deferred(torch.Tensor):
+    """A tensor of a file that is mapped, or what functions of torch make of such: its shape and dtype are there, its
+    values are computed when they are asked for. What cannot be put off (a function that looks at values, a number that
+    is drawn, what is made of a plain tensor, too) is computed at once, and is a plain tensor.
+
+    Attributes
+    ----------
+    step : Step
+        What computes it.
+    shared : bool
+        Whether something else sees what is written to it: a file's tensor, a view, one that another was made of.
+    """
+
+    step: Step
+    shared: bool
+    written: ClassVar[bool] = False  # since from_files began: what reads it later could tell
+
+    @staticmethod
+    def __new__(cls, step: Step) -> Deferred:
+        like, cpu = step.like, torch.device("cpu")
+        made: Any = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=cpu
+        )
+        made.step = step
+        made.shared = step.func is None or any(r.alias_info is not None for r in step.func._schema.returns)
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Deferred(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Deferred:
+        return cls(Step.of(tensor))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func != torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+                return func(*args, **(kwargs or {}))
+            target, source = args
+            if not (isinstance(target, Deferred) and isinstance(source, Deferred)):
+                cls.written = True
+                raise RuntimeError("data of a weight that is not read yet, or for one, among others that are")
+            func(target, source)
+            target.step, target.shared, source.shared = source.step, True, True
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        written = [t for t in _written(func, args, kwargs) if isinstance(t, Deferred)]
+        if any(t.shared for t in written):
+            cls.written = True
+            raise RuntimeError(f"{func} writes to a weight of a file that is not read yet")
+        for t in written:
+            t.step = Step.of(t.step.whole())
+        if _can_wait(func, args, kwargs):
+            try:
+                likes, named = tree_map(_like, (args, {k: v for k, v in kwargs.items() if k != "device"}))
+                result = func(*likes, **named)
+            except (RuntimeError, NotImplementedError):  # it looks at values
+                result = None
+            several = isinstance(result, tuple | list) and all(isinstance(t, torch.Tensor) for t in result)
+            if several or isinstance(result, torch.Tensor):
+                for t in tree_leaves((args, kwargs)):
+                    if isinstance(t, Deferred):
+                        t.shared = True
+                steps = tree_map(lambda t: t.step if isinstance(t, Deferred) else t, (args, kwargs))
+                if not several:
+                    return cls(Step(result, func, *steps))
+                return type(result)(cls(Step(like, _Part(func, i), *steps)) for i, like in enumerate(result))
+        result = func(*tree_map(whole, args), **tree_map(whole, kwargs))
+        return next((t for t in written if t.step.args[0] is result), result)  # func_(t) returns t
+
+
 def whole(value: Any) -> Any:
-    """The tensor itself, of one that is deferred; anything else as it is."""
-    return value.whole() if isinstance(value, Deferred) else value
+    """The tensor itself, of one that is deferred or of a step; anything else as it is."""
+    value = value.step if isinstance(value, Deferred) else value
+    return value.whole() if isinstance(value, Step) else value
 
 
-def rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    return tensor.rows(start, stop) if isinstance(tensor, Deferred) else tensor[start:stop]
+def rows(value: Any, start: int, stop: int) -> torch.Tensor:
+    value = value.step if isinstance(value, Deferred) else value
+    return value.rows(start, stop) if isinstance(value, Step) else value[start:stop]
 
 
-def plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor from before a conversion to ``dtype``, for what will convert it there."""
-    if isinstance(tensor, Deferred) and tensor.func is aten._to_copy.default and tensor.dtype == dtype:
-        return plain(tensor.args[0], dtype) if tensor.args[0].dtype == dtype else tensor.args[0]
-    if isinstance(tensor, Deferred) and tensor.func in (aten.detach.default, aten.alias.default):
-        return plain(tensor.args[0], dtype)
-    return tensor
+def plain(value: Any, dtype: torch.dtype) -> Any:
+    """The tensor or step from before a conversion to ``dtype``, for what will convert it there."""
+    value = value.step if isinstance(value, Deferred) else value
+    while isinstance(value, Step) and value.like.dtype == dtype and value.func in CONVERSIONS:
+        value = value.args[0]
+    return value
 
 
 def found(model: torch.nn.Module) -> list[tuple[list[tuple[dict, str]], Deferred]]:
-    """Each parameter or buffer that is deferred, behind the places where it stands."""
+    """Each tensor of a model that is deferred, behind the places where it stands."""
     places: dict[int, tuple[list[tuple[dict, str]], Deferred]] = {}
     for module in model.modules():
-        for group in (module._parameters, module._buffers):
+        for group in (module._parameters, module._buffers, vars(module)):
             for name, tensor in group.items():
                 if isinstance(tensor, Deferred):
                     places.setdefault(id(tensor), ([], tensor))[0].append((group, name))
@@ -168,7 +196,7 @@ class _Slice:
 def from_files() -> Iterator[None]:
     """While this is active, from_pretrained of transformers leaves weights and saved buffers deferred: in whichever
     dtype a file has them, they are mapped, and names, conversions and dtypes are those of a load without this. Where
-    the model's class writes to a weight that was loaded, it raises, and ``Deferred.written`` is True.
+    the model's class writes to a weight that was loaded, ``Deferred.written`` is True, and the model is not to be used.
     """
     from transformers import modeling_utils
 
@@ -214,13 +242,13 @@ def _written(func: Any, args: tuple, kwargs: dict) -> list:
     return found
 
 
-def _can_wait(func: Any, kwargs: dict) -> bool:
+def _can_wait(func: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether the same would come of it later: nothing is drawn or written, and no plain tensor can be until then."""
     device = kwargs.get("device")
-    drawn = torch.Tag.nondeterministic_seeded in func.tags
-    return not func._schema.is_mutable and not drawn and (device is None or torch.device(device).type == "cpu")
+    plain = any(isinstance(t, torch.Tensor) and not isinstance(t, Deferred) for t in tree_leaves((args, kwargs)))
+    fixed = not func._schema.is_mutable and torch.Tag.nondeterministic_seeded not in func.tags and not plain
+    return fixed and (device is None or torch.device(device).type == "cpu")
 
 
 def _like(value: Any) -> Any:
-    if isinstance(value, Deferred):
-        return value.like
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
+    return value.step.like if isinstance(value, Deferred) else value

@@ -284,10 +284,11 @@ def build(
         model, info = found
         making.hold(model)
     else:
-        making = None
         torch.manual_seed(seed)  # a new head may have drawn from it
         model, info = _from_pretrained(loader, settings.path, "model", **how)
         mapped.let_go_between([*model.parameters(), *model.buffers()])
+        if making:
+            log.warning("%s is not loaded in parts: its class changes weights, or looks at them.", settings.path)
     missing = sorted(info["missing_keys"])
     if other := sorted(info["mismatched_keys"]):
         _check_sizes(settings, other, new_parameters)
@@ -299,37 +300,38 @@ def build(
             f"{type(model).__name__}: {', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}.",
             "The folder holds another kind of model; choose the task that fits it, or model.init: random.",
         )
-    return _ready(model, None if making else common["dtype"]), missing
+    return _ready(model, common["dtype"], making if found else None), missing
 
 
 def _deferred(loader: Any, path: str, **how: Any) -> Any:
-    """What from_pretrained returns, of weights that are not read yet (fastft.models.deferred); None: the model's class
-    writes to weights that were loaded, which must be there for it.
+    """What from_pretrained returns, of weights that are not read yet (fastft.models.deferred); None: it could not, for
+    its files (a whole load says what is wrong) or for the model's class, for which the weights must be there.
     """
     from fastft.models.deferred import Deferred, from_files
 
     try:
         with from_files():
-            return _from_pretrained(loader, path, "model", **how)
+            found = _from_pretrained(loader, path, "model", **how)
     except UserError:
-        if not Deferred.written:
-            raise
-        log.warning("%s: its class writes to weights while it is loaded: every rank loads all of it.", path)
         return None
+    return None if Deferred.written else found
 
 
-def _ready(model: Any, dtype: torch.dtype | None) -> Any:
-    """Parameters that transformers left in float32 without a reason (XLNet's attention), to the dtype asked for (None:
-    they stay as they are); those that its class computes and never saves (Marian's sinusoidal positions) frozen, though
-    it would train them: what is saved would be another model.
+def _ready(model: Any, dtype: torch.dtype, making: Any = None) -> Any:
+    """Parameters that transformers left in float32 without a reason (XLNet's attention), to the dtype asked for; those
+    that its class computes and never saves (Marian's sinusoidal positions) frozen, though it would train them: what is
+    saved would be another model.
     """
-    kept = None if dtype is None else kept_in_fp32(model, dtype)
+    kept = kept_in_fp32(model, dtype)
     computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     for name, p in model.named_parameters():
         if name in computed:
             p.requires_grad_(False)
-        if dtype is not None and p.is_floating_point() and p.dtype != dtype and not (kept and kept.search(name)):
-            p.data = p.data.to(dtype)
+        if p.is_floating_point() and p.dtype != dtype and not (kept and kept.search(name)):
+            if making:
+                making.cast(p, dtype)
+            else:
+                p.data = p.data.to(dtype)
     return model
 
 

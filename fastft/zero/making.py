@@ -64,17 +64,28 @@ class Making(TorchFunctionMode):
         for places, source in deferred.found(model):
             tensor: torch.Tensor
             if not isinstance(source, torch.nn.Parameter):
-                tensor = source.whole()
+                tensor = deferred.whole(source)
             elif source.numel() < SMALL or not source.is_floating_point():
-                tensor = torch.nn.Parameter(source.whole(), source.requires_grad)
+                tensor = torch.nn.Parameter(deferred.whole(source), source.requires_grad)
             else:
                 shape = torch.empty((), dtype=source.dtype).expand(source.shape)
                 tensor = torch.nn.Parameter(shape, source.requires_grad)
                 _put(tensor, Held(source))
+            tensor.__dict__.update({k: v for k, v in vars(source).items() if k not in deferred.OWN})
             for group, name in places:
                 group[name] = tensor
         for parameter in model.parameters():
             cut(parameter)
+
+    def cast(self, parameter: torch.Tensor, dtype: torch.dtype) -> None:
+        """Another dtype for a parameter of ``hold``."""
+        part = held(parameter)
+        if part is None:
+            parameter.data = parameter.data.to(dtype)
+            return
+        part.source = part.source.to(dtype)
+        parameter.data = torch.empty((), dtype=dtype, device=parameter.device).expand(parameter.shape)
+        _put(parameter, part)
 
     def close(self, keep: Iterable[torch.Tensor] = (), force: bool = False) -> None:
         """Cut what was made whole, but for what a view of it can still be written through."""
@@ -140,10 +151,12 @@ class Held:
             if self.part:
                 part.copy_(self.source)
                 return
-            source = deferred.plain(self.source, part.dtype)
-            begin = min(torch.distributed.get_rank() * part.numel(), source.numel())
-            end = min(begin + part.numel(), source.numel())
-            row = source.numel() // source.shape[0]
+            size = self.source.numel()
+            begin = min(torch.distributed.get_rank() * part.numel(), size)
+            end = min(begin + part.numel(), size)
+            if begin == end:
+                return
+            source, row = deferred.plain(self.source, part.dtype), size // self.source.shape[0]
             first = begin // row
             own = deferred.rows(source, first, -(-end // row)).reshape(-1)[begin - first * row : end - first * row]
             part[: own.numel()].copy_(own)

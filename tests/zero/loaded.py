@@ -5,9 +5,11 @@ Every rank asserts that its parts are those of the whole model, bit for bit, in 
 that they come from the files' own pages.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fastft.cli.main import leave
 from fastft.config import Model
 from fastft.models import load
-from fastft.models.deferred import Deferred
+from fastft.models.deferred import Deferred, Step
 from fastft.zero.making import SMALL, Making, held
 
 SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -45,6 +47,11 @@ CONFIGS = {
     "transposed": (
         "AutoModelForCausalLM",
         transformers.GptOssConfig(**SIZES, num_local_experts=5, head_dim=32, num_key_value_heads=1, layer_types=KINDS),
+    ),
+    "relative": ("AutoModelForMaskedLM", transformers.DebertaV2Config(**SIZES, relative_attention=True)),
+    "permuted": (  # parts of its attention are float32 to transformers
+        "AutoModelForSequenceClassification",
+        transformers.XLNetConfig(vocab_size=300, d_model=64, n_layer=1, n_head=2, d_inner=128, num_labels=3),
     ),
     "unpadded": ("AutoModelForMaskedLM", transformers.ModernBertConfig(**SIZES, pad_token_id=0)),
     "sinusoids": ("AutoModelForSeq2SeqLM", transformers.MarianConfig(**PAIRS, decoder_start_token_id=0)),
@@ -74,11 +81,12 @@ def write(folder: Path) -> None:
         file.unlink()
 
 
-def files_of(source: torch.Tensor) -> list[torch.Tensor]:
+def files_of(source) -> list[torch.Tensor]:
     """What a weight is computed of."""
-    if not isinstance(source, Deferred):
+    if isinstance(source, torch.Tensor) and not isinstance(source, Deferred):
         return [source]
-    return [t for a in tree_leaves((source.args, source.kwargs)) if isinstance(a, torch.Tensor) for t in files_of(a)]
+    step = source.step if isinstance(source, Deferred) else source
+    return [t for a in tree_leaves((step.args, step.kwargs)) if isinstance(a, torch.Tensor | Step) for t in files_of(a)]
 
 
 def mapped(tensor: torch.Tensor) -> bool:
@@ -111,10 +119,18 @@ def check(folder: Path, kind: str, dtype: str) -> None:
         assert torch.equal(part.whole(found, torch.device("cpu")), expected), f"{name}: {key} differs"
         for wanted in (torch.float32, torch.bfloat16):
             size = -(-expected.numel() // world)
-            filled = torch.zeros(size, dtype=wanted)
-            part.into(filled)
+            taken = torch.zeros(size, dtype=wanted)
+            part.into(taken)
             rest = expected.detach().reshape(-1)[rank * size : (rank + 1) * size].to(wanted)
-            assert torch.equal(filled[: len(rest)], rest), f"{name}: {key}, part of {wanted} differs"
+            assert torch.equal(taken[: len(rest)], rest), f"{name}: {key}, part of {wanted} differs"
+        for others in () if part.part else (3, 7, 1999):  # ranks that there are not; the last of many have nothing
+            size = -(-expected.numel() // others)
+            for at in (0, others // 2, others - 1):
+                taken = torch.zeros(size, dtype=expected.dtype)
+                with mock.patch("torch.distributed.get_rank", return_value=at):
+                    part.into(taken)
+                rest = expected.detach().reshape(-1)[at * size : (at + 1) * size]
+                assert torch.equal(taken[: len(rest)], rest), f"{name}: {key}, part {at} of {others} differs"
     ties = lambda parameters: {k: [n for n, p in parameters.items() if p is q] for k, q in parameters.items()}
     assert ties(own) == ties(every)
     for key, buffer in whole.named_buffers():
@@ -122,14 +138,70 @@ def check(folder: Path, kind: str, dtype: str) -> None:
         assert found.dtype == buffer.dtype and torch.equal(found, buffer), f"{name}: {key} differs"
 
 
-class Writing(transformers.LlamaForCausalLM):
-    """A class that looks after its weights when they have been loaded."""
+def filled(model) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[0] = 1.0
+
+
+def replaced(model) -> None:
+    before = model.lm_head.weight * 2
+    model.lm_head.weight.data = model.lm_head.weight.data + 1.0
+    model.sum = torch.nn.Parameter(before.detach())
+
+
+def given_others(model) -> None:
+    model.lm_head.weight.data = torch.ones(300, 64)
+
+
+def tried(model) -> None:
+    with contextlib.suppress(RuntimeError):
+        filled(model)
+
+
+def narrowed(model) -> None:
+    model.model.layers[0].mlp.up_proj.half().float()
+
+
+def looked_at(model) -> None:
+    model.scale = float(model.lm_head.weight.detach().numpy().std())
+
+
+def noted(model) -> None:
+    model.first = model.lm_head.weight.detach()[:3].t()
+    model.lm_head.weight.fastft_note = "kept"
+    ones = torch.ones(300, 64)
+    model.sum = torch.nn.Parameter(model.lm_head.weight.detach() + ones)
+    ones.zero_()
+
+
+class Own(transformers.LlamaForCausalLM):
+    """A class that does something with its weights when they have been loaded."""
+
+    act = None
 
     def tie_weights(self, *args, **kwargs):
         super().tie_weights(*args, **kwargs)
         if not self.lm_head.weight.is_meta:
-            with torch.no_grad():
-                self.lm_head.weight[0] = 1.0
+            type(self).act(self)
+
+
+def check_class(folder: Path, act, in_parts: bool) -> None:
+    """As in a whole load, which it is where the class changes weights or wants their memory."""
+    transformers.Own, Own.act = Own, staticmethod(act)
+    settings = Model(path=str(folder))
+    whole, _ = load.build(settings, "Own", ("sum",), 0)
+    made, _ = load.build(settings, "Own", ("sum",), 0, making=Making(torch.device("cpu")))
+    assert (held(made.lm_head.weight) is not None) == in_parts, act
+    for name, expected in whole.named_parameters():
+        part = held(made.get_parameter(name))
+        found = part.whole(made.get_parameter(name), torch.device("cpu")) if part else made.get_parameter(name)
+        assert torch.equal(found, expected), (act, name)
+    for name in ("first", "scale"):
+        if hasattr(whole, name):
+            assert type(getattr(made, name)) is type(getattr(whole, name))
+            assert torch.equal(torch.as_tensor(getattr(made, name)), torch.as_tensor(getattr(whole, name)))
+    note = getattr(whole.lm_head.weight, "fastft_note", None)
+    assert getattr(made.lm_head.weight, "fastft_note", None) == note
 
 
 if __name__ == "__main__":
@@ -141,8 +213,9 @@ if __name__ == "__main__":
     for case in sorted(given.iterdir()):
         for precision in ("fp32", "bf16"):
             check(case, CONFIGS[case.name if case.name in CONFIGS else "tied"][0], precision)
-    transformers.Writing = Writing
-    written, _ = load.build(Model(path=str(given / "tied")), "Writing", (), 0, making=Making(torch.device("cpu")))
-    assert float(written.lm_head.weight[0].min()) == 1.0 and written.model.embed_tokens.weight is written.lm_head.weight
+    for own in (filled, given_others, tried, looked_at):
+        check_class(given / "tied", own, in_parts=False)
+    for own in (replaced, narrowed, noted):
+        check_class(given / "tied", own, in_parts=True)
     dist.destroy_process_group()
     leave(0)
