@@ -170,6 +170,7 @@ def build_engine(
         _clear_padding(engine.optimizer)
         if not parallel.activation_checkpointing:  # which keeps a layer's alone
             views.keep_none(model)
+        views.need_gradients(model)
     if engine.zero_optimization_stage():
         _held_once(engine.optimizer)
     if parallel.offload_dir is not None:

@@ -1,4 +1,4 @@
-"""Weights of which modules take views, as a mixture of experts does: autograd must not keep those gathered."""
+"""Mixtures of experts at ZeRO 3: weights that are seen through views, and blocks that are gathered as one."""
 
 from __future__ import annotations
 
@@ -28,6 +28,27 @@ def keep_none(model: torch.nn.Module) -> None:
     for module in model.modules():
         if any(p.dim() > 2 or len(getattr(p, "ds_shape", ())) > 2 for p in module.parameters(recurse=False)):
             module.forward = functools.partial(_forward, module, module.forward)
+
+
+def need_gradients(model: torch.nn.Module) -> None:
+    """Have the input of a block of experts need a gradient where its weights do, also where all before it is frozen.
+
+    DeepSpeed gathers and reduces such a block as one, at the end of its backward, which torch finds by the gradients of
+    its inputs: without one it is taken for the beginning.
+    """
+    from deepspeed.utils.z3_leaf_module import z3_leaf_module
+
+    for module in model.modules():
+        if z3_leaf_module(module) and any(p.requires_grad for p in module.parameters()):
+            module.register_forward_pre_hook(_with_gradient, prepend=True)
+
+
+def _with_gradient(module: torch.nn.Module, args: tuple) -> tuple | None:
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if not torch.is_grad_enabled() or not tensors or any(t.requires_grad for t in tensors):
+        return None
+    first = next((t for t in tensors if t.is_floating_point()), None)
+    return tuple(a.detach().requires_grad_() if a is first else a for a in args)
 
 
 def _forward(module: torch.nn.Module, plain: Any, *args: Any, **kwargs: Any) -> Any:

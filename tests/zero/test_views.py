@@ -92,3 +92,20 @@ def test_a_mixture_trains_in_shards_as_whole(lm_config, tmp_path, checkpointing)
     assert found[3][0] == pytest.approx(found[0][0], rel=1e-5) and len(found[0][0]) == 4
     for name, weight in found[0][1].items():
         assert torch.allclose(found[3][1][name], weight, atol=2e-4), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_experts_alone_are_trained_in_shards(lm_config, tmp_path, checkpointing):
+    """What comes before the first of them is frozen: their input needs no gradient."""
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
+    transformers.AutoTokenizer.from_pretrained(lm_config["model"]["path"]).save_pretrained(tmp_path / "m")
+    frozen = ["*embed*", "*attn*", "*norm*", "*.gate.*", "lm_head*"]
+    lm_config["model"] = {"path": str(tmp_path / "m"), "freeze": frozen}
+    losses = {}
+    for zero in (0, 3):
+        lm_config["parallel"] = {"zero": zero, "activation_checkpointing": checkpointing}
+        lm_config["run"]["dir"] = str(tmp_path / f"run{zero}")
+        launch.ranks(2, ["-m", "fastft", "train", launch.write_config(tmp_path / f"{zero}.yaml", lm_config)])
+        losses[zero] = [r["loss"] for r in track.read(tmp_path / f"run{zero}") if r["kind"] == "train"]
+    assert losses[3] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 4
