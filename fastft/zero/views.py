@@ -45,10 +45,11 @@ def need_gradients(model: torch.nn.Module) -> None:
 
 def _with_gradient(module: torch.nn.Module, args: tuple) -> tuple | None:
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    if not torch.is_grad_enabled() or not tensors or any(t.requires_grad for t in tensors):
-        return None
     first = next((t for t in tensors if t.is_floating_point()), None)
-    return tuple(a.detach().requires_grad_() if a is first else a for a in args)
+    if first is None or not torch.is_grad_enabled() or any(t.requires_grad for t in tensors):
+        return None
+    needing = first.detach().requires_grad_()
+    return tuple(needing if a is first else a for a in args)
 
 
 def _forward(module: torch.nn.Module, plain: Any, *args: Any, **kwargs: Any) -> Any:
