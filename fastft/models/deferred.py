@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
-from unittest import mock
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
@@ -224,11 +223,12 @@ def from_files() -> Iterator[None]:
         defer = lambda value: Deferred.of(value) if isinstance(value, torch.Tensor) and not value.is_meta else value
         return {name: defer(value) for name, value in loaded(*args, **kwargs).items()}
 
-    with (
-        mock.patch.object(modeling_utils, "safe_open", File),
-        mock.patch.object(modeling_utils, "load_state_dict", load_state_dict),
-    ):
+    loader: Any = modeling_utils
+    loader.safe_open, loader.load_state_dict = File, load_state_dict
+    try:
         yield
+    finally:
+        loader.safe_open, loader.load_state_dict = opened, loaded
 
 
 def _written(func: Any, args: tuple, kwargs: dict) -> list:
@@ -245,8 +245,8 @@ def _written(func: Any, args: tuple, kwargs: dict) -> list:
 def _can_wait(func: Any, args: tuple, kwargs: dict) -> bool:
     """Whether the same would come of it later: nothing is drawn or written, and no plain tensor can be until then."""
     device = kwargs.get("device")
-    plain = any(isinstance(t, torch.Tensor) and not isinstance(t, Deferred) for t in tree_leaves((args, kwargs)))
-    fixed = not func._schema.is_mutable and torch.Tag.nondeterministic_seeded not in func.tags and not plain
+    others = any(isinstance(t, torch.Tensor) and not isinstance(t, Deferred) for t in tree_leaves((args, kwargs)))
+    fixed = not func._schema.is_mutable and torch.Tag.nondeterministic_seeded not in func.tags and not others
     return fixed and (device is None or torch.device(device).type == "cpu")
 
 
